@@ -1,0 +1,172 @@
+"""Which implementation of an op runs, and why.
+
+Every op owns one :class:`Op` table, best implementation first. ``impl="auto"`` takes the first that can run on the
+arguments' device; ``PRISM_IMPL`` steers auto (``PRISM_IMPL=reference`` for every op that has one, or
+``PRISM_IMPL=moe_mlp=reference,tree_attention=sdpa``); an explicit argument wins over both. An explicit choice that
+cannot run raises, with the reason and the alternative: there is no silent fallback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+import torch
+
+log = logging.getLogger("prism_kernels")
+
+
+class Impl(str, Enum):
+    """Names that ``impl=`` takes. An op has some of them; :func:`which_impl` tells which one auto picks."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"  # the definition: plain torch (or Python), any device
+    CPU = "cpu"  # vectorised or bounded-memory torch on a CPU
+    SDPA = "sdpa"  # torch's scaled_dot_product_attention, any device
+    NATIVE = "native"  # C++ on the host (prism_kernels._C)
+    TRITON = "triton"
+    CUDA = "cuda"
+    FLASH = "flash"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of an op's table.
+
+    ``target``: "module:attribute", imported on first use, so that ``import prism_kernels`` needs torch alone.
+    ``devices``: torch device types whose tensors it takes. ``unavailable()``: None, or why it cannot run here.
+    """
+
+    name: Impl
+    target: str
+    devices: tuple[str, ...]
+    unavailable: Callable[[], str | None] = lambda: None
+
+    def load(self) -> Callable:
+        module, attribute = self.target.split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def need_triton() -> str | None:
+    """Why Triton kernels cannot run here, or None. The interpreter (TRITON_INTERPRET=1) runs them on CPU tensors."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+
+
+def need_cuda() -> str | None:
+    return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_OPS: dict[str, Op] = {}
+
+
+class Op:
+    """The implementations of one op, best first; the reference is last and always there."""
+
+    def __init__(self, name: str, implementations: Sequence[Implementation]):
+        self.name = name
+        self.table = {row.name: row for row in implementations}
+        self._said: set[tuple[str, Impl]] = set()
+        self._loaded: dict[Impl, Callable] = {}
+        _OPS[name] = self
+
+    def select(self, impl: str | Impl, device: torch.device | str = "cpu") -> tuple[Impl, Callable]:
+        """(name, function) of the implementation to run on tensors of ``device``.
+
+        Raises ValueError for a name this op does not have, RuntimeError for one that cannot run here.
+        """
+        kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+        chosen, reason = self._choose(impl, kind)
+        if (kind, chosen) not in self._said:
+            self._said.add((kind, chosen))
+            log.info("%s on %s: %s (%s)", self.name, kind, chosen, reason)
+        if chosen not in self._loaded:
+            self._loaded[chosen] = self.table[chosen].load()
+        return chosen, self._loaded[chosen]
+
+    def auto(self, kind: str) -> tuple[Impl, str]:
+        """(implementation, reason) that ``impl="auto"`` runs on tensors of this device type."""
+        return self._choose(Impl.AUTO, kind)
+
+    def _choose(self, impl: str | Impl, kind: str) -> tuple[Impl, str]:
+        if impl != Impl.AUTO:
+            return self._must(impl, kind, "asked for by argument"), "asked for by argument"
+        steered = _steering(os.environ.get("PRISM_IMPL", "")).get(self.name)
+        if steered is None:
+            steered = _steering(os.environ.get("PRISM_IMPL", "")).get("*")
+            if steered is not None and steered not in self.table:
+                steered = None
+        if steered is not None and steered != Impl.AUTO:
+            return self._must(steered, kind, "asked for by PRISM_IMPL"), "asked for by PRISM_IMPL"
+        passed = []
+        for row in self.table.values():
+            why_not = self._why_not(row, kind, auto=True)
+            if why_not is None:
+                return row.name, "; ".join([f"default on {kind}", *passed])
+            passed.append(f"{row.name}: {why_not}")
+        raise RuntimeError(f"{self.name}: no implementation runs on {kind}: {'; '.join(passed)}")
+
+    def _must(self, impl: str | Impl, kind: str, how: str) -> Impl:
+        names = ", ".join(str(name) for name in self.table)
+        try:
+            row = self.table[Impl(impl)]
+        except (ValueError, KeyError):
+            raise ValueError(f"impl of {self.name}: got {str(impl)!r} ({how}), expected auto or one of {names}") from None
+        why_not = self._why_not(row, kind)
+        if why_not is not None:
+            alternative = self._alternative(kind)
+            raise RuntimeError(
+                f"{self.name}: implementation {str(impl)!r} ({how}) cannot run on {kind}: {why_not}; "
+                f"use impl='{alternative}' instead"
+            )
+        return row.name
+
+    def _alternative(self, kind: str) -> Impl:
+        return next((r.name for r in self.table.values() if self._why_not(r, kind) is None), Impl.REFERENCE)
+
+    @staticmethod
+    def _why_not(row: Implementation, kind: str, auto: bool = False) -> str | None:
+        devices = row.devices
+        if row.name is Impl.TRITON and interpreting() and not auto:
+            devices = (*devices, "cpu")
+        if kind not in devices:
+            return f"it takes {' or '.join(devices)} tensors"
+        return row.unavailable()
+
+
+@lru_cache(maxsize=32)
+def _steering(text: str) -> dict[str, str]:
+    """PRISM_IMPL -> {op or '*': implementation}. Raises ValueError on names that do not exist."""
+    known = {member.value for member in Impl}
+    table = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        op, _, name = entry.rpartition("=")
+        if name not in known:
+            raise ValueError(f"PRISM_IMPL: unknown implementation {name!r} in {entry!r}; expected one of {sorted(known)}")
+        if op and op not in _OPS:
+            raise ValueError(f"PRISM_IMPL: unknown op {op!r} in {entry!r}; expected one of {sorted(_OPS)}")
+        table[op or "*"] = name
+    return table
+
+
+def which_impl(device: torch.device | str | None = None) -> dict[str, tuple[str, str]]:
+    """{op: (implementation that auto picks, reason)} on ``device`` (default: cuda where there is one, else cpu)."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    return {name: (str(impl), reason) for name, op in sorted(_OPS.items()) for impl, reason in [op.auto(kind)]}
