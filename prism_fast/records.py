@@ -1,0 +1,176 @@
+"""One record type per arrow of the flow.
+
+    data --Sample--> pack --PackedTree--> policy / rollout --Rollout--> score --Scores--> advantage --(B,)--> loss --StepStats
+
+Dimensions: T tokens of a pack, P prompt tokens, S segments, R predicted tokens, B responses, G prompts (groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from prism_kernels import TreeLayout
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Bad input from outside. The message is one line: place (file:record), field, what was expected, remedy."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. ``content`` holds one ``<image>`` placeholder per image, in order.
+
+    >>> Message("user", "<image>What is the sum?")
+    """
+
+    role: str  # "system" | "user" | "assistant"
+    content: str
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image that has not been opened yet: encoded bytes, or a path (resolved against the data file's folder)."""
+
+    data: bytes | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One validated record of any of the four published files (PRISM.md 6). Fields a format lacks are None.
+
+    >>> Sample(place="train.jsonl:3", messages=(Message("user", "<image>Sum?"),), images=(ImageRef(path=Path("3.png")),),
+    ...        response="<caption>...</caption><think>...</think><answer>7</answer>")
+    """
+
+    place: str  # "file:record", for messages to a person
+    messages: tuple[Message, ...]  # the prompt: all turns before the response
+    images: tuple[ImageRef, ...] = ()
+    response: str | None = None  # SFT demonstration
+    teacher_caption: str | None = None  # perception part, tags included
+    teacher_reasoning: str | None = None  # reasoning part (think and answer elements), tags included
+    student_caption: str | None = None  # warm-up pairs
+    student_reasoning: str | None = None
+    gold: str | None = None  # reward_model.ground_truth
+    equivalents: tuple[str, ...] = ()  # reward_model.equivalent_answers
+    question_type: str = "all"  # extra_info.question_type where there is one, else data_source
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered and tokenised prompt, images preprocessed; ends with the start of the assistant's turn.
+
+    ``key`` hashes token ids **and** pixels: two prompts share a root only where both are equal (DESIGN.md, trap 2).
+    """
+
+    input_ids: Tensor  # (P,) int64, image placeholders expanded to one token per merged patch
+    pixel_values: Tensor | None  # (patches, channels * temporal * patch * patch) fp32
+    image_grid_thw: Tensor | None  # (images, 3) int64, in patches
+    key: bytes = b""
+
+    def __len__(self) -> int:
+        return self.input_ids.numel()
+
+
+@dataclass(frozen=True)
+class PackedTree:
+    """Roots and branches in one token stream without padding: ``[root][branch][branch]...[root][branch]...``.
+
+    A branch's first token is predicted by the last token of its root; every branch restarts its positions after the
+    root. Two prompts of lengths 3 and 2 with branches (2, 1) and (2)::
+
+        input_ids       a a a | b b | c | d d | e e          T = 10
+        segment         0 0 0   1 1   2   3 3   4 4          prefix = [-1, 0, 0, -1, 3]
+        position (t)    0 1 2   3 4   3   0 1   2 3
+        target_row              3 4   5         8 9          (R = 5)
+        predict_row             2 3   2         7 8          row whose hidden state predicts target_row's token
+        sequence_start  [0, 2, 3, 5]                         branches, as offsets into the R predicted tokens
+        readout_row     [4, 5, 9]                            last token of every branch
+    """
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (3, T) int64: t, h, w
+    layout: TreeLayout
+    segment_kind: Tensor  # (T,) int32, KIND_* of pack.py
+    pixel_values: Tensor | None  # (patches, D) fp32
+    image_grid_thw: Tensor | None  # (images, 3) int64
+    image_row: Tensor  # (image tokens,) int64: rows of the stream that hold image features, in image order
+    target_row: Tensor  # (R,) int64
+    predict_row: Tensor  # (R,) int64
+    sequence_start: Tensor  # (branches + 1,) int32
+    readout_row: Tensor  # (branches,) int64
+    branch: tuple[tuple[int, int], ...]  # (tree, branch) in the caller's numbering, in stream order
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def target_ids(self) -> Tensor:
+        """(R,) int64: the predicted tokens."""
+        return self.input_ids[self.target_row]
+
+    def to(self, device: torch.device | str) -> PackedTree:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, (Tensor, TreeLayout))
+        }
+        return PackedTree(**{**vars(self), **moved})
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N sampled responses of each of G prompts, flat in group order (B = G * N).
+
+    >>> Rollout(prompts=[p], group=torch.tensor([0, 0]), response_ids=[ids0, ids1], logprob=[lp0, lp1],
+    ...         text=["<caption>...", "..."], finished=torch.tensor([True, False]))
+    """
+
+    prompts: Sequence[Prompt]  # G
+    group: Tensor  # (B,) int64: index into prompts
+    response_ids: Sequence[Tensor]  # B x (L_i,) int64, end-of-turn included where the response finished
+    logprob: Sequence[Tensor]  # B x (L_i,) fp32, of the distribution that was sampled from
+    text: Sequence[str]  # B, end-of-turn removed
+    finished: Tensor  # (B,) bool: stopped at end-of-turn before the length limit
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The discriminator's scores of one batch: students by response, teachers by prompt; unclamped.
+
+    With G = 1, N = 2 and the second response invalid (it is not scored: 0 and format_valid False)::
+
+        perception [0.31, 0.0]  reasoning [-0.12, 0.0]  teacher_perception [1.1]  teacher_reasoning [0.9]
+    """
+
+    perception: Tensor  # (B,) fp32
+    reasoning: Tensor  # (B,) fp32
+    teacher_perception: Tensor  # (G,) fp32
+    teacher_reasoning: Tensor  # (G,) fp32
+    format_valid: Tensor  # (B,) bool
+
+
+@dataclass
+class StepStats:
+    """What one optimizer step reports. A metric that had nothing to measure is absent, never invented."""
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # rollout, score, update, ...
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The line of metrics.jsonl."""
+        line: dict[str, Any] = {"step": self.step, **self.metrics}
+        line.update({f"seconds/{name}": value for name, value in self.seconds.items()})
+        line.update({f"tokens/{name}": value for name, value in self.tokens.items()})
+        return line
