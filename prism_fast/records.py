@@ -1,6 +1,6 @@
 """One record type per arrow of the flow.
 
-    data --Sample--> pack --PackedTree--> policy / rollout --Rollout--> score --Scores--> advantage --(B,)--> loss --StepStats
+    data --Sample--> pack --PackedTree--> policy, rollout --Rollout--> score --Scores--> advantage --(B,)--> loss
 
 Dimensions: T tokens of a pack, P prompt tokens, S segments, R predicted tokens, B responses, G prompts (groups).
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prism_kernels import TreeLayout
 from torch import Tensor
+
+from prism_kernels import TreeLayout
 
 
 class DataError(ValueError):
@@ -44,8 +45,8 @@ class ImageRef:
 class Sample:
     """One validated record of any of the four published files (PRISM.md 6). Fields a format lacks are None.
 
-    >>> Sample(place="train.jsonl:3", messages=(Message("user", "<image>Sum?"),), images=(ImageRef(path=Path("3.png")),),
-    ...        response="<caption>...</caption><think>...</think><answer>7</answer>")
+    >>> Sample(place="train.jsonl:3", messages=(Message("user", "<image>Sum?"),),
+    ...        images=(ImageRef(path=Path("3.png")),), response="<caption>...</caption><think>...</think><answer>7</answer>")
     """
 
     place: str  # "file:record", for messages to a person

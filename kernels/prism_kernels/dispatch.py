@@ -128,7 +128,9 @@ class Op:
         try:
             row = self.table[Impl(impl)]
         except (ValueError, KeyError):
-            raise ValueError(f"impl of {self.name}: got {str(impl)!r} ({how}), expected auto or one of {names}") from None
+            raise ValueError(
+                f"impl of {self.name}: got {str(impl)!r} ({how}), expected auto or one of {names}"
+            ) from None
         why_not = self._why_not(row, kind)
         if why_not is not None:
             alternative = self._alternative(kind)
@@ -159,7 +161,9 @@ def _steering(text: str) -> dict[str, str]:
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, _, name = entry.rpartition("=")
         if name not in known:
-            raise ValueError(f"PRISM_IMPL: unknown implementation {name!r} in {entry!r}; expected one of {sorted(known)}")
+            raise ValueError(
+                f"PRISM_IMPL: unknown implementation {name!r} in {entry!r}; expected one of {sorted(known)}"
+            )
         if op and op not in _OPS:
             raise ValueError(f"PRISM_IMPL: unknown op {op!r} in {entry!r}; expected one of {sorted(_OPS)}")
         table[op or "*"] = name

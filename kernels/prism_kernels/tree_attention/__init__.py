@@ -1,0 +1,1 @@
+"""Attention over a packed tree of segments."""

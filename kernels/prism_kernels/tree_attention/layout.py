@@ -1,0 +1,199 @@
+"""TreeLayout: which segment continues which, and where each one lies in the packed stream.
+
+S segments, T tokens. A segment is a run of tokens; it continues an earlier segment (its prefix) or starts a tree (-1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# A group of segments is padded to its longest one while the padded area stays under this multiple of the exact area.
+PADDING_LIMIT = 1.3
+# Below this many query-key pairs a group costs less than the launch it saves, whatever its padding.
+SMALL_AREA = 16_384
+
+
+@dataclass(frozen=True)
+class SegmentGroup:
+    """Segments of similar size, padded together for one dense attention call (n segments, Lq queries, Lk keys)."""
+
+    query_row: Tensor  # (n * Lq,) int64, row of the stream; padding repeats row 0
+    key_row: Tensor  # (n * Lk,) int64, rows of the ancestors, then of the segment itself
+    size: tuple[int, int, int]  # n, Lq, Lk
+    mask: Tensor | None  # (n, 1, Lq, Lk) bool; None: plain causal
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    groups: tuple[SegmentGroup, ...]
+    output_row: Tensor  # (T,) int64: where the result of token t lies in the concatenated group outputs
+
+
+@dataclass(frozen=True, eq=False)
+class TreeLayout:
+    """Layout of a packed tree.
+
+    >>> TreeLayout.build(lengths=[3, 2, 1, 2, 2], prefix=[-1, 0, 0, -1, 3]).segment_start.tolist()
+    [0, 3, 5, 6, 8, 10]
+    """
+
+    lengths: tuple[int, ...]
+    prefix: tuple[int, ...]
+    segment_start: Tensor  # (S + 1,) int32
+    prefix_index: Tensor  # (S,) int32
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(
+        cls, lengths: Sequence[int], prefix: Sequence[int], device: torch.device | str | None = None
+    ) -> TreeLayout:
+        """Layout of segments in stream order.
+
+        ``lengths``: tokens per segment, >= 0. ``prefix[i]``: index of the segment that i continues (< i), or -1.
+        Raises ValueError naming the argument and the segment.
+        """
+        lengths, prefix = _integers("lengths", lengths), _integers("prefix", prefix)
+        if len(lengths) != len(prefix):
+            raise ValueError(f"prefix: got {len(prefix)} entries for {len(lengths)} lengths, expected as many")
+        for i, (length, parent) in enumerate(zip(lengths, prefix)):
+            if length < 0:
+                raise ValueError(f"lengths[{i}]: got {length}, expected a number of tokens >= 0")
+            if not -1 <= parent < i:
+                raise ValueError(f"prefix[{i}]: got {parent}, expected -1 or the index of an earlier segment (< {i})")
+        start = [0]
+        for length in lengths:
+            start.append(start[-1] + length)
+        return cls(
+            lengths=lengths,
+            prefix=prefix,
+            segment_start=torch.tensor(start, dtype=torch.int32, device=device),
+            prefix_index=torch.tensor(prefix, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def depth(self) -> int:
+        """Edges on the longest path from a root: 0 for separate sequences, 1 for PRISM's trees."""
+        depths: list[int] = []
+        for parent in self.prefix:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return max(depths, default=0)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TreeLayout:
+        if torch.device(device) == self.segment_start.device:
+            return self
+        return TreeLayout(
+            self.lengths,
+            self.prefix,
+            self.segment_start.to(device, non_blocking=non_blocking),
+            self.prefix_index.to(device, non_blocking=non_blocking),
+        )
+
+    def ancestors(self, segment: int) -> list[int]:
+        """Segments from the root down to the parent of ``segment``; empty for a root."""
+        path = []
+        parent = self.prefix[segment]
+        while parent >= 0:
+            path.append(parent)
+            parent = self.prefix[parent]
+        return path[::-1]
+
+    def rows(self, segment: int) -> range:
+        """Rows of the stream that the segment occupies."""
+        starts = self._cache.get("starts")
+        if starts is None:
+            starts = self._cache["starts"] = self.segment_start.tolist()
+        return range(starts[segment], starts[segment + 1])
+
+    def allowed(self) -> Tensor:
+        """(T, T) bool: query row may attend to key row. Quadratic: for the reference and for tests."""
+        mask = torch.zeros(self.num_tokens, self.num_tokens, dtype=torch.bool)
+        for segment in range(self.num_segments):
+            own = self.rows(segment)
+            for parent in self.ancestors(segment):
+                above = self.rows(parent)
+                mask[own.start : own.stop, above.start : above.stop] = True
+            mask[own.start : own.stop, own.start : own.stop] = torch.ones(len(own), len(own)).tril().bool()
+        return mask.to(self.segment_start.device)
+
+    def group_plan(self) -> GroupPlan:
+        """Segments of similar size grouped for dense attention; computed once, used by every layer."""
+        if "plan" not in self._cache:
+            self._cache["plan"] = _group_plan(self)
+        return self._cache["plan"]
+
+
+def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    try:
+        result = tuple(int(v) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a sequence of integers, got {values!r}") from None
+    if any(r != v for r, v in zip(result, values)):
+        raise ValueError(f"{name}: expected whole numbers, got {values!r}")
+    return result
+
+
+def _group_plan(layout: TreeLayout) -> GroupPlan:
+    device = layout.segment_start.device
+    keys: dict[int, list[int]] = {}
+    for segment in range(layout.num_segments):
+        if layout.lengths[segment]:
+            path = [*layout.ancestors(segment), segment]
+            keys[segment] = [row for s in path for row in layout.rows(s)]
+    order = sorted(keys, key=lambda s: (len(keys[s]), layout.lengths[s]))
+    groups, output_row, offset = [], [0] * layout.num_tokens, 0
+    for members in _similar(order, [layout.lengths[s] for s in order], [len(keys[s]) for s in order]):
+        num_q, num_k = max(layout.lengths[s] for s in members), max(len(keys[s]) for s in members)
+        query_row, key_row, before = [], [], []
+        for s in members:
+            own = list(layout.rows(s))
+            for i, row in enumerate(own):
+                output_row[row] = offset + len(query_row) + i
+            query_row += own + [0] * (num_q - len(own))
+            key_row += keys[s] + [0] * (num_k - len(keys[s]))
+            before.append(len(keys[s]) - len(own))
+        offset += len(query_row)
+        mask = None
+        if any(before):
+            # Query i of a segment sees key j when j <= (tokens above the segment) + i; padded keys come later.
+            last = torch.tensor(before)[:, None] + torch.arange(num_q)
+            mask = (torch.arange(num_k) <= last[:, :, None])[:, None].to(device)
+        groups.append(
+            SegmentGroup(
+                torch.tensor(query_row, device=device),
+                torch.tensor(key_row, device=device),
+                (len(members), num_q, num_k),
+                mask,
+            )
+        )
+    return GroupPlan(tuple(groups), torch.tensor(output_row, dtype=torch.int64, device=device))
+
+
+def _similar(order: list[int], num_q: list[int], num_k: list[int]) -> list[list[int]]:
+    """Cuts a list sorted by size into groups whose padded area stays near the exact one."""
+    groups: list[list[int]] = []
+    first, exact, longest_q = 0, 0, 0
+    for i in range(len(order)):
+        exact, longest_q = exact + num_q[i] * num_k[i], max(longest_q, num_q[i])
+        padded = (i + 1 - first) * longest_q * num_k[i]
+        # Roots (all keys are their own) and branches stay apart, so that roots keep the plain causal path.
+        mixed = i > first and (num_q[i] == num_k[i]) != (num_q[first] == num_k[first])
+        if i > first and (mixed or padded > max(PADDING_LIMIT * exact, SMALL_AREA)):
+            groups.append(order[first:i])
+            first, exact, longest_q = i, num_q[i] * num_k[i], num_q[i]
+    if order:
+        groups.append(order[first:])
+    return groups

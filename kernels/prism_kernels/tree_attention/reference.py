@@ -1,0 +1,20 @@
+"""The definition: dense masked softmax attention over the whole stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prism_kernels.tree_attention.layout import TreeLayout
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float) -> Tensor:
+    """q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D); at least fp32 inside."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    repeat = q.shape[1] // k.shape[1]
+    queries = q.to(wide).transpose(0, 1)  # (Hq, T, D)
+    keys = k.to(wide).repeat_interleave(repeat, dim=1).transpose(0, 1)
+    values = v.to(wide).repeat_interleave(repeat, dim=1).transpose(0, 1)
+    logits = (queries @ keys.transpose(1, 2)) * scale  # (Hq, T, T)
+    logits = logits.masked_fill(~layout.allowed(), float("-inf"))
+    return (torch.softmax(logits, dim=-1) @ values).transpose(0, 1).to(q.dtype)

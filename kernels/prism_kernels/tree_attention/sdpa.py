@@ -1,0 +1,34 @@
+"""torch's scaled_dot_product_attention on groups of similar segments: the CPU's default, any depth, any device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prism_kernels.tree_attention.layout import TreeLayout
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float) -> Tensor:
+    """q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D).
+
+    A root's keys are gathered once per branch. index_select, whose backward adds repeated rows in a fixed order, keeps
+    the gradients repeatable.
+    """
+    if q.shape[0] == 0:
+        return q.clone()
+    repeat = q.shape[1] // k.shape[1]
+    plan = layout.group_plan()
+    outputs = []
+    for group in plan.groups:
+        n, num_q, num_k = group.size
+        queries = q.index_select(0, group.query_row).view(n, num_q, *q.shape[1:]).transpose(1, 2)
+        keys = k.index_select(0, group.key_row).view(n, num_k, *k.shape[1:]).transpose(1, 2)
+        values = v.index_select(0, group.key_row).view(n, num_k, *v.shape[1:]).transpose(1, 2)
+        if repeat > 1:
+            keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=group.mask, is_causal=group.mask is None, scale=scale
+        )
+        outputs.append(out.transpose(1, 2).reshape(n * num_q, *q.shape[1:]))
+    return torch.cat(outputs).index_select(0, plan.output_row)

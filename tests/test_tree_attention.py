@@ -1,0 +1,104 @@
+"""tree_attention equals attention of separate sequences, values and gradients, in every implementation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prism_kernels import TreeLayout, tree_attention
+
+IMPLS = ["reference", "sdpa"]
+
+
+@st.composite
+def forests(draw, depth_one=False):
+    count = draw(st.integers(1, 9))
+    lengths = draw(st.lists(st.integers(0, 7), min_size=count, max_size=count))
+    prefix = []
+    for i in range(count):
+        parents = [j for j in range(i) if prefix[j] == -1] if depth_one else list(range(i))
+        prefix.append(draw(st.sampled_from([-1, *parents])))
+    return TreeLayout.build(lengths, prefix)
+
+
+def separate(q, k, v, layout, scale):
+    """Every path as its own plain causal sequence; each row is kept from its own segment's sequence."""
+    out = torch.full_like(q, float("nan"))
+    repeat = q.shape[1] // k.shape[1]
+    for segment in range(layout.num_segments):
+        rows = [r for s in [*layout.ancestors(segment), segment] for r in layout.rows(s)]
+        own = len(layout.rows(segment))
+        if not own:
+            continue
+        qs, ks, vs = q[rows], k[rows].repeat_interleave(repeat, 1), v[rows].repeat_interleave(repeat, 1)
+        logits = torch.einsum("qhd,khd->hqk", qs, ks) * scale
+        logits = logits + torch.full((len(rows), len(rows)), float("-inf"), dtype=q.dtype).triu(1)
+        path_out = torch.einsum("hqk,khd->qhd", logits.softmax(-1), vs)
+        out = out.index_copy(0, torch.tensor(rows[-own:]), path_out[-own:])
+    return out
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
+@given(layout=forests())
+@settings(max_examples=25, deadline=None)
+def test_equals_separate_sequences(impl, heads, layout):
+    total = layout.num_tokens
+    q = torch.randn(total, heads[0], 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(total, heads[1], 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    out = tree_attention(q, k, v, layout, impl=impl)
+    expected = separate(q, k, v, layout, 8**-0.5)
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+    if not total:
+        return
+    weight = torch.randn_like(out)
+    got = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    want = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_production_like_shape_in_fp32(impl):
+    layout = TreeLayout.build([150, 40, 73, 1, 60, 33], [-1, 0, 0, 0, -1, 4])
+    q, k, v = (torch.randn(layout.num_tokens, h, 64) for h in (4, 2, 2))
+    truth = separate(*(x.double() for x in (q, k, v)), layout, 0.2)
+    torch.testing.assert_close(
+        tree_attention(q, k, v, layout, scale=0.2, impl=impl).double(), truth, atol=2e-6, rtol=1e-5
+    )
+
+
+def test_gradients_are_repeatable():
+    layout = TreeLayout.build([40, *[30] * 12], [-1, *[0] * 12])
+    q, k, v = (torch.randn(layout.num_tokens, h, 32, requires_grad=True) for h in (4, 2, 2))
+    grads = [torch.autograd.grad(tree_attention(q, k, v, layout).square().sum(), (q, k, v)) for _ in range(3)]
+    assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prefix", "says"),
+    [
+        ([3, -1], [-1, 0], r"lengths\[1\]"),
+        ([3, 2], [-1, 1], r"prefix\[1\]"),
+        ([3, 2], [-1], "prefix"),
+        ([1.5], [-1], "lengths"),
+    ],
+)
+def test_layout_refuses(lengths, prefix, says):
+    with pytest.raises(ValueError, match=says):
+        TreeLayout.build(lengths, prefix)
+
+
+def test_arguments_are_checked():
+    layout = TreeLayout.build([3], [-1])
+    q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
+    with pytest.raises(ValueError, match="layout: has 3 tokens"):
+        tree_attention(torch.randn(4, 4, 8), torch.randn(4, 2, 8), torch.randn(4, 2, 8), layout)
+    with pytest.raises(ValueError, match="multiple"):
+        tree_attention(torch.randn(3, 3, 8), k, k, layout)
+    with pytest.raises(ValueError, match=r"v: expected torch.float32"):
+        tree_attention(q, k, k.double(), layout)
+    with pytest.raises(ValueError, match="expected auto or one of"):
+        tree_attention(q, k, k, layout, impl="nope")
+    with pytest.raises(ValueError, match="expected auto or one of"):
+        tree_attention(q, k, k, layout, impl="triton")
