@@ -1,12 +1,28 @@
 """Kernels of PRISM post-training. Importable with torch alone; every op names its implementations (``which_impl()``)."""
 
 from prism_kernels.dispatch import Impl, which_impl
+from prism_kernels.linear_logprob import (
+    LinearLogprob,
+    PolicyLoss,
+    PolicyObjective,
+    linear_cross_entropy,
+    linear_logprob,
+    linear_objective,
+    linear_policy_loss,
+)
 from prism_kernels.tree_attention.api import tree_attention
 from prism_kernels.tree_attention.layout import TreeLayout
 
 __all__ = [
     "Impl",
+    "LinearLogprob",
+    "PolicyLoss",
+    "PolicyObjective",
     "TreeLayout",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "linear_objective",
+    "linear_policy_loss",
     "tree_attention",
     "which_impl",
 ]

@@ -1,0 +1,16 @@
+"""The LM head as one op: log-probs, cross-entropy and policy losses without a (T, V) tensor of logits. See README.md."""
+
+from prism_kernels.linear_logprob.api import linear_cross_entropy, linear_logprob, linear_objective, linear_policy_loss
+from prism_kernels.linear_logprob.glue import cispo
+from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
+
+__all__ = [
+    "LinearLogprob",
+    "PolicyLoss",
+    "PolicyObjective",
+    "cispo",
+    "linear_cross_entropy",
+    "linear_logprob",
+    "linear_objective",
+    "linear_policy_loss",
+]

@@ -1,0 +1,201 @@
+"""The definition of the LM-head ops: plain torch with autograd, fp32 inside (fp64 stays fp64), all logits at once.
+
+T rows, V words, H hidden, R unmasked rows, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prism_kernels.linear_logprob.objectives import IGNORE, LOG_RATIO_LIMIT, LinearLogprob, PolicyLoss, PolicyObjective
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+) -> LinearLogprob:
+    rows = (targets != IGNORE).nonzero().squeeze(1)  # (R,)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden[rows].to(dtype) @ weight.to(dtype).T  # (R, V)
+    if bias is not None:
+        z = z + bias.to(dtype)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    log_p = z.log_softmax(-1)
+    logprob = log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
+    entropy = None
+    if with_entropy:
+        p = log_p.exp()
+        entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+
+    def scatter(values: Tensor) -> Tensor:
+        return values.new_zeros(targets.shape[0]).index_copy(0, rows, values)
+
+    return LinearLogprob(scatter(logprob), scatter(z.logsumexp(-1)), None if entropy is None else scatter(entropy))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weight: Tensor | None,
+    normalizer: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    nll = -linear_logprob(hidden, weight, targets, bias, 1.0, softcap, False).logprob
+    rows = (targets != IGNORE).nonzero().squeeze(1)
+    nll = nll[rows]
+    if row_weight is not None:
+        nll = nll * row_weight[rows]
+    if rows.numel() == 0:
+        return nll.sum()
+    return nll.sum() / (rows.numel() if normalizer is None else normalizer)
+
+
+def linear_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    glue: Callable,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+) -> Tensor:
+    out = linear_logprob(hidden, weight, targets, bias, temperature, softcap, with_entropy)
+    rows = (targets != IGNORE).nonzero().squeeze(1)
+    logprob = out.logprob[rows]
+    entropy = out.entropy[rows] if with_entropy else None
+    with torch.no_grad():
+        loss, d_logprob, d_entropy = glue(logprob.detach(), entropy.detach() if with_entropy else None, rows)
+    # The value is the glue's, the gradient is that of the two linear terms, each 0 in value.
+    total = loss + (d_logprob * (logprob - logprob.detach())).sum()
+    if d_entropy is not None:
+        total = total + (d_entropy * (entropy - entropy.detach())).sum()
+    return total
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    sequence_start: Tensor,
+    objective: PolicyObjective,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    normalizer: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    with_logprob: bool,
+) -> PolicyLoss:
+    num_rows, num_sequences = targets.shape[0], sequence_start.shape[0] - 1
+    need_entropy = with_entropy or objective.entropy_coef != 0
+    out = linear_logprob(hidden, weight, targets, bias, temperature, softcap, need_entropy)
+    rows = (targets != IGNORE).nonzero().squeeze(1)  # (R,)
+    lengths = (sequence_start[1:] - sequence_start[:-1]).long()
+    sequence = torch.arange(num_sequences, device=targets.device).repeat_interleave(lengths)[rows]  # (R,) its sequence
+    per_row = advantages.shape[0] == num_rows != num_sequences
+    advantage = (advantages[rows] if per_row else advantages[sequence]).to(out.logprob.dtype)
+
+    logprob = out.logprob[rows]
+    old = logprob.detach() if old_logprob is None else old_logprob[rows]
+    stats: dict[str, Tensor] = {"rows": logprob.detach().new_tensor(rows.numel())}
+    ratio = _ratio(logprob, old, sequence, num_sequences, objective.ratio)
+    loss = _surrogate(ratio, advantage, objective, stats)
+    token_log_ratio = (logprob - old).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    stats["kl_old"] = (token_log_ratio.exp() - token_log_ratio - 1).mean()
+    if rollout_logprob is not None:
+        loss = loss * _importance(old, rollout_logprob[rows], objective.importance_cap, stats)
+    if ref_logprob is not None:
+        kl = _kl(logprob, ref_logprob[rows], objective.kl_estimator)
+        stats["kl_ref"] = kl.mean()
+        if objective.kl_coef != 0:
+            loss = loss + objective.kl_coef * kl
+    if need_entropy:
+        stats["entropy_mean"] = out.entropy[rows].mean()
+        if objective.entropy_coef != 0:
+            loss = loss - objective.entropy_coef * out.entropy[rows]
+    loss = _aggregate(loss, sequence, num_sequences, objective, normalizer)
+
+    if rows.numel() == 0:
+        stats = {"rows": stats["rows"]}
+    return PolicyLoss(
+        loss,
+        out.logprob.detach() if with_logprob else None,
+        out.entropy.detach() if with_entropy else None,
+        {name: value.detach() for name, value in stats.items()},
+    )
+
+
+def _ratio(logprob: Tensor, old: Tensor, sequence: Tensor, num_sequences: int, kind: str) -> Tensor:
+    log_ratio = (logprob - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    if kind == "token":
+        return log_ratio.exp()
+    total = log_ratio.new_zeros(num_sequences).index_add(0, sequence, log_ratio)
+    count = log_ratio.new_zeros(num_sequences).index_add(0, sequence, torch.ones_like(log_ratio))
+    return (total / count)[sequence].exp().detach() * (logprob - logprob.detach()).exp()
+
+
+def _surrogate(ratio: Tensor, advantage: Tensor, objective: PolicyObjective, stats: dict[str, Tensor]) -> Tensor:
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    stats["ratio_mean"] = ratio.mean()
+    stats["clip_low_fraction"] = ((ratio < low) & (advantage < 0)).to(ratio.dtype).mean()
+    stats["clip_high_fraction"] = ((ratio > high) & (advantage > 0)).to(ratio.dtype).mean()
+    if objective.dual_clip is not None:
+        bound = -objective.dual_clip * advantage
+        bounded = (advantage < 0) & (loss > bound)
+        loss = torch.where(bounded, bound, loss)
+        stats["dual_clip_fraction"] = bounded.to(ratio.dtype).mean()
+    return loss
+
+
+def _importance(old: Tensor, rollout: Tensor, cap: float | None, stats: dict[str, Tensor]) -> Tensor | float:
+    difference = (old - rollout).detach()
+    stats["rollout_diff_mean"] = difference.abs().mean()
+    stats["rollout_diff_max"] = difference.abs().max() if difference.numel() else difference.new_zeros(())
+    if cap is None:
+        return 1.0
+    raw = difference.exp()
+    stats["importance_mean"] = raw.clamp(max=cap).mean()
+    stats["importance_capped_fraction"] = (raw > cap).to(raw.dtype).mean()
+    return raw.clamp(max=cap)
+
+
+def _kl(logprob: Tensor, ref: Tensor, estimator: str) -> Tensor:
+    if estimator == "k1":
+        return logprob - ref
+    difference = (ref - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    if estimator == "k2":
+        return difference.square() / 2
+    return difference.exp() - difference - 1
+
+
+def _aggregate(
+    loss: Tensor, sequence: Tensor, num_sequences: int, objective: PolicyObjective, normalizer: Tensor | None
+) -> Tensor:
+    if loss.numel() == 0:
+        return loss.sum()
+    if objective.aggregate == "token_mean":
+        return loss.sum() / (loss.numel() if normalizer is None else normalizer)
+    divisor = num_sequences if normalizer is None else normalizer
+    if objective.aggregate == "sequence_mean":
+        count = loss.new_zeros(num_sequences).index_add(0, sequence, torch.ones_like(loss))
+        return (loss / count[sequence]).sum() / divisor
+    if objective.aggregate == "sequence_sum":
+        return loss.sum() / divisor
+    return loss.sum() / (divisor * objective.max_length)
