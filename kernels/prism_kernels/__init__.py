@@ -1,6 +1,7 @@
 """Kernels of PRISM post-training. Importable with torch alone; every op names its implementations (``which_impl()``)."""
 
 from prism_kernels.dispatch import Impl, which_impl
+from prism_kernels.group_advantage import group_normalize, multi_reward_advantage
 from prism_kernels.linear_logprob import (
     LinearLogprob,
     PolicyLoss,
@@ -10,6 +11,7 @@ from prism_kernels.linear_logprob import (
     linear_objective,
     linear_policy_loss,
 )
+from prism_kernels.moe import Routing, RoutingStats, load_balancing_loss, moe_mlp, moe_route
 from prism_kernels.tree_attention.api import tree_attention
 from prism_kernels.tree_attention.layout import TreeLayout
 
@@ -18,11 +20,18 @@ __all__ = [
     "LinearLogprob",
     "PolicyLoss",
     "PolicyObjective",
+    "Routing",
+    "RoutingStats",
     "TreeLayout",
+    "group_normalize",
     "linear_cross_entropy",
     "linear_logprob",
     "linear_objective",
     "linear_policy_loss",
+    "load_balancing_loss",
+    "moe_mlp",
+    "moe_route",
+    "multi_reward_advantage",
     "tree_attention",
     "which_impl",
 ]

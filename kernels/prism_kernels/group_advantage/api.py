@@ -1,0 +1,180 @@
+"""The contract: arguments, checks, dispatch. Dimensions: B responses, K rewards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
+from prism_kernels.group_advantage.rules import RULES, Coefficients
+
+_PACKAGE = "prism_kernels.group_advantage"
+
+
+def _op(name: str) -> Op:
+    return Op(
+        name,
+        [
+            Implementation(Impl.TRITON, f"{_PACKAGE}.triton_kernel:{name}", ("cuda",), need_triton),
+            Implementation(Impl.CPU, f"{_PACKAGE}.cpu:{name}", ("cpu",)),
+            Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:{name}", ("cpu", "cuda")),
+        ],
+    )
+
+
+NORMALIZE = _op("group_normalize")
+ADVANTAGE = _op("multi_reward_advantage")
+
+
+@torch.no_grad()
+def group_normalize(
+    scores: Tensor,
+    group_ids: Tensor,
+    *,
+    baseline: str = "mean",
+    scale: str = "std",
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:
+    """Normalise scores within their group: ``(s - baseline) / (std + eps)``, std unbiased.
+
+    Equals, for one group ``s`` of more than one response, ``(s - s.mean()) / (s.std() + eps)``; a group of one has
+    baseline 0 and std 1 under every option. Equal scores give exactly 0. NaN stays in its group.
+
+    Args:
+        scores: (B,) or (K, B) floating. K rewards are normalised separately: sum the rows for normalise-then-sum (GDPO).
+        group_ids: (B,) int64 or int32, any values, any order, any group sizes.
+        baseline: "mean" (GRPO, arXiv 2402.03300) or "leave_one_out", the mean of the others (RLOO, arXiv 2402.14740).
+        scale: "std", or "none": no division (Dr.GRPO, arXiv 2503.20783).
+        eps: added to the std, >= 0.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        The shape of ``scores``; fp64 for fp64 scores, else fp32. Carries no gradient.
+
+    Raises:
+        ValueError: an argument of another shape, dtype, device or value; names it.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    if not scores.is_floating_point() or scores.dim() not in (1, 2):
+        raise ValueError(f"scores: expected floating (B,) or (K, B), got {_describe(scores)}")
+    _check_ids(group_ids, scores, "scores")
+    if baseline not in ("mean", "leave_one_out"):
+        raise ValueError(f"baseline: expected 'mean' or 'leave_one_out', got {baseline!r}")
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale: expected 'std' or 'none', got {scale!r}")
+    _check_eps(eps)
+    _, run = NORMALIZE.select(impl, scores.device)
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if scores.numel() == 0:
+        return torch.zeros_like(scores, dtype=dtype)
+    return run(scores, group_ids, baseline=baseline, scale=scale, eps=float(eps)).to(dtype)
+
+
+@torch.no_grad()
+def multi_reward_advantage(
+    perception: Tensor,
+    reasoning: Tensor,
+    group_ids: Tensor,
+    *,
+    format_valid: Tensor | None = None,
+    accuracy: Tensor | None = None,
+    rule: str = "align",
+    perception_weight: float = 0.5,
+    reasoning_weight: float = 0.5,
+    align_coef: float = 1.0,
+    wrong_penalty: float = 1.0,
+    format_penalty: float = 0.0,
+    accuracy_weight: float = 1.0,
+    format_weight: float = 1.0,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:
+    """Advantage of every response from its two discriminator scores and, by rule, its verifiable reward.
+
+    With F = invalid format, W = valid format and accuracy 0, gate = (1-F)(1-W), z and GN = :func:`group_normalize`,
+    A_align = perception_weight z(perception) + reasoning_weight z(reasoning), k = align_coef, p_w = wrong_penalty,
+    p_f = format_penalty, r = accuracy_weight accuracy + format_weight (1-F):
+
+    ==================== =================================================================
+    align                A_align - p_f F
+    penalised            k A_align - p_w W - p_f F
+    gated                k A_align gate - p_w W - p_f F
+    verified             GN(r) + k A_align gate
+    verified_penalised   GN(r - p_w W - p_f F) + k A_align gate
+    signed               GN((1-F)(r - p_w W) - p_f F) + k A_align (1-F)(1-2W)
+    ==================== =================================================================
+
+    Scores of invalid responses are replaced, whatever they hold, by the smallest valid score of their group minus 1, or
+    by -1 where the group has no valid response. Scores are not clamped. NaN stays in its group. PRISM (arXiv 2604.28123).
+
+    Args:
+        perception, reasoning: (B,) floating scores.
+        group_ids: (B,) int64 or int32, any values, any order, any group sizes.
+        format_valid: (B,) bool, or numbers of which 0 means invalid; None: all valid.
+        accuracy: (B,) in {0, 1}, bool or numeric; every rule but "align" needs it.
+        rule: a row of the table.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        (B,) fp32 without gradient.
+
+    Raises:
+        ValueError: an argument of another shape, dtype, device or value, or accuracy missing; names it.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    if not perception.is_floating_point() or perception.dim() != 1:
+        raise ValueError(f"perception: expected floating (B,), got {_describe(perception)}")
+    if not reasoning.is_floating_point():
+        raise ValueError(f"reasoning: expected floating (B,), got {_describe(reasoning)}")
+    _check_row("reasoning", reasoning, perception)
+    _check_ids(group_ids, perception, "perception")
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if rule == "align":
+        accuracy = None
+    elif accuracy is None:
+        raise ValueError(f"accuracy: rule {rule!r} reads it; pass (B,) values in {{0, 1}}, or use rule='align'")
+    else:
+        _check_row("accuracy", accuracy, perception)
+    if format_valid is not None:
+        _check_row("format_valid", format_valid, perception)
+    _check_eps(eps)
+    coefficients = Coefficients(
+        perception_weight,
+        reasoning_weight,
+        align_coef,
+        wrong_penalty,
+        format_penalty,
+        accuracy_weight,
+        format_weight,
+        eps,
+    )
+    _, run = ADVANTAGE.select(impl, perception.device)
+    if perception.numel() == 0:
+        return torch.zeros_like(perception, dtype=torch.float32)
+    return run(perception, reasoning, group_ids, format_valid, accuracy, rule=rule, coefficients=coefficients).float()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _check_ids(group_ids: Tensor, scores: Tensor, name: str) -> None:
+    if group_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"group_ids: expected int64 or int32, got {_describe(group_ids)}")
+    _check_row("group_ids", group_ids, scores, name)
+
+
+def _check_row(name: str, tensor: Tensor, like: Tensor, of: str = "perception") -> None:
+    """One value per response, on the same device."""
+    batch = like.shape[-1:]
+    if tensor.shape != batch or tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected ({batch[0]},) on {like.device}, one value per response of {of}, got {_describe(tensor)}"
+        )
+
+
+def _check_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")

@@ -1,0 +1,58 @@
+"""The definition: plain torch and autograd, fp32 inside (fp64 stays), any device.
+
+Dimensions: T tokens, H hidden, E experts, k experts per token, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prism_kernels.moe.routing import Routing, RoutingStats
+
+
+def moe_route(
+    hidden: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    segment_kind: Tensor | None,
+    num_kinds: int,
+    expert_index: Tensor | None,
+) -> Routing:
+    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    experts = router_weight.shape[0]
+    probability = (hidden.to(math) @ router_weight.to(math).T).softmax(dim=-1)  # (T, E)
+    if expert_index is None:  # a stable sort puts ties in index order
+        expert_index = probability.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    index = expert_index.long()
+    weight = probability.gather(1, index)
+    if renormalize:
+        weight = weight / weight.sum(dim=-1, keepdim=True)
+
+    flat = index.flatten()
+    token_order = flat.argsort(stable=True)
+    expert_offset = F.pad((flat[:, None] == torch.arange(experts, device=flat.device)).sum(dim=0).cumsum(0), (1, 0))
+
+    kind = torch.zeros_like(index[:, 0]) if segment_kind is None else segment_kind.long()
+    chosen = F.one_hot(index, experts).sum(dim=1).float()  # (T, E)
+    stats = RoutingStats(
+        counts=torch.stack([chosen[kind == i].sum(dim=0) for i in range(num_kinds)]),
+        prob_sum=torch.stack([probability[kind == i].sum(dim=0) for i in range(num_kinds)]),
+    )
+    return Routing(expert_index.int().contiguous(), weight, token_order.int(), expert_offset.int(), stats)
+
+
+def moe_mlp(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    """``gate_up`` (E, 2I, H) and ``down`` (E, H, I), whatever their strides. Reads expert_index and weight alone."""
+    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    x = hidden.to(math)
+    out = torch.zeros_like(x)
+    for e in range(gate_up.shape[0]):
+        token, slot = (routing.expert_index == e).nonzero(as_tuple=True)
+        gate, up = (x[token] @ gate_up[e].to(math).T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ down[e].to(math).T
+        out = out.index_add(0, token, y * routing.weight[token, slot, None].to(math))
+    return out.to(hidden.dtype)
