@@ -46,7 +46,8 @@ class Sample:
     """One validated record of any of the four published files (PRISM.md 6). Fields a format lacks are None.
 
     >>> Sample(place="train.jsonl:3", messages=(Message("user", "<image>Sum?"),),
-    ...        images=(ImageRef(path=Path("3.png")),), response="<caption>...</caption><think>...</think><answer>7</answer>")
+    ...        images=(ImageRef(path=Path("3.png")),),
+    ...        response="<caption>3, 4</caption><think>3 + 4 = 7</think><answer>7</answer>")
     """
 
     place: str  # "file:record", for messages to a person
@@ -60,6 +61,7 @@ class Sample:
     gold: str | None = None  # reward_model.ground_truth
     equivalents: tuple[str, ...] = ()  # reward_model.equivalent_answers
     question_type: str = "all"  # extra_info.question_type where there is one, else data_source
+    data_source: str = ""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,22 @@ def test_production_like_shape_in_fp32(impl):
     )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@given(layout=forests(), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_chosen_rows_equal_the_full_computation(impl, layout, data):
+    total = layout.num_tokens
+    if not total:
+        return
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=6)))
+    q, k, v = (torch.randn(total, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    full = tree_attention(q, k, v, layout, impl="reference")[rows]
+    some = tree_attention(q[rows], k, v, layout, query_row=rows, impl=impl)
+    torch.testing.assert_close(some, full, atol=1e-10, rtol=1e-10)
+    for a, b in zip(torch.autograd.grad(some.sum(), (q, k, v)), torch.autograd.grad(full.sum(), (q, k, v))):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
 def test_gradients_are_repeatable():
     layout = TreeLayout.build([40, *[30] * 12], [-1, *[0] * 12])
     q, k, v = (torch.randn(layout.num_tokens, h, 32, requires_grad=True) for h in (4, 2, 2))

@@ -33,6 +33,22 @@ class GroupPlan:
     output_row: Tensor  # (T,) int64: where the result of token t lies in the concatenated group outputs
 
 
+@dataclass(frozen=True)
+class TreeRows:
+    """The chosen queries of one tree, whose keys lie in stream rows [start, stop)."""
+
+    query: Tensor  # (n,) int64: positions in the chosen rows
+    start: int
+    stop: int
+    mask: Tensor  # (n, stop - start) bool
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    trees: tuple[TreeRows, ...]
+    output_row: Tensor  # (Q,) int64: where the result of chosen row i lies in the concatenated outputs
+
+
 @dataclass(frozen=True, eq=False)
 class TreeLayout:
     """Layout of a packed tree.
@@ -133,6 +149,13 @@ class TreeLayout:
             self._cache["plan"] = _group_plan(self)
         return self._cache["plan"]
 
+    def row_plan(self, query_row: Tensor) -> RowPlan:
+        """Chosen query rows by tree, for attention at a few rows; the last one asked for is kept."""
+        rows = tuple(query_row.tolist())
+        if self._cache.get("chosen") != rows:
+            self._cache["chosen"], self._cache["row_plan"] = rows, _row_plan(self, rows)
+        return self._cache["row_plan"]
+
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
     if isinstance(values, Tensor):
@@ -180,6 +203,36 @@ def _group_plan(layout: TreeLayout) -> GroupPlan:
             )
         )
     return GroupPlan(tuple(groups), torch.tensor(output_row, dtype=torch.int64, device=device))
+
+
+def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
+    device = layout.segment_start.device
+    root, extent, segment_of = [], {}, []
+    for segment, parent in enumerate(layout.prefix):
+        root.append(segment if parent < 0 else root[parent])
+        rows = layout.rows(segment)
+        start, _ = extent.get(root[-1], (rows.start, rows.stop))
+        extent[root[-1]] = (start, rows.stop)  # the stream's order is the segments' order
+        segment_of += [segment] * len(rows)
+    members: dict[int, list[int]] = {}
+    for i, row in enumerate(chosen):
+        if not 0 <= row < layout.num_tokens:
+            raise ValueError(f"query_row[{i}]: got {row}, expected a row of the {layout.num_tokens} tokens")
+        members.setdefault(root[segment_of[row]], []).append(i)
+    trees, output_row, offset = [], [0] * len(chosen), 0
+    for tree, queries in members.items():
+        start, stop = extent[tree]
+        mask = torch.zeros(len(queries), stop - start, dtype=torch.bool)
+        for j, i in enumerate(queries):
+            segment = segment_of[chosen[i]]
+            for above in layout.ancestors(segment):
+                rows = layout.rows(above)
+                mask[j, rows.start - start : rows.stop - start] = True
+            mask[j, layout.rows(segment).start - start : chosen[i] - start + 1] = True
+            output_row[i] = offset + j
+        offset += len(queries)
+        trees.append(TreeRows(torch.tensor(queries, device=device), start, stop, mask.to(device)))
+    return RowPlan(tuple(trees), torch.tensor(output_row, dtype=torch.int64, device=device))
 
 
 def _similar(order: list[int], num_q: list[int], num_k: list[int]) -> list[list[int]]:

@@ -9,15 +9,18 @@ from torch import Tensor
 from prism_kernels.tree_attention.layout import TreeLayout
 
 
-def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float) -> Tensor:
-    """q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D).
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, query_row: Tensor | None = None
+) -> Tensor:
+    """q (T or Q, Hq, D), k and v (T, Hkv, D) -> as q.
 
     A root's keys are gathered once per branch. index_select, whose backward adds repeated rows in a fixed order, keeps
     the gradients repeatable.
     """
     if q.shape[0] == 0:
         return q.clone()
-    repeat = q.shape[1] // k.shape[1]
+    if query_row is not None:
+        return _chosen_rows(q, k, v, layout, scale, query_row)
     plan = layout.group_plan()
     outputs = []
     for group in plan.groups:
@@ -25,10 +28,28 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: f
         queries = q.index_select(0, group.query_row).view(n, num_q, *q.shape[1:]).transpose(1, 2)
         keys = k.index_select(0, group.key_row).view(n, num_k, *k.shape[1:]).transpose(1, 2)
         values = v.index_select(0, group.key_row).view(n, num_k, *v.shape[1:]).transpose(1, 2)
-        if repeat > 1:
-            keys, values = keys.repeat_interleave(repeat, dim=1), values.repeat_interleave(repeat, dim=1)
         out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=group.mask, is_causal=group.mask is None, scale=scale
+            queries,
+            keys,
+            values,
+            attn_mask=group.mask,
+            is_causal=group.mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(out.transpose(1, 2).reshape(n * num_q, *q.shape[1:]))
+    return torch.cat(outputs).index_select(0, plan.output_row)
+
+
+def _chosen_rows(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, query_row: Tensor) -> Tensor:
+    """A few queries against many keys: one masked call per tree, whose keys are a slice of the stream."""
+    plan = layout.row_plan(query_row)
+    outputs = []
+    for tree in plan.trees:
+        queries = q.index_select(0, tree.query).transpose(0, 1)[None]
+        keys, values = (x[tree.start : tree.stop].transpose(0, 1)[None] for x in (k, v))
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=tree.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs).index_select(0, plan.output_row)

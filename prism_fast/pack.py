@@ -1,0 +1,156 @@
+"""Trees -> PackedTree: the one batch format of every stage.
+
+A tree is a prompt (with its images) and the branches that follow it: responses for a policy, captions and reasonings
+for a discriminator. Everything here is on the host, before the pack is moved to its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prism_fast.records import DataError, PackedTree, Prompt
+from prism_kernels import TreeLayout, pack_trees
+
+# Kinds of token, for per-kind routing statistics.
+KIND_PROMPT, KIND_IMAGE, KIND_RESPONSE = 0, 1, 2
+KIND_STUDENT_CAPTION, KIND_STUDENT_REASONING, KIND_TEACHER_CAPTION, KIND_TEACHER_REASONING = 3, 4, 5, 6
+KIND_NAMES = (
+    "prompt",
+    "image",
+    "response",
+    "student_caption",
+    "student_reasoning",
+    "teacher_caption",
+    "teacher_reasoning",
+)
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """How a model lays images into its token stream: the placeholder's id, and patches per token side."""
+
+    token_id: int
+    merge_size: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt and what follows it. ``together``: branches that every part of a split tree must hold."""
+
+    prompt: Prompt
+    branches: Sequence[Tensor]  # each (L,) int64, L >= 1
+    kinds: Sequence[int]  # KIND_* per branch
+    together: tuple[int, ...] = ()
+
+
+def mrope_positions(prompt: Prompt, image: ImageTokens) -> tuple[Tensor, int]:
+    """Multimodal rotary positions of a prompt: ((3, P) int64 rows t, h, w; the position of the next token).
+
+    Text advances all three rows by one a token. An image of (t, h, w) patches spans t x h/merge x w/merge tokens on a
+    grid from the current position; the text after it goes on at the largest of the three + 1 (Qwen3-VL).
+    """
+    ids = prompt.input_ids
+    is_image = ids == image.token_id
+    expected = 0 if prompt.image_grid_thw is None else int(prompt.image_grid_thw.prod(-1).sum()) // image.merge_size**2
+    if int(is_image.sum()) != expected:
+        raise DataError(f"prompt: {int(is_image.sum())} image tokens, expected {expected} from its images' sizes")
+    columns, position, row = [], 0, 0
+    starts = is_image.nonzero().flatten().tolist()
+    taken = 0
+    for t, h, w in [] if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist():
+        first = starts[taken]
+        columns.append((torch.arange(first - row) + position).expand(3, -1))
+        position += first - row
+        h, w = h // image.merge_size, w // image.merge_size
+        grid = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+        columns.append(torch.stack(grid).reshape(3, -1) + position)
+        position, row, taken = position + max(t, h, w), first + t * h * w, taken + t * h * w
+    columns.append((torch.arange(len(ids) - row) + position).expand(3, -1))
+    return torch.cat(columns, dim=1), position + len(ids) - row
+
+
+def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]], image: ImageTokens) -> PackedTree:
+    """One pack out of ``parts``: [(index into trees, [branch, ...]), ...]."""
+    ids, positions, kinds, lengths, prefix = [], [], [], [], []
+    pixels, grids, image_rows = [], [], []
+    targets, predicts, starts, readouts, names = [], [], [0], [], []
+    row = 0
+    for tree_index, chosen in parts:
+        tree = trees[tree_index]
+        root, root_segment = tree.prompt, len(lengths)
+        root_positions, next_position = mrope_positions(root, image)
+        is_image = root.input_ids == image.token_id
+        ids.append(root.input_ids)
+        positions.append(root_positions)
+        kinds.append(torch.where(is_image, KIND_IMAGE, KIND_PROMPT).to(torch.int32))
+        if root.pixel_values is not None:
+            pixels.append(root.pixel_values)
+            grids.append(root.image_grid_thw)
+            image_rows.append(is_image.nonzero().flatten() + row)
+        lengths.append(len(root))
+        prefix.append(-1)
+        row += len(root)
+        last_of_root = row - 1
+        for b in chosen:
+            branch = tree.branches[b]
+            length = branch.numel()
+            ids.append(branch)
+            positions.append((torch.arange(length) + next_position).expand(3, -1))
+            kinds.append(torch.full((length,), tree.kinds[b], dtype=torch.int32))
+            targets.append(torch.arange(row, row + length))
+            predicts.append(torch.cat([torch.tensor([last_of_root]), torch.arange(row, row + length - 1)]))
+            starts.append(starts[-1] + length)
+            readouts.append(row + length - 1)
+            names.append((tree_index, b))
+            lengths.append(length)
+            prefix.append(root_segment)
+            row += length
+    empty = torch.zeros(0, dtype=torch.int64)
+    return PackedTree(
+        input_ids=torch.cat(ids),
+        position_ids=torch.cat(positions, dim=1),
+        layout=TreeLayout.build(lengths, prefix),
+        segment_kind=torch.cat(kinds),
+        pixel_values=torch.cat(pixels) if pixels else None,
+        image_grid_thw=torch.cat(grids) if grids else None,
+        image_row=torch.cat(image_rows) if image_rows else empty,
+        target_row=torch.cat(targets) if targets else empty,
+        predict_row=torch.cat(predicts) if predicts else empty,
+        sequence_start=torch.tensor(starts, dtype=torch.int32),
+        readout_row=torch.tensor(readouts, dtype=torch.int64),
+        branch=tuple(names),
+    )
+
+
+def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> list[PackedTree]:
+    """Packs of at most ``capacity`` tokens that hold every branch of every tree (a split tree repeats its root).
+
+    Raises DataError where one root with one branch does not fit.
+    """
+    sizes = [(len(tree.prompt), [b.numel() for b in tree.branches]) for tree in trees]
+    for i, (root, branches) in enumerate(sizes):
+        kept = sum(branches[b] for b in trees[i].together)
+        longest = max((length for b, length in enumerate(branches) if b not in trees[i].together), default=0)
+        if root + kept + longest > capacity:
+            raise DataError(
+                f"tree {i}: prompt of {root} and branches of {kept + longest} tokens do not fit in {capacity}; "
+                "raise tokens_per_pack, or lower the length limits"
+            )
+    packs = pack_trees(sizes, capacity, together=[tree.together for tree in trees])
+    return [build_pack(trees, parts, image) for parts in packs if parts]
+
+
+def merge_prompts(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:
+    """Distinct prompts (token ids and pixels equal), and for every input the index of its prompt among them."""
+    index: dict[bytes, int] = {}
+    distinct, which = [], []
+    for prompt in prompts:
+        if prompt.key not in index:
+            index[prompt.key] = len(distinct)
+            distinct.append(prompt)
+        which.append(index[prompt.key])
+    return distinct, which

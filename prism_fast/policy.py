@@ -1,0 +1,154 @@
+"""Qwen3-VL on a PackedTree: the policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, Qwen3VLForConditionalGeneration
+from transformers.masking_utils import AttentionMaskInterface
+
+from prism_fast.pack import ImageTokens
+from prism_fast.records import DataError, PackedTree
+from prism_kernels import TreeLayout, tree_attention
+
+ATTENTION = "prism_tree"
+
+
+def _attend(module, query, key, value, attention_mask=None, scaling=None, prism=None, **unused):
+    """transformers' attention interface: query (1, Hq, T, D), key and value (1, Hkv, T, D) -> (1, T, Hq, D).
+
+    ``prism`` says what the rows are: a TreeLayout, or a callable such as the rollout's cache.
+    """
+    if prism is None:
+        raise RuntimeError(f"attention {ATTENTION!r} needs its layout: call the model through Policy or Discriminator")
+    if isinstance(prism, TreeLayout):
+        out = tree_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), prism, scale=scaling)
+        return out[None], None
+    return prism(module.layer_idx, query, key, value, scaling), None
+
+
+# Both registries: without a mask function of its own, transformers would read restarted positions as packed sequences.
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def read_config(path: str | Path, expected: str):
+    """The checkpoint's configuration. Raises DataError where it is missing or of another architecture."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path}: no config.json; expected a Hugging Face checkpoint directory of {expected}")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(f"{path}/config.json: cannot be read ({str(error).splitlines()[0]})") from None
+    if config.model_type != expected:
+        raise DataError(f"{path}/config.json: model_type is {config.model_type!r}, expected {expected!r}")
+    return config
+
+
+def load_model(model_class, path: str | Path, expected: str, dtype: torch.dtype, device: torch.device | str, **kwargs):
+    """A Hugging Face model with tree attention in its text side, and every weight accounted for."""
+    config = read_config(path, expected)
+    try:
+        model, report = model_class.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise DataError(
+            f"{path}: weights cannot be read ({str(error).splitlines()[0]}); expected safetensors"
+        ) from None
+    missing, wrong = sorted(report["missing_keys"]), sorted(map(str, report.get("mismatched_keys", ())))
+    if missing or wrong:
+        what = f"no weights for {missing[0]}" if missing else f"wrong shape for {wrong[0]}"
+        raise DataError(
+            f"{path}: {what} ({len(missing)} missing, {len(wrong)} mismatched); expected a whole {expected}"
+        )
+    use_tree_attention(model)
+    return model.to(device)
+
+
+def use_tree_attention(model: nn.Module) -> None:
+    """Text side: tree attention. Vision side: flash-attention where it is installed, else sdpa per image."""
+    model.config.text_config._attn_implementation = ATTENTION
+
+
+def image_tokens(config) -> ImageTokens:
+    return ImageTokens(config.image_token_id, config.vision_config.spatial_merge_size)
+
+
+def embed(backbone: nn.Module, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
+    """Token embeddings (1, T, H) with image features in their rows, and the DeepStack features (image rows, H) each.
+
+    Images are taken from roots only (``pack.image_row``): a placeholder token in a branch stays an ordinary embedding.
+    """
+    hidden = backbone.get_input_embeddings()(pack.input_ids)
+    if pack.pixel_values is None:
+        return hidden[None], []
+    visual = backbone.visual
+    features = visual(pack.pixel_values.to(visual.dtype), grid_thw=pack.image_grid_thw, return_dict=True)
+    hidden = hidden.index_copy(0, pack.image_row, features.pooler_output.to(hidden.dtype))
+    return hidden[None], list(features.deepstack_features)
+
+
+class Policy(nn.Module):
+    """A Qwen3-VL whose forward takes a PackedTree and whose head is left to the fused ops.
+
+    ``forbidden``: token ids that are never sampled (placeholders, padding). The policy is the distribution over the
+    other tokens, in the sampler and in the trainer alike: ``bias`` adds -1e9 to their logits.
+    """
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration, forbidden: tuple[int, ...] = ()):
+        super().__init__()
+        self.model = model
+        self.image = image_tokens(model.config)
+        bias = torch.zeros(model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
+        bias[list(forbidden)] = -1e9
+        self.register_buffer("bias", bias, persistent=False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        forbidden: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Policy:
+        """Opens a Hugging Face Qwen3-VL directory (safetensors). Raises DataError on another architecture."""
+        return cls(load_model(Qwen3VLForConditionalGeneration, path, "qwen3_vl", dtype, device), forbidden)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, H) weight of the LM head."""
+        return self.model.lm_head.weight
+
+    def checkpoint_activations(self) -> None:
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def freeze(self, *, vision: bool = False, embeddings: bool = False) -> None:
+        """Takes the vision tower, or the token embeddings (and a head tied to them), out of training."""
+        if vision:
+            self.model.model.visual.requires_grad_(False)
+        if embeddings:
+            self.model.get_input_embeddings().requires_grad_(False)
+
+    def forward(self, pack: PackedTree, prism=None, past_key_values=None) -> Tensor:
+        """Hidden states after the last norm, (T, H). ``prism``: what attention sees, by default the pack's layout."""
+        hidden, deepstack = embed(self.model.model, pack)
+        rows = torch.zeros(1, pack.num_tokens, dtype=torch.bool, device=hidden.device)
+        rows[0, pack.image_row] = True
+        text_positions = torch.arange(pack.num_tokens, device=hidden.device)[None]
+        output = self.model.model.language_model(
+            inputs_embeds=hidden,
+            position_ids=torch.cat([text_positions, pack.position_ids])[:, None],
+            visual_pos_masks=rows if deepstack else None,
+            deepstack_visual_embeds=deepstack or None,
+            use_cache=False,
+            prism=pack.layout if prism is None else prism,
+        )
+        return output.last_hidden_state[0]
+
+    def save(self, path: str | Path) -> None:
+        self.model.save_pretrained(path, safe_serialization=True)

@@ -1,0 +1,85 @@
+"""Tiny random Qwen3-VL checkpoints and prompts, built in memory."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from prism_fast.records import Prompt
+
+IMAGE_TOKEN, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94
+VOCAB = 96
+
+
+def qwen_config(layers: int = 3, hidden: int = 32, tie: bool = True) -> Qwen3VLConfig:
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": hidden,
+            "intermediate_size": 48,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": tie,
+            "pad_token_id": PAD,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": hidden,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=IMAGE_TOKEN,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        video_token_id=95,
+        tie_word_embeddings=tie,
+    )
+
+
+def qwen(seed: int = 0, **kwargs) -> Qwen3VLForConditionalGeneration:
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(qwen_config(**kwargs)).eval()
+    with torch.no_grad():  # norms and biases off their defaults, so that a forgotten one shows
+        for name, value in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                value.add_(0.1 * torch.randn_like(value))
+            elif "embed_tokens" not in name:
+                value.mul_(3)
+    return model
+
+
+def prompt(seed: int, images: tuple[tuple[int, int], ...] = (), text: int = 5) -> Prompt:
+    """Text, then every image of (h, w) patches between vision tokens, then text."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(0, 90, (text,), generator=generator)]
+    for h, w in images:
+        middle = torch.full((h * w // 4,), IMAGE_TOKEN)
+        ids += [torch.tensor([VISION_START]), middle, torch.tensor([VISION_END])]
+    ids.append(torch.randint(0, 90, (3,), generator=generator))
+    patches = sum(h * w for h, w in images)
+    pixels = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator) if images else None
+    grid = torch.tensor([[1, h, w] for h, w in images]) if images else None
+    ids = torch.cat(ids)
+    raw = ids.numpy().tobytes() + (pixels.numpy().tobytes() if images else b"")
+    return Prompt(ids, pixels, grid, hashlib.sha256(raw).digest())
+
+
+def tokens(seed: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 90, (length,), generator=torch.Generator().manual_seed(1000 + seed))
