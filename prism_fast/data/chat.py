@@ -1,0 +1,213 @@
+"""Chat template, tokens and pixels of a Qwen3-VL checkpoint: what Qwen3VLProcessor does, without torchvision.
+
+Text from data never becomes a control token. A prompt that spells one ("<|im_end|>", "<|image_pad|>") is refused with
+a DataError, since its template is tokenised as one string; responses and their parts are tokenised with control tokens
+switched off, so a response that spells one yields ordinary tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+from prism_fast.data.images import open_image
+from prism_fast.records import DataError, Message, Prompt, Sample
+
+IMAGE = "<image>"
+END_OF_TURN = "<|im_end|>"
+VISION_TOKENS = {
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+}
+
+
+class Chat:
+    """Tokenizer and image processor of one checkpoint.
+
+    >>> chat = Chat.load("Qwen/Qwen3-VL-4B-Instruct")
+    >>> prompt = chat.encode_prompt(sample)               # ends with "<|im_start|>assistant\\n"
+    >>> chat.decode(chat.encode_response("<caption>..."))  # end-of-turn is appended by the one, removed by the other
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any):
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        missing = [token for token in (END_OF_TURN, *VISION_TOKENS.values()) if token not in added]
+        if missing:
+            raise DataError(f"tokenizer: no token {', '.join(missing)}; use the tokenizer of a Qwen3-VL checkpoint")
+        if tokenizer.pad_token_id is None:
+            raise DataError("tokenizer: no padding token; set pad_token in tokenizer_config.json")
+        self.end_of_turn_id: int = added[END_OF_TURN]
+        self.pad_id: int = tokenizer.pad_token_id
+        self.image_id, self.video_id, self.vision_start_id, self.vision_end_id = (
+            added[token] for token in VISION_TOKENS.values()
+        )
+        # Control tokens: all that are flagged special, and those of the form <|...|> that Qwen does not flag.
+        self._control = {
+            token.content: index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
+        }
+        # The padding token is never sampled either, unless it is the end of turn too.
+        self.forbidden_ids: tuple[int, ...] = tuple(
+            sorted({*self._control.values(), self.pad_id} - {self.end_of_turn_id})
+        )
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> Chat:
+        """Open the tokenizer, chat template and image processor of a checkpoint directory (or hub name)."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_dir)
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
+        except (OSError, ValueError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{model_dir}: tokenizer or image processor does not load ({detail}); give a Qwen3-VL directory"
+            ) from error
+        if tokenizer.chat_template is None:
+            path = Path(model_dir) / "chat_template.json"  # where older processors kept it
+            if not path.is_file():
+                raise DataError(f"{model_dir}: no chat template; add chat_template.jinja")
+            tokenizer.chat_template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+        return cls(tokenizer, image_processor)
+
+    def save(self, out_dir: str | Path) -> None:
+        """Write tokenizer, chat template and image settings, so that a saved model directory opens by itself."""
+        self.tokenizer.save_pretrained(out_dir)
+        self.image_processor.save_pretrained(out_dir)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the tokenizer knows; a model's embedding may have more rows."""
+        return len(self.tokenizer)
+
+    def encode_prompt(self, sample: Sample, max_tokens: int | None = None) -> Prompt:
+        """Render, tokenise and preprocess the prompt of ``sample``; ends with the start of the assistant's turn.
+
+        Every ``<image>`` becomes one placeholder token per merged patch between the vision marks. Raises DataError for
+        an image that does not open, a control token in the text, or more than ``max_tokens`` tokens.
+        """
+        self._refuse_control_tokens(sample)
+        text = self.tokenizer.apply_chat_template(
+            [self._template_message(message) for message in sample.messages],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        pixels = grid = None
+        if sample.images:
+            pixels, grid = self._pixels(sample)
+            text = self._expand(text, grid, sample.place)
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise DataError(
+                f"{sample.place}: prompt: {len(ids)} tokens are over the limit of {max_tokens};"
+                " raise the limit, shorten the text or make the images smaller"
+            )
+        return Prompt(ids, pixels, grid, _key(ids, pixels, grid))
+
+    def encode_part(self, text: str) -> Tensor:
+        """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def encode_response(self, text: str) -> Tensor:
+        """(L + 1,) int64: the tokens of a response, then end-of-turn."""
+        return torch.cat([self.encode_part(text), torch.tensor([self.end_of_turn_id])])
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The text of sampled tokens: their bytes as UTF-8, without end-of-turn and padding."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        return b"".join(self.token_bytes[index] for index in ids).decode("utf-8", errors="replace")
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token id, for ``prism_kernels.find_tag_spans``: b"" for end-of-turn and padding, and the
+        token's name for other added tokens, so that one that arrives in a response from outside is seen as text."""
+        unbyte = {character: byte for byte, character in _byte_characters().items()}
+        added = self.tokenizer.added_tokens_decoder
+        table = []
+        for index, token in enumerate(self.tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))):
+            if index in (self.end_of_turn_id, self.pad_id) or token is None:
+                table.append(b"")
+            elif index in added:
+                table.append(token.encode())
+            else:
+                table.append(bytes(unbyte[character] for character in token))
+        return table
+
+    def holds_forbidden(self, ids: Iterable[int]) -> bool:
+        """Whether a response from outside holds a token that is never sampled (invalid format, not an image)."""
+        return not set(self.forbidden_ids).isdisjoint(ids)
+
+    def _refuse_control_tokens(self, sample: Sample) -> None:
+        for number, message in enumerate(sample.messages):
+            if "<|" not in message.content and all(token.startswith("<|") for token in self._control):
+                continue
+            found = [token for token in self._control if token in message.content]
+            if found:
+                raise DataError(
+                    f"{sample.place}: messages[{number}].content: holds the control token {found[0]};"
+                    " remove it or write it differently"
+                )
+
+    def _template_message(self, message: Message) -> dict[str, Any]:
+        if IMAGE not in message.content:
+            return {"role": message.role, "content": message.content}
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(message.content.split(IMAGE)):
+            if number:
+                parts.append({"type": "image"})
+            if text:
+                parts.append({"type": "text", "text": text})
+        return {"role": message.role, "content": parts}
+
+    def _pixels(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        images = [open_image(ref, sample.place) for ref in sample.images]
+        try:
+            output = self.image_processor(images=images, return_tensors="pt")
+        except ValueError as error:  # an aspect ratio that the processor refuses
+            detail = " ".join(str(error).split())[:160]
+            raise DataError(f"{sample.place}: images: cannot be preprocessed ({detail}); resize the image") from error
+        return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
+
+    def _expand(self, text: str, grid: Tensor, place: str) -> str:
+        placeholder = VISION_TOKENS["image"]
+        pieces = text.split(placeholder)
+        if len(pieces) != len(grid) + 1:
+            raise DataError(
+                f"{place}: images: the chat template wrote {len(pieces) - 1} placeholders for {len(grid)} images;"
+                " use a template that writes one for each image part"
+            )
+        counts = (grid.prod(dim=1) // self.image_processor.merge_size**2).tolist()
+        return pieces[0] + "".join(placeholder * count + piece for count, piece in zip(counts, pieces[1:]))
+
+
+def _key(ids: Tensor, pixels: Tensor | None, grid: Tensor | None) -> bytes:
+    """Hash of token ids, pixels and grid: equal only where a root may be shared."""
+    digest = blake2b(digest_size=16)
+    for tensor in (ids, grid, pixels):
+        if tensor is not None:
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte: itself where it is printable Latin-1 and no
+    white space, else the code points from 256 on, in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    table.update({byte: chr(256 + position) for position, byte in enumerate(others)})
+    return table

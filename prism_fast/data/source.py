@@ -1,0 +1,212 @@
+"""Raw records of a JSON list, a JSON-lines file or a parquet file, indexed once and read on demand.
+
+Only offsets stay in memory; a record is parsed when it is asked for. Records are numbered from 1, as a person counts.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import mmap
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prism_fast.records import DataError
+
+ROW_GROUP_CACHE_BYTES = 2 << 30
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
+
+
+class JsonLines:
+    """One JSON object per line; blank lines are allowed and not counted as records."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        starts, lines, position = [], [], 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    starts.append((position, position + len(line)))
+                    lines.append(number)
+                position += len(line)
+        self._span = np.array(starts, dtype=np.int64).reshape(-1, 2)
+        self._line = np.array(lines, dtype=np.int64)
+        self._bytes = _map(path)
+
+    def __len__(self) -> int:
+        return len(self._span)
+
+    def place(self, index: int) -> str:
+        return f"{self.path}:{self._line[index]}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self._span[index]
+        return _parse(self._bytes[start:end], self.place(index))
+
+
+class JsonList:
+    """A JSON file that holds one list of objects (LLaMA-Factory's layout), whatever its size."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._bytes = _map(path)
+        self._span = np.array(list(_list_spans(self._bytes, path)), dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._span)
+
+    def place(self, index: int) -> str:
+        return f"{self.path}:{index + 1}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self._span[index]
+        return _parse(self._bytes[start:end], self.place(index))
+
+
+class Parquet:
+    """Rows of a parquet file; row groups are decoded when needed and kept while they fit in a budget."""
+
+    def __init__(self, path: Path, cache_bytes: int = ROW_GROUP_CACHE_BYTES):
+        self.path = path
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path}: not a readable parquet file, perhaps truncated; copy it again ({_line(error)})"
+            ) from error
+        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
+        self._start = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    def __len__(self) -> int:
+        return int(self._start[-1])
+
+    def place(self, index: int) -> str:
+        return f"{self.path}:{index + 1}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        group = int(np.searchsorted(self._start, index, side="right")) - 1
+        table = self._group(group)
+        try:
+            return table.slice(index - int(self._start[group]), 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.place(index)}: a text is not valid UTF-8; write the file again ({error})"
+            ) from error
+
+    def _group(self, group: int) -> pa.Table:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        try:
+            table = self._file.read_row_group(group)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{self.path}: row group {group + 1} cannot be read; copy the file again ({_line(error)})"
+            ) from error
+        self._cache[group] = table
+        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > self._cache_bytes:
+            self._cache.popitem(last=False)
+        return table
+
+
+Source = JsonLines | JsonList | Parquet
+
+
+def open_source(path: str | Path) -> Source:
+    """The records of one file; the layout is told by the first bytes, not by the name.
+
+    Raises DataError for a missing, empty or unreadable file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the path")
+    if not path.is_file():
+        raise DataError(f"{path}: not a file; name the data file itself")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    if not head.strip():
+        raise DataError(f"{path}: the file is empty; write at least one record")
+    if head.startswith(b"PAR1") or path.suffix == ".parquet":
+        source: Source = Parquet(path)
+    elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        source = JsonList(path)
+    else:
+        source = JsonLines(path)
+    if not len(source):
+        raise DataError(f"{path}: holds no record; write at least one")
+    return source
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, renamed to ``path`` on success and removed on failure: readers never see half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _parse(data: bytes, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{place}: the JSON does not parse ({_line(error)}); correct or remove the record") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: expected a JSON object with named fields, got {type(record).__name__}; correct it")
+    return record
+
+
+def _list_spans(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
+    """Byte spans of the elements of a top-level JSON list, by one scan over its brackets and strings."""
+    depth = start = end = count = 0
+    for match in _STRUCTURE.finditer(data):
+        bracket = match.group()
+        if bracket in (b"[", b"{"):
+            depth += 1
+            if depth == 1:
+                end = match.end()
+            elif depth == 2:
+                start = match.start()
+                if data[end:start].strip() != (b"," if count else b""):
+                    raise DataError(f"{path}:{count + 1}: expected objects between commas; correct the JSON list")
+        elif bracket in (b"]", b"}"):
+            depth -= 1
+            if depth == 1:
+                yield start, (end := match.end())
+                count += 1
+            elif depth == 0:
+                if data[end : match.start()].strip() or data[match.end() :].strip():
+                    raise DataError(f"{path}:{count + 1}: unexpected text around the list's end; correct the JSON list")
+                return
+    raise DataError(f"{path}:{count + 1}: the JSON list is not closed, perhaps truncated; write the file again")
