@@ -42,7 +42,8 @@ def group_normalize(
     baseline 0 and std 1 under every option. Equal scores give exactly 0. NaN stays in its group.
 
     Args:
-        scores: (B,) or (K, B) floating. K rewards are normalised separately: sum the rows for normalise-then-sum (GDPO).
+        scores: (B,) or (K, B) floating. Each of K rewards is normalised alone; summing the rows then gives
+            normalise-then-sum (GDPO).
         group_ids: (B,) int64 or int32, any values, any order, any group sizes.
         baseline: "mean" (GRPO, arXiv 2402.03300) or "leave_one_out", the mean of the others (RLOO, arXiv 2402.14740).
         scale: "std", or "none": no division (Dr.GRPO, arXiv 2503.20783).
@@ -106,7 +107,8 @@ def multi_reward_advantage(
     ==================== =================================================================
 
     Scores of invalid responses are replaced, whatever they hold, by the smallest valid score of their group minus 1, or
-    by -1 where the group has no valid response. Scores are not clamped. NaN stays in its group. PRISM (arXiv 2604.28123).
+    by -1 where the group has no valid response. Scores are not clamped. NaN stays in its group. Source: PRISM
+    (arXiv 2604.28123).
 
     Args:
         perception, reasoning: (B,) floating scores.

@@ -1,4 +1,6 @@
-"""Every group at once on a CPU: rows sorted by group, float64 segment reductions. NumPy, as its calls cost a third of torch's here.
+"""Every group at once on a CPU: rows sorted by group, float64 segment reductions.
+
+NumPy, and ``take`` rather than fancy indexing: at these sizes the cost is that of the calls, not of the arithmetic.
 
 Dimensions: B responses, K rewards, G groups. A response's row is sorted by (group, original position).
 """
@@ -23,7 +25,7 @@ class _Groups(NamedTuple):
 
 def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: str, eps: float) -> Tensor:
     groups = _find_groups(group_ids)
-    rows = np.atleast_2d(_sort(_float64(scores), groups))
+    rows = np.atleast_2d(_sort(scores.double().numpy(), groups))
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinite scores are data here
         out = _normalize(rows, groups, baseline, scale, eps)
     return torch.from_numpy(_unsort(out, groups)).reshape(scores.shape)
@@ -41,12 +43,12 @@ def multi_reward_advantage(
 ) -> Tensor:
     groups = _find_groups(group_ids)
     rows = np.empty((2 if rule in ("align", "penalised", "gated") else 3, group_ids.shape[0]))
-    rows[0], rows[1] = _sort(_float64(perception), groups), _sort(_float64(reasoning), groups)
-    valid = _sort((format_valid != 0).numpy(), groups) if format_valid is not None else np.True_
-    accuracy = _sort(_float64(accuracy), groups) if accuracy is not None else None
+    rows[0], rows[1] = _sort(_numpy(perception), groups), _sort(_numpy(reasoning), groups)
+    valid = _sort(_numpy(format_valid), groups).astype(bool, copy=False) if format_valid is not None else np.True_
+    accuracy = _sort(_numpy(accuracy), groups) if accuracy is not None else None
     with np.errstate(invalid="ignore", over="ignore"):
         if format_valid is not None:
-            _replace_invalid(rows[:2], valid, groups)
+            rows[:2] = _replace_invalid(rows[:2], valid, groups)
         return torch.from_numpy(_unsort(_combine(rows, valid, accuracy, groups, rule, coefficients), groups))
 
 
@@ -82,8 +84,9 @@ def _combine(
 def _normalize(rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps: float) -> np.ndarray:
     """(K, B) -> (K, B)."""
     _, start, size, of_row = groups
-    centred = rows - rows[:, start][:, of_row]  # shifted by the group's first value: equal scores give exactly 0
-    centred -= (np.add.reduceat(centred, start, axis=1) / size)[:, of_row]
+    # Shifted by the group's first value, so that equal scores give exactly 0.
+    centred = rows - _spread(rows.take(start, axis=1), of_row)
+    centred -= _spread(np.add.reduceat(centred, start, axis=1) / size, of_row)
     alone = size == 1
     factor = 1.0
     if scale == "std":
@@ -93,15 +96,14 @@ def _normalize(rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps
         factor = factor * (size / np.maximum(size - 1.0, 1.0))
     if alone.any():
         centred = np.where(alone[of_row], rows, centred)
-    return centred * (factor if isinstance(factor, float) else factor[..., of_row])
+    return centred * (factor if isinstance(factor, float) else _spread(factor, of_row))
 
 
-def _replace_invalid(scores: np.ndarray, valid: np.ndarray, groups: _Groups) -> None:
-    """In place, (2, B): invalid responses get their group's smallest valid score - 1, or -1."""
+def _replace_invalid(scores: np.ndarray, valid: np.ndarray, groups: _Groups) -> np.ndarray:
+    """(2, B) -> (2, B): invalid responses get their group's smallest valid score - 1, or -1."""
     lowest = np.minimum.reduceat(np.where(valid, scores, np.inf), groups.start, axis=1) - 1.0
-    none_valid = ~np.logical_or.reduceat(valid, groups.start)
-    lowest[:, none_valid] = -1.0
-    np.copyto(scores, lowest[:, groups.of_row], where=~valid)
+    lowest[:, ~np.logical_or.reduceat(valid, groups.start)] = -1.0
+    return np.where(valid, scores, _spread(lowest, groups.of_row))
 
 
 def _find_groups(group_ids: Tensor) -> _Groups:
@@ -110,18 +112,27 @@ def _find_groups(group_ids: Tensor) -> _Groups:
     if (ids[1:] < ids[:-1]).any():
         order = ids.argsort(kind="stable")
         ids = ids[order]
-    boundary = np.flatnonzero(ids[1:] != ids[:-1]) + 1
-    start = np.concatenate(([0], boundary))
-    size = np.diff(start, append=len(ids))
-    return _Groups(order, start, size.astype(np.float64), np.repeat(np.arange(len(start)), size))
+    changes = ids[1:] != ids[:-1]
+    inner = changes.nonzero()[0]
+    edge = np.empty(len(inner) + 2, dtype=np.int64)  # first row of every group, and B
+    edge[0], edge[1:-1], edge[-1] = 0, inner + 1, len(ids)
+    of_row = np.zeros(len(ids), dtype=np.int64)
+    changes.cumsum(out=of_row[1:])
+    return _Groups(order, edge[:-1], (edge[1:] - edge[:-1]).astype(np.float64), of_row)
 
 
-def _float64(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
+def _spread(of_group: np.ndarray, of_row: np.ndarray) -> np.ndarray:
+    """(..., G) -> (..., B): every row gets its group's value."""
+    return of_group.take(of_row, axis=-1)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """Any dtype; NumPy has no bf16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _sort(values: np.ndarray, groups: _Groups) -> np.ndarray:
-    return values if groups.order is None else values[..., groups.order]
+    return values if groups.order is None else values.take(groups.order, axis=-1)
 
 
 def _unsort(rows: np.ndarray, groups: _Groups) -> np.ndarray:

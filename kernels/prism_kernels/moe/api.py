@@ -86,8 +86,9 @@ def moe_mlp(
 ) -> Tensor:
     """SwiGLU experts of a routed layer: ``out[t] = sum_j weight[t, j] * MLP_{expert_index[t, j]}(hidden[t])``.
 
-    With ``gate, up = (gate_up[e] @ x).chunk(2)``, ``MLP_e(x) = down[e] @ (silu(gate) * up)`` (layout "v5"). Differentiable in
-    hidden, gate_up, down and ``routing.weight``. Same inputs give the same bits, in forward and backward.
+    With ``gate, up = (gate_up[e] @ x).chunk(2)``, ``MLP_e(x) = down[e] @ (silu(gate) * up)`` (layout "v5").
+    Differentiable in hidden, gate_up, down and ``routing.weight``. The same inputs give the same bits, in forward and
+    backward.
 
     Args:
         hidden: (T, H) floating; T = 0 works.
@@ -164,7 +165,7 @@ def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
     index, weight = routing.expert_index, routing.weight
     if index.dim() != 2 or index.shape[0] != tokens or weight.shape != index.shape:
         raise ValueError(
-            f"routing: expected expert_index and weight (T = {tokens}, k), got {_describe(index)} and {_describe(weight)}"
+            f"routing: expected expert_index and weight (T = {tokens}, k), got {_describe(index)}, {_describe(weight)}"
         )
     if tuple(routing.expert_offset.shape) != (experts + 1,):
         raise ValueError(
