@@ -83,3 +83,22 @@ def prompt(seed: int, images: tuple[tuple[int, int], ...] = (), text: int = 5) -
 
 def tokens(seed: int, length: int) -> torch.Tensor:
     return torch.randint(0, 90, (length,), generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def moe(seed: int = 0, experts: int = 4, top_k: int = 2, **kwargs):
+    """A random Qwen3-VL-MoE of the same dimensions (stock attention)."""
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    from prism_fast.upcycle import moe_config
+
+    torch.manual_seed(seed)
+    model = Qwen3VLMoeForConditionalGeneration(moe_config(qwen_config(**kwargs), experts, top_k)).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                value.add_(0.1 * torch.randn_like(value))
+            elif "gate.weight" in name:
+                value.copy_(0.3 * torch.randn_like(value))
+            elif "embed_tokens" not in name:
+                value.mul_(3)
+    return model
