@@ -1,4 +1,4 @@
-"""Kernels of PRISM post-training. Importable with torch alone; every op names its implementations (``which_impl()``)."""
+"""Kernels of PRISM post-training. Importable with torch alone; ``which_impl()`` names every op's implementation."""
 
 from prism_kernels.dispatch import Impl, which_impl
 from prism_kernels.group_advantage import group_normalize, multi_reward_advantage
@@ -12,17 +12,22 @@ from prism_kernels.linear_logprob import (
     linear_policy_loss,
 )
 from prism_kernels.moe import Routing, RoutingStats, load_balancing_loss, moe_mlp, moe_route
+from prism_kernels.packing import PackCost, balance, pack_trees
+from prism_kernels.spans import find_tag_spans
 from prism_kernels.tree_attention.api import tree_attention
 from prism_kernels.tree_attention.layout import TreeLayout
 
 __all__ = [
     "Impl",
     "LinearLogprob",
+    "PackCost",
     "PolicyLoss",
     "PolicyObjective",
     "Routing",
     "RoutingStats",
     "TreeLayout",
+    "balance",
+    "find_tag_spans",
     "group_normalize",
     "linear_cross_entropy",
     "linear_logprob",
@@ -32,6 +37,7 @@ __all__ = [
     "moe_mlp",
     "moe_route",
     "multi_reward_advantage",
+    "pack_trees",
     "tree_attention",
     "which_impl",
 ]

@@ -1,0 +1,44 @@
+"""The only importer of ``prism_kernels._C``, the C++ extension of ``csrc/``.
+
+``_C`` is optional: every op that uses it has a Python reference. :func:`need_native`, which the dispatch table asks,
+says whether it can be used, and if not, why and how to build it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+
+# csrc/bindings.cpp exports the same number. Both are raised whenever a signature changes, so that an extension left
+# over from older sources is named as such instead of failing with an AttributeError.
+INTERFACE = 1
+
+HOW_TO_BUILD = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the repository root"
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from prism_kernels import _C
+    except ImportError as error:
+        return None, f"the C++ extension prism_kernels._C is not built ({error}); {HOW_TO_BUILD}"
+    found = getattr(_C, "INTERFACE", None)
+    if found != INTERFACE:
+        return (
+            None,
+            f"prism_kernels._C was built from other sources (interface {found}, not {INTERFACE}); {HOW_TO_BUILD}",
+        )
+    return _C, None
+
+
+def need_native() -> str | None:
+    """Why the C++ implementations cannot run here, with the command that builds them, or None."""
+    return _load()[1]
+
+
+def library() -> ModuleType:
+    """``prism_kernels._C``. Raises RuntimeError with the reason and the build command where it cannot be used."""
+    module, why_not = _load()
+    if module is None:
+        raise RuntimeError(why_not)
+    return module

@@ -1,0 +1,201 @@
+"""What the public functions accept, turned into what the implementations receive, with every check on the way."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from operator import index
+from typing import Any
+
+MAX_LENGTH = 1 << 40  # tokens; a sum of many stays far from the end of int64 and is exact in a double
+
+
+@dataclass(frozen=True)
+class PackCost:
+    """What a pack costs, in any unit (FLOPs, seconds): a sum over its parts, a part being a root with branches.
+
+    cost(part of tree i) = token * (r + sum_b b) + attention * (r (r + 1) / 2 + sum_b (b r + b (b + 1) / 2)) + vision[i]
+
+    with root length r and branch lengths b. ``token``: linear work per token. ``attention``: work per visited (query,
+    key) pair of tree attention. ``vision``: one figure per tree for encoding the images of its root, paid again by
+    every part of a tree that is split; None = no images. A transformer of N active non-embedding parameters, L layers
+    and Hq query heads of dimension D costs about token = 2 N and attention = 4 L Hq D FLOPs forward.
+
+    >>> cost = PackCost(token=2 * 4.0e9, attention=4 * 36 * 32 * 128, vision=[2.1e12, 0.0])
+    """
+
+    token: float = 1.0
+    attention: float = 0.0
+    vision: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("token", "attention"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"cost.{name}: got {value!r}, expected a finite number >= 0")
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Validated trees, flat: tree i has root ``root[i]`` and branches ``branch[start[i]:start[i + 1]]``.
+
+    ``kept`` (one byte per branch, or None): 1 where every part of the tree must hold the branch.
+    """
+
+    root: array  # int64 (trees,)
+    branch: array  # int64 (branches,)
+    start: array  # int64 (trees + 1,)
+    kept: bytearray | None
+
+    def __len__(self) -> int:
+        return len(self.root)
+
+    def is_kept(self, tree: int, branch: int) -> bool:
+        return self.kept is not None and bool(self.kept[self.start[tree] + branch])
+
+
+def positive(name: str, value: Any, upper: int = MAX_LENGTH) -> int:
+    """``value`` as an int >= 1, or ValueError naming the argument."""
+    try:
+        number = index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or not 1 <= number <= upper:
+        raise ValueError(f"{name}: got {value!r}, expected an integer in [1, {upper}]")
+    return number
+
+
+def plain(values: Any) -> Any:
+    """Tensors and arrays as lists of Python numbers; anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def read_trees(trees: Any, together: Any) -> Trees:
+    if not hasattr(trees, "__iter__"):
+        raise ValueError(
+            f"trees: got {type(trees).__name__}, expected a sequence of (root_length, [branch_length, ...])"
+        )
+    trees = list(trees)
+    try:
+        pairs = [(root, plain(branches)) for root, branches in trees]
+        root = array("q", [pair[0] for pair in pairs])
+        counts = [len(pair[1]) for pair in pairs]
+        branch = array("q", chain.from_iterable([pair[1] for pair in pairs]))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"trees: {_first_bad_tree(trees, error)}") from None
+    start = array("q", accumulate(counts, initial=0))
+    if min(root, default=0) < 0 or min(branch, default=0) < 0:
+        raise ValueError(f"trees: {_first_bad_tree(trees, None)}")
+    return Trees(root, branch, start, None if together is None else _read_together(together, start))
+
+
+def _first_bad_tree(trees: list[Any], error: Exception | None) -> str:
+    """The message for the first tree that is not (length, [length, ...]); slow, so only on the way out."""
+    expected = "expected (root_length, [branch_length, ...]) with integer lengths >= 0"
+    for i, entry in enumerate(trees):
+        try:
+            root, branches = entry
+            lengths = [index(root), *map(index, plain(branches))]
+        except (TypeError, ValueError):
+            return f"tree {i} is {str(entry)[:80]}, {expected}"
+        if any(not 0 <= length < 1 << 63 for length in lengths):
+            return f"tree {i} is {str(entry)[:80]}, {expected}"
+    return str(error)
+
+
+def _read_together(together: Any, start: array) -> bytearray:
+    rows = list(together)
+    if len(rows) != len(start) - 1:
+        raise ValueError(
+            f"together: {len(rows)} entries, expected one list of branch indices per tree ({len(start) - 1})"
+        )
+    kept = bytearray(start[-1])
+    for tree, branches in enumerate(rows):
+        first, count = start[tree], start[tree + 1] - start[tree]
+        for branch in () if branches is None else plain(branches):
+            try:
+                inside = 0 <= index(branch) < count
+            except TypeError:
+                inside = False
+            if not inside:
+                raise ValueError(f"together: tree {tree} names branch {branch!r}, but has branches 0 to {count - 1}")
+            kept[first + index(branch)] = 1
+    return kept
+
+
+def does_not_fit(trees: Trees, tree: int, capacity: int) -> ValueError:
+    """The error for a tree of which not even one branch fits beside its root and the branches kept with it."""
+    lengths = trees.branch[trees.start[tree] : trees.start[tree + 1]]
+    kept = [length for j, length in enumerate(lengths) if trees.is_kept(tree, j)]
+    free = [(length, j) for j, length in enumerate(lengths) if not trees.is_kept(tree, j)]
+    longest, at = max(free, key=lambda item: item[0], default=(0, -1))
+    need = [f"root {trees.root[tree]}"]
+    if kept:
+        need.append(f"branches kept together {sum(kept)}")
+    if free:
+        need.append(f"branch {at} of {longest}")
+    total = trees.root[tree] + sum(kept) + longest
+    return ValueError(
+        f"trees: tree {tree} does not fit: {' + '.join(need)} = {total} tokens, capacity {capacity}; "
+        "raise capacity or shorten the sequences"
+    )
+
+
+def read_cost(cost: Any, num_trees: int) -> tuple[float, float, array]:
+    """(token, attention, vision per tree) of ``cost``; tokens are counted where it is None."""
+    if cost is None:
+        return 1.0, 0.0, array("d", bytes(8 * num_trees))
+    if not isinstance(cost, PackCost):
+        raise ValueError(f"cost: got {type(cost).__name__}, expected None or prism_kernels.PackCost")
+    if cost.vision is None:
+        return float(cost.token), float(cost.attention), array("d", bytes(8 * num_trees))
+    vision = read_numbers("cost.vision", cost.vision)
+    if len(vision) != num_trees:
+        raise ValueError(f"cost.vision: {len(vision)} values, expected one per tree ({num_trees})")
+    return float(cost.token), float(cost.attention), vision
+
+
+def read_numbers(name: str, values: Any) -> array:
+    """``values`` as doubles, or ValueError naming the argument and the first that is negative or not finite."""
+    try:
+        numbers = array("d", plain(values))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {str(values)[:80]}, expected a one-dimensional sequence of numbers") from None
+    # `not >=` is also true for NaN, which min() may step over: the sum finds NaN and infinity
+    if not (min(numbers, default=0.0) >= 0 and math.isfinite(sum(numbers))):
+        for i, number in enumerate(numbers):
+            if not (number >= 0 and math.isfinite(number)):
+                raise ValueError(f"{name}: got {number} at index {i}, expected finite numbers >= 0")
+        raise ValueError(f"{name}: the sum is not finite")
+    return numbers
+
+
+def read_groups(groups: Any, count: int) -> list[list[int]]:
+    """The groups as lists of item indices, by first item; an item outside all groups is a group of its own."""
+    rows = list(plain(groups))
+    if rows and all(hasattr(row, "__len__") and not isinstance(row, (str, bytes)) for row in rows):
+        return _groups_of_lists(rows, count)
+    if len(rows) != count:
+        raise ValueError(f"groups: {len(rows)} labels, expected one per item ({count}), or lists of item indices")
+    found: dict[Any, list[int]] = {}
+    for i, label in enumerate(rows):
+        found.setdefault(label, []).append(i)
+    return list(found.values())
+
+
+def _groups_of_lists(rows: list[Any], count: int) -> list[list[int]]:
+    owner: dict[int, int] = {}
+    for number, row in enumerate(rows):
+        for item in plain(row):
+            if not isinstance(item, int) or not 0 <= item < count:
+                raise ValueError(f"groups: group {number} names item {item!r}, expected an index in [0, {count})")
+            if item in owner:
+                raise ValueError(f"groups: item {item} is in group {owner[item]} and in group {number}")
+            owner[item] = number
+    found: dict[Any, list[int]] = {}
+    for i in range(count):
+        found.setdefault(owner.get(i, (i,)), []).append(i)
+    return list(found.values())
