@@ -1,4 +1,4 @@
-"""The LM head as one op: log-probs, cross-entropy and policy losses without a (T, V) tensor of logits. See README.md."""
+"""The LM head as one op: log-probs, cross-entropy, policy losses without (T, V) logits in memory. See README.md."""
 
 from prism_kernels.linear_logprob.api import linear_cross_entropy, linear_logprob, linear_objective, linear_policy_loss
 from prism_kernels.linear_logprob.glue import cispo

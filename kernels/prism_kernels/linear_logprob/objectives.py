@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +18,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 class LinearLogprob(NamedTuple):
-    """What :func:`linear_logprob` returns: each (T,), fp32 (fp64 for fp64 inputs), differentiable, 0 in skipped rows."""
+    """What :func:`linear_logprob` returns: each (T,), fp32 (fp64 for fp64 in), differentiable, 0 in skipped rows."""
 
     logprob: Tensor  # z[target] - logsumexp, <= 0
     logsumexp: Tensor
@@ -31,21 +32,21 @@ class PolicyLoss(NamedTuple):
     ``with_logprob=False`` dropped them). What has nothing to measure is absent; on a GPU and under torch.compile, where
     the host cannot see that a batch has no unmasked row, it is NaN instead.
 
-    ========================== =========================================================================== ============
-    name                       meaning                                                                     present with
-    ========================== =========================================================================== ============
-    rows                       number of rows measured: the weight of the means below when ranks average   always
-    ratio_mean                 mean ratio                                                                  always
-    clip_low_fraction          rows whose gradient the lower clip removed (ratio < 1 - low, A < 0)         always
-    clip_high_fraction         rows whose gradient the upper clip removed (ratio > 1 + high, A > 0)        always
-    dual_clip_fraction         rows bounded by -dual_clip * A                                              dual_clip
-    kl_old                     mean of exp(d) - d - 1, d the token's log-ratio: KL(old || current), >= 0   always
-    kl_ref                     mean of the objective's estimator against ref_logprob                       ref_logprob
-    entropy_mean               mean entropy, nats                                                          an entropy
-    rollout_diff_mean, _max    mean and maximum of abs(old - rollout_logprob)                              rollout_logprob
-    importance_mean            mean importance weight, after the cap                                       importance_cap
-    importance_capped_fraction rows whose weight the cap cut                                               importance_cap
-    ========================== =========================================================================== ============
+    ========================== ====================================================================== ===============
+    name                       meaning                                                                present with
+    ========================== ====================================================================== ===============
+    rows                       number of rows measured: the means' weight when ranks average        always
+    ratio_mean                 mean ratio                                                             always
+    clip_low_fraction          rows whose gradient the lower clip removed (ratio < 1 - low, A < 0)    always
+    clip_high_fraction         rows whose gradient the upper clip removed (ratio > 1 + high, A > 0)   always
+    dual_clip_fraction         rows bounded by -dual_clip * A                                         dual_clip
+    kl_old                     mean of exp(d) - d - 1, d a token's log-ratio: KL(old || now), >= 0     always
+    kl_ref                     mean of the objective's estimator against ref_logprob                  ref_logprob
+    entropy_mean               mean entropy, nats                                                     an entropy
+    rollout_diff_mean, _max    mean and maximum of abs(old - rollout_logprob)                         rollout_logprob
+    importance_mean            mean importance weight, after the cap                                  importance_cap
+    importance_capped_fraction rows whose weight the cap cut                                          importance_cap
+    ========================== ====================================================================== ===============
     """
 
     loss: Tensor  # scalar
@@ -114,8 +115,17 @@ class PolicyObjective:
         """Summed over tokens and divided by S * max_length: no length bias (arXiv 2503.20783)."""
         return cls(**{"aggregate": "fixed_length", "max_length": max_length, **changes})
 
-    def fields(self) -> dict:
-        return asdict(self)
+    @property
+    def spec(self) -> str:
+        """The objective as text, for operators, which take no objects: ``parse`` undoes it."""
+        return json.dumps([getattr(self, name) for name in _FIELDS])
+
+    @classmethod
+    def parse(cls, spec: str) -> PolicyObjective:
+        return cls(**dict(zip(_FIELDS, json.loads(spec))))
+
+
+_FIELDS = tuple(field.name for field in fields(PolicyObjective))
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

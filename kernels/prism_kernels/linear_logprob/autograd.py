@@ -1,0 +1,348 @@
+"""The chunk engine as operators that autograd, torch.compile and opcheck know, and linear_objective as a Function.
+
+An operator is opaque to torch.compile; what it needs to know of the outputs is in the ``fake`` functions. Gradients
+made in the forward are outputs of the operator; autograd saves them and multiplies them by the loss's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prism_kernels.dispatch import Impl
+from prism_kernels.linear_logprob import engine
+from prism_kernels.linear_logprob.checks import check_sequence_start, check_targets
+from prism_kernels.linear_logprob.engine import Head, Needs, RowKernels, Upstream
+from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
+from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
+from prism_kernels.linear_logprob.plan import Plan, make_plan
+from prism_kernels.linear_logprob.products import accumulator_dtype
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, float? softcap"
+_GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+
+
+def _row_kernels(impl: str) -> RowKernels:
+    if impl == Impl.TRITON:
+        from prism_kernels.linear_logprob.triton_kernel import ROW_KERNELS
+    else:
+        from prism_kernels.linear_logprob.cpu_kernel import ROW_KERNELS
+    return ROW_KERNELS
+
+
+def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+    enabled = torch.is_grad_enabled()
+    return Needs(*(enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)))
+
+
+# ------------------------------------------------------------------------------------------------- linear_logprob
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    chunk_bytes: int,
+    impl: str,
+) -> LinearLogprob:
+    logprob, logsumexp, entropy = _logprob(
+        hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl
+    )
+    return LinearLogprob(logprob, logsumexp, entropy if with_entropy else None)
+
+
+@torch.library.custom_op(
+    "prism_kernels::linear_logprob",
+    mutates_args=(),
+    schema=f"({_HEAD}, bool with_entropy, SymInt chunk_bytes, str impl) -> (Tensor, Tensor, Tensor)",
+)
+def _logprob(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
+    check_targets(targets, weight.shape[0])
+    head = Head(hidden, weight, bias, temperature, softcap)
+    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes)
+    out = engine.log_probs(head, plan, _row_kernels(impl), with_entropy)
+    entropy = plan.spread(out.entropy) if with_entropy else out.logprob.new_empty(0)
+    return plan.spread(out.logprob), plan.spread(out.logsumexp), entropy
+
+
+@_logprob.register_fake
+def _(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
+    rows = hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+    return rows, torch.empty_like(rows), torch.empty_like(rows) if with_entropy else rows.new_empty(0)
+
+
+@torch.library.custom_op(
+    "prism_kernels::linear_logprob_backward",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor d_logprob, Tensor? d_logsumexp, "
+    f"Tensor? d_entropy, bool[] needs, SymInt chunk_bytes, str impl) -> ({_GRADIENTS})",
+)
+def _logprob_backward(
+    hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp, d_entropy,
+    needs, chunk_bytes, impl,
+):  # fmt: skip
+    head = Head(hidden, weight, bias, temperature, softcap)
+    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes)
+
+    def take(values):
+        return None if values is None else values if plan.rows is None else values[plan.rows]
+
+    statistics = LinearLogprob(take(logprob), take(logsumexp), take(entropy) if entropy.numel() else None)
+    upstream = Upstream(take(d_logprob), take(d_logsumexp), take(d_entropy))
+    return engine.backward(head, plan, _row_kernels(impl), statistics, upstream, Needs(*needs))
+
+
+@_logprob_backward.register_fake
+def _(hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp,
+      d_entropy, needs, chunk_bytes, impl):  # fmt: skip
+    return _fake_gradients(hidden, weight, bias, needs)
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
+        for tensor, need in zip((hidden, weight, bias), needs)
+    )
+
+
+def _setup_logprob(ctx, inputs, output):
+    hidden, weight, bias, targets, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, targets, *output)
+
+
+def _backward_logprob(ctx, d_logprob, d_logsumexp, d_entropy):
+    hidden, weight, bias, targets, logprob, logsumexp, entropy = ctx.saved_tensors
+    temperature, softcap, with_entropy, chunk_bytes, impl = ctx.options
+    needs = list(ctx.needs_input_grad[:3])
+    if d_logprob is None:
+        d_logprob = torch.zeros_like(logprob)
+    gradients = _logprob_backward(
+        hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp,
+        d_entropy if with_entropy else None, needs, chunk_bytes, impl,
+    )  # fmt: skip
+    return (*(g if need else None for g, need in zip(gradients, needs)), *[None] * 6)
+
+
+_logprob.register_autograd(_backward_logprob, setup_context=_setup_logprob)
+
+
+# -------------------------------------------------------------------------------- losses: gradients in the forward
+
+
+def _setup_loss(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else autograd would make a zero dW for the output that nobody differentiates
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(*output[-3:])
+
+
+def _backward_loss(ctx, d_loss, *_):
+    gradients = [None] * ctx.num_inputs
+    if d_loss is not None:
+        for i, gradient in enumerate(ctx.saved_tensors):
+            if ctx.needs_input_grad[i]:
+                gradients[i] = gradient * d_loss
+    return tuple(gradients)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weight: Tensor | None,
+    normalizer: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    chunk_bytes: int,
+    impl: str,
+) -> Tensor:
+    needs = list(_needs(hidden, weight, bias))
+    return _cross_entropy(
+        hidden, weight, bias, targets, 1.0, softcap, row_weight, normalizer, needs, chunk_bytes, impl
+    )[0]
+
+
+@torch.library.custom_op(
+    "prism_kernels::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor? row_weight, Tensor? normalizer, bool[] needs, SymInt chunk_bytes, str impl) "
+    f"-> (Tensor loss, {_GRADIENTS})",
+)
+def _cross_entropy(
+    hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl
+):
+    check_targets(targets, weight.shape[0])
+    head = Head(hidden, weight, bias, temperature, softcap)
+    unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
+    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, unread=unread)
+    targets = targets.to(hidden.device)
+    row_weight = None if row_weight is None else row_weight.to(hidden.device)
+    glue = CrossEntropy(targets, row_weight, normalizer, head.wide)
+    loss, _, gradients = engine.objective(head, plan, _row_kernels(impl), glue, False, Needs(*needs))
+    return loss, *gradients
+
+
+@_cross_entropy.register_fake
+def _(hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl):
+    loss = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
+    return loss, *_fake_gradients(hidden, weight, bias, needs)
+
+
+_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_loss)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    sequence_start: Tensor,
+    objective: PolicyObjective,
+    old_logprob: Tensor | None,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    normalizer: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    with_logprob: bool,
+    chunk_bytes: int,
+    impl: str,
+) -> PolicyLoss:
+    need_entropy = with_entropy or objective.entropy_coef != 0
+    loss, logprob, entropy, means, *_ = _policy_loss(
+        hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
+        rollout_logprob, normalizer, objective.spec, with_entropy, with_logprob, list(_needs(hidden, weight, bias)),
+        chunk_bytes, impl,
+    )  # fmt: skip
+    names = statistic_names(objective, need_entropy, ref_logprob is not None, rollout_logprob is not None)
+    stats = dict(zip(names, means.detach().unbind()))
+    if not torch.compiler.is_compiling() and hidden.device.type == "cpu" and stats["rows"] == 0:
+        stats = {"rows": stats["rows"]}
+    return PolicyLoss(
+        loss, logprob.detach() if with_logprob else None, entropy.detach() if with_entropy else None, stats
+    )
+
+
+@torch.library.custom_op(
+    "prism_kernels::linear_policy_loss",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor advantages, Tensor sequence_start, Tensor? old_logprob, Tensor? ref_logprob, "
+    "Tensor? rollout_logprob, Tensor? normalizer, str objective, bool with_entropy, bool with_logprob, bool[] needs, "
+    f"SymInt chunk_bytes, str impl) -> (Tensor loss, Tensor logprob, Tensor entropy, Tensor stats, {_GRADIENTS})",
+)
+def _policy_loss(
+    hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
+    rollout_logprob, normalizer, objective, with_entropy, with_logprob, needs, chunk_bytes, impl,
+):  # fmt: skip
+    check_targets(targets, weight.shape[0])
+    check_sequence_start(sequence_start, hidden.shape[0])
+    objective = PolicyObjective.parse(objective)
+    kernels, head = _row_kernels(impl), Head(hidden, weight, bias, temperature, softcap)
+    couples = objective.ratio == "sequence" and old_logprob is not None
+    plan = make_plan(
+        hidden,
+        weight.shape[0],
+        targets,
+        chunk_bytes=chunk_bytes,
+        unread=None if with_logprob or with_entropy else _zero_advantage(objective, advantages, sequence_start, hidden),
+        sequence_start=sequence_start if couples else None,
+    )
+    device = hidden.device
+    glue = Policy(
+        objective, targets.to(device), advantages.to(device), sequence_start.to(device), normalizer, head.wide,
+        old_logprob, ref_logprob, rollout_logprob,
+    )  # fmt: skip
+    if couples and not plan.whole_sequences:
+        glue.see_all(plan.spread(engine.log_probs(head, plan, kernels, False).logprob))
+    need_entropy = with_entropy or objective.entropy_coef != 0
+    loss, out, gradients = engine.objective(head, plan, kernels, glue, need_entropy, Needs(*needs))
+    nothing = out.logprob.new_empty(0)
+    logprob = plan.spread(out.logprob) if with_logprob else nothing
+    entropy = plan.spread(out.entropy) if with_entropy else torch.empty_like(nothing)
+    return loss, logprob, entropy, glue.means(need_entropy), *gradients
+
+
+def _zero_advantage(
+    objective: PolicyObjective, advantages: Tensor, sequence_start: Tensor, hidden: Tensor
+) -> Tensor | None:
+    """(T,) bool on the host: rows whose loss and gradient are 0 whatever their log-prob; None where it cannot know."""
+    if objective.kl_coef != 0 or objective.entropy_coef != 0 or objective.ratio != "token":
+        return None
+    if advantages.device.type != "cpu" or sequence_start.device.type != "cpu":
+        return None
+    zero = advantages == 0
+    num_sequences = sequence_start.shape[0] - 1
+    if advantages.shape[0] == hidden.shape[0] != num_sequences:
+        return zero
+    return zero.repeat_interleave(sequence_start.diff().long())
+
+
+@_policy_loss.register_fake
+def _(hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
+      rollout_logprob, normalizer, objective, with_entropy, with_logprob, needs, chunk_bytes, impl):  # fmt: skip
+    objective = PolicyObjective.parse(objective)
+    need_entropy = with_entropy or objective.entropy_coef != 0
+    names = statistic_names(objective, need_entropy, ref_logprob is not None, rollout_logprob is not None)
+    loss = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
+    logprob = loss.new_empty(hidden.shape[0] if with_logprob else 0)
+    entropy = loss.new_empty(hidden.shape[0] if with_entropy else 0)
+    return loss, logprob, entropy, loss.new_empty(len(names)), *_fake_gradients(hidden, weight, bias, needs)
+
+
+_policy_loss.register_autograd(_backward_loss, setup_context=_setup_loss)
+
+
+# ------------------------------------------------------------------------------------------------- any other glue
+
+
+def linear_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    glue: Callable,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    with_entropy: bool,
+    chunk_bytes: int,
+    impl: str,
+) -> Tensor:
+    check_targets(targets, weight.shape[0])
+    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, compact=True)
+    options = (temperature, softcap, with_entropy, glue, plan, _row_kernels(impl))
+    return _Objective.apply(hidden, weight, bias, _needs(hidden, weight, bias), *options)
+
+
+class _Objective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: Needs,
+        temperature: float,
+        softcap: float | None,
+        with_entropy: bool,
+        glue: Callable,
+        plan: Plan,
+        kernels: RowKernels,
+    ) -> Tensor:
+        head = Head(hidden, weight, bias, temperature, softcap)
+        loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss: Tensor):
+        gradients = (g * d_loss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
+        return (*gradients, *[None] * 7)

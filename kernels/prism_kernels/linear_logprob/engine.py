@@ -1,0 +1,212 @@
+"""The chunk engine: products on chunks of rows, row kernels between them, gradients in the forward for a given glue.
+
+T rows of the input, R of them computed (Plan), V words, H hidden. One buffer of chunk rows x V is all that grows with V
+besides the weight's gradient. The row kernels are given: torch on a CPU, Triton on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prism_kernels.linear_logprob import products
+from prism_kernels.linear_logprob.glue import Glue
+from prism_kernels.linear_logprob.objectives import LinearLogprob
+from prism_kernels.linear_logprob.plan import Plan, padded
+
+FP16_TARGET = 1024.0  # dZ in fp16 is scaled so that its largest coefficient is about this: fp16 ends at 65504 and 6e-8
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature; hidden (T, H), weight (V, H)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    softcap: float | None
+
+    @property
+    def wide(self) -> torch.dtype:
+        return products.accumulator_dtype(self.hidden.dtype)
+
+
+class Upstream(NamedTuple):
+    """dLoss by a row's statistics, each (rows,) in the accumulator's dtype; None is 0."""
+
+    logprob: Tensor
+    logsumexp: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class RowKernels(NamedTuple):
+    """What an implementation brings. ``z`` (rows, V) is the chunk of raw products, rows maybe padded past V.
+
+    prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy) -> LinearLogprob.
+    gradient(z, targets, head, statistics, upstream) -> dZ by the raw products (rows, V), in place of z; in the dtype of
+    hidden or of z. Rows with a negative target give 0 everywhere.
+    """
+
+    prepare: Callable[[Tensor, Head], None]
+    statistics: Callable[[Tensor, Tensor, Head, bool], LinearLogprob]
+    gradient: Callable[[Tensor, Tensor, Head, LinearLogprob, Upstream], Tensor]
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody reads; a frozen head or hidden state skips its product."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients:
+    """dX, dW and db of one pass, added up chunk by chunk; dW in fp32 across chunks."""
+
+    def __init__(self, head: Head, plan: Plan, needs: Needs):
+        self.head, self.plan, self.needs = head, plan, needs
+        hidden, weight = head.hidden, head.weight
+        self.hidden = self.weight = self.bias = None
+        if needs.hidden:
+            # Rows that are not computed keep 0; otherwise every row is written.
+            self.hidden = torch.zeros_like(hidden) if plan.rows is not None else torch.empty_like(hidden)
+        if needs.weight:
+            single = len(plan.chunks) == 1 and weight.dtype is not torch.float16
+            dtype = weight.dtype if single else head.wide
+            self.weight = None if single else torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            if not plan.chunks:
+                self.weight.zero_()
+        if needs.bias:
+            self.bias = torch.zeros(weight.shape[0], dtype=head.wide, device=weight.device)
+
+    def add(self, dz: Tensor, x: Tensor, start: int, stop: int, scale: float) -> None:
+        """``dz`` (rows, V) is 1 / scale times the gradient of rows [start, stop)."""
+        if self.needs.hidden:
+            part = products.hidden_gradient(dz, self.head.weight)
+            part = part if scale == 1 else part.mul_(scale)
+            if self.plan.rows is None:
+                self.hidden[start:stop] = part
+            else:
+                self.hidden[self.plan.rows[start:stop]] = part.to(self.hidden.dtype)
+        if self.needs.weight:
+            if self.weight is None:
+                self.weight = products.weight_gradient(dz, x)
+            else:
+                products.accumulate_weight_gradient(self.weight, dz, x, scale, first=start == 0)
+        if self.needs.bias:
+            self.bias.add_(dz.sum(0, dtype=self.bias.dtype), alpha=scale)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dX, dW, db) in the dtypes of hidden, weight and bias; an empty tensor where nobody reads one."""
+        none = self.head.hidden.new_empty(0)
+        bias = none if self.bias is None else self.bias.to(self.head.bias.dtype)
+        weight = none if self.weight is None else self.weight.to(self.head.weight.dtype)
+        return none if self.hidden is None else self.hidden, weight, bias
+
+
+def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> LinearLogprob:
+    """Statistics of the plan's rows, each (R,): one product."""
+    parts = [
+        kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
+        for start, stop, _, z in _products(head, plan, kernels)
+    ]
+    return _concatenate(head, parts, with_entropy)
+
+
+def backward(
+    head: Head, plan: Plan, kernels: RowKernels, statistics: LinearLogprob, upstream: Upstream, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for given upstream gradients of the statistics, all (R,): logits once more, and up to two products."""
+    gradients = Gradients(head, plan, needs)
+    for start, stop, x, z in _products(head, plan, kernels):
+        _gradients_of_chunk(
+            gradients, kernels, z, x, start, stop, _cut(statistics, start, stop), _cut(upstream, start, stop)
+        )
+    return gradients.result()
+
+
+def objective(
+    head: Head, plan: Plan, kernels: RowKernels, glue: Glue, with_entropy: bool, needs: Needs
+) -> tuple[Tensor, LinearLogprob, tuple[Tensor, Tensor, Tensor]]:
+    """(loss, statistics (R,), gradients of the loss): three products, no logits kept."""
+    loss = torch.zeros((), dtype=head.wide, device=head.hidden.device)
+    gradients = Gradients(head, plan, needs)
+    parts = []
+    for start, stop, x, z in _products(head, plan, kernels):
+        part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
+        parts.append(part)
+        chunk_loss, d_logprob, d_entropy = glue(part.logprob, part.entropy, plan.index(start, stop))
+        chunk_loss = torch.as_tensor(chunk_loss)
+        _check_glue(part, chunk_loss, d_logprob, d_entropy)
+        loss += chunk_loss
+        if any(needs):
+            upstream = Upstream(d_logprob.to(head.wide), None, None if d_entropy is None else d_entropy.to(head.wide))
+            _gradients_of_chunk(gradients, kernels, z, x, start, stop, part, upstream)
+    return loss, _concatenate(head, parts, with_entropy), gradients.result()
+
+
+def _products(head: Head, plan: Plan, kernels: RowKernels) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(start, stop, x (rows, H), z (rows, V)) chunk by chunk, all in one buffer."""
+    num_words = head.weight.shape[0]
+    shape = (plan.longest, padded(num_words, head.hidden.device))
+    buffer = torch.empty(shape, dtype=head.wide, device=head.hidden.device)
+    for start, stop in plan.chunks:
+        x = plan.take(head.hidden, start, stop)
+        z = buffer[: stop - start, :num_words]
+        products.logits_into(z, x, head.weight)
+        kernels.prepare(z, head)
+        yield start, stop, x, z
+
+
+def _gradients_of_chunk(
+    gradients: Gradients,
+    kernels: RowKernels,
+    z: Tensor,
+    x: Tensor,
+    start: int,
+    stop: int,
+    statistics: LinearLogprob,
+    upstream: Upstream,
+) -> None:
+    scale = _fp16_scale(upstream) if x.dtype is torch.float16 and x.is_cuda else 1.0
+    if scale != 1.0:
+        upstream = Upstream(*(None if part is None else part / scale for part in upstream))
+    dz = kernels.gradient(z, gradients.plan.targets[start:stop], gradients.head, statistics, upstream)
+    gradients.add(dz, x, start, stop, scale)
+
+
+def _fp16_scale(upstream: Upstream) -> float:
+    """A power of two that brings the coefficients of a chunk into fp16's range. Reads one number from the GPU: the price
+    of fp16, which nothing else pays."""
+    largest = float(torch.stack([part.abs().max() for part in upstream if part is not None]).max())
+    if not 0 < largest < float("inf"):
+        return 1.0
+    return 2.0 ** round(torch.tensor(largest / FP16_TARGET).log2().item())
+
+
+def _concatenate(head: Head, parts: list[LinearLogprob], with_entropy: bool) -> LinearLogprob:
+    empty = torch.empty(0, dtype=head.wide, device=head.hidden.device)
+    columns = list(zip(*parts)) or [(), (), ()]
+    logprob, logsumexp = (torch.cat([empty, *column]) for column in columns[:2])
+    return LinearLogprob(logprob, logsumexp, torch.cat([empty, *columns[2]]) if with_entropy else None)
+
+
+def _cut(columns, start: int, stop: int):
+    return type(columns)(*(None if column is None else column[start:stop] for column in columns))
+
+
+def _check_glue(part: LinearLogprob, loss: Tensor, d_logprob: Tensor, d_entropy: Tensor | None) -> None:
+    if loss.dim() != 0 or d_logprob.shape != part.logprob.shape:
+        raise ValueError(
+            f"glue: got a loss of shape {tuple(loss.shape)} and dloss_dlogprob of shape {tuple(d_logprob.shape)}, expected () "
+            f"and {tuple(part.logprob.shape)}"
+        )
+    if d_entropy is not None and (part.entropy is None or d_entropy.shape != part.entropy.shape):
+        raise ValueError(
+            "glue: got dloss_dentropy, which needs with_entropy=True and the shape of entropy; return None instead"
+        )
