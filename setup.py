@@ -17,21 +17,28 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext):
         if os.environ.get("PRISM_BUILD_CUDA") == "1":
-            nvcc = shutil.which("nvcc")
-            if nvcc is None:
-                raise RuntimeError("PRISM_BUILD_CUDA=1 but nvcc is not on PATH: install the CUDA toolkit, or unset it")
-            objects = Path(self.build_temp)
-            objects.mkdir(parents=True, exist_ok=True)
-            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-            for source in sorted(CSRC.glob("*.cu")):
-                target = objects / (source.stem + ".cu.o")
-                command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", *codes, "-c", str(source), "-o", str(target)]
-                subprocess.check_call(command)
-                ext.extra_objects.append(str(target))
-            ext.define_macros.append(("PRISM_WITH_CUDA", "1"))
-            ext.library_dirs.append(str(Path(nvcc).resolve().parent.parent / "lib64"))
-            ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+            sources = sorted(CSRC.glob("*.cu"))
+            if sources:
+                self.add_cuda(ext, sources)
+            else:
+                print("PRISM_BUILD_CUDA=1: csrc/ holds no .cu file, so there is nothing to build for CUDA")
         super().build_extension(ext)
+
+    def add_cuda(self, ext, sources):
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise RuntimeError("PRISM_BUILD_CUDA=1 but nvcc is not on PATH: install the CUDA toolkit, or unset it")
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        for source in sources:
+            target = objects / (source.stem + ".cu.o")
+            command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", *codes, "-c", str(source), "-o", str(target)]
+            subprocess.check_call(command)
+            ext.extra_objects.append(str(target))
+        ext.define_macros.append(("PRISM_WITH_CUDA", "1"))
+        ext.library_dirs.append(str(Path(nvcc).resolve().parent.parent / "lib64"))
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
 setup(
@@ -42,9 +49,11 @@ setup(
         Pybind11Extension(
             "prism_kernels._C",
             sorted(str(p) for p in CSRC.glob("*.cpp")),
+            depends=sorted(str(p) for p in CSRC.glob("*.h")),
             include_dirs=[str(CSRC)],
             cxx_std=17,
-            extra_compile_args=["-O3"],
+            # without fused multiply-add, so that sums of doubles equal those of the Python references to the last bit
+            extra_compile_args=["-O3", "-ffp-contract=off"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},
