@@ -1,0 +1,67 @@
+"""Rewards: the format of a response (`format.py`) and whether its answer is right (`judge.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prism_fast.reward.format import (
+    Parts,
+    count_caption_items,
+    count_reasoning_steps,
+    is_valid,
+    split_parts,
+)
+from prism_fast.reward.judge import is_right
+
+__all__ = [
+    "Parts",
+    "Reward",
+    "count_caption_items",
+    "count_reasoning_steps",
+    "is_right",
+    "is_valid",
+    "split_parts",
+    "verifiable_reward",
+]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward of one response. ``accuracy`` is 0.0 or 1.0."""
+
+    score: float
+    accuracy: float
+    format_valid: bool
+
+
+def verifiable_reward(
+    response: str,
+    gold: str,
+    *,
+    equivalents: Sequence[str] = (),
+    accuracy_weight: float = 0.8,
+    format_weight: float = 0.2,
+) -> Reward:
+    """``accuracy_weight * accuracy + format_weight``, or zero for everything where the format is invalid (PRISM.md 5).
+
+    response: the whole text of a response, without end-of-turn. gold, equivalents: right answers; meeting one suffices.
+    An empty answer and one of 1,024 characters or more has accuracy 0. May be called from any thread.
+
+    Raises ValueError for an argument of the wrong type or an empty ``gold``, RuntimeError where symbolic answers are to
+    be compared and math-verify is not installed.
+
+    >>> verifiable_reward("<caption>3; 7</caption><think>3+7=10</think><answer>10</answer>", "10")
+    Reward(score=1.0, accuracy=1.0, format_valid=True)
+    """
+    if not isinstance(response, str):
+        raise ValueError(f"response: expected a string, got {type(response).__name__}")
+    if not isinstance(gold, str) or not gold.strip():
+        raise ValueError(f"gold: expected a string that is not empty, got {gold!r}; correct the record's ground truth")
+    if isinstance(equivalents, str) or not all(isinstance(text, str) for text in equivalents):
+        raise ValueError(f"equivalents: expected a sequence of strings, got {equivalents!r}")
+    parts = split_parts(response)
+    if parts is None:
+        return Reward(0.0, 0.0, False)
+    accuracy = float(is_right(parts.answer, gold, equivalents))
+    return Reward(accuracy_weight * accuracy + format_weight, accuracy, True)

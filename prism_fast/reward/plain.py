@@ -1,0 +1,251 @@
+"""Any spelling of an answer -> one plain spelling: ``\\frac{1}{2}``, ``½`` and ``$1/2$`` all become ``1/2``.
+
+Pure text, linear time, bounded depth; nothing is evaluated.
+"""
+
+# ruff: noqa: SIM905 (a table of words reads best as words)
+from __future__ import annotations
+
+import re
+import unicodedata
+
+MAX_LENGTH = 4096
+MAX_DEPTH = 24  # nested LaTeX groups; deeper text is not an answer a person would read
+
+_SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
+_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+")
+_VULGAR = re.compile("[¼½¾⅐-⅞]")
+_CHARACTERS = str.maketrans(
+    {
+        **dict.fromkeys("−–—‐‑‒―﹣", "-"),
+        **dict.fromkeys("×✕✖⋅·∙∗", "*"),
+        **dict.fromkeys("÷∕⁄", "/"),
+        **dict.fromkeys("≈≃≅∼", "~"),
+        **dict.fromkeys("’‘´′", "'"),
+        **dict.fromkeys("“”″", '"'),
+        **dict.fromkeys("⟨〈", "("),
+        **dict.fromkeys("⟩〉", ")"),
+        **dict.fromkeys("\u00a0\u2009\u202f\u2007", " "),
+        **{"º": "°", "˚": "°", "√": " sqrt", "∛": " cbrt", "π": " pi ", "∞": " inf ", "≤": "<=", "≥": ">=", "≠": "!="},
+        **{"µ": "μ", "、": ",", "。": "."},
+    }
+)
+_TEXT_COMMANDS = frozenset(
+    "text textbf textit textrm textsf texttt textnormal mathrm mathbf mathit mathsf mathtt mathnormal mathcal mbox "
+    "boxed fbox bm boldsymbol emph underline unit si operatorname".split()
+)
+_DROPPED = frozenset(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad qquad rm bf it".split()
+)
+_COMMANDS = {
+    **{"cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "±", "pi": " pi ", "infty": " inf "},
+    **{"le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">"},
+    **{"ne": "!=", "neq": "!=", "approx": "~", "sim": "~", "simeq": "~", "circ": "°", "degree": "°", "cup": "∪"},
+    **{"emptyset": "∅", "varnothing": "∅", "in": "∈", "colon": ":", "langle": "(", "rangle": ")", "lbrace": "{"},
+    **{"rbrace": "}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "prime": "'"},
+    **{"dots": "...", "ldots": "...", "cdots": "...", "textdegree": "°", "euro": "€", "pounds": "£", "percent": "%"},
+}
+_SPACES = frozenset(" ,;:!>")
+
+
+_COMMAND = re.compile(r"\\([a-zA-Z]+|.)", re.DOTALL)
+FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp det lim max min gcd lcm".split()
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf"]) + r")(?![A-Za-z])")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+class Unreadable(ValueError):
+    """The text is nested deeper, or its braces are balanced worse, than anything a person would read."""
+
+
+def to_plain(text: str) -> str:
+    """The plain spelling of ``text``: ASCII operators, ``a/b``, ``sqrt(a)``, ``a^(b)``, no delimiters, one-space gaps.
+
+    Raises `Unreadable` where groups nest deeper than `MAX_DEPTH` or do not close.
+    """
+    return re.sub(r"\s+", " ", _Latex(_undressed(text)).all()).strip()
+
+
+def to_latex(text: str) -> str:
+    """``text`` in LaTeX: what it writes in LaTeX stays, what it writes in plain characters gets commands and braces.
+
+    >>> to_latex("sqrt(x)*2^10 <= pi")
+    '\\\\sqrt(x)\\\\cdot 2^{10} \\\\le  \\\\pi'
+    """
+    text = _undressed(text).replace("*", r"\cdot ").replace("<=", r"\le ").replace(">=", r"\ge ")
+    text = _FUNCTION.sub(lambda match: "\\" + {"inf": "infty"}.get(match[1], match[1]), text)
+    text = re.sub(r"\^([+-]?[0-9]{2,}|[+-][0-9])", r"^{\1}", text)
+    pieces: list[str] = []
+    closing: list[bool] = []  # per open parenthesis: whether it is the exponent's, to be closed by a brace
+    for at, character in enumerate(text):
+        if character == "(":
+            closing.append(text[at - 1 : at] == "^")
+            character = "{" if closing[-1] else character
+        elif character == ")" and closing and closing.pop():
+            character = "}"
+        pieces.append(character)
+    return "".join(pieces).strip()
+
+
+def _undressed(text: str) -> str:
+    return _delimiters(_characters(_lines(_boxed(text).strip())))
+
+
+def _boxed(text: str) -> str:
+    """What stands in the last ``\\boxed{}``, else the whole text."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return text
+    start, depth = start + len("\\boxed{"), 1
+    for at in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return text[start:at]
+    return text[start:]
+
+
+def _lines(text: str) -> str:
+    """Lines are items of a list: join them by ";", without their bullets."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) < 2:
+        return text
+    for mark in ("- ", "* ", "• "):
+        if all(line.startswith(mark) for line in lines):
+            lines = [line[len(mark) :] for line in lines]
+    return "; ".join(line.rstrip(";,") for line in lines)
+
+
+def _characters(text: str) -> str:
+    text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match.group()).replace("⁄", "/") + " ", text)
+    text = _SUPERSCRIPTS.sub(lambda match: f"^({match.group().translate(_SUPERSCRIPT)})", text)
+    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
+    if len(text) > MAX_LENGTH:  # one character can stand for eighteen
+        raise Unreadable(f"longer than {MAX_LENGTH} characters")
+    if text.isascii():
+        return text
+    visible = (character for character in text if unicodedata.category(character) != "Cf")
+    return "".join(str(unicodedata.decimal(character, character)) for character in visible)
+
+
+def _delimiters(text: str) -> str:
+    """Without markdown marks and math delimiters; a lone "$" is money."""
+    for mark in ("**", "__", "`", '"'):
+        if text.count(mark) == 2 and text.startswith(mark):
+            text = text.replace(mark, "")
+    text = text.replace("**", "^")
+    for mark in (r"\(", r"\)", r"\[", r"\]", "$$"):
+        text = text.replace(mark, " ")
+    money = text.replace(r"\$", "\0")
+    if money.count("$") % 2 == 0:
+        text = money.replace("$", " ").replace("\0", r"\$")
+    return text
+
+
+class _Latex:
+    """One pass over LaTeX or plain text, left to right."""
+
+    def __init__(self, text: str):
+        self.text, self.at, self.depth = text, 0, 0
+
+    def all(self) -> str:
+        pieces: list[str] = []
+        while self.at < len(self.text):
+            pieces.append(self.element("".join(pieces[-2:])))
+        return "".join(pieces)
+
+    def element(self, before: str = "") -> str:
+        """The plain spelling of what starts here: a command with its arguments, a script, or one character."""
+        character = self.text[self.at]
+        if character == "\\":
+            return self._command(before)
+        self.at += 1
+        if character in "^_":
+            return self._script(character)
+        if character == "{" and self.text.startswith(",}", self.at):  # 1{,}234
+            self.at += 2
+            return ","
+        return " " if character == "~" and before[-1:].isalpha() else character
+
+    def _command(self, before: str) -> str:
+        match = _COMMAND.match(self.text, self.at)
+        if match is None:  # a lone backslash ends the text
+            self.at += 1
+            return ""
+        self.at = match.end()
+        name = match[1]
+        if name in ("frac", "dfrac", "tfrac", "cfrac"):
+            return self._fraction(before)
+        if name == "sqrt":
+            return self._root()
+        if name in _TEXT_COMMANDS:
+            return self._argument()
+        if name in _DROPPED:
+            if name in ("left", "right") and self.text.startswith(".", self.at):
+                self.at += 1
+            return " " if name in ("quad", "qquad") else ""
+        if name in _COMMANDS:
+            return _COMMANDS[name]
+        if name in _SPACES:
+            return "" if name == "!" else " "
+        if name == "\\":
+            return "; "
+        return name if len(name) == 1 and not name.isalpha() else f" {name} "
+
+    def _fraction(self, before: str) -> str:
+        above, below = self._argument().strip(), self._argument().strip()
+        if above.isdecimal() and below.isdecimal():
+            mixed = before.rstrip()[-1:].isdecimal()
+            return f" {above}/{below}" if mixed else f"({above}/{below})"
+        return f"(({above})/({below}))"
+
+    def _root(self) -> str:
+        index = ""
+        if self.text.startswith("[", self.at) and (close := self.text.find("]", self.at, self.at + 8)) > 0:
+            index = self.text[self.at + 1 : close].strip()
+            self.at = close + 1
+        inside = self._argument()
+        return f"(({inside})^(1/({index})))" if index and index != "2" else f" sqrt({inside})"
+
+    def _script(self, mark: str) -> str:
+        if self.text.startswith("(", self.at):  # plain text: x^(2+1)
+            return mark
+        sign_and_digits = _INTEGER.match(self.text, self.at)
+        if sign_and_digits:  # plain text: x^10, 10^-3; LaTeX would read one digit, a person reads them all
+            self.at = sign_and_digits.end()
+            inside = sign_and_digits.group()
+        else:
+            inside = self._argument().strip()
+        if mark == "^" and inside in ("°", "'", "''"):
+            return inside
+        if inside.isdecimal() or len(inside) == 1 or (mark == "_" and inside.isalnum()):
+            return mark + inside
+        return f"{mark}({inside})"
+
+    def _argument(self) -> str:
+        """The next group without its braces, or the next single element."""
+        while self.text.startswith(" ", self.at):
+            self.at += 1
+        if self.at >= len(self.text):
+            return ""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable(f"groups nest deeper than {MAX_DEPTH}")
+        if self.text.startswith("{", self.at):
+            self.at += 1
+            inside = self._group()
+        else:
+            inside = self.element()
+        self.depth -= 1
+        return inside
+
+    def _group(self) -> str:
+        pieces: list[str] = []
+        while not self.text.startswith("}", self.at):
+            if self.at >= len(self.text):
+                raise Unreadable("a group does not close")
+            if self.text.startswith("{", self.at) and not self.text.startswith("{,}", self.at):
+                pieces.append(self._argument())
+            else:
+                pieces.append(self.element("".join(pieces[-2:])))
+        self.at += 1
+        return "".join(pieces)
