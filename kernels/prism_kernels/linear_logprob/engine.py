@@ -181,8 +181,8 @@ def _gradients_of_chunk(
 
 
 def _fp16_scale(upstream: Upstream) -> float:
-    """A power of two that brings the coefficients of a chunk into fp16's range. Reads one number from the GPU: the price
-    of fp16, which nothing else pays."""
+    """A power of two that brings a chunk's coefficients into fp16's range. Reads one number from the GPU: the price of
+    fp16, which nothing else pays."""
     largest = float(torch.stack([part.abs().max() for part in upstream if part is not None]).max())
     if not 0 < largest < float("inf"):
         return 1.0
@@ -203,8 +203,8 @@ def _cut(columns, start: int, stop: int):
 def _check_glue(part: LinearLogprob, loss: Tensor, d_logprob: Tensor, d_entropy: Tensor | None) -> None:
     if loss.dim() != 0 or d_logprob.shape != part.logprob.shape:
         raise ValueError(
-            f"glue: got a loss of shape {tuple(loss.shape)} and dloss_dlogprob of shape {tuple(d_logprob.shape)}, expected () "
-            f"and {tuple(part.logprob.shape)}"
+            f"glue: got a loss of shape {tuple(loss.shape)} and dloss_dlogprob of shape {tuple(d_logprob.shape)}, "
+            f"expected () and {tuple(part.logprob.shape)}"
         )
     if d_entropy is not None and (part.entropy is None or d_entropy.shape != part.entropy.shape):
         raise ValueError(

@@ -23,7 +23,7 @@ def cispo(advantages: Tensor, old_logprob: Tensor, normalizer: float | Tensor, c
     """CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4): REINFORCE weighted by a clipped, detached ratio.
 
     loss = -sum(min(ratio, 1 + clip_high).detach() * A * logprob) / normalizer: a clipped token keeps its gradient,
-    which PPO's clip takes away. ``advantages`` and ``old_logprob`` are (T,), ``normalizer`` the global number of tokens.
+    which PPO's clip takes away. ``advantages``, ``old_logprob``: (T,); ``normalizer``: the global number of tokens.
 
     >>> linear_objective(hidden, weight, targets, cispo(advantages, old_logprob, (targets != -100).sum()))
     """

@@ -1,0 +1,48 @@
+"""Production configurations of the row kernels, for the compile gate."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from prism_kernels.compile_gate import Configuration
+from prism_kernels.linear_logprob.triton_kernel import BLOCKS, gradient_kernel, statistics_kernel
+
+SCALARS = dict.fromkeys(("sharpness_high", "sharpness_low", "softcap_high", "softcap_low"), "fp32")
+TOKEN_SIZE = {"fp32": 4, "fp64": 8}
+
+
+def _named(prefix: str, **flags: bool) -> str:
+    return " ".join([prefix, *(name for name, on in flags.items() if on)])
+
+
+def configurations() -> list[Configuration]:
+    """hidden and bias in the first type, logits in the second; V (151,936) and strides are multiples of 16."""
+    rows = []
+    for dtype, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
+        block, warps = BLOCKS[TOKEN_SIZE[wide]]
+        lengths = {"row_stride": "i32", "num_words": "i32", **SCALARS}
+        options = {"num_warps": warps, "divisible_by_16": ("row_stride", "dz_row_stride", "num_words")}
+        for bias, softcap, entropy in product((False, True), repeat=3):
+            names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr")
+            signature = {"z_ptr": f"*{wide}", "target_ptr": "*i64", "bias_ptr": f"*{dtype if bias else wide}"}
+            signature.update(dict.fromkeys(names, f"*{wide}"))
+            flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, "BLOCK": block}
+            name = _named(f"statistics {dtype}", bias=bias, softcap=softcap, entropy=entropy)
+            rows.append(Configuration(name, statistics_kernel, {**signature, **lengths}, flags, **options))
+        for bias, softcap, d_logsumexp, d_entropy in product((False, True), repeat=4):
+            names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr", "d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
+            signature = {"z_ptr": f"*{wide}", "dz_ptr": f"*{dtype}", "target_ptr": "*i64"}
+            signature["bias_ptr"] = f"*{dtype if bias else wide}"
+            signature.update(dict.fromkeys(names, f"*{wide}"))
+            flags = {
+                "HAS_BIAS": bias,
+                "HAS_SOFTCAP": softcap,
+                "HAS_D_LOGSUMEXP": d_logsumexp,
+                "HAS_D_ENTROPY": d_entropy,
+                "NARROW": dtype != wide,
+                "BLOCK": block,
+            }
+            name = _named(f"gradient {dtype}", bias=bias, softcap=softcap, d_logsumexp=d_logsumexp, d_entropy=d_entropy)
+            signature.update(lengths, dz_row_stride="i32")
+            rows.append(Configuration(name, gradient_kernel, signature, flags, **options))
+    return rows

@@ -1,0 +1,229 @@
+"""Row kernels in Triton: one program per row of the chunk, streaming over the words.
+
+Legend: R rows of the chunk, V words (columns past V are never read or written), BLOCK words a step.
+z (R, V) fp32 or fp64: raw products; row stride >= V. target (R,) int64, negative: skipped row, 0 everywhere.
+Memory-bound: the first kernel reads z once, the second reads it once and writes dZ over it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prism_kernels.linear_logprob.engine import Head, RowKernels, Upstream
+from prism_kernels.linear_logprob.objectives import LinearLogprob
+
+# (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 4 fp64 a thread and step; more fp64 spills on sm_80.
+BLOCKS = {4: (4096, 8), 8: (1024, 8)}
+
+
+@triton.jit
+def _logits(z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """(logits of the distribution, slope of softcap) of raw products z (BLOCK,)."""
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column, mask=inside, other=0.0).to(z.dtype)
+    slope = 1.0
+    if HAS_SOFTCAP:
+        # tanh by exp of a negative number: no overflow, and no library that the interpreter lacks.
+        decay = tl.exp(-2.0 * tl.abs(z / softcap))
+        size = (1.0 - decay) / (1.0 + decay)
+        z = tl.where(z < 0, -softcap, softcap) * size
+        slope = 1.0 - size * size
+    return z * sharpness, slope
+
+
+@triton.jit
+def statistics_kernel(
+    z_ptr,  # (R, V)
+    target_ptr,  # (R,) int64
+    bias_ptr,  # (V,) or z_ptr
+    logprob_ptr,  # (R,), as the next two
+    logsumexp_ptr,
+    entropy_ptr,
+    row_stride,
+    num_words,
+    sharpness_high,
+    sharpness_low,
+    softcap_high,
+    softcap_low,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_row)
+    if target < 0:
+        tl.store(logprob_ptr + i_row, 0.0)
+        tl.store(logsumexp_ptr + i_row, 0.0)
+        if WITH_ENTROPY:
+            tl.store(entropy_ptr + i_row, 0.0)
+        return
+    p_row = z_ptr + i_row * row_stride
+    # A scalar argument is fp32: fp64 needs its second half too.
+    p_target = tl.load(p_row + target)
+    sharpness = tl.zeros([], p_target.dtype) + sharpness_high + sharpness_low
+    softcap = tl.zeros([], p_target.dtype) + softcap_high + softcap_low
+    target_logit = _logits(p_target, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
+
+    top = target_logit  # running maximum; finite unless a bias forbids the target
+    top = tl.where(top > -1e38, top, -1e38)
+    b_sum = tl.zeros([BLOCK], dtype=p_target.dtype)  # sum of e = exp(z - top), by lane
+    b_mean = tl.zeros([BLOCK], dtype=p_target.dtype)  # sum of e (z - top), by lane
+    for start in range(0, num_words, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_words
+        b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
+        b_z = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
+        b_z = tl.where(inside, b_z, float("-inf"))
+        new_top = tl.maximum(top, tl.max(b_z, 0))
+        rescale = tl.exp(top - new_top)
+        b_e = tl.exp(b_z - new_top)
+        if WITH_ENTROPY:
+            # e z of a word that is masked, or that a bias forbids, is 0 * -inf: it must be 0.
+            b_shifted = tl.where(b_e > 0, b_z - new_top, 0.0)
+            b_mean = (b_mean + b_sum * (top - new_top)) * rescale + b_e * b_shifted
+        b_sum = b_sum * rescale + b_e
+        top = new_top
+    total = tl.sum(b_sum, 0)
+    log_total = tl.log(total)
+    # Not target_logit - logsumexp, which would round at the size of the logits.
+    tl.store(logprob_ptr + i_row, (target_logit - top) - log_total)
+    tl.store(logsumexp_ptr + i_row, top + log_total)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + i_row, log_total - tl.sum(b_mean, 0) / total)
+
+
+@triton.jit
+def gradient_kernel(
+    z_ptr,  # (R, V) in
+    dz_ptr,  # (R, V) out: the same memory, maybe in a narrower type
+    target_ptr,  # (R,) int64
+    bias_ptr,  # (V,) or z_ptr
+    logprob_ptr,  # (R,), as all below
+    logsumexp_ptr,
+    entropy_ptr,
+    d_logprob_ptr,
+    d_logsumexp_ptr,
+    d_entropy_ptr,
+    row_stride,
+    dz_row_stride,
+    num_words,
+    sharpness_high,
+    sharpness_low,
+    softcap_high,
+    softcap_low,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_D_LOGSUMEXP: tl.constexpr,
+    HAS_D_ENTROPY: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_row)
+    p_row = z_ptr + i_row * row_stride
+    p_out = dz_ptr + i_row * dz_row_stride
+    logprob = tl.load(logprob_ptr + i_row)
+    logsumexp = tl.load(logsumexp_ptr + i_row)
+    sharpness = tl.zeros([], logprob.dtype) + sharpness_high + sharpness_low
+    softcap = tl.zeros([], logprob.dtype) + softcap_high + softcap_low
+    g = tl.load(d_logprob_ptr + i_row) * sharpness
+    common = -g  # coefficient of p in every word
+    if HAS_D_LOGSUMEXP:
+        common += tl.load(d_logsumexp_ptr + i_row) * sharpness
+    if HAS_D_ENTROPY:
+        d_entropy = tl.load(d_entropy_ptr + i_row) * sharpness
+        entropy = tl.load(entropy_ptr + i_row)
+    for start in range(0, num_words, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_words
+        b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
+        b_z, b_slope = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)
+        # The target's own entry from its exact log-prob: where p is near 1, 1 - p would lose its digits.
+        b_log_p = tl.where(column == target, logprob, b_z - logsumexp)
+        b_p = tl.exp(b_log_p)
+        b_dz = b_p * common
+        if HAS_D_ENTROPY:
+            b_dz -= tl.where(b_p > 0, b_p * d_entropy * (b_log_p + entropy), 0.0)
+        b_dz = tl.where(column == target, b_dz + g, b_dz) * b_slope
+        b_dz = tl.where(target < 0, 0.0, b_dz)
+        if NARROW:
+            # Row start + 2 c overwrites word c / 2: every thread must have read this step before any writes it.
+            # Later steps read words that no earlier step writes, so one barrier a step is enough.
+            tl.debug_barrier()
+        tl.store(p_out + column, b_dz.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+def _scalars(head: Head) -> tuple[float, float, float, float]:
+    """1 / temperature ("sharpness") and softcap, each as a sum of two fp32 numbers."""
+    parts = []
+    for value in (1 / head.temperature, head.softcap or 1.0):
+        high = torch.tensor(value, dtype=torch.float32).item()
+        parts += [high, value - high]
+    return tuple(parts)
+
+
+def prepare(z: Tensor, head: Head) -> None:
+    """Nothing: both kernels apply bias, softcap and temperature as they read."""
+
+
+def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> LinearLogprob:
+    num_rows, num_words = z.shape
+    logprob, logsumexp = z.new_empty(num_rows), z.new_empty(num_rows)
+    entropy = z.new_empty(num_rows) if with_entropy else None
+    block, warps = BLOCKS[z.element_size()]
+    statistics_kernel[(num_rows,)](
+        z,
+        targets,
+        z if head.bias is None else head.bias,
+        logprob,
+        logsumexp,
+        entropy if with_entropy else logprob,
+        z.stride(0),
+        num_words,
+        *_scalars(head),
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        WITH_ENTROPY=with_entropy,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return LinearLogprob(logprob, logsumexp, entropy)
+
+
+def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, upstream: Upstream) -> Tensor:
+    num_rows, num_words = z.shape
+    # The same rows in the dtype of the products that follow: dZ starts where its row of logits starts.
+    dz = z.view(head.hidden.dtype)[:, :num_words] if head.hidden.dtype != z.dtype else z
+    block, warps = BLOCKS[z.element_size()]
+    given = upstream.logprob
+    gradient_kernel[(num_rows,)](
+        z,
+        dz,
+        targets,
+        z if head.bias is None else head.bias,
+        statistics.logprob,
+        statistics.logsumexp,
+        given if statistics.entropy is None else statistics.entropy,
+        given,
+        given if upstream.logsumexp is None else upstream.logsumexp,
+        given if upstream.entropy is None else upstream.entropy,
+        z.stride(0),
+        dz.stride(0),
+        num_words,
+        *_scalars(head),
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        HAS_D_LOGSUMEXP=upstream.logsumexp is not None,
+        HAS_D_ENTROPY=upstream.entropy is not None,
+        NARROW=dz.dtype != z.dtype,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return dz
+
+
+ROW_KERNELS = RowKernels(prepare, statistics, gradient)
