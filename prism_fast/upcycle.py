@@ -8,8 +8,13 @@ from pathlib import Path
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
+from prism_fast.checkpoint import write_aside
+from prism_fast.config import UpcycleConfig
+from prism_fast.data.chat import Chat
 from prism_fast.discriminator import Discriminator
 from prism_fast.policy import load_model, use_tree_attention
+from prism_fast.records import DataError
+from prism_fast.run import pick_device, pick_dtype, with_chat
 
 
 def upcycle(
@@ -71,3 +76,22 @@ def moe_config(dense_config, num_experts: int, top_k: int) -> Qwen3VLMoeConfig:
     for key in ("transformers_version", "_name_or_path", "dtype", "_attn_implementation"):
         values.pop(key, None)
     return Qwen3VLMoeConfig(**values)
+
+
+def upcycle_directory(config: UpcycleConfig) -> Path:
+    """Reads config.model.path, writes the discriminator with its tokenizer to config.out."""
+    if config.out.exists():
+        raise DataError(f"{config.out}: exists already; choose another out, or remove it")
+    chat = Chat.load(config.model.path)
+    made = upcycle(
+        config.model.path,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        expert_noise=config.expert_noise,
+        router_std=config.router_std,
+        seed=config.seed,
+        dtype=pick_dtype(config.model.dtype, pick_device()),
+    )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(config.out, with_chat(made, chat))
+    return config.out

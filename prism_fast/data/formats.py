@@ -244,9 +244,9 @@ def _warmup(fields: Fields) -> Sample:
         turns[user] = Message("user", IMAGE * len(images) + turns[user].content)
     fields.record = {**fields.record, key: [vars(turn) for turn in turns], "image": images}
     teacher, student = _parts(fields, "teacher"), _parts(fields, "student")
-    empty = [not parts.answer.strip() for parts in (teacher, student)]
-    if empty[0] != empty[1]:
-        voice = "teacher" if empty[0] else "student"
+    untold = [fields.has(f"{v}_cot") and "<answer>" not in fields.text(f"{v}_cot") for v in ("teacher", "student")]
+    if untold[0] != untold[1]:
+        voice = "teacher" if untold[0] else "student"
         raise fields.error(
             f"{voice}_cot", "no answer, the other voice has one: tags alone would tell them apart", "add it"
         )

@@ -1,0 +1,141 @@
+"""The losses: pairs of the discriminator (PRISM, warm-up and adversarial stage), and the policy gradient of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
+from prism_fast.policy import Policy
+from prism_fast.records import Rollout
+from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
+
+
+def bradley_terry(better: Tensor, worse: Tensor) -> Tensor:
+    """-log sigmoid(better - worse), elementwise: the pair loss of both stages."""
+    return F.softplus(worse - better)
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """The scores in one pack that its part of the alignment loss reads.
+
+    n (response, side) pairs whose student branch lies in the pack, m teacher branches. A split tree's teacher stands in
+    every part with that part's students; ``teacher_weight`` counts its square, and the fallback, in one part only.
+    """
+
+    student: Tensor  # (n,) corrected for length, as the pairs compare them
+    teacher: Tensor  # (n,) the teacher's score of the same prompt and side
+    student_raw: Tensor  # (n,)
+    teacher_raw: Tensor  # (m,)
+    teacher_weight: Tensor  # (m,) fp32: responses of the prompt (invalid ones too), or 0 in later parts
+
+
+def alignment_loss(
+    scores: PairScores, *, valid_total: int, response_total: int, prompt_total: int, score_penalty: float
+) -> Tensor:
+    """One pack's share of the discriminator's loss; packs add up to the loss of the global batch.
+
+    Sum over sides of the mean over valid responses of -log sigmoid(D(y+) - D(y)), plus ``score_penalty`` times the mean
+    over responses and their four scores of the squares (an invalid response's own scores are 0, its teacher's count).
+    Where no response of the global batch is valid, the pair term is 0.01 times the mean over prompts of
+    -log sigmoid(D(y+)), both sides.
+    """
+    if valid_total:
+        pair = bradley_terry(scores.teacher, scores.student).sum() / valid_total
+    else:
+        pair = 0.01 * (F.softplus(-scores.teacher_raw) * (scores.teacher_weight > 0)).sum() / prompt_total
+    squares = scores.student_raw.square().sum() + (scores.teacher_raw.square() * scores.teacher_weight).sum()
+    return pair + score_penalty * squares / (4 * response_total)
+
+
+def length_corrected(score: Tensor, tokens: Tensor, beta: float) -> Tensor:
+    """score - beta * log(1 + tokens of the part)."""
+    return score if beta == 0 else score - beta * torch.log1p(tokens.to(score.dtype))
+
+
+def policy_gradient(
+    policy: Policy,
+    rollout: Rollout,
+    advantages: Tensor,
+    objective: PolicyObjective,
+    *,
+    temperature: float,
+    tokens_per_pack: int,
+    every_row: bool = True,
+    reference: Policy | None = None,
+) -> tuple[dict[str, float], int]:
+    """Adds the gradient of the policy loss of a whole batch to the policy; returns (metrics, tokens computed).
+
+    On-policy: one step per batch, so the ratio is 1 and old log-probs are never computed. Denominators are those of the
+    whole batch, however it is packed. ``every_row=False`` drops rows of zero advantage from the head's products; the
+    metrics then are over the other rows. advantages (B,).
+    """
+    trees, members = response_trees(rollout)
+    packs = pack(trees, tokens_per_pack, policy.image)
+    rows = sum(len(ids) for ids in rollout.response_ids)
+    normalizer = rows if objective.aggregate == "token_mean" else len(rollout)
+    measured: dict[str, list[tuple[float, float]]] = {}
+    loss = 0.0
+    device = policy.head.device
+    for packed in packs:
+        response = torch.tensor([members[tree][branch] for tree, branch in packed.branch])
+        sampled = torch.cat([rollout.logprob[i] for i in response.tolist()]).to(device)
+        packed = packed.to(device)
+        ref_logprob = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_hidden = reference(packed)[packed.predict_row]
+                ref_logprob = linear_logprob(
+                    ref_hidden, reference.head, packed.target_ids, bias=policy.bias, temperature=temperature
+                ).logprob
+        out = linear_policy_loss(
+            policy(packed)[packed.predict_row],
+            policy.head,
+            packed.target_ids,
+            advantages[response].to(device),
+            packed.sequence_start,
+            objective,
+            rollout_logprob=sampled,
+            ref_logprob=ref_logprob,
+            normalizer=normalizer,
+            bias=policy.bias,
+            temperature=temperature,
+            with_entropy=True,
+            with_logprob=every_row,
+        )
+        out.loss.backward()
+        loss += out.loss.detach()
+        count = float(out.stats["rows"])
+        for name, value in out.stats.items():
+            measured.setdefault(name, []).append((float(value), count))
+    metrics = {"loss": float(loss)}
+    for name, label in (("entropy_mean", "entropy"), ("rollout_diff_mean", "sampler_gap/mean"), ("kl_ref", "kl_ref")):
+        weight = sum(count for _, count in measured.get(name, []))
+        if weight:
+            metrics[label] = sum(value * count for value, count in measured[name] if count) / weight
+    largest = [value for value, count in measured.get("rollout_diff_max", []) if count]
+    if largest:
+        metrics["sampler_gap/max"] = max(largest)
+    return metrics, sum(p.num_tokens for p in packs)
+
+
+def response_trees(rollout: Rollout) -> tuple[list[Tree], list[list[int]]]:
+    """One tree per distinct prompt, and for each tree the responses that are its branches."""
+    prompts, which = merge_prompts(rollout.prompts)
+    members: list[list[int]] = [[] for _ in prompts]
+    for i, group in enumerate(rollout.group.tolist()):
+        members[which[group]].append(i)
+    trees = [
+        Tree(p, [rollout.response_ids[i] for i in ids], [KIND_RESPONSE] * len(ids)) for p, ids in zip(prompts, members)
+    ]
+    return trees, members
+
+
+def response_lengths(responses: Sequence[Tensor]) -> float:
+    """Mean tokens per response, end-of-turn included."""
+    return sum(len(r) for r in responses) / len(responses)

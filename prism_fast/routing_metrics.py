@@ -1,0 +1,37 @@
+"""Which experts took which kind of token: per-kind loads of one step, as metrics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prism_fast.pack import KIND_NAMES
+from prism_kernels import RoutingStats
+
+
+class ExpertLoad:
+    """Adds up the counts of a step's packs; ``fractions()`` reports and clears them."""
+
+    def __init__(self):
+        self._counts: list[Tensor] = []
+
+    def add(self, stats: list[RoutingStats]) -> None:
+        counts = [s.counts.detach() for s in stats]
+        self._counts = counts if not self._counts else [a + b for a, b in zip(self._counts, counts)]
+
+    def fractions(self) -> dict[str, float]:
+        """``expert_load/<layer>/<kind>/<expert>``: the expert's share of the kind's slots; kinds without tokens absent."""
+        if not self._counts:
+            return {}
+        counts = torch.stack(self._counts).double()  # (layers, kinds, E)
+        totals = counts.sum(-1, keepdim=True)
+        shares = (counts / totals.clamp(min=1)).tolist()
+        present = (totals[..., 0] > 0).tolist()
+        self._counts = []
+        return {
+            f"expert_load/{layer}/{KIND_NAMES[kind]}/{expert}": share
+            for layer, kinds in enumerate(shares)
+            for kind, experts in enumerate(kinds)
+            if present[layer][kind]
+            for expert, share in enumerate(experts)
+        }

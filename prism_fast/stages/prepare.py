@@ -1,0 +1,90 @@
+"""Data that a stage needs from a policy: warm-up pairs (before 2b), and prompts kept by pass rate (before 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from prism_fast.config import FilterConfig, PairsConfig
+from prism_fast.data.chat import Chat
+from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
+from prism_fast.records import DataError, Rollout, Sample
+from prism_fast.reward import split_parts, verifiable_reward
+from prism_fast.rollout import generate
+from prism_fast.run import encode_all, load_policy
+
+Progress = Callable[[int, int], None]  # (responses done, responses in total)
+
+
+def pairs(config: PairsConfig, progress: Progress | None = None) -> dict[str, int]:
+    """Rolls out config.model on the teacher's prompts and writes warm-up records; returns counts.
+
+    A response without a valid format has no parts to compare, and is counted, not written.
+    """
+    data = read_align(config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt)
+    samples, rollout = _roll_out(config, data, progress)
+    records = []
+    for text, group in zip(rollout.text, rollout.group.tolist()):
+        parts = split_parts(text)
+        if parts is not None:
+            records.append(replace(samples[group], student_caption=parts.caption, student_reasoning=parts.reasoning))
+    if not records:
+        raise DataError(f"{config.model.path}: none of {len(rollout)} responses has a valid format; train it longer")
+    write_warmup(config.out, records)
+    return {
+        "prompts": len(samples),
+        "responses": len(rollout),
+        "written": len(records),
+        "invalid_format": len(rollout) - len(records),
+        "skipped_records": len(data.skipped),
+    }
+
+
+def filter_prompts(config: FilterConfig, progress: Progress | None = None) -> dict[str, int]:
+    """Keeps the prompts whose pass rate over ``samples`` rollouts lies in [low, high]; returns counts."""
+    data = read_rlvr(config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt)
+    samples, rollout = _roll_out(config, data, progress)
+    right = torch.zeros(len(samples))
+    for text, group in zip(rollout.text, rollout.group.tolist()):
+        sample = samples[group]
+        right[group] += verifiable_reward(text, sample.gold, equivalents=sample.equivalents).accuracy
+    rate = (right / config.samples).tolist()
+    kept = [s for s, r in zip(samples, rate) if config.low <= r <= config.high]
+    counts = {
+        "prompts": len(samples),
+        "kept": len(kept[: config.keep]),
+        "too_hard": sum(r < config.low for r in rate),
+        "too_easy": sum(r > config.high for r in rate),
+        "skipped_records": len(data.skipped),
+    }
+    if not kept:
+        raise DataError(
+            f"{config.data.files[0]}: no prompt of {len(samples)} has a pass rate in [{config.low}, {config.high}] "
+            f"({counts['too_hard']} below, {counts['too_easy']} above); widen low and high"
+        )
+    write_rlvr(config.out, kept[: config.keep])
+    return counts
+
+
+def _roll_out(
+    config: PairsConfig | FilterConfig, data: Dataset, progress: Progress | None
+) -> tuple[list[Sample], Rollout]:
+    chat = Chat.load(config.model.path)
+    policy = load_policy(config.model, chat)
+    picked = list(range(min(len(data), config.limit or len(data))))
+    encoded = encode_all(data, picked, lambda s: (s, chat.encode_prompt(s, config.data.max_prompt_tokens)))
+    total = len(encoded) * config.samples
+    rollout = generate(
+        policy,
+        chat,
+        [prompt for _, prompt in encoded],
+        samples=config.samples,
+        max_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        rows_at_once=config.rows_at_once,
+        progress=None if progress is None else lambda done: progress(done, total),
+    )
+    return [sample for sample, _ in encoded], rollout

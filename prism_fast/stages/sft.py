@@ -1,0 +1,96 @@
+"""Stage 1, supervised fine-tuning: cross-entropy on the assistant's tokens of demonstrations."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from prism_fast.config import SFTConfig
+from prism_fast.data.chat import Chat
+from prism_fast.data.formats import read_sft
+from prism_fast.evaluate import EvalSet, evaluate
+from prism_fast.metrics import Monitor
+from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
+from prism_fast.records import DataError, Prompt, Sample, StepStats
+from prism_fast.run import Clock, Run, encode_all, is_time, load_policy, order, with_chat
+from prism_fast.update import Updater
+from prism_kernels import linear_cross_entropy
+
+
+def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Trains config.model on config.data; writes config.run.out/final. Returns the last evaluation's figures."""
+    with Run("sft", config.run, resume) as run:
+        model_config = run.model("policy", config.model)
+        chat = Chat.load(model_config.path)
+        policy = load_policy(model_config, chat)
+        data = read_sft(
+            config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt
+        )
+        held_out = EvalSet.read(config.data, config.data.eval_files, config.eval.limit, chat)
+        total = config.steps or math.ceil(config.epochs * len(data) / config.batch_size)
+        updater = Updater(policy, config.optimizer, total)
+        first, tensors, _ = run.restore()
+        if first:
+            updater.load(tensors, first)
+        encode = partial(demonstration, chat=chat, config=config)
+        models = {"policy": with_chat(policy, chat)}
+        figures: dict[str, Any] = {}
+        with Monitor("sft", config.run.out, total, tracker=config.run.tracker, start_step=first) as monitor:
+            for step in range(first, total):
+                clock = Clock()
+                with clock("data"):
+                    picked = order(len(data), config.run.seed, step * config.batch_size, config.batch_size)
+                    trees = demonstration_trees(encode_all(data, picked, encode))
+                    packs = pack(trees, config.run.tokens_per_pack, policy.image)
+                with clock("update"):
+                    rows = sum(p.target_row.numel() for p in packs)
+                    loss = 0.0
+                    for packed in packs:
+                        packed = packed.to(policy.head.device)
+                        hidden = policy(packed)[packed.predict_row]
+                        part = linear_cross_entropy(hidden, policy.head, packed.target_ids, normalizer=rows)
+                        part.backward()
+                        loss += part.detach()
+                    lr = updater.lr
+                    norm = updater.step()
+                stats = StepStats(
+                    step + 1,
+                    {"loss": float(loss), "lr": lr, "grad_norm": norm},
+                    clock.seconds,
+                    {"update": sum(p.num_tokens for p in packs)},
+                )
+                monitor.step(stats)
+                if held_out and is_time(step + 1, config.run.eval_every, total):
+                    result = evaluate(policy, chat, held_out, config.eval, seed=config.run.seed)
+                    figures = result.figures()
+                    monitor.evaluation(step + 1, figures)
+                    run.improved(step + 1, result.accuracy)
+                run.step_done(step + 1, total, models, updater.tensors, {})
+            for line in data.skipped:
+                monitor.warn(f"skipped: {line}")
+        run.finish(models)
+        return figures
+
+
+def demonstration(sample: Sample, chat: Chat, config: SFTConfig) -> tuple[Prompt, Tensor]:
+    """(prompt, response tokens) of one sample. Raises DataError where it is too long."""
+    prompt = chat.encode_prompt(sample, config.data.max_prompt_tokens)
+    response = chat.encode_response(sample.response)
+    if len(prompt) + len(response) > config.max_tokens:
+        raise DataError(
+            f"{sample.place}: {len(prompt) + len(response)} tokens are over max_tokens = {config.max_tokens}; "
+            "raise it, or shorten the record"
+        )
+    return prompt, response
+
+
+def demonstration_trees(demonstrations: list[tuple[Prompt, Tensor]]) -> list[Tree]:
+    """Prompt -> demonstrations; samples with the same prompt and image share one root."""
+    distinct, which = merge_prompts([prompt for prompt, _ in demonstrations])
+    branches: list[list[Tensor]] = [[] for _ in distinct]
+    for (_, response), root in zip(demonstrations, which):
+        branches[root].append(response)
+    return [Tree(p, b, [KIND_RESPONSE] * len(b)) for p, b in zip(distinct, branches)]
