@@ -302,18 +302,7 @@ def load_config(
             path = RECIPES / f"{file}.yaml"
         place = str(path)
         tree = merge(tree, read_yaml(path))
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise DataError(f"override {override!r}: expected key.path=value, for example run.seed=1")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise DataError(f"override {override!r}: the value is not YAML; quote it") from None
-        branch = parsed
-        for name in reversed(key.split(".")):
-            branch = {name: branch}
-        tree = merge(tree, branch)
+    tree = merge(tree, parse_overrides(overrides))
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -324,6 +313,23 @@ def load_config(
         if first["type"] == "extra_forbidden":
             message = f"unknown key; known here: {', '.join(_known(cls, first['loc'][:-1]))}"
         raise DataError(f"{place}: {key}: {message}{more}") from None
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key.path=value`` strings as one tree; values are YAML."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise DataError(f"override {override!r}: expected key.path=value, for example run.seed=1")
+        try:
+            branch = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise DataError(f"override {override!r}: the value is not YAML; quote it") from None
+        for name in reversed(key.split(".")):
+            branch = {name: branch}
+        tree = merge(tree, branch)
+    return tree
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

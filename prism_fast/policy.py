@@ -95,16 +95,21 @@ def embed(backbone: nn.Module, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
 class Policy(nn.Module):
     """A Qwen3-VL whose forward takes a PackedTree and whose head is left to the fused ops.
 
-    ``forbidden``: token ids that are never sampled (placeholders, padding). The policy is the distribution over the
-    other tokens, in the sampler and in the trainer alike: ``bias`` adds -1e9 to their logits.
+    ``forbidden``: token ids that are never sampled (placeholders, padding); ``words``: tokens that the tokenizer knows,
+    where the embedding has more rows. The policy is the distribution over the other tokens, in the sampler and in the
+    trainer alike: ``bias`` adds -1e9 to the logits of these.
     """
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, forbidden: tuple[int, ...] = ()):
+    def __init__(
+        self, model: Qwen3VLForConditionalGeneration, forbidden: tuple[int, ...] = (), words: int | None = None
+    ):
         super().__init__()
         self.model = model
         self.image = image_tokens(model.config)
         bias = torch.zeros(model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
         bias[list(forbidden)] = -1e9
+        if words is not None:
+            bias[words:] = -1e9
         self.register_buffer("bias", bias, persistent=False)
 
     @classmethod
@@ -113,11 +118,12 @@ class Policy(nn.Module):
         path: str | Path,
         *,
         forbidden: tuple[int, ...] = (),
+        words: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Policy:
         """Opens a Hugging Face Qwen3-VL directory (safetensors). Raises DataError on another architecture."""
-        return cls(load_model(Qwen3VLForConditionalGeneration, path, "qwen3_vl", dtype, device), forbidden)
+        return cls(load_model(Qwen3VLForConditionalGeneration, path, "qwen3_vl", dtype, device), forbidden, words)
 
     @property
     def head(self) -> Tensor:

@@ -46,9 +46,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_policy(config: ModelConfig, chat: Chat) -> Policy:
     device = pick_device()
-    policy = Policy.load(
-        config.path, forbidden=chat.forbidden_ids, dtype=pick_dtype(config.dtype, device), device=device
-    )
+    dtype = pick_dtype(config.dtype, device)
+    policy = Policy.load(config.path, forbidden=chat.forbidden_ids, words=chat.vocab_size, dtype=dtype, device=device)
     return _prepare(policy, config)
 
 

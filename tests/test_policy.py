@@ -94,3 +94,8 @@ def test_text_only_pack_and_forbidden_tokens():
     pack = build_pack([Tree(prompt(2), [tokens(3, 4)], [2])], [(0, [0])], IMAGE)
     logits = policy(pack) @ policy.head.T + policy.bias
     assert logits.softmax(-1)[:, IMAGE_TOKEN].max() == 0
+
+
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_sampled():
+    policy = Policy(qwen(), forbidden=(3,), words=80)
+    assert (policy.bias < -1e8).nonzero().flatten().tolist() == [3, *range(80, 96)]
