@@ -10,8 +10,20 @@ from prism_kernels.moe.routing import Routing
 
 _PACKAGE = "prism_kernels.moe"
 
-ROUTE = Op("moe_route", [Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:moe_route", ("cpu", "cuda"))])
-MLP = Op("moe_mlp", [Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:moe_mlp", ("cpu", "cuda"))])
+
+def _op(name: str) -> Op:
+    return Op(
+        name,
+        [
+            Implementation(Impl.CPU, f"{_PACKAGE}.cpu:{name}", ("cpu",)),
+            Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:{name}", ("cpu", "cuda")),
+        ],
+    )
+
+
+ROUTE = _op("moe_route")
+PLAN = _op("plan_routing")
+MLP = _op("moe_mlp")
 
 
 def moe_route(
@@ -81,6 +93,30 @@ def moe_route(
     )
 
 
+def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl: str = "auto") -> Routing:
+    """A :class:`Routing` for experts that another router chose: what :func:`moe_mlp` needs, without statistics.
+
+    Args:
+        expert_index: (T, k) int32 or int64 in [0, E); values outside raise on a CPU and are undefined on a GPU.
+        weight: (T, k) floating, passed through.
+        num_experts: E.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        Routing with ``stats`` None.
+
+    Raises:
+        ValueError: an argument of another shape, dtype, device or value; names it.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected E >= 1, got {num_experts}")
+    _check_matrix("weight", weight, "(T, k)")
+    _check_integer("expert_index", expert_index, tuple(weight.shape), "(T, k)", weight, num_experts, "num_experts")
+    _, run = PLAN.select(impl, weight.device)
+    return Routing(expert_index.int(), weight, *run(expert_index, num_experts), None)
+
+
 def moe_mlp(
     hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, *, layout: str = "v5", impl: str = "auto"
 ) -> Tensor:
@@ -142,7 +178,7 @@ def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
 
 def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
     if tensor.device != hidden.device:
-        raise ValueError(f"{name}: expected a tensor on {hidden.device}, the device of hidden, got {_describe(tensor)}")
+        raise ValueError(f"{name}: expected a tensor on {hidden.device}, where its peers are, got {_describe(tensor)}")
 
 
 def _check_integer(

@@ -22,7 +22,7 @@ def moe_route(
     num_kinds: int,
     expert_index: Tensor | None,
 ) -> Routing:
-    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    math = torch.promote_types(hidden.dtype, torch.float32)
     experts = router_weight.shape[0]
     probability = (hidden.to(math) @ router_weight.to(math).T).softmax(dim=-1)  # (T, E)
     if expert_index is None:  # a stable sort puts ties in index order
@@ -32,22 +32,25 @@ def moe_route(
     if renormalize:
         weight = weight / weight.sum(dim=-1, keepdim=True)
 
-    flat = index.flatten()
-    token_order = flat.argsort(stable=True)
-    expert_offset = F.pad((flat[:, None] == torch.arange(experts, device=flat.device)).sum(dim=0).cumsum(0), (1, 0))
-
     kind = torch.zeros_like(index[:, 0]) if segment_kind is None else segment_kind.long()
     chosen = F.one_hot(index, experts).sum(dim=1).float()  # (T, E)
     stats = RoutingStats(
         counts=torch.stack([chosen[kind == i].sum(dim=0) for i in range(num_kinds)]),
         prob_sum=torch.stack([probability[kind == i].sum(dim=0) for i in range(num_kinds)]),
     )
-    return Routing(expert_index.int().contiguous(), weight, token_order.int(), expert_offset.int(), stats)
+    return Routing(index.int(), weight, *plan_routing(index, experts), stats)
+
+
+def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(T, k) -> token_order (T*k,), expert_offset (E+1,), both int32."""
+    flat = expert_index.flatten()
+    counts = (flat[:, None] == torch.arange(num_experts, device=flat.device)).sum(dim=0)
+    return flat.argsort(stable=True).int(), F.pad(counts.cumsum(0), (1, 0)).int()
 
 
 def moe_mlp(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
     """``gate_up`` (E, 2I, H) and ``down`` (E, H, I), whatever their strides. Reads expert_index and weight alone."""
-    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    math = torch.promote_types(hidden.dtype, torch.float32)
     x = hidden.to(math)
     out = torch.zeros_like(x)
     for e in range(gate_up.shape[0]):

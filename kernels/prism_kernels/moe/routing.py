@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     weight: Tensor  # (T, k) fp32 (fp64 for fp64 hidden states), differentiable
     token_order: Tensor  # (T*k,) int32: flat slots t*k+j, stable by expert
     expert_offset: Tensor  # (E+1,) int32: expert e owns token_order[expert_offset[e]:expert_offset[e+1]]
-    stats: RoutingStats
+    stats: RoutingStats | None  # None where another router chose (plan_routing)
 
 
 def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int) -> Tensor:
