@@ -26,9 +26,38 @@ struct View {
   py::buffer_info info;
 };
 
+// Millions of new lists without a cycle among them would set off collection after collection.
+struct PausedCollector {
+  PausedCollector() : was_on(PyGC_Disable()) {}
+  ~PausedCollector() {
+    if (was_on) PyGC_Enable();
+  }
+  const int was_on;
+};
+
 py::list indices(const int64_t* begin, const int64_t* end) {
   py::list out(end - begin);
   for (const int64_t* i = begin; i != end; ++i) PyList_SET_ITEM(out.ptr(), i - begin, py::int_(*i).release().ptr());
+  return out;
+}
+
+// [[(tree, [branch, ...]), ...], ...]
+py::list nested(const prism::Packs& packs) {
+  const PausedCollector paused;
+  const int64_t* branch = packs.branch.data();
+  py::list out(packs.pack_start.size() - 1);
+  for (size_t i = 0; i + 1 < packs.pack_start.size(); ++i) {
+    const int64_t first = packs.pack_start[i], last = packs.pack_start[i + 1];
+    py::list pack(last - first);
+    for (int64_t j = first; j < last; ++j) {
+      py::tuple part(2);
+      PyTuple_SET_ITEM(part.ptr(), 0, py::int_(packs.tree[j]).release().ptr());
+      py::list held = indices(branch + packs.branch_start[j], branch + packs.branch_start[j + 1]);
+      PyTuple_SET_ITEM(part.ptr(), 1, held.release().ptr());
+      PyList_SET_ITEM(pack.ptr(), j - first, part.release().ptr());
+    }
+    PyList_SET_ITEM(out.ptr(), i, pack.release().ptr());
+  }
   return out;
 }
 
@@ -47,19 +76,7 @@ py::object pack_trees(const py::buffer& root, const py::buffer& branch, const py
         {token, attention, visions.data()}, {capacity, multiple, split_for_multiple, cost_given});
   }
   if (packs.misfit >= 0) return py::int_(packs.misfit);
-  py::list out(packs.pack_start.size() - 1);
-  for (size_t i = 0; i + 1 < packs.pack_start.size(); ++i) {
-    const int64_t first = packs.pack_start[i], last = packs.pack_start[i + 1];
-    py::list pack(last - first);
-    for (int64_t j = first; j < last; ++j) {
-      const int64_t* held = packs.branch.data();
-      py::tuple part =
-          py::make_tuple(packs.tree[j], indices(held + packs.branch_start[j], held + packs.branch_start[j + 1]));
-      PyList_SET_ITEM(pack.ptr(), j - first, part.release().ptr());
-    }
-    PyList_SET_ITEM(out.ptr(), i, pack.release().ptr());
-  }
-  return std::move(out);
+  return nested(packs);
 }
 
 std::vector<std::vector<int64_t>> balance(const py::buffer& costs, int64_t num_ranks, bool equal_count) {

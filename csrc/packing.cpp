@@ -14,6 +14,7 @@ namespace prism {
 namespace {
 
 constexpr int kMaxRounds = 16;
+constexpr int64_t kRare = 16;
 constexpr double kAlike = 1e-3;
 
 using Indices = std::vector<int64_t>;
@@ -32,12 +33,24 @@ Indices by_descending(size_t n, Key key) {
   return order;
 }
 
+// The same for sizes in [0, capacity]: counted where that is cheaper than comparing.
+Indices longest_first(const Indices& sizes, int64_t capacity) {
+  const int64_t count = static_cast<int64_t>(sizes.size());
+  if (capacity > 4 * count) return by_descending(sizes.size(), [&](size_t i) { return sizes[i]; });
+  Indices place(capacity + 1, 0);  // how many have a size, then where the next of them goes
+  for (int64_t size : sizes) ++place[size];
+  for (int64_t size = capacity, before = 0; size >= 0; --size) before += std::exchange(place[size], before);
+  Indices order(count);
+  for (int64_t i = 0; i < count; ++i) order[place[sizes[i]]++] = i;
+  return order;
+}
+
 // Indices into sizes by bin: longest first, each into the bin with the least room that holds it (ties: filled last).
 std::vector<Indices> best_fit_decreasing(const Indices& sizes, int64_t capacity) {
   std::vector<Indices> bins;
   Indices below;                          // bin -> the next bin in the stack of those with the same room, or -1
   std::map<int64_t, int64_t> top_of_room;  // room -> top of the stack
-  for (int64_t item : by_descending(sizes.size(), [&](size_t i) { return sizes[i]; })) {
+  for (int64_t item : longest_first(sizes, capacity)) {
     int64_t room = capacity, bin = static_cast<int64_t>(bins.size());
     auto found = top_of_room.lower_bound(sizes[item]);
     if (found == top_of_room.end()) {
@@ -89,24 +102,18 @@ class Packer {
 
   Packs run() {
     Packs result;
-    for (int64_t tree = 0; tree < trees_.count; ++tree) {
-      if (!split(tree)) {
-        result.misfit = tree;
-        return result;
-      }
-    }
-    Indices sizes;
-    sizes.reserve(parts_.size());
-    for (const Part& part : parts_) sizes.push_back(part.tokens);
-    packs_ = best_fit_decreasing(sizes, options_.capacity);
-    costs_.reserve(packs_.size());
+    result.misfit = fill(options_.capacity);
+    if (result.misfit >= 0) return result;
+    const size_t multiple = options_.multiple, count = (packs_.size() + multiple - 1) / multiple * multiple;
+    const bool added = count > packs_.size();
+    if (added && options_.split_for_multiple) fill(least_capacity(count));
+    costs_.reserve(count);
     for (const Indices& pack : packs_) costs_.push_back(cost_of(pack));
-    const int64_t count = static_cast<int64_t>(packs_.size());
-    const int64_t added = (options_.multiple - count % options_.multiple) % options_.multiple;
-    for (int64_t i = 0; i < added; ++i) {
-      if (!split_a_pack() && !(options_.split_for_multiple && split_a_tree())) add_pack({});
+    while (packs_.size() < count) {
+      if (!split_a_pack()) add_pack({});
     }
-    if (options_.cost_given || added > 0) even_out();
+    if (options_.cost_given || added) even_out();
+    sort_packs();
     write(result);
     return result;
   }
@@ -117,6 +124,43 @@ class Packer {
     int64_t tree, begin, end, tokens;
     double cost;
   };
+
+  // Parts and packs of at most `limit` tokens. -> the first tree that does not fit, or -1.
+  int64_t fill(int64_t limit) {
+    limit_ = limit;
+    pool_.clear();
+    parts_.clear();
+    parts_.reserve(trees_.count);
+    for (int64_t tree = 0; tree < trees_.count; ++tree) {
+      if (!split(tree)) return tree;
+    }
+    Indices sizes;
+    sizes.reserve(parts_.size());
+    for (const Part& part : parts_) sizes.push_back(part.tokens);
+    packs_ = best_fit_decreasing(sizes, limit);
+    return -1;
+  }
+
+  // The least limit with which `count` packs are enough, by bisection.
+  int64_t least_capacity(size_t count) {
+    int64_t low = 1, high = limit_;
+    for (int64_t tree = 0; tree < trees_.count; ++tree) {
+      int64_t least = trees_.root[tree], longest = 0;
+      for (int64_t j = 0; j < trees_.start[tree + 1] - trees_.start[tree]; ++j) {
+        const int64_t length = trees_.branch[trees_.start[tree] + j];
+        if (is_kept(tree, j)) least += length;
+        else longest = std::max(longest, length);
+      }
+      low = std::max(low, least + longest);
+    }
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      fill(middle);
+      if (packs_.size() <= count) high = middle;
+      else low = middle + 1;
+    }
+    return high;
+  }
 
   bool is_kept(int64_t tree, int64_t branch) const {
     return trees_.kept != nullptr && trees_.kept[trees_.start[tree] + branch] != 0;
@@ -153,7 +197,7 @@ class Packer {
     const int64_t first = trees_.start[tree], count = trees_.start[tree + 1] - first;
     const int64_t* length = trees_.branch + first;
     // subtracted one by one, stopping below zero: no sum of lengths from outside can overflow
-    int64_t room = options_.capacity - trees_.root[tree];
+    int64_t room = limit_ - trees_.root[tree];
     for (int64_t j = 0; j < count && room >= 0; ++j) room -= length[j];
     if (room >= 0) {
       const int64_t begin = static_cast<int64_t>(pool_.size());
@@ -161,7 +205,7 @@ class Packer {
       add_part(tree, begin);
       return true;
     }
-    room = options_.capacity - trees_.root[tree];
+    room = limit_ - trees_.root[tree];
     Indices kept, loose, sizes;
     for (int64_t j = 0; j < count; ++j) {
       if (is_kept(tree, j)) {
@@ -200,18 +244,12 @@ class Packer {
     return out;
   }
 
-  // The first pack of the highest cost among those that `may` be split, or -1.
-  template <typename May>
-  int64_t donor(May may) const {
-    int64_t best = -1;
-    for (int64_t i = 0; i < static_cast<int64_t>(packs_.size()); ++i) {
-      if ((best < 0 || costs_[i] > costs_[best]) && may(packs_[i])) best = i;
-    }
-    return best;
-  }
-
+  // Splits the costliest pack of two parts or more; false where there is none.
   bool split_a_pack() {
-    const int64_t from = donor([](const Indices& pack) { return pack.size() > 1; });
+    int64_t from = -1;
+    for (int64_t i = 0; i < static_cast<int64_t>(packs_.size()); ++i) {
+      if (packs_[i].size() > 1 && (from < 0 || costs_[i] > costs_[from])) from = i;
+    }
     if (from < 0) return false;
     const Indices pack = packs_[from];
     const Halves sides = *halves(part_costs(pack), nullptr, 0);
@@ -220,45 +258,12 @@ class Packer {
     return true;
   }
 
-  Indices loose_branches(const Part& part) const {
-    Indices out;
-    for (int64_t i = part.begin; i < part.end; ++i) {
-      if (!is_kept(part.tree, pool_[i])) out.push_back(pool_[i]);
-    }
-    return out;
-  }
-
-  // Called where no pack holds more than one part.
-  bool split_a_tree() {
-    const int64_t from =
-        donor([&](const Indices& pack) { return !pack.empty() && loose_branches(parts_[pack[0]]).size() > 1; });
-    if (from < 0) return false;
-    const Part old = parts_[packs_[from][0]];
-    const int64_t root = trees_.root[old.tree];
-    const Indices loose = loose_branches(old);
-    Indices kept;
-    for (int64_t i = old.begin; i < old.end; ++i) {
-      if (is_kept(old.tree, pool_[i])) kept.push_back(pool_[i]);
-    }
-    std::vector<double> alone;  // with the root, as the reference adds it
-    for (int64_t branch : loose) {
-      const double base = work(root, 0) + model_.vision[old.tree];
-      alone.push_back(base + work(trees_.branch[trees_.start[old.tree] + branch], root));
-    }
-    const Halves sides = *halves(alone, nullptr, 0);
-    const int64_t first = add_part(old.tree, kept, picked(loose, sides[0]));
-    const int64_t second = add_part(old.tree, kept, picked(loose, sides[1]));
-    set_pack(from, {first});
-    add_pack({second});
-    return true;
-  }
-
   // Divides two packs anew where that lowers the larger of their costs.
   bool exchange(int64_t high, int64_t low) {
     Indices pair = packs_[high], sizes;
     pair.insert(pair.end(), packs_[low].begin(), packs_[low].end());
     for (int64_t part : pair) sizes.push_back(parts_[part].tokens);
-    const auto sides = halves(part_costs(pair), &sizes, options_.capacity);
+    const auto sides = halves(part_costs(pair), &sizes, limit_);
     if (!sides) return false;
     Indices first = picked(pair, (*sides)[0]), second = picked(pair, (*sides)[1]);
     if (std::max(cost_of(first), cost_of(second)) >= costs_[high]) return false;
@@ -271,13 +276,13 @@ class Packer {
     const size_t count = packs_.size();
     for (int round = 0; round < kMaxRounds; ++round) {
       const Indices order = by_descending(count, [&](size_t i) { return costs_[i]; });
-      bool changed = false;
+      int64_t changes = 0;
       for (size_t i = 0; i < count / 2; ++i) {
         const int64_t high = order[i], low = order[count - 1 - i];
         if (costs_[high] - costs_[low] <= kAlike * costs_[high]) break;
-        changed |= exchange(high, low);
+        changes += exchange(high, low);
       }
-      if (!changed) return;
+      if (changes <= static_cast<int64_t>(count) / kRare) return;
     }
   }
 
@@ -289,12 +294,41 @@ class Packer {
                                         pool_.begin() + b.end);
   }
 
-  void write(Packs& result) {
+  // Runs of packs of similar cost; inside a run, and among runs, by first tree; empty packs last.
+  void sort_packs() {
     for (Indices& pack : packs_) std::sort(pack.begin(), pack.end(), [&](int64_t a, int64_t b) { return before(a, b); });
-    std::stable_sort(packs_.begin(), packs_.end(), [&](const Indices& a, const Indices& b) {
-      if (a.empty() || b.empty()) return b.empty() && !a.empty();
-      return before(a[0], b[0]);
+    std::vector<Indices> sorted;
+    sorted.reserve(packs_.size());
+    const size_t count = packs_.size(), run = options_.cost_given ? options_.multiple : std::max<size_t>(1, count);
+    Indices order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      if (packs_[a].empty() != packs_[b].empty()) return packs_[b].empty();
+      return costs_[a] > costs_[b];
     });
+    auto earlier = [&](int64_t a, int64_t b) {
+      if (packs_[a].empty() || packs_[b].empty()) return packs_[b].empty() && !packs_[a].empty();
+      return before(packs_[a][0], packs_[b][0]);
+    };
+    Indices runs;  // where each begins
+    for (size_t begin = 0; begin < count; begin += run) {
+      std::stable_sort(order.begin() + begin, order.begin() + std::min(count, begin + run), earlier);
+      runs.push_back(begin);
+    }
+    std::sort(runs.begin(), runs.end(), [&](int64_t a, int64_t b) {
+      const bool a_last = packs_[order[a + run - 1]].empty(), b_last = packs_[order[b + run - 1]].empty();
+      return a_last != b_last ? b_last : earlier(order[a], order[b]);
+    });
+    for (int64_t begin : runs) {
+      for (size_t i = begin; i < std::min(count, begin + run); ++i) sorted.push_back(std::move(packs_[order[i]]));
+    }
+    packs_ = std::move(sorted);
+  }
+
+  void write(Packs& result) {
+    result.tree.reserve(parts_.size());
+    result.branch_start.reserve(parts_.size() + 1);
+    result.branch.reserve(pool_.size());
     for (const Indices& pack : packs_) {
       for (int64_t i : pack) {
         const Part& part = parts_[i];
@@ -313,6 +347,7 @@ class Packer {
   std::vector<Part> parts_;
   std::vector<Indices> packs_;  // of indices into parts_
   std::vector<double> costs_;   // of packs_
+  int64_t limit_ = 0;           // tokens that a pack may hold
 };
 
 }  // namespace

@@ -24,7 +24,7 @@ struct CostModel {
 struct PackOptions {
   int64_t capacity;
   int64_t multiple;         // the number of packs is a multiple of it
-  bool split_for_multiple;  // trees may be split where there are fewer of them than packs
+  bool split_for_multiple;  // where that adds packs, trees that fit are split too, to fill them evenly
   bool cost_given;          // packs are evened out by cost
 };
 

@@ -50,12 +50,14 @@ def pack_trees(
       a discriminator).
     - Packs are few: best-fit decreasing (Johnson et al. 1974: asymptotically at most 11/9 of the optimum).
     - ``num_packs_multiple`` = m, for data-parallel ranks that must take equally many packs: the number of packs is
-      rounded up to a multiple of m by splitting the costliest packs between trees. Where there are fewer trees than
-      packs, the last packs are empty lists, or, with ``split_for_multiple``, the costliest trees are split between
-      branches as if they had not fitted (empty packs remain only where no tree has two branches left to separate).
+      rounded up to a multiple of m by splitting the costliest packs between trees; where there are fewer trees than
+      packs, the last packs are empty lists. ``split_for_multiple``: where packs have to be added, trees are split as
+      if ``capacity`` were the least with which that many packs suffice, so that few groups of many branches keep all
+      ranks equally busy (a pack is then empty only where all branches already have one of their own, or nearly so).
     - ``cost``: a :class:`PackCost` (linear, attention and vision work), tokens where it is None; decides which pack is
       the costliest. Where it is given, or packs were added, trees are then exchanged between costly and cheap packs
-      as far as capacity allows, at the same number of packs.
+      as far as capacity allows, at the same number of packs. Where it is given, packs i m to (i + 1) m - 1, which the
+      m ranks work on at the same time, are of similar cost; these runs come in the order of their first tree.
 
     The result depends on the arguments alone, and is the same for every ``impl``. No trees: no packs.
 

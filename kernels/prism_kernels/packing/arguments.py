@@ -80,13 +80,12 @@ def read_trees(trees: Any, together: Any) -> Trees:
         )
     trees = list(trees)
     try:
-        pairs = [(root, plain(branches)) for root, branches in trees]
-        root = array("q", [pair[0] for pair in pairs])
-        counts = [len(pair[1]) for pair in pairs]
-        branch = array("q", chain.from_iterable([pair[1] for pair in pairs]))
+        root = array("q", [length for length, _ in trees])
+        branches = [lengths for _, lengths in trees]
+        start = array("q", accumulate(map(len, branches), initial=0))
+        branch = array("q", chain.from_iterable(branches))
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"trees: {_first_bad_tree(trees, error)}") from None
-    start = array("q", accumulate(counts, initial=0))
     if min(root, default=0) < 0 or min(branch, default=0) < 0:
         raise ValueError(f"trees: {_first_bad_tree(trees, None)}")
     return Trees(root, branch, start, None if together is None else _read_together(together, start))

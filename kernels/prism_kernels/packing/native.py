@@ -17,7 +17,15 @@ def pack_trees(
     cost_given: bool,
 ) -> list[list[tuple[int, list[int]]]]:
     packs = library().pack_trees(
-        trees.root, trees.branch, trees.start, trees.kept, *coefficients, capacity, multiple, split_for_multiple, cost_given
+        trees.root,
+        trees.branch,
+        trees.start,
+        trees.kept,
+        *coefficients,
+        capacity,
+        multiple,
+        split_for_multiple,
+        cost_given,
     )
     if isinstance(packs, int):
         raise does_not_fit(trees, packs, capacity)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from prism_kernels.packing.arguments import Trees, does_not_fit
 
 MAX_ROUNDS = 16  # of exchanges between costly and cheap packs
+RARE = 16  # a round that changes at most one pair for so many packs is the last
 ALIKE = 1e-3  # packs whose costs differ by less than this fraction are left alone
 
 
@@ -34,19 +35,57 @@ def pack_trees(
     split_for_multiple: bool,
     cost_given: bool,
 ) -> list[list[tuple[int, list[int]]]]:
-    def part(tree: int, branches: Sequence[int]) -> Part:
-        return _part(trees, coefficients, tree, branches)
+    def fill(limit: int) -> list[list[Part]]:
+        parts = [_part(trees, coefficients, t, held) for t in range(len(trees)) for held in _split(trees, t, limit)]
+        return [[parts[i] for i in members] for members in best_fit_decreasing([p.tokens for p in parts], limit)]
 
-    parts = [part(tree, branches) for tree in range(len(trees)) for branches in _split(trees, tree, capacity)]
-    packs = [[parts[i] for i in members] for members in best_fit_decreasing([p.tokens for p in parts], capacity)]
-    added = -len(packs) % multiple
-    for _ in range(added):
-        if not (_split_a_pack(packs) or (split_for_multiple and _split_a_tree(trees, packs, part))):
+    packs = fill(capacity)
+    count = len(packs) + -len(packs) % multiple
+    added = count > len(packs)
+    if added and split_for_multiple:
+        capacity = _least_capacity(trees, capacity, lambda limit: len(fill(limit)) <= count)
+        packs = fill(capacity)
+    while len(packs) < count:
+        if not _split_a_pack(packs):
             packs.append([])
     if cost_given or added:
         _even_out(packs, capacity)
-    named = [sorted((p.tree, list(p.branches)) for p in pack) for pack in packs]
-    return sorted(filter(None, named), key=lambda pack: pack[0]) + [pack for pack in named if not pack]
+    return _in_order(packs, multiple if cost_given else max(1, len(packs)))
+
+
+def _least_capacity(trees: Trees, high: int, enough: Callable[[int], bool]) -> int:
+    """By bisection (best fit is not quite monotone in its capacity); ``high`` is enough."""
+    low = 1
+    for tree in range(len(trees)):
+        lengths = trees.branch[trees.start[tree] : trees.start[tree + 1]]
+        least, longest = trees.root[tree], 0
+        for j, length in enumerate(lengths):
+            if trees.is_kept(tree, j):
+                least += length
+            else:
+                longest = max(longest, length)
+        low = max(low, least + longest)
+    while low < high:
+        middle = (low + high) // 2
+        if enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _in_order(packs: list[list[Part]], together: int) -> list[list[tuple[int, list[int]]]]:
+    """Runs of ``together`` packs of similar cost; inside a run, and among runs, by first tree; empty packs last."""
+    costs = [_cost(pack) for pack in packs]
+    order = sorted(range(len(packs)), key=lambda i: (not packs[i], -costs[i]))
+    named = [sorted((p.tree, list(p.branches)) for p in packs[i]) for i in order]
+
+    def place(pack):
+        return not pack, pack[:1]
+
+    runs = [sorted(named[i : i + together], key=place) for i in range(0, len(named), together)]
+    runs.sort(key=lambda run: (not run[-1], run[0][:1]))
+    return [pack for run in runs for pack in run]
 
 
 def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -142,33 +181,13 @@ def _split_a_pack(packs: list[list[Part]]) -> bool:
     return True
 
 
-def _split_a_tree(trees: Trees, packs: list[list[Part]], part: Callable[[int, Sequence[int]], Part]) -> bool:
-    """Splits the costliest part (ties: lower index) with two branches that need not stay together. Packs hold at most
-    one part here."""
-
-    def free(p: Part) -> list[int]:
-        return [j for j in p.branches if not trees.is_kept(p.tree, j)]
-
-    donors = [i for i, pack in enumerate(packs) if pack and len(free(pack[0])) > 1]
-    if not donors:
-        return False
-    donor = max(donors, key=lambda i: (packs[i][0].cost, -i))
-    old = packs[donor][0]
-    kept, loose = [j for j in old.branches if trees.is_kept(old.tree, j)], free(old)
-    alone = [part(old.tree, [j]).cost for j in loose]
-    halves = _halves(alone, [0] * len(loose), 0)
-    packs[donor], added = ([part(old.tree, sorted([*kept, *(loose[i] for i in side)]))] for side in halves)
-    packs.append(added)
-    return True
-
-
 def _even_out(packs: list[list[Part]], capacity: int) -> None:
     """Pairs the costliest pack with the cheapest, the next with the next, and so on; divides the parts of a pair anew
-    where that lowers its larger cost; until a round changes nothing."""
+    where that lowers its larger cost; until a round changes hardly anything."""
     for _ in range(MAX_ROUNDS):
         costs = [_cost(pack) for pack in packs]
         order = sorted(range(len(packs)), key=lambda i: -costs[i])
-        changed = False
+        changes = 0
         for high, low in zip(order[: len(order) // 2], reversed(order)):
             if costs[high] - costs[low] <= ALIKE * costs[high]:
                 break
@@ -179,6 +198,6 @@ def _even_out(packs: list[list[Part]], capacity: int) -> None:
             divided = [[pair[i] for i in side] for side in halves]
             if max(_cost(divided[0]), _cost(divided[1])) < costs[high]:
                 packs[high], packs[low] = divided
-                changed = True
-        if not changed:
+                changes += 1
+        if changes <= len(packs) // RARE:
             return
