@@ -1,0 +1,144 @@
+"""A killed stage, resumed, gives the same losses and the same final weights, bit for bit on a CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny_run import prepare, run_stage, settings
+
+from prism_fast import checkpoint
+from prism_fast.metrics import read_metrics
+from prism_fast.records import DataError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
+
+
+def start(stage, tree, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(tree))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.tiny_run", stage, str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(out, step, process):
+    """Returns once metrics.jsonl has the step and a checkpoint is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+        if any(json.loads(x)["step"] >= step for x in lines if x.endswith("}")) and checkpoint.steps(
+            out / "checkpoints"
+        ):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    raise AssertionError("the stage did not get far enough in time")
+
+
+def losses(out):
+    return [(line["step"], line["loss"]) for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def weights(out):
+    return {str(path.relative_to(out)): load_file(path) for path in sorted((out / "final").rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("stage", ["sft", "warmup", "align", "rlvr"])
+def test_killed_and_resumed_equals_uninterrupted(stage, folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_stage(stage, settings(folder, stage, whole))
+    process = start(stage, settings(folder, stage, cut), tmp_path)
+    wait_for_step(cut, 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "final").exists()
+    run_stage(stage, settings(folder, stage, cut), resume=True)
+    assert losses(cut) == losses(whole)
+    a, b = weights(whole), weights(cut)
+    assert a.keys() == b.keys() and a
+    for file, tensors in a.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, b[file][name]), (file, name)
+
+
+def test_sigterm_saves_says_so_and_resumes(folder, tmp_path):
+    out = tmp_path / "run"
+    process = start("sft", settings(folder, "sft", out, steps=400), tmp_path)
+    wait_for_step(out, 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in said and "--resume" in said
+    saved = checkpoint.steps(out / "checkpoints")[-1]
+    assert losses(out)[-1][0] == saved  # nothing that was computed is lost
+
+
+def test_an_earlier_run_is_not_overwritten(folder, tmp_path):
+    out = tmp_path / "run"
+    tree = settings(folder, "sft", out, steps=1)
+    run_stage("sft", tree)
+    with pytest.raises(DataError, match="--resume"):
+        run_stage("sft", tree)
+
+
+def test_only_the_last_and_the_best_checkpoints_are_kept(folder, tmp_path):
+    out = tmp_path / "run"
+    tree = settings(folder, "sft", out)
+    tree["run"]["keep_last"] = 2
+    run_stage("sft", tree)
+    assert checkpoint.steps(out / "checkpoints") == [6, 8]
+    assert {p.name for p in (out / "checkpoints" / "step-000008").iterdir()} == {
+        "policy",
+        "trainer.json",
+        "trainer.safetensors",
+    }
+
+
+def test_another_thread_count_is_refused(folder, tmp_path):
+    out = tmp_path / "run"
+    tree = settings(folder, "sft", out, steps=2)
+    run_stage("sft", tree)
+    state = json.loads((out / "checkpoints/step-000002/trainer.json").read_text())
+    (out / "checkpoints/step-000002/trainer.json").write_text(json.dumps({**state, "threads": 7}))
+    tree["steps"] = 4
+    with pytest.raises(DataError, match="threads=7"):
+        run_stage("sft", tree, resume=True)
+
+
+def test_a_torn_checkpoint_is_never_taken(folder, tmp_path):
+    """A kill while writing leaves a hidden partial folder, which is not a checkpoint."""
+    base = tmp_path / "checkpoints"
+
+    def broken(path):
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        checkpoint.save(base, 5, {"policy": broken}, {}, {}, keep_last=1)
+    assert checkpoint.steps(base) == []
+    assert checkpoint.latest(base) is None
