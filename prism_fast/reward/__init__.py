@@ -58,7 +58,7 @@ def verifiable_reward(
         raise ValueError(f"response: expected a string, got {type(response).__name__}")
     if not isinstance(gold, str) or not gold.strip():
         raise ValueError(f"gold: expected a string that is not empty, got {gold!r}; correct the record's ground truth")
-    if isinstance(equivalents, str) or not all(isinstance(text, str) for text in equivalents):
+    if isinstance(equivalents, str | None) or not all(isinstance(text, str) for text in equivalents):
         raise ValueError(f"equivalents: expected a sequence of strings, got {equivalents!r}")
     parts = split_parts(response)
     if parts is None:

@@ -48,7 +48,13 @@ class Answer:
     too_big: bool = False  # a number beyond all bounds stands in it
 
 
-@lru_cache(maxsize=16_384)
+# Spaces that part neither two words nor two numbers, and signs of multiplication beside what is no digit.
+_SPARE = re.compile(
+    r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) |(?<=[A-Za-z]) (?=[0-9])|(?<=[0-9]) (?=[A-Za-z])|(?<![0-9 ]) ?\*|\*(?! ?[0-9])"
+)
+
+
+@lru_cache(maxsize=4096)
 def read(text: str, depth: int = 0) -> Answer:
     """All readings of ``text`` (at most a few thousand characters)."""
     text = text.strip()
@@ -66,7 +72,7 @@ def read(text: str, depth: int = 0) -> Answer:
         clock=read_clock(body),
         date=read_date(body),
         truth=_truth(body),
-        compact=re.sub(r" |(?<![0-9 ]) ?\*|\*(?! ?[0-9])", "", plain),
+        compact=_SPARE.sub("", plain),
         key=text_key(plain),
     )
     try:
@@ -75,6 +81,9 @@ def read(text: str, depth: int = 0) -> Answer:
         answer = replace(answer, too_big=True)
     if depth < MAX_LIST_DEPTH and r"\begin" not in text:
         answer = replace(answer, listings=_listings(body, depth))
+        if not label and re.fullmatch(r"[A-H]{2,8}", body) and list(body) == sorted(set(body)):  # choices: "AC"
+            letters = tuple(read(letter, depth + 1) for letter in body)
+            answer = replace(answer, listings=(*answer.listings, Listing(letters, "", True)))
     if not answer.quantities and re.fullmatch(r"[0-9 ./-]+", body):  # a date, a range, not mathematics
         return answer
     return replace(answer, latex=_symbolic(text))
@@ -85,7 +94,8 @@ def read(text: str, depth: int = 0) -> Answer:
 _OPENING = re.compile(
     r"(?:(?:so|thus|hence|therefore|then),? )?(?:the |my )?(?:(?:final|correct|right|best) )*"
     r"(?:answer|result|solution|option|choice)(?: is| was| would be| should be|:| =)+ ?:? ?"
-    r"|(?:it is|it's|this is|that is|that's|there is|there are|they are|we get|we have) "
+    r"|ans ?[:=] ?|=> ?|(?:i think|both|it is|it's|this is|that is|that's|there is|there are|they are|we get|we have) "
+    r"|(?:in |in the year |year |the year )(?=[0-9]{4}$)"
     r"|(?:about|approximately|approx\.?|roughly|around|exactly|only|~|=|:) ?(?=[-+.$€£¥]?[0-9])",
     re.IGNORECASE,
 )
@@ -96,7 +106,7 @@ _SENTENCE = re.compile(
 _REVERSING = frozenset(
     "not no never neither nor less more fewer than least most over under above below nearly if".split()
 )
-_SYMBOL_LABEL = re.compile(r"(?P<label>[A-Za-z](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z]\))?) ?[=~∈] ?")
+_SYMBOL_LABEL = re.compile(r"(?P<label>[A-Za-z](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z0-9]{1,3}\))?) ?[=~∈] ?")
 _WORD_LABEL = re.compile(r"[A-Za-z∠△][A-Za-z0-9_' ]{0,40} ?[=~] ?")
 _POINT = re.compile(r"(?P<label>[A-Z]'?) ?(?=\([^()]*,[^()]*\)$)")
 
@@ -110,8 +120,7 @@ def _without_opening(plain: str) -> str:
     sentence = _SENTENCE.match(plain)
     if sentence and _REVERSING.isdisjoint(sentence["subject"].lower().replace("n't", " not").split()):
         plain = plain[sentence.end() :]
-    stripped = plain.rstrip(" .,;:") if not plain.endswith("...") else plain
-    return stripped or plain
+    return (plain if plain.endswith("...") else plain.rstrip(" .,;:")) or plain
 
 
 def _label(plain: str) -> tuple[str, str]:
@@ -146,9 +155,9 @@ _CHOICE = re.compile(
     r"(?P<open>[(\[{\"']?)(?P<letter>[A-Za-z])(?P<close>[)\]}\"']?)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_CHOICE_MARK = re.compile(r"(?:^|[\s,;])\(?[A-Za-z][).:](?:\s|$)")
+_CHOICE_MARK = re.compile(r"(?:^|[\s,;])\(?(?:[A-Za-z]|[ivx]{2,4})(?:[.:](?:\s|$)|\))")
 _VERDICT = re.compile(
-    r" (?:is|seems|looks) (?:the )?(?:correct|right|best|true)[a-z ]*|,? (?:because|since|as) .*", re.DOTALL
+    r" (?:is|seems|looks) (?:the )?(?:correct|right|best|true|answer)[a-z ]*|,? (?:because|since|as)\b.*", re.DOTALL
 )
 
 
@@ -160,7 +169,7 @@ def read_choice(plain: str) -> tuple[str, str] | None:
     letter, rest = match["letter"].upper(), match["rest"]
     if rest.strip(" .):") == "" or _VERDICT.fullmatch(rest):
         return letter, ""
-    mark = re.match(r"[.):] ?(?=\S)" if not match["close"] else r"[.:]? ", rest)
+    mark = re.match(r"[.:] (?=\S)|\) ?(?=\S)" if not match["close"] else r"[.:]? ", rest)
     if mark is None and letter == match["letter"]:
         mark = re.match(r" - (?=[A-Za-z]{2})| (?=[$]?[0-9])", rest)
     if mark is None:
@@ -196,6 +205,7 @@ def text_key(plain: str) -> str:
     """``plain`` without case, articles, quotes and the punctuation of sentences; signs and operators stay."""
     key = re.sub(r"[\"`“”]|(?<=[^\W\d_])'(?=[a-z])|(?<=[^\W\d_])[.](?=[a-z]|\s|$)", "", plain.casefold())
     key = re.sub(r",(?![0-9])|(?<=[^\W\d_])[;:!?]+(?=\s|$)|(?<=[a-z]{2})-(?=[a-z]{2})", " ", key)
+    key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r"(?<=[a-z])_", "", key))  # Ca^{2+}, CO_2
     key = re.sub(r"\b(?:a|an|the)\b(?= [a-z]{2})", " ", key)
     key = " ".join(key.split())
     return _SAME_TEXT.get(key, key)
@@ -206,8 +216,8 @@ def text_key(plain: str) -> str:
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _SEPARATORS = re.compile(r"[()\[\]{}]|, ?(?:and|or)\b ?|,|;| (?:and|or) | ?[&∪] ?")
 _THOUSANDS = re.compile(r",(?=[0-9]{3}(?![0-9]))")
-_PART = re.compile(r"(?:^|[\s,;])(?:part )?\(?(?P<label>[a-hA-H]|[ivx]{1,4}|[1-9])[).:](?=\s)\s*", re.IGNORECASE)
-_NUMBERS = re.compile(r"[-+]?[0-9][0-9.,/%]*(?:,? [-+]?[0-9][0-9.,/%]*)+")
+_PART = re.compile(r"(?:^|[\s,;])(?:part )?\(?(?P<label>[a-hA-H]|[ivx]{1,4}|[1-9])[).:]+(?=\s)\s*", re.IGNORECASE)
+_NUMBERS = re.compile(r"[-+]?[0-9][0-9.,/%]*(?: [-+]?[0-9][0-9.,/%]*)+")
 
 
 def _listings(body: str, depth: int) -> tuple[Listing, ...]:
@@ -232,11 +242,8 @@ def _listings(body: str, depth: int) -> tuple[Listing, ...]:
     for thousands in (True, False) if _THOUSANDS.search(inside) else (False,):
         texts, unordered = _split(inside, thousands)
         add(texts, brackets, unordered or brackets == "{}")
-    if not brackets and not found:
-        if _NUMBERS.fullmatch(body):
-            add(body.replace(", ", " ").split(" "), "", False)
-        if re.fullmatch(r"[A-H]{2,8}", body) and list(body) == sorted(set(body)):
-            add(list(body), "", True)
+    if not brackets and not found and _NUMBERS.fullmatch(body):
+        add(body.replace(", ", " ").split(" "), "", False)
     return tuple(found)
 
 
@@ -292,15 +299,13 @@ def _symbolic(text: str) -> str | None:
         return None
     if len(latex) > MAX_SYMBOLIC or not _SYMBOLIC.fullmatch(latex) or _NOT_ALGEBRA.search(latex):
         return None
-    if not re.search(r"[0-9A-Za-z]", latex):
+    if not re.search(r"[0-9A-Za-z]", latex) or not re.search(r"[0-9+\-*/^=<>\\|!]", latex):  # bare letters: a word
         return None
+    brackets, inside = _outer_brackets(latex)
+    if brackets == "()" and "," not in inside:  # math-verify's grammar is slow at nested parentheses
+        latex = inside
     letters = re.sub(r"\\(?:begin|end|text|mathrm|operatorname)\{[a-z]*\}|\\[A-Za-z]+", " ", latex)
     return latex if all(len(run) <= 3 for run in _RUN.findall(letters)) else None
-
-
-def is_formula(latex: str) -> bool:
-    """Whether ``latex`` is more than letters, which may be a word."""
-    return re.search(r"[0-9+\-*/^=<>\\|!]", latex) is not None
 
 
 def needs_algebra(latex: str) -> bool:

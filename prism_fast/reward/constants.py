@@ -15,6 +15,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 MAX_BITS = 8192  # of a numerator or denominator
+MAX_MAGNITUDE = 3000  # decimal exponent of a value; units scale it without an overflow of `_CONTEXT`
 MAX_EXPONENT = 2000  # of scientific notation
 MAX_DEPTH = 40  # nested parentheses and towers of powers
 
@@ -114,6 +115,8 @@ def parse(text: str) -> tuple[Value, int]:
     parser = _Parser(text)
     try:
         value = parser.sum()
+        if value.approx and not -MAX_MAGNITUDE < value.approx.adjusted() < MAX_MAGNITUDE:
+            raise TooBig(f"beyond 10^{MAX_MAGNITUDE} or below its inverse")
     except (decimal.Overflow, decimal.InvalidOperation) as error:
         raise TooBig("a value out of the range of decimals") from error
     except (decimal.DivisionByZero, ZeroDivisionError) as error:
@@ -142,6 +145,10 @@ _NUMBER = re.compile(
     r"|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z]))?"
 )
 _MIXED = re.compile(r"([0-9]{1,9}) ([0-9]{1,9}) ?/ ?([0-9]{1,9})(?![0-9.])")
+# 0.1(6...), which is how 0.1\overline{6} arrives, and 0.1666...
+_REPEATING = re.compile(
+    r"([0-9]{1,9})\.([0-9]{0,9})\(([0-9]{1,9})(?:\.\.\.)?\)|([0-9]{1,9})\.([0-9]{0,9}?)([0-9])\6{2,9}\.\.\."
+)
 _NAME = re.compile(r"[A-Za-z]+")
 _SPACES = re.compile(r" *")
 # A chain of plain numbers joined by "-", or three or more by "/", is a range, a score, a date or a phone number.
@@ -227,6 +234,10 @@ class _Parser:
         if mixed and 0 < int(mixed[2]) < int(mixed[3]):
             self.at = mixed.end()
             return _rational(int(mixed[1]) + Fraction(int(mixed[2]), int(mixed[3])))
+        repeating = _REPEATING.match(self.text, self.at)
+        if repeating:
+            self.at = repeating.end()
+            return _repeating(*repeating.groups(default=""))
         literal = _NUMBER.match(self.text, self.at)
         if literal:
             self.at = literal.end()
@@ -248,6 +259,13 @@ class _Parser:
     def names_constant(self) -> str:
         name = _NAME.match(self.text, self.at)
         return name.group() if name and name.group() in ("pi", "e", "sqrt", "cbrt") else ""
+
+
+def _repeating(*groups: str) -> Value:
+    """The value of 12.34(56...): whole "12", decimals "34", period "56"."""
+    whole, decimals, period = (a or b for a, b in zip(groups[:3], groups[3:]))
+    ones = Fraction(int(whole + decimals)) + Fraction(int(period), 10 ** len(period) - 1)
+    return _rational(ones / 10 ** len(decimals))
 
 
 def _decimal(value: Fraction) -> Decimal:

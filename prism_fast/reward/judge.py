@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from prism_fast.reward import symbolic, units
-from prism_fast.reward.answers import Answer, Listing, is_formula, needs_algebra, read
+from prism_fast.reward.answers import Answer, Listing, needs_algebra, read
 from prism_fast.reward.constants import TooBig, same_value
 from prism_fast.reward.quantities import Quantity
 
@@ -47,7 +47,7 @@ def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
         return verdict
     if answer.choice and answer.choice[1] and _same(read(answer.choice[1], 1), gold, allowance):
         return True
-    if answer.label and gold.label and answer.label != gold.label and _is_plain(answer) and _is_plain(gold):
+    if _other_unknown(answer, gold):
         return False
     verdicts = [_same_quantity(answer, gold), _same_listing(answer, gold, allowance), _same_other(answer, gold)]
     if True in verdicts:
@@ -57,8 +57,14 @@ def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
     return answer.key == gold.key != "" or _same_expression(answer, gold, allowance)
 
 
-def _is_plain(answer: Answer) -> bool:
-    return bool(answer.quantities or answer.listings)
+_UNKNOWN = re.compile(r"[A-Za-z]{1,2}(?:_[A-Za-z0-9]{1,2}|[0-9]{1,2})?'?(?:\(.*\))?")
+
+
+def _other_unknown(answer: Answer, gold: Answer) -> bool:
+    """x = 5 says nothing about y; but "area = 5" and "A = 5" may say the same, and y = x the same as x = y."""
+    if answer.label == gold.label or not (_UNKNOWN.fullmatch(answer.label) and _UNKNOWN.fullmatch(gold.label)):
+        return False
+    return bool((answer.quantities or answer.listings) and (gold.quantities or gold.listings))
 
 
 def _same_choice(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool | None:
@@ -108,9 +114,9 @@ def _same_items(answer: Listing, gold: Listing, allowance: symbolic.Allowance) -
     if len(answer.items) != len(gold.items) or not _same_brackets(answer.brackets, gold.brackets):
         return False
     ours, theirs = [item.label for item in answer.items], [item.label for item in gold.items]
-    if all(ours) and all(theirs) and len(set(ours)) == len(ours) == len(set(theirs)):  # x=1, y=2 in any order
+    if all(ours) and set(ours) == set(theirs) and len(set(ours)) == len(ours):  # x=1, y=2 in any order
         by_label = {item.label: item for item in answer.items}
-        return set(ours) == set(theirs) and all(_same(by_label[item.label], item, allowance) for item in gold.items)
+        return all(_same(by_label[item.label], item, allowance) for item in gold.items)
     if not (gold.unordered or _any_order(gold)):
         return all(_same(a, g, allowance) for a, g in zip(answer.items, gold.items))
     left = list(answer.items)
@@ -162,11 +168,14 @@ def _proportional(a: tuple[Fraction, ...], g: tuple[Fraction, ...]) -> bool:
 
 
 def _same_expression(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
-    if answer.latex is None or gold.latex is None or not (is_formula(answer.latex) or is_formula(gold.latex)):
+    if answer.latex is None or gold.latex is None:
         return False
-    # The answer to a number states it: neither x+1 nor log_2(8) nor max(3, 7) does. The other way round, the gold may
-    # be a formula whose value the answer gives.
-    if gold.quantities or (answer.quantities and not needs_algebra(gold.latex)):
+    # The answer to numbers states them: neither x+1 nor log_2(8) nor max(3, 7) does (but 0<x<1 states an interval). The
+    # other way round, the gold may be a formula whose value the answer gives.
+    numbers = gold.quantities or any(all(item.quantities for item in listing.items) for listing in gold.listings)
+    if numbers and (gold.quantities or not re.search(r"[<>]|\\[lg]e", answer.latex)):
+        return False
+    if answer.quantities and not needs_algebra(gold.latex):
         return False
     if {answer.key, gold.key} <= {"inf", "-inf", "∅"}:
         return False

@@ -51,6 +51,7 @@ _SPACES = frozenset(" ,;:!>")
 _COMMAND = re.compile(r"\\([a-zA-Z]+|.)", re.DOTALL)
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp det lim max min gcd lcm".split()
 _FUNCTION = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf"]) + r")(?![A-Za-z])")
+_TIMES_TEN = re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -70,16 +71,16 @@ def to_latex(text: str) -> str:
     """``text`` in LaTeX: what it writes in LaTeX stays, what it writes in plain characters gets commands and braces.
 
     >>> to_latex("sqrt(x)*2^10 <= pi")
-    '\\\\sqrt(x)\\\\cdot 2^{10} \\\\le  \\\\pi'
+    '\\\\sqrt{x}\\\\cdot 2^{10} \\\\le  \\\\pi'
     """
     text = _undressed(text).replace("*", r"\cdot ").replace("<=", r"\le ").replace(">=", r"\ge ")
     text = _FUNCTION.sub(lambda match: "\\" + {"inf": "infty"}.get(match[1], match[1]), text)
     text = re.sub(r"\^([+-]?[0-9]{2,}|[+-][0-9])", r"^{\1}", text)
     pieces: list[str] = []
-    closing: list[bool] = []  # per open parenthesis: whether it is the exponent's, to be closed by a brace
+    closing: list[bool] = []  # per open parenthesis: whether it is an exponent's or a root's, which takes braces
     for at, character in enumerate(text):
         if character == "(":
-            closing.append(text[at - 1 : at] == "^")
+            closing.append(text.endswith(("^", "\\sqrt"), 0, at))
             character = "{" if closing[-1] else character
         elif character == ")" and closing and closing.pop():
             character = "}"
@@ -129,16 +130,20 @@ def _characters(text: str) -> str:
 
 def _delimiters(text: str) -> str:
     """Without markdown marks and math delimiters; a lone "$" is money."""
-    for mark in ("**", "__", "`", '"'):
-        if text.count(mark) == 2 and text.startswith(mark):
+    for mark in ("**", "__", "*", "_", "`", '"', "'"):
+        if text.count(mark) == 2 and text.startswith(mark) and text.endswith(mark):
             text = text.replace(mark, "")
-    text = text.replace("**", "^")
+    text = _TIMES_TEN.sub("*", text.replace("**", "^"))
     for mark in (r"\(", r"\)", r"\[", r"\]", "$$"):
         text = text.replace(mark, " ")
     money = text.replace(r"\$", "\0")
     if money.count("$") % 2 == 0:
         text = money.replace("$", " ").replace("\0", r"\$")
     return text
+
+
+def _in_parentheses(text: str) -> str:
+    return text if text.isdecimal() or (len(text) == 1 and text.isalpha()) else f"({text})"
 
 
 class _Latex:
@@ -179,6 +184,9 @@ class _Latex:
             return self._root()
         if name in _TEXT_COMMANDS:
             return self._argument()
+        if name in ("overline", "bar", "dot"):
+            inside = self._argument()
+            return f"({inside}...)" if inside.isdecimal() else f"{name}({inside})"
         if name in _DROPPED:
             if name in ("left", "right") and self.text.startswith(".", self.at):
                 self.at += 1
@@ -196,7 +204,7 @@ class _Latex:
         if above.isdecimal() and below.isdecimal():
             mixed = before.rstrip()[-1:].isdecimal()
             return f" {above}/{below}" if mixed else f"({above}/{below})"
-        return f"(({above})/({below}))"
+        return f"({_in_parentheses(above)}/{_in_parentheses(below)})"
 
     def _root(self) -> str:
         index = ""

@@ -16,13 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-SECONDS = 0.8  # what all symbolic comparisons of one judgement may take together
+SECONDS = 0.9  # what all symbolic comparisons of one judgement may take together
 START_SECONDS = 60.0
 CACHE_SIZE = 16_384
-_GRACE = 0.15  # for the reply of a server that has to kill a child at its limit
+_GRACE = 0.1  # for the reply of a server that has to kill a child at its limit
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class Allowance:
     """The time that the symbolic comparisons of one judgement have left, in seconds."""
 
-    seconds: float = SECONDS
+    seconds: float = field(default_factory=lambda: SECONDS)
 
 
 def equal(gold: str, answer: str, allowance: Allowance) -> bool:
@@ -104,6 +104,7 @@ class _Client:
             [sys.executable, str(Path(__file__).with_name("symbolic_server.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         try:

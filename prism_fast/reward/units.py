@@ -165,7 +165,9 @@ _TOKEN = re.compile(
 _FORBIDDEN = frozenset(
     "and or to not but if is are was plus minus times divided than versus vs inf sqrt pi nor".split()
 )
-_SMALL_WORDS = frozenset("a an the of in total unit square cubic altogether each per exactly only left more".split())
+_SMALL_WORDS = frozenset(
+    "a an the of in total unit square cubic altogether each per exactly only left more ad ce".split()
+)
 
 
 def parse(text: str) -> tuple[Unit | Noun | None, ...]:

@@ -37,6 +37,9 @@ def spelled_number(text: str) -> str | None:
         above = {"": 1, "a": 1, "an": 1}.get((fraction[1] or "").lower(), _VALUES.get((fraction[1] or "").lower()))
         if above is not None and (fraction[1] or fraction[2].lower() == "half"):
             return f"{sign}{above}/{_PARTS[fraction[2].lower()]}{text[fraction.end() :]}"
+    article = re.match(r"an? (?=(?:dozen|hundred|thousand|million|billion)\b)", lower)
+    if article:
+        return f"{sign}1 {text[article.end() :]}"
     value, end = _cardinal(text)
     return f"{sign}{value}{text[end:]}" if end else None
 
