@@ -1,4 +1,7 @@
-"""Rewards: the format of a response (`format.py`) and whether its answer is right (`judge.py`)."""
+"""Rewards: the format of a response (`format.py`) and whether its answer is right (`judge.py`).
+
+A run whose golds hold expressions may call `symbolic.start()` first, to learn at once whether math-verify is there.
+"""
 
 from __future__ import annotations
 
