@@ -12,7 +12,7 @@ from prism_kernels import group_normalize, multi_reward_advantage
 def alignment_advantage(
     scores: Scores, group: Tensor, config: AdvantageConfig, clamp: float, accuracy: Tensor | None = None
 ) -> Tensor:
-    """(B,) advantages of the adversarial stage from the discriminator's scores, clamped to +-clamp here and only here."""
+    """(B,) advantages of the adversarial stage from the discriminator's scores, clamped here and only here."""
     return multi_reward_advantage(
         scores.perception.clamp(-clamp, clamp),
         scores.reasoning.clamp(-clamp, clamp),

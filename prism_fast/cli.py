@@ -140,11 +140,12 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from prism_fast.config import EvaluateConfig, load_config
     from prism_fast.data.chat import Chat
     from prism_fast.evaluate import EvalSet, evaluate
+    from prism_fast.policy import local_directory
     from prism_fast.run import load_policy
 
     _quiet_transformers()
     settings = load_config(EvaluateConfig, config, overrides or ())
-    chat = Chat.load(settings.model.path)
+    chat = Chat.load(local_directory(settings.model.path))
     held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
     policy = load_policy(settings.model, chat)
     console = Console()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +57,7 @@ class DemoSettings(Node):
     """The demo's own keys; the other sections of recipes/demo.yaml are the stages' settings without their paths."""
 
     preset: Literal["easy", "full"] = "easy"
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = Field(default_factory=dict)
 
 
 class Demo:
@@ -326,8 +327,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
     warm = summary["stages"]["warmup"]
     console.print(
-        f"discriminator after warm-up: the teacher's caption scores higher in {warm['pair_accuracy_perception']:.1%} of "
-        f"held-out pairs, its reasoning in {warm['pair_accuracy_reasoning']:.1%}"
+        f"discriminator after warm-up: the teacher's caption scores higher in {warm['pair_accuracy_perception']:.1%} "
+        f"of held-out pairs, its reasoning in {warm['pair_accuracy_reasoning']:.1%}"
     )
     if "compare" in summary:
         compared = summary["compare"]

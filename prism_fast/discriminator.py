@@ -14,7 +14,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
 
 from prism_fast.pack import KIND_NAMES
-from prism_fast.policy import embed, image_tokens, load_model
+from prism_fast.policy import embed, image_tokens, load_model, local_directory
 from prism_fast.records import DataError, PackedTree
 from prism_kernels import RoutingStats, moe_mlp, moe_route, tree_attention
 
@@ -66,7 +66,7 @@ class Discriminator(nn.Module):
         Experts as (E, H, 2I), (E, I, H) or (E, 2I, H), (E, H, I); the head as ``v_head.1.weight`` inside the
         safetensors or ``v_head.summary.weight`` in a file of its own. Raises DataError on anything else.
         """
-        path = Path(path)
+        path = local_directory(path)
         model = load_model(Qwen3VLMoeForConditionalGeneration, path, "qwen3_vl_moe", dtype, device)
         _settle_square_experts(model, path)
         head = read_head(path)

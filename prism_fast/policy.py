@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, Qwen3VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface
@@ -34,9 +37,21 @@ AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
-def read_config(path: str | Path, expected: str):
+def local_directory(path: str | Path) -> Path:
+    """``path`` where it is a directory; else the snapshot of a hub model of that name ("Qwen/Qwen3-VL-4B-Instruct")."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise DataError(f"{path}: no such model directory; give a Hugging Face directory or a hub name like Qwen/NAME")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: no such directory, and the hub has no answer ({reason}); download it first") from None
+
+
+def read_config(path: Path, expected: str):
     """The checkpoint's configuration. Raises DataError where it is missing or of another architecture."""
-    path = Path(path)
     if not (path / "config.json").is_file():
         raise DataError(f"{path}: no config.json; expected a Hugging Face checkpoint directory of {expected}")
     try:
@@ -50,6 +65,7 @@ def read_config(path: str | Path, expected: str):
 
 def load_model(model_class, path: str | Path, expected: str, dtype: torch.dtype, device: torch.device | str, **kwargs):
     """A Hugging Face model with tree attention in its text side, and every weight accounted for."""
+    path = local_directory(path)
     config = read_config(path, expected)
     try:
         model, report = model_class.from_pretrained(

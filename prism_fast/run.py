@@ -19,7 +19,7 @@ from prism_fast.config import ModelConfig, RunConfig
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import Dataset
 from prism_fast.discriminator import Discriminator
-from prism_fast.policy import Policy
+from prism_fast.policy import Policy, local_directory
 from prism_fast.records import DataError, Sample
 
 T = TypeVar("T")
@@ -141,7 +141,8 @@ class Run:
     def model(self, name: str, config: ModelConfig) -> ModelConfig:
         """Where to load a model from: the checkpoint, or the configured path."""
         found = self.checkpoint
-        return config if found is None else config.model_copy(update={"path": found / name})
+        path = local_directory(config.path) if found is None else found / name
+        return config.model_copy(update={"path": path})
 
     def restore(self) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         """(steps done, trainer tensors, trainer state); zeros and empty for a fresh start."""

@@ -12,7 +12,7 @@ from prism_fast.checkpoint import write_aside
 from prism_fast.config import UpcycleConfig
 from prism_fast.data.chat import Chat
 from prism_fast.discriminator import Discriminator
-from prism_fast.policy import load_model, use_tree_attention
+from prism_fast.policy import load_model, local_directory, use_tree_attention
 from prism_fast.records import DataError
 from prism_fast.run import pick_device, pick_dtype, with_chat
 
@@ -82,7 +82,7 @@ def upcycle_directory(config: UpcycleConfig) -> Path:
     """Reads config.model.path, writes the discriminator with its tokenizer to config.out."""
     if config.out.exists():
         raise DataError(f"{config.out}: exists already; choose another out, or remove it")
-    chat = Chat.load(config.model.path)
+    chat = Chat.load(local_directory(config.model.path))
     made = upcycle(
         config.model.path,
         num_experts=config.num_experts,

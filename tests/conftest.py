@@ -13,6 +13,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """data/, base/ and discriminator/ of a tiny run."""
+    from tests.tiny_run import prepare
+
+    return prepare(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

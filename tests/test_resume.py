@@ -11,18 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_run import prepare, run_stage, settings
+from tests.tiny_run import run_stage, settings
 
 from prism_fast import checkpoint
 from prism_fast.metrics import read_metrics
 from prism_fast.records import DataError
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +65,15 @@ def weights(out):
 
 
 @pytest.mark.parametrize("stage", ["sft", "warmup", "align", "rlvr"])
-def test_killed_and_resumed_equals_uninterrupted(stage, folder, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(stage, tiny_folder, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_stage(stage, settings(folder, stage, whole))
-    process = start(stage, settings(folder, stage, cut), tmp_path)
+    run_stage(stage, settings(tiny_folder, stage, whole))
+    process = start(stage, settings(tiny_folder, stage, cut), tmp_path)
     wait_for_step(cut, 3, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (cut / "final").exists()
-    run_stage(stage, settings(folder, stage, cut), resume=True)
+    run_stage(stage, settings(tiny_folder, stage, cut), resume=True)
     assert losses(cut) == losses(whole)
     a, b = weights(whole), weights(cut)
     assert a.keys() == b.keys() and a
@@ -87,9 +82,9 @@ def test_killed_and_resumed_equals_uninterrupted(stage, folder, tmp_path):
             assert torch.equal(value, b[file][name]), (file, name)
 
 
-def test_sigterm_saves_says_so_and_resumes(folder, tmp_path):
+def test_sigterm_saves_says_so_and_resumes(tiny_folder, tmp_path):
     out = tmp_path / "run"
-    process = start("sft", settings(folder, "sft", out, steps=400), tmp_path)
+    process = start("sft", settings(tiny_folder, "sft", out, steps=400), tmp_path)
     wait_for_step(out, 2, process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
@@ -99,17 +94,17 @@ def test_sigterm_saves_says_so_and_resumes(folder, tmp_path):
     assert losses(out)[-1][0] == saved  # nothing that was computed is lost
 
 
-def test_an_earlier_run_is_not_overwritten(folder, tmp_path):
+def test_an_earlier_run_is_not_overwritten(tiny_folder, tmp_path):
     out = tmp_path / "run"
-    tree = settings(folder, "sft", out, steps=1)
+    tree = settings(tiny_folder, "sft", out, steps=1)
     run_stage("sft", tree)
     with pytest.raises(DataError, match="--resume"):
         run_stage("sft", tree)
 
 
-def test_only_the_last_and_the_best_checkpoints_are_kept(folder, tmp_path):
+def test_only_the_last_and_the_best_checkpoints_are_kept(tiny_folder, tmp_path):
     out = tmp_path / "run"
-    tree = settings(folder, "sft", out)
+    tree = settings(tiny_folder, "sft", out)
     tree["run"]["keep_last"] = 2
     run_stage("sft", tree)
     assert checkpoint.steps(out / "checkpoints") == [6, 8]
@@ -120,9 +115,9 @@ def test_only_the_last_and_the_best_checkpoints_are_kept(folder, tmp_path):
     }
 
 
-def test_another_thread_count_is_refused(folder, tmp_path):
+def test_another_thread_count_is_refused(tiny_folder, tmp_path):
     out = tmp_path / "run"
-    tree = settings(folder, "sft", out, steps=2)
+    tree = settings(tiny_folder, "sft", out, steps=2)
     run_stage("sft", tree)
     state = json.loads((out / "checkpoints/step-000002/trainer.json").read_text())
     (out / "checkpoints/step-000002/trainer.json").write_text(json.dumps({**state, "threads": 7}))
@@ -131,7 +126,7 @@ def test_another_thread_count_is_refused(folder, tmp_path):
         run_stage("sft", tree, resume=True)
 
 
-def test_a_torn_checkpoint_is_never_taken(folder, tmp_path):
+def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
     """A kill while writing leaves a hidden partial folder, which is not a checkpoint."""
     base = tmp_path / "checkpoints"
 

@@ -10,6 +10,7 @@ import torch
 from prism_fast.config import FilterConfig, PairsConfig
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
+from prism_fast.policy import local_directory
 from prism_fast.records import DataError, Rollout, Sample
 from prism_fast.reward import split_parts, verifiable_reward
 from prism_fast.rollout import generate
@@ -71,7 +72,7 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None) -> di
 def _roll_out(
     config: PairsConfig | FilterConfig, data: Dataset, progress: Progress | None
 ) -> tuple[list[Sample], Rollout]:
-    chat = Chat.load(config.model.path)
+    chat = Chat.load(local_directory(config.model.path))
     policy = load_policy(config.model, chat)
     picked = list(range(min(len(data), config.limit or len(data))))
     encoded = encode_all(data, picked, lambda s: (s, chat.encode_prompt(s, config.data.max_prompt_tokens)))

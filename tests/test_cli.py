@@ -1,0 +1,207 @@
+"""The command line: what it has (growth is a decision), and what bad input gets: one line, exit status 2."""
+
+import json
+import sys
+
+import pytest
+from typer.main import get_command
+
+from prism_fast import cli
+
+
+def run(capsys, monkeypatch, *arguments):
+    """(exit status, stdout, stderr) of prism-fast with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["prism-fast", *map(str, arguments)])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_command_line_is_frozen():
+    command = get_command(cli.app)
+    options = {}
+    for name, sub in command.commands.items():
+        for inner, leaf in getattr(sub, "commands", {"": sub}).items():
+            flags = [o for p in leaf.params for o in p.opts if o.startswith("--")]
+            options[f"{name} {inner}".strip()] = sorted(flags)
+    expected = {
+        "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke"],
+        "sft": ["--config", "--resume"],
+        "upcycle": ["--config"],
+        "warmup": ["--config", "--resume"],
+        "align": ["--config", "--resume"],
+        "rlvr": ["--config", "--resume"],
+        "eval": ["--config"],
+        "doctor": [],
+        "data check": ["--skip-bad-records"],
+        "data pairs": ["--config"],
+        "data filter": ["--config"],
+    }
+    for name, flags in expected.items():
+        assert options[name] == flags, name
+    assert set(options) - set(expected) <= {"bench"}
+
+
+def stage_arguments(tiny, out, stage="sft"):
+    model = {"sft": "model", "rlvr": "policy"}[stage]
+    data = {"sft": "sft.json", "rlvr": "rlvr.parquet"}[stage]
+    return [
+        stage,
+        f"{model}.path={tiny / 'base'}",
+        f"data.files=[{tiny / 'data' / data}]",
+        "optimizer.lr=1e-3",
+        "steps=1",
+        f"run.out={out}",
+        *(["rollout.prompts_per_step=1"] if stage == "rlvr" else []),
+    ]
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+TURNS = [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("unknown key", "bogus: unknown key; known here: batch_size"),
+        ("nested unknown key", "optimizer.rate: unknown key; known here: beta1"),
+        ("wrong type", "optimizer.lr"),
+        ("bad override", "expected key.path=value"),
+        ("missing file", "no such file"),
+        ("no model", "no such model directory"),
+        ("other architecture", "model_type is 'qwen3_vl_moe', expected 'qwen3_vl'"),
+        ("truncated parquet", "not a readable parquet file"),
+        ("bad json line", "bad.jsonl:2"),
+        ("image does not open", "im.png does not open"),
+        ("image count", "2 <image> placeholders but 1 images"),
+        ("video", "video is not supported"),
+        ("prompt over the limit", "tokens are over the limit of 5"),
+        ("sample over the limit", "over max_tokens = 20"),
+        ("teacher without the format", "align.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(case, says, tiny_folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    (tmp_path / "im.png").write_text("not an image")
+    base = stage_arguments(tiny_folder, out)
+
+    def with_files(content, name="bad.json"):
+        return [*base, f"data.files=[{write(tmp_path / name, content)}]"]
+
+    record = {"messages": TURNS, "images": ["im.png"]}
+    arguments = {
+        "unknown key": lambda: [*base, "bogus=1"],
+        "nested unknown key": lambda: [*base, "optimizer.rate=1"],
+        "wrong type": lambda: [*base, "optimizer.lr=fast"],
+        "bad override": lambda: [*base, "steps"],
+        "missing file": lambda: [*base, "data.files=[none.json]"],
+        "no model": lambda: [*base, "model.path=/nowhere"],
+        "other architecture": lambda: [*base, f"model.path={tiny_folder / 'discriminator'}"],
+        "truncated parquet": lambda: truncated(tiny_folder, tmp_path, out),
+        "bad json line": lambda: with_files(
+            json.dumps({"messages": TURNS[1:], "images": []}) + "\n{oops\n", "bad.jsonl"
+        ),
+        "image does not open": lambda: with_files([record]),
+        "image count": lambda: with_files(
+            [{**record, "messages": [{"role": "user", "content": "<image><image>hi"}, TURNS[1]]}]
+        ),
+        "video": lambda: with_files([{**record, "videos": ["a.mp4"]}]),
+        "prompt over the limit": lambda: [*base, "data.max_prompt_tokens=5"],
+        "sample over the limit": lambda: [*base, "max_tokens=20"],
+        "teacher without the format": lambda: teacher(tiny_folder, tmp_path, out),
+    }[case]()
+    if case == "bad json line":
+        (tmp_path / "bad.jsonl").write_text(
+            json.dumps({"messages": [{"role": "user", "content": "hi"}, TURNS[1]]}) + "\n{oops\n"
+        )
+    status, _, err = run(capsys, monkeypatch, *arguments)
+    assert status == 2, err
+    assert says in err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    assert not (out / "final").exists()
+
+
+def truncated(tiny, tmp_path, out):
+    whole = (tiny / "data" / "rlvr.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    return [*stage_arguments(tiny, out, "rlvr"), f"data.files=[{tmp_path / 'cut.parquet'}]"]
+
+
+def teacher(tiny, tmp_path, out):
+    record = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "images": [],
+        "teacher_response": "no tags",
+        "reward_model": {"style": "rule", "ground_truth": "1"},
+    }
+    return [
+        "align",
+        f"policy.path={tiny / 'base'}",
+        f"discriminator.path={tiny / 'discriminator'}",
+        "policy_optimizer.lr=1e-3",
+        "discriminator_optimizer.lr=1e-3",
+        "rollout.prompts_per_step=1",
+        "steps=1",
+        f"run.out={out}",
+        f"data.files=[{write(tmp_path / 'align.jsonl', json.dumps(record))}]",
+    ]
+
+
+def test_bad_records_can_be_skipped_and_are_listed(tiny_folder, tmp_path, capsys, monkeypatch):
+    records = json.loads((tiny_folder / "data" / "sft.json").read_text())[:6]
+    for record in records:
+        record["images"] = [str(tiny_folder / "data" / path) for path in record["images"]]
+    records[2]["images"] = []
+    file = write(tmp_path / "some.json", records)
+    out = tmp_path / "out"
+    arguments = [*stage_arguments(tiny_folder, out), f"data.files=[{file}]", "batch_size=4"]
+    status, _, err = run(capsys, monkeypatch, *arguments)
+    assert status == 2 and "some.json:3" in err
+    status, shown, err = run(capsys, monkeypatch, *arguments, "data.skip_bad_records=1")
+    assert status == 0, err
+    assert "skipped" in shown and "some.json:3" in shown
+
+
+def test_eval_pairs_filter_upcycle_and_doctor(tiny_folder, tmp_path, capsys, monkeypatch):
+    model = f"model.path={tiny_folder / 'base'}"
+    status, shown, err = run(
+        capsys,
+        monkeypatch,
+        "eval",
+        model,
+        f"data.files=[{tiny_folder / 'data' / 'eval.parquet'}]",
+        f"out={tmp_path / 'eval.json'}",
+        "eval.samples=2",
+        "eval.temperature=1.0",
+        "eval.max_response_tokens=6",
+    )
+    assert status == 0, err
+    assert "mean of 2" in shown and json.loads((tmp_path / "eval.json").read_text())["pass_at_k"] is not None
+    status, _, err = run(
+        capsys,
+        monkeypatch,
+        *["data", "pairs", model, f"data.files=[{tiny_folder / 'data' / 'align.parquet'}]"],
+        *[f"out={tmp_path / 'pairs.jsonl'}", "max_response_tokens=4", "limit=2"],
+    )
+    assert status == 2 and "none of 2 responses has a valid format" in err  # random weights
+    status, _, err = run(
+        capsys,
+        monkeypatch,
+        *["data", "filter", model, f"data.files=[{tiny_folder / 'data' / 'rlvr.parquet'}]"],
+        *[f"out={tmp_path / 'kept.parquet'}", "max_response_tokens=4", "samples=2", "low=0.0"],
+    )
+    assert status == 0 and (tmp_path / "kept.parquet").exists(), err
+    status, _, err = run(capsys, monkeypatch, "upcycle", model, f"out={tmp_path / 'moe'}")
+    assert status == 0 and (tmp_path / "moe" / "value_head.safetensors").exists(), err
+    status, _, err = run(capsys, monkeypatch, "upcycle", model, f"out={tmp_path / 'moe'}")
+    assert status == 2 and "exists already" in err
+    status, shown, _ = run(capsys, monkeypatch, "doctor")
+    assert status == 0 and "tree_attention" in shown and "torch" in shown
