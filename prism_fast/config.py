@@ -1,6 +1,7 @@
 """One frozen, validated configuration tree per command. Unknown keys are errors.
 
 A stage reads a YAML file and ``key.path=value`` overrides; recipes/*.yaml hold the published settings and the demo's.
+``base: NAME`` at the top of a file names a recipe that it lies over.
 """
 
 from __future__ import annotations
@@ -332,7 +333,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tree of a YAML file. A top-level ``base: NAME`` is a recipe (or file beside it) that the file lies over."""
+    if path in seen:
+        raise DataError(f"{path}: base: the files name each other in a circle; remove one of them")
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise DataError(f"{path}: no such configuration file; give a YAML file or a recipe ({names})")
@@ -344,7 +348,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}{line}: not valid YAML; check indentation and quotes") from None
     if not isinstance(tree, dict):
         raise DataError(f"{path}: expected a mapping of keys at the top level, got {type(tree).__name__}")
-    return tree
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / str(base)
+    return merge(read_yaml(beside if beside.is_file() else RECIPES / f"{base}.yaml", (*seen, path)), tree)
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
