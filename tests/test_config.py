@@ -148,7 +148,7 @@ def test_unknown_keys_are_errors_that_list_the_known_ones(tmp_path):
     text = message(AlignConfig, "align_4b", *STAGES["align"][1], "rollout.sample=8")
     assert "align_4b.yaml: rollout.sample: unknown key" in text and "samples" in text
     file = tmp_path / "mine.yaml"
-    file.write_text("model: {path: m}\ndata: {files: [a]}\nrun: {out: x}\noptimizer: {lr: 1.0e-3}\nsteps: 1\nepoch: 2\n")
+    file.write_text("base: sft_4b\nmodel: {path: m}\ndata: {files: [a]}\nrun: {out: x}\nepoch: 2\n")
     text = message(SFTConfig, file)
     assert text.startswith(f"{file}: epoch: unknown key") and "epochs" in text
 
