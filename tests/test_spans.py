@@ -190,8 +190,6 @@ def test_fifty_times_faster_than_decoding_prefixes(impl):
 @BOTH
 @pytest.mark.parametrize("hostile", [b"<", b"<caption>", b"</", b" ", b"<caption></caption>", b"<think></caption>"])
 def test_linear_time_on_hostile_text(impl, hostile):
-    def seconds(length):
-        ids, table = [0, *[1] * (length // len(hostile)), 2], [b"<caption>", hostile, VALID]
-        return fastest(lambda: find_tag_spans(ids, table, impl=impl), 3)
-
-    assert seconds(200_000) <= 0.02 + 20 * seconds(20_000)
+    """A quadratic search of 300,000 tokens would take minutes."""
+    ids, table = [0, *[1] * 300_000, 2], [b"<caption>", hostile, VALID]
+    assert fastest(lambda: find_tag_spans(ids, table, impl=impl), 2) <= 2.0
