@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from prism_kernels.linear_logprob.objectives import IGNORE, PolicyObjective
+
+INFINITY = float("inf")  # comparisons, unlike math.isfinite, can be traced
 
 
 def check_head(
@@ -28,9 +28,9 @@ def check_head(
     if bias is not None:
         _check_device("bias", bias, hidden)
     _check_device("targets", targets, hidden, host=True)
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < INFINITY:
         raise ValueError(f"temperature: got {temperature}, expected a finite number > 0")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < INFINITY:
         raise ValueError(f"softcap: got {softcap}, expected None or a finite number > 0")
 
 
@@ -80,7 +80,7 @@ def constant_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> 
         if value.dim() != 0:
             raise ValueError(f"{name}: got {_got(value)}, expected a number or a 0-d tensor; take its [0] or .sum()")
         return value.detach().to(hidden.device, dtype)
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < INFINITY:
         raise ValueError(f"{name}: got {value}, expected a finite number >= 0")
     return torch.full((), float(value), dtype=dtype, device=hidden.device)
 

@@ -103,10 +103,12 @@ class Gradients:
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dX, dW, db) in the dtypes of hidden, weight and bias; an empty tensor where nobody reads one."""
-        none = self.head.hidden.new_empty(0)
-        bias = none if self.bias is None else self.bias.to(self.head.bias.dtype)
-        weight = none if self.weight is None else self.weight.to(self.head.weight.dtype)
-        return none if self.hidden is None else self.hidden, weight, bias
+        like = self.head.hidden
+        wanted = (self.hidden, like.dtype), (self.weight, self.head.weight.dtype), (self.bias, self._bias_dtype())
+        return tuple(like.new_empty(0) if part is None else part.to(dtype) for part, dtype in wanted)
+
+    def _bias_dtype(self) -> torch.dtype:
+        return self.head.wide if self.head.bias is None else self.head.bias.dtype
 
 
 def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> LinearLogprob:
@@ -174,8 +176,8 @@ def _gradients_of_chunk(
     upstream: Upstream,
 ) -> None:
     scale = _fp16_scale(upstream) if x.dtype is torch.float16 and x.is_cuda else 1.0
-    if scale != 1.0:
-        upstream = Upstream(*(None if part is None else part / scale for part in upstream))
+    # Kernels walk over rows by pointer, and the gradient of a sum is one number expanded.
+    upstream = Upstream(*(None if part is None else (part / scale).contiguous() for part in upstream))
     dz = kernels.gradient(z, gradients.plan.targets[start:stop], gradients.head, statistics, upstream)
     gradients.add(dz, x, start, stop, scale)
 

@@ -186,7 +186,7 @@ class Policy:
         difference = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         inside = (raw.abs() <= LOG_RATIO_LIMIT).to(raw.dtype)
         if self.objective.kl_estimator == "k1":
-            kl, d_kl = -raw, -torch.ones_like(raw)
+            kl, d_kl = -raw, torch.ones_like(raw)
         elif self.objective.kl_estimator == "k2":
             kl, d_kl = difference.square() / 2, -difference * inside
         else:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -74,6 +73,8 @@ class PolicyObjective:
     kl_estimator: str = "k1"  # | "k2" | "k3" (J. Schulman, "Approximating KL divergence", 2020)
     entropy_coef: float = 0.0
     importance_cap: float | None = None  # truncated importance weight between sampler and trainer
+    # The objective as text, made here once: operators take no objects, and torch.compile reads it as a constant.
+    spec: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         _one_of("ratio", self.ratio, RATIOS)
@@ -93,6 +94,11 @@ class PolicyObjective:
             raise ValueError(f"max_length: got {self.max_length}, expected a number of tokens >= 1")
         if self.aggregate == "fixed_length" and self.max_length is None:
             raise ValueError("max_length: aggregate='fixed_length' divides by it; pass the longest response's tokens")
+        values = (
+            self.ratio, self.clip_low, self.clip_high, self.dual_clip, self.aggregate, self.max_length, self.kl_coef,
+            self.kl_estimator, self.entropy_coef, self.importance_cap,
+        )  # fmt: skip
+        object.__setattr__(self, "spec", " ".join([str(value) for value in values]))
 
     @classmethod
     def grpo(cls, **changes) -> PolicyObjective:
@@ -115,17 +121,13 @@ class PolicyObjective:
         """Summed over tokens and divided by S * max_length: no length bias (arXiv 2503.20783)."""
         return cls(**{"aggregate": "fixed_length", "max_length": max_length, **changes})
 
-    @property
-    def spec(self) -> str:
-        """The objective as text, for operators, which take no objects: ``parse`` undoes it."""
-        return json.dumps([getattr(self, name) for name in _FIELDS])
-
     @classmethod
     def parse(cls, spec: str) -> PolicyObjective:
-        return cls(**dict(zip(_FIELDS, json.loads(spec))))
+        """The inverse of ``spec``."""
+        return cls(*(value if value in _WORDS else None if value == "None" else float(value) for value in spec.split()))
 
 
-_FIELDS = tuple(field.name for field in fields(PolicyObjective))
+_WORDS = (*RATIOS, *AGGREGATES, *KL_ESTIMATORS)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -95,7 +95,7 @@ def make_plan(
         processors = _processors(hidden.device)
         chunks = list(chunks_of_rows(num_kept, limit, hidden.shape[1], processors))
 
-    targets = targets if rows is None else targets[rows]
+    targets = targets.contiguous() if rows is None else targets[rows]
     move = {"device": hidden.device, "non_blocking": True}
     return Plan(num_rows, None if rows is None else rows.to(**move), targets.to(**move), chunks, whole)
 

@@ -34,8 +34,8 @@ def linear_logprob(
     logprob = log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
     entropy = None
     if with_entropy:
-        p = log_p.exp()
-        entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+        # A word that a bias of -inf forbids has p = 0 and adds 0, not 0 * -inf.
+        entropy = -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
     def scatter(values: Tensor) -> Tensor:
         return values.new_zeros(targets.shape[0]).index_copy(0, rows, values)
