@@ -43,7 +43,7 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Sample:
-    """One validated record of any of the four published files (PRISM.md 6). Fields a format lacks are None.
+    """One validated record of any of the four published files (docs/method.md 6). Fields a format lacks are None.
 
     >>> Sample(place="train.jsonl:3", messages=(Message("user", "<image>Sum?"),),
     ...        images=(ImageRef(path=Path("3.png")),),
@@ -68,7 +68,7 @@ class Sample:
 class Prompt:
     """A rendered and tokenised prompt, images preprocessed; ends with the start of the assistant's turn.
 
-    ``key`` hashes token ids **and** pixels: two prompts share a root only where both are equal (DESIGN.md, trap 2).
+    ``key`` hashes token ids **and** pixels: two prompts share a root only where both are equal (docs/method.md 7).
     """
 
     input_ids: Tensor  # (P,) int64, image placeholders expanded to one token per merged patch

@@ -1,4 +1,4 @@
-"""The response format: one linear scan against the definitions of PRISM.md 2."""
+"""The response format: one linear scan against the definitions of docs/method.md 2."""
 
 import re
 import time

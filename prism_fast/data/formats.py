@@ -1,4 +1,4 @@
-"""The four published file formats (PRISM.md 6): readers, writers and the check behind ``prism-fast data check``.
+"""The four published file formats (docs/method.md 6): readers, writers and the check behind ``prism-fast data check``.
 
 Every reader returns a ``Dataset`` of ``Sample``: all records are validated when the file is opened (images are only
 looked for, and opened on use), parsed again on access, and never held in memory together. A file may be a JSON list,
@@ -190,7 +190,7 @@ class Fields:
 
 
 def require_parts(response: str, place: str, field: str) -> Parts:
-    """Perception and reasoning part of a response; DataError where its format is invalid (PRISM.md 2, fixed)."""
+    """Perception and reasoning part of a response; DataError where its format is invalid (docs/method.md 2, fixed)."""
     parts = split_parts(response)
     if parts is None:
         raise DataError(

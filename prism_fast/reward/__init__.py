@@ -46,7 +46,7 @@ def verifiable_reward(
     accuracy_weight: float = 0.8,
     format_weight: float = 0.2,
 ) -> Reward:
-    """``accuracy_weight * accuracy + format_weight``, or zero for everything where the format is invalid (PRISM.md 5).
+    """``accuracy_weight * accuracy + format_weight``; all zero where the format is invalid (docs/method.md 5).
 
     response: the whole text of a response, without end-of-turn. gold, equivalents: right answers; meeting one suffices.
     An empty answer and one of 1,024 characters or more has accuracy 0. May be called from any thread.

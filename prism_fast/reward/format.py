@@ -1,4 +1,4 @@
-"""The response format ``<caption>..</caption> <think>..</think> <answer>..</answer>`` (PRISM.md 2).
+"""The response format ``<caption>..</caption> <think>..</think> <answer>..</answer>`` (docs/method.md 2).
 
 Every function here takes time linear in the length of the text, whatever the text holds.
 """

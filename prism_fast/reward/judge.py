@@ -16,7 +16,7 @@ from prism_fast.reward.answers import Answer, Listing, needs_algebra, read
 from prism_fast.reward.constants import TooBig, same_value
 from prism_fast.reward.quantities import Quantity
 
-MAX_ANSWER = 1024  # an answer of so many characters, or more, is wrong (PRISM.md 5)
+MAX_ANSWER = 1024  # an answer of so many characters, or more, is wrong (docs/method.md 5)
 
 
 def is_right(answer: str, gold: str, equivalents: Sequence[str] = ()) -> bool:

@@ -44,7 +44,7 @@ def multi_reward_advantage(
     rule: str,
     coefficients: Coefficients,
 ) -> Tensor:
-    """(B,) each -> (B,) float64; the table of PRISM.md 4 and of the public docstring."""
+    """(B,) each -> (B,) float64; the table of docs/method.md 4 and of the public docstring."""
     c = coefficients
     valid = torch.ones_like(group_ids, dtype=torch.bool) if format_valid is None else format_valid != 0
     scores = torch.stack([perception.double(), reasoning.double()])

@@ -1,4 +1,4 @@
-"""Names of the advantage rules (PRISM.md 4) and their coefficients: what api and implementations share."""
+"""Names of the advantage rules (docs/method.md 4) and their coefficients: what api and implementations share."""
 
 from __future__ import annotations
 

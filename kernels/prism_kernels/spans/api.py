@@ -35,7 +35,7 @@ def find_tag_spans(
     token with the first byte of the opening tag, ``end - 1`` the token with the last byte of the closing tag. Tags may
     be split over tokens; neighbouring spans share a token where it ends one element and begins the next.
 
-    Valid (PRISM.md 2, fixed): each opening and closing tag occurs exactly once, in the order of ``tags``, and only
+    Valid (docs/method.md 2): each opening and closing tag occurs exactly once, in the order of ``tags``, and only
     ASCII white space (space, \\t, \\n, \\v, \\f, \\r) stands outside the elements. Elements may be empty. O(T + bytes).
 
     >>> pieces = [b"<a>", b"x", b"</a", b"> <b", b">y</b>", b""]
