@@ -195,7 +195,7 @@ def _generate(
     row = torch.arange(total, device=device)  # which response each row of the batch is
     done = torch.zeros(total, dtype=torch.bool, device=device)
     for step in range(limit):
-        logits = state.float() @ policy.head.float().T + policy.bias
+        logits = _product(state, policy.head) + policy.bias
         token, chosen_logprob = draw(logits, uniform[row, step], temperature)
         going = ~done
         tokens[row[going], step] = token[going]
@@ -216,6 +216,13 @@ def _generate(
     lengths = (tokens >= 0).sum(1).tolist()
     tokens, logprob = tokens.cpu(), logprob.cpu()
     return [t[:n] for t, n in zip(tokens, lengths)], [p[:n] for p, n in zip(logprob, lengths)]
+
+
+def _product(state: Tensor, head: Tensor) -> Tensor:
+    """(B, V) fp32 logits. Rounding them to a lower precision would part the sampler's log-probs from the trainer's."""
+    if head.is_cuda and head.dtype != torch.float32:
+        return torch.mm(state, head.T, out_dtype=torch.float32)
+    return state.float() @ head.float().T
 
 
 def _advance(policy: Policy, token: Tensor, position: Tensor, cache: _Decode) -> Tensor:

@@ -82,6 +82,19 @@ def test_killed_and_resumed_equals_uninterrupted(stage, tiny_folder, tmp_path):
             assert torch.equal(value, b[file][name]), (file, name)
 
 
+def test_bf16_weights_resume_with_their_fp32_masters(tiny_folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    model = {"path": str(tiny_folder / "base"), "dtype": "bfloat16"}
+    run_stage("sft", settings(tiny_folder, "sft", whole, model=model, steps=6))
+    run_stage("sft", settings(tiny_folder, "sft", cut, model=model, steps=4))
+    run_stage("sft", settings(tiny_folder, "sft", cut, model=model, steps=6), resume=True)
+    assert losses(cut) == losses(whole)
+    for file, tensors in weights(whole).items():
+        for name, value in tensors.items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value, weights(cut)[file][name]), name
+
+
 def test_sigterm_saves_says_so_and_resumes(tiny_folder, tmp_path):
     out = tmp_path / "run"
     process = start("sft", settings(tiny_folder, "sft", out, steps=400), tmp_path)
