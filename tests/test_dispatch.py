@@ -1,0 +1,83 @@
+"""Which implementation runs: auto by device, PRISM_IMPL, an explicit argument; what cannot run raises and says why."""
+
+import logging
+
+import pytest
+import torch
+
+from prism_kernels import TreeLayout, group_normalize, tree_attention, which_impl
+from prism_kernels.dispatch import Impl, Implementation, Op
+
+SCORES, GROUPS = torch.tensor([1.0, 2.0]), torch.tensor([0, 0])
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+def test_which_impl_names_every_op_with_a_reason():
+    table = which_impl("cpu")
+    for op in ("linear_logprob", "moe_route", "moe_mlp", "tree_attention", "pack_trees", "find_tag_spans"):
+        name, reason = table[op]
+        assert name in [str(member) for member in Impl] and reason
+    assert table["tree_attention"][0] == "sdpa"
+    assert table["group_normalize"][0] == "cpu"
+
+
+def test_the_environment_steers_auto(monkeypatch):
+    monkeypatch.setenv("PRISM_IMPL", "reference")
+    table = which_impl("cpu")
+    assert {name for name, _ in table.values()} == {"reference"}
+    monkeypatch.setenv("PRISM_IMPL", "tree_attention=reference, group_normalize=cpu")
+    table = which_impl("cpu")
+    assert table["tree_attention"] == ("reference", "asked for by PRISM_IMPL")
+    assert table["moe_mlp"][0] == "cpu"
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("PRISM_IMPL", "group_normalize=triton")
+    got = group_normalize(SCORES, GROUPS, impl="reference")
+    assert got.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("value", ["fast", "moe=reference", "tree_attention=quick"])
+def test_unknown_names_in_the_environment_are_errors(monkeypatch, value):
+    monkeypatch.setenv("PRISM_IMPL", value)
+    with pytest.raises(ValueError, match="PRISM_IMPL: unknown"):
+        group_normalize(SCORES, GROUPS)
+
+
+def test_an_implementation_the_op_does_not_have():
+    with pytest.raises(ValueError, match=r"impl of group_normalize: got 'flash'.*reference"):
+        group_normalize(SCORES, GROUPS, impl="flash")
+    q = torch.zeros(2, 1, 8)
+    with pytest.raises(ValueError, match="impl of tree_attention"):
+        tree_attention(q, q, q, TreeLayout.build([2], [-1]), impl="cpu")
+
+
+@needs_no_gpu
+def test_what_cannot_run_raises_with_reason_and_alternative(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"'triton' .asked for by argument. cannot run on cpu.*use impl='cpu'"):
+        group_normalize(SCORES, GROUPS, impl="triton")
+    monkeypatch.setenv("PRISM_IMPL", "group_normalize=triton")
+    with pytest.raises(RuntimeError, match="asked for by PRISM_IMPL"):
+        group_normalize(SCORES, GROUPS)
+
+
+def test_auto_passes_over_what_cannot_run_and_says_so_once(caplog):
+    made = Op(
+        "test_only",
+        [
+            Implementation(Impl.NATIVE, "nowhere:run", ("cpu",), lambda: "it was not built"),
+            Implementation(Impl.REFERENCE, "math:sqrt", ("cpu",)),
+        ],
+    )
+    try:
+        with caplog.at_level(logging.INFO, "prism_kernels"):
+            for _ in range(3):
+                name, function = made.select("auto")
+    finally:
+        from prism_kernels import dispatch
+
+        del dispatch._OPS["test_only"]
+    assert name is Impl.REFERENCE and function(9) == 3
+    said = [r.getMessage() for r in caplog.records if "test_only" in r.getMessage()]
+    assert len(said) == 1 and "native: it was not built" in said[0]
