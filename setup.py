@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 CSRC = Path("csrc")
@@ -41,10 +41,16 @@ class BuildExtension(build_ext):
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
 
 
+ParallelCompile("PRISM_BUILD_JOBS").install()  # all cores, or as many as this variable says
+
 setup(
-    packages=[*find_packages(".", include=["prism_fast", "prism_fast.*"]), *find_packages("kernels")],
+    packages=[
+        *find_packages(".", include=["prism_fast", "prism_fast.*"]),
+        "prism_fast.recipes",  # data only, no __init__.py
+        *find_packages("kernels"),
+    ],
     package_dir={"prism_fast": "prism_fast", "prism_kernels": "kernels/prism_kernels"},
-    package_data={"prism_fast": ["recipes/*.yaml"]},
+    package_data={"prism_fast.recipes": ["*.yaml"]},
     ext_modules=[
         Pybind11Extension(
             "prism_kernels._C",
