@@ -1,11 +1,15 @@
 """Which implementation runs: auto by device, PRISM_IMPL, an explicit argument; what cannot run raises and says why."""
 
+import ast
+import importlib.util
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from prism_kernels import TreeLayout, group_normalize, tree_attention, which_impl
+from prism_kernels import TreeLayout, dispatch, group_normalize, tree_attention, which_impl
 from prism_kernels.dispatch import Impl, Implementation, Op
 
 SCORES, GROUPS = torch.tensor([1.0, 2.0]), torch.tensor([0, 0])
@@ -52,6 +56,42 @@ def test_an_implementation_the_op_does_not_have():
         tree_attention(q, q, q, TreeLayout.build([2], [-1]), impl="cpu")
 
 
+def defined(module):
+    """Names at the top of a module, without importing it: a Triton kernel is bound to its mode when it is imported."""
+    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return {getattr(node, "name", None) or getattr(node, "id", None) for node in [*tree.body, *targets]}
+
+
+def test_every_op_ends_with_its_reference_and_names_functions_that_exist():
+    assert set(which_impl("cpu")) == set(dispatch._OPS)
+    for op in dispatch._OPS.values():
+        assert list(op.table)[-1] is Impl.REFERENCE, op.name
+        assert op.select("reference", "cpu")[0] is Impl.REFERENCE
+        for row in op.table.values():
+            module, function = row.target.split(":")
+            assert function in defined(module), f"{op.name}: {row.target}"
+
+
+@needs_no_gpu
+def test_whatever_cannot_run_here_raises_with_an_alternative_that_can(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused = 0
+    for op in dispatch._OPS.values():
+        for name, row in op.table.items():
+            if "cpu" in row.devices and row.unavailable() is None:
+                assert op.select(name, "cpu")[0] is name
+                continue
+            with pytest.raises(
+                RuntimeError, match=rf"{op.name}: implementation '{name}'.*use impl='(\w+)' instead"
+            ) as caught:
+                op.select(name, "cpu")
+            alternative = re.search(r"use impl='(\w+)' instead", str(caught.value))[1]
+            assert op.select(alternative, "cpu")[0] == alternative
+            refused += 1
+    assert refused > 0
+
+
 @needs_no_gpu
 def test_what_cannot_run_raises_with_reason_and_alternative(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -75,8 +115,6 @@ def test_auto_passes_over_what_cannot_run_and_says_so_once(caplog):
             for _ in range(3):
                 name, function = made.select("auto")
     finally:
-        from prism_kernels import dispatch
-
         del dispatch._OPS["test_only"]
     assert name is Impl.REFERENCE and function(9) == 3
     said = [r.getMessage() for r in caplog.records if "test_only" in r.getMessage()]
