@@ -1,0 +1,120 @@
+"""The README's and docs/method.md's examples are run: python blocks, commands, records, links between documents."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.main import get_command
+
+from prism_fast import cli, config
+from prism_fast.data import formats
+
+ROOT = Path(__file__).parent.parent
+README, METHOD = (ROOT / "README.md").read_text(), (ROOT / "docs" / "method.md").read_text()
+
+
+def blocks(text, language):
+    """[(what follows the language's name, content)] of the fenced blocks in a language."""
+    return re.findall(rf"^```{language} ?(.*)\n((?:.*\n)*?)```$", text, re.M)
+
+
+@pytest.mark.parametrize("code", [code for _, code in blocks(README, "python")])
+def test_python_examples_print_what_they_say(code):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue().splitlines() == re.findall(r"^print.*# -> (.*)$", code, re.M)
+
+
+def commands():
+    lines = "".join(text for _, text in blocks(README, "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("prism-fast")]
+
+
+CONFIGS = {
+    "sft": config.SFTConfig,
+    "upcycle": config.UpcycleConfig,
+    "warmup": config.WarmupConfig,
+    "align": config.AlignConfig,
+    "rlvr": config.RLVRConfig,
+    "eval": config.EvaluateConfig,
+    "data pairs": config.PairsConfig,
+    "data filter": config.FilterConfig,
+}
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse_and_their_settings_are_valid(line):
+    command, words, name = get_command(cli.app), shlex.split(line, comments=True)[1:], ""
+    while hasattr(command, "commands"):
+        name, command, words = f"{name} {words[0]}".strip(), command.commands[words[0]], words[1:]
+    with command.make_context(name, words) as context:
+        given = context.params
+    if name in CONFIGS:
+        config.load_config(CONFIGS[name], given["config"], given["overrides"])
+    else:
+        assert name in ("demo", "doctor", "data check")
+
+
+def test_every_stage_has_a_command_in_the_readme():
+    shown = {" ".join(line.split()[1:3]) for line in commands()}
+    for name in CONFIGS:
+        assert any(words == name or words.split()[0] == name for words in shown), name
+
+
+@pytest.mark.parametrize(("kind", "record"), blocks(METHOD, "json"))
+def test_records_of_every_format_load(kind, record, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0001.png")
+    (tmp_path / "data.json").write_text(f"[{record}]")
+    read = {"sft": formats.read_sft, "warmup": formats.read_warmup}
+    read |= {"align": formats.read_align, "rlvr": formats.read_rlvr}
+    (sample,) = read[kind](tmp_path / "data.json")
+    assert len(sample.images) == 1
+    assert sample.gold == {"align": "10", "rlvr": "10"}.get(kind)
+    assert (sample.response or sample.teacher_caption or "") == {
+        "sft": "<caption>3\n7</caption><think>3 + 7 = 10</think><answer>10</answer>",
+        "warmup": "<caption>3\n7</caption>",
+        "align": "<caption>3\n7</caption>",
+        "rlvr": "",
+    }[kind]
+
+
+def test_all_four_formats_are_shown():
+    assert [kind for kind, _ in blocks(METHOD, "json")] == ["sft", "warmup", "align", "rlvr"]
+
+
+def test_counts_of_tokens_are_right():
+    prompt, caption, reasoning, responses = 1000, 250, 700, 16
+    one_by_one = responses * (2 * prompt + caption + reasoning)  # both parts of a response, each after the prompt
+    assert f"{3 * one_by_one:,}" in README  # students scored; students and teacher in the update
+    assert f"{prompt + (responses + 1) * (caption + reasoning):,}" in README
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md"])
+def test_links_and_named_files_exist(name):
+    path = ROOT / name
+    text = path.read_text()
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", text):
+        linked = path.parent / target
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, anchor
+
+
+def test_settings_named_in_the_table_of_hazards_exist():
+    table = METHOD.split("## 8.")[1].split("## 9.")[0]
+    keys = re.findall(r"`([\w.]+): [\w.]+` \(`(\w+)`\)", table)
+    assert len(keys) == 5
+    for key, stage in keys:
+        cls = CONFIGS[stage]
+        *branch, leaf = key.split(".")
+        for name in branch:
+            cls = cls.model_fields[name].annotation
+        assert leaf in cls.model_fields, key
