@@ -1,16 +1,18 @@
 """The example in ARCHITECTURE.md is computed here by the trainer's own functions, and its lines compared."""
 
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import prism_kernels
 from prism_fast.advantage import alignment_advantage
 from prism_fast.config import AdvantageConfig, OptimizerConfig
 from prism_fast.pack import KIND_RESPONSE, ImageTokens, Tree, pack
 from prism_fast.records import Prompt, Scores
 from prism_fast.update import Updater
-from prism_kernels import PolicyObjective, group_normalize, linear_policy_loss, pack_trees
+from prism_kernels import PolicyObjective, dispatch, group_normalize, linear_policy_loss, pack_trees
 
 DOCUMENT = Path(__file__).parent.parent / "ARCHITECTURE.md"
 
@@ -75,8 +77,6 @@ def test_the_example_in_the_document():
 
 
 def test_files_and_tests_that_the_document_names_exist():
-    import re
-
     text = DOCUMENT.read_text()
     root = DOCUMENT.parent
     for name in set(re.findall(r"tests/\w+\.py", text)):
@@ -86,7 +86,12 @@ def test_files_and_tests_that_the_document_names_exist():
     boxes = text.split("## Boxes")[1].split("```")[1]
     for name in re.findall(r"[\w/]+\.py", boxes):
         assert (root / "prism_fast" / name).is_file(), name
-    for op in re.findall(r"^\| `(\w+)`", text.split("## Kernels")[1], re.M):
-        import prism_kernels
 
-        assert op in prism_kernels.__all__, op
+
+def test_the_kernel_table_is_that_of_the_dispatcher():
+    rows = re.findall(r"^\| (`.*?) \|.*?\| ([a-z, ]+)(?: \(C\+\+\))? \|[^|]*\|$", DOCUMENT.read_text(), re.M)
+    named = {op: set(impls.split(", ")) for ops, impls in rows for op in re.findall(r"`(\w+)`", ops)}
+    assert set(named) <= set(prism_kernels.__all__)
+    public = set(dispatch._OPS) & set(prism_kernels.__all__)
+    for name in public:
+        assert named[name] == {str(impl) for impl in dispatch._OPS[name].table}, name
