@@ -1,10 +1,12 @@
-# make setup | demo | test | lint | clean
+# Targets: make setup | demo | test | lint | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-OUT    ?= runs/demo
+# A new folder every time: nothing that an earlier demo wrote is overwritten.
+OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+JOBS   ?= $(shell nproc)
 
 .PHONY: setup demo test lint clean
 
@@ -21,7 +23,7 @@ demo: setup
 	$(BIN)/prism-fast demo --out $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check .
