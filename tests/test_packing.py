@@ -62,7 +62,7 @@ def packing_problems(draw):
 
 
 @given(packing_problems())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_packs_hold_every_branch_and_no_more_than_the_capacity(problem):
     trees, capacity = problem["trees"], problem["capacity"]
     packs = pack_trees(**problem, impl="reference")
@@ -236,7 +236,7 @@ def test_bad_cost():
     st.booleans(),
     st.none() | st.integers(1, 12),
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_balance_deals_every_item_once(costs, num_ranks, equal_count, labels):
     groups = None if labels is None else [(7 * i) % labels for i in range(len(costs))]
     try:
@@ -256,7 +256,7 @@ def test_balance_deals_every_item_once(costs, num_ranks, equal_count, labels):
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_balance_is_within_grahams_bound_of_the_best(costs, num_ranks):
     best = min(
         max(sum(c for c, rank in zip(costs, owner) if rank == r) for r in range(num_ranks))
