@@ -170,6 +170,25 @@ def test_bad_records_can_be_skipped_and_are_listed(tiny_folder, tmp_path, capsys
     assert "skipped" in shown and "some.json:3" in shown
 
 
+def test_data_check_counts_and_shows_a_record(tiny_folder, tmp_path, capsys, monkeypatch):
+    data = tiny_folder / "data"
+    files = [data / name for name in ("sft.json", "pairs.jsonl", "align.parquet", "rlvr.parquet")]
+    status, shown, err = run(capsys, monkeypatch, "data", "check", *files)
+    assert status == 0, err
+    for text in ("sft: 48 records, 48 images", "warm-up: 12 records", "alignment: 12 records", "rlvr: 12 records"):
+        assert text in shown
+    assert "[teacher caption]" in shown and "[gold answer]" in shown and "question types: " in shown
+    broken = tmp_path / "broken.json"
+    (tmp_path / "no.png").write_text("not an image")
+    broken.write_text(json.dumps([{"messages": TURNS, "images": ["no.png"]}] * 2))
+    status, _, err = run(capsys, monkeypatch, "data", "check", broken)
+    assert status == 2 and "no.png does not open" in err
+    status, shown, err = run(capsys, monkeypatch, "data", "check", broken, "--skip-bad-records", 2)
+    assert status == 0 and "2 bad records skipped" in shown, err
+    status, _, err = run(capsys, monkeypatch, "data", "check", write(tmp_path / "what.json", [{"text": "hi"}]))
+    assert status == 2 and "none of the formats" in err
+
+
 def test_eval_pairs_filter_upcycle_and_doctor(tiny_folder, tmp_path, capsys, monkeypatch):
     model = f"model.path={tiny_folder / 'base'}"
     status, shown, err = run(
