@@ -1,0 +1,82 @@
+"""A result as a PNG: time and peak memory over T (or the first size that varies), and the roofline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SIZES = ("T", "B", "V", "E", "skew")
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Three panels a problem. Raises ImportError without matplotlib, ValueError where nothing was timed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    problems: dict[str, list[dict[str, Any]]] = {}
+    for problem in document["problems"]:
+        if problem["status"] == "ok":
+            problems.setdefault(problem["name"], []).append(problem)
+    if not problems:
+        raise ValueError("plot: the result holds no timed problem")
+    figure, axes = pyplot.subplots(len(problems), 3, figsize=(16, 4.5 * len(problems)), squeeze=False)
+    for line, (name, results) in zip(axes, problems.items()):
+        size = _varying(results)
+        _lines(line[0], results, size, "median_s", 1e3, "time, ms", band=True)
+        _lines(line[1], results, size, "peak_bytes", 1e-9, "peak memory over inputs, GB")
+        _roofline(line[2], results, document["limits"])
+        line[0].set_title(results[0]["title"])
+        line[1].set_title(f"{document['environment']['device']}, {document['commit']}")
+        line[2].set_title(f"roofline: {name}")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _varying(results: list[dict[str, Any]]) -> str:
+    present = [size for size in SIZES if size in results[0]["shape"]]
+    return next((s for s in present if len({r["shape"][s] for r in results}) > 1), present[0])
+
+
+def _lines(axis, results: list[dict], size: str, key: str, scale: float, label: str, band: bool = False) -> None:
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    for result in results:
+        others = {k: v for k, v in result["shape"].items() if k != size}
+        if others != {k: v for k, v in results[0]["shape"].items() if k != size}:
+            continue  # a sweep over something else
+        for row in result["rows"]:
+            if key in row:
+                low, high = (row["low_s"], row["high_s"]) if band else (row[key], row[key])
+                point = (result["shape"][size], row[key] * scale, low * scale, high * scale)
+                series.setdefault(row["name"], []).append(point)
+    for name, points in series.items():
+        x, middle, low, high = zip(*sorted(points))
+        axis.plot(x, middle, marker="o", label=name, linewidth=2.5 if name.startswith("prism") else 1.2)
+        if band:
+            axis.fill_between(x, low, high, alpha=0.15)
+    positive = all(r["shape"][size] > 0 for r in results)
+    axis.set(xlabel=size, ylabel=label, xscale="log" if positive else "linear", yscale="log")
+    if series:
+        axis.legend(fontsize=7)
+    else:
+        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+
+
+def _roofline(axis, results: list[dict], limits: dict[str, dict[str, float]]) -> None:
+    intensities, last = [], results[-1]
+    for row in last["rows"]:
+        if "tflops" in row:
+            intensity = last["flops"] / last["bytes"]
+            intensities.append(intensity)
+            axis.plot([intensity], [row["tflops"]], "o", label=row["name"])
+    limit = limits.get(str(last["shape"].get("dtype", "fp32")))
+    if limit and intensities:
+        ridge = limit["matmul_tflops"] * 1e3 / limit["copy_gbps"]
+        x = sorted([min(intensities) / 10, ridge, max(intensities) * 10])
+        roof = [min(limit["matmul_tflops"], value * limit["copy_gbps"] / 1e3) for value in x]
+        axis.plot(x, roof, "k-", label="measured limits")
+    axis.set(xlabel="FLOP per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
+    axis.legend(fontsize=7)
