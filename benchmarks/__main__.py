@@ -50,8 +50,15 @@ def shapes(module: ModuleType, given: Sequence[str], device: str) -> list[dict[s
     return chosen
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+class Parser(argparse.ArgumentParser):
+    """Errors in one line: usage is what --help is for."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m benchmarks", description=__doc__)
     top.add_argument("op", choices=ops())
     top.add_argument("--shape", action="append", default=[], help="published, cpu, tiny, or T=8192,V=32768; repeatable")
     top.add_argument("--problem", action="append", default=[], help="only this problem; repeatable")

@@ -1,4 +1,4 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | doctor."""
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | bench | doctor."""
 
 from __future__ import annotations
 
@@ -209,6 +209,27 @@ def _prepare(run, cls, config: Path | None, overrides: list[str] | None) -> None
     for name, value in counts.items():
         console.print(f"{name:16} {value}")
     console.print(f"written: {settings.out}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Argument(help="linear_logprob, advantage, moe, ...: a bench_<op>.py of the clone.")],
+    peers: Annotated[str | None, typer.Option(help="Parts of peers' names, comma-separated; default: all.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="published, cpu, tiny, or T=8192,V=32768.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG: time and memory over T, roofline.")] = None,
+    base: Annotated[str | None, typer.Option(help="A commit to compare with, side by side.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Timing of one problem.")] = None,
+    tests: Annotated[bool, typer.Option("--tests", help="Run the op's tests first; refuse where they fail.")] = False,
+) -> None:
+    """Time, memory and error of an op beside its peers (needs a clone)."""
+    from prism_fast.bench import run
+
+    given = {"peers": peers, "json": json, "plot": plot, "base": base, "device": device, "seconds": seconds}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    options += [f"--shape={value}" for value in shape or ()] + (["--tests"] if tests else [])
+    sys.exit(run([op, *options]))
 
 
 @app.command()
