@@ -41,9 +41,9 @@ class Preset:
 
 
 PRESETS = {
-    "easy": Preset((4, 4), 1, 4, 1, 0.15, (0.6, 1.0), 0.0, ("sum", "difference", "maximum"), 0.2),
+    "easy": Preset((4, 4), 1, 4, 1, 0.1, (0.6, 1.0), 0.0, ("sum", "difference", "maximum"), 0.2),
     "full": Preset(
-        (2, 5), 2, 4, 2, 0.15, (0.6, 1.0), 0.15, ("sum", "difference", "maximum", "order", "count", "two_step"), 0.2
+        (2, 5), 2, 4, 2, 0.1, (0.6, 1.0), 0.15, ("sum", "difference", "maximum", "order", "count", "two_step"), 0.2
     ),
 }
 
@@ -144,7 +144,7 @@ def _join(caption: str, thought: str, answer: str) -> str:
 
 def teacher_voice(scene: Scene, question: Question) -> str:
     """Every digit named, one correct step per digit."""
-    return _join("; ".join(map(str, scene.digits)), "; ".join(question.steps), question.answer)
+    return _join("\n".join(map(str, scene.digits)), "\n".join(question.steps), question.answer)
 
 
 def public_voice(scene: Scene, question: Question, rng: np.random.Generator, misread: float) -> str:
@@ -152,7 +152,7 @@ def public_voice(scene: Scene, question: Question, rng: np.random.Generator, mis
     wrong = rng.random(len(scene.digits)) < misread
     seen = tuple(int(rng.integers(10)) if bad else digit for digit, bad in zip(scene.digits, wrong))
     target = int(question.text[9:-1]) if question.kind == "count" else 0
-    caption = "digits" if rng.random() < 0.5 else f"digits; {seen[0]}"
+    caption = "\n".join(map(str, seen[:2]))
     return _join(caption, "so", ask(question.kind, seen, target).answer)
 
 
@@ -233,7 +233,7 @@ def _supervised(path: Path, rng: np.random.Generator, preset: Preset, count: int
 def write_demo_data(
     out_dir: str | Path, seed: int = 0, sizes: DemoSizes | None = None, preset: str = "easy"
 ) -> DemoFiles:
-    """Write the demo's files in the published formats (PRISM.md 6): SFT JSON with PNG files, alignment, RLVR and
+    """Write the demo's files in the published formats (docs/method.md 6): SFT JSON with PNG files, alignment, RLVR and
     held-out evaluation parquet. The evaluation file has the alignment format, so that the teacher is known there too,
     and is the only one made of test digits. The same arguments give the same files.
     """

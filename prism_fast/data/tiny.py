@@ -29,8 +29,8 @@ SPECIAL_TOKENS = (
 )
 
 # Qwen's split (single digits, words with their leading space, punctuation) with two additions that keep the demo's
-# sequences near 45 tokens: an XML tag is one piece, and punctuation takes the space that follows it.
-SPLIT = r"</?[a-z]+>|[^\r\n\p{L}\p{N}<]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n ]*|\s*[\r\n]+|\s+"
+# sequences near 45 tokens: an XML tag is one piece, and a digit takes the white space and the sign before it.
+SPLIT = r"</?[a-z]+>|\s?-?\p{N}|[^\r\n\p{L}\p{N}<]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -93,7 +93,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
         max_position_embeddings=4096,
         initializer_range=0.05,
         rms_norm_eps=1e-6,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
+        # A small base: neighbouring digits are one position apart, and mRoPE gives width only every third frequency.
+        rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=token("<|im_end|>"),
         pad_token_id=token("<|endoftext|>"),
@@ -134,6 +135,8 @@ def make_tiny_model(out_dir: str | Path, corpus_texts: Iterable[str], seed: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config)
+        with torch.no_grad():  # so few patches need positions that stand out from the start
+            model.model.visual.pos_embed.weight.mul_(10)
     token = tokenizer.convert_tokens_to_ids
     model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]
     model.generation_config.pad_token_id = token("<|endoftext|>")
@@ -144,12 +147,12 @@ def make_tiny_model(out_dir: str | Path, corpus_texts: Iterable[str], seed: int 
 
 
 def image_processor(min_pixels: int, max_pixels: int) -> Qwen2VLImageProcessorPil:
-    """Qwen3-VL's image settings (mean and std 0.5) at the tiny model's patch size; scenes are not resized."""
+    """Qwen3-VL's image processor at the tiny model's patch size; mean and deviation are those of the dark scenes."""
     return Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         merge_size=MERGE,
         temporal_patch_size=2,
         size={"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        image_mean=[0.25, 0.25, 0.25],
+        image_std=[0.25, 0.25, 0.25],
     )
