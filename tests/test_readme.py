@@ -56,6 +56,8 @@ def test_commands_parse_and_their_settings_are_valid(line):
         given = context.params
     if name in CONFIGS:
         config.load_config(CONFIGS[name], given["config"], given["overrides"])
+    elif name == "bench":
+        assert (ROOT / "benchmarks" / f"bench_{given['op']}.py").is_file()
     else:
         assert name in ("demo", "doctor", "data check")
 
