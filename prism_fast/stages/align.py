@@ -36,7 +36,7 @@ from prism_fast.routing_metrics import ExpertLoad
 from prism_fast.run import Clock, Run, encode_all, is_time, load_discriminator, load_policy, order, with_chat
 from prism_fast.update import Updater
 from prism_fast.watch import Watch
-from prism_kernels import PolicyObjective
+from prism_kernels import PolicyObjective, find_tag_spans
 
 TEACHER_KINDS = (KIND_TEACHER_CAPTION, KIND_TEACHER_REASONING)
 STUDENT_KINDS = (KIND_STUDENT_CAPTION, KIND_STUDENT_REASONING)
@@ -122,6 +122,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                     format_valid=float(scores.format_valid.float().mean()),
                     response_length=response_lengths(rollout.response_ids),
                 )
+                metrics.update(part_lengths(rollout, chat))
                 metrics["grad_norm/policy"], metrics["grad_norm/discriminator"] = norm_policy, norm_discriminator
                 metrics["advantage/std"] = float(advantages.std()) if len(advantages) > 1 else 0.0
                 if accuracy is not None:
@@ -311,6 +312,17 @@ def score_metrics(scores: Scores, group: Tensor) -> dict[str, float]:
             metrics[f"score/student_{side}"] = float(student[valid].mean())
             metrics[f"discriminator_accuracy/{side}"] = float((teacher > student)[valid].float().mean())
     return metrics
+
+
+def part_lengths(rollout: Rollout, chat: Chat) -> dict[str, float]:
+    """Mean sampled tokens of the caption and of the reasoning of valid responses; absent where none is valid."""
+    found = [find_tag_spans(ids.tolist(), chat.token_bytes) for ids in rollout.response_ids]
+    spans = [s for s in found if s is not None]
+    if not spans:
+        return {}
+    caption = sum(end - start for (start, end), _, _ in spans)
+    reasoning = sum(answer[1] - think[0] for _, think, answer in spans)
+    return {"tokens_of/perception": caption / len(spans), "tokens_of/reasoning": reasoning / len(spans)}
 
 
 def answer_accuracy(lessons: list[Lesson], rollout: Rollout) -> Tensor | None:
