@@ -1,4 +1,4 @@
-# Targets: make setup | demo | test | lint | clean
+# Targets: make setup | demo | test | lint | bench | gate | gpu | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,19 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# make bench OP=linear_logprob ARGS="--peers liger --plot head.png"
+OP     ?= linear_logprob
+bench: setup
+	$(BIN)/python -m benchmarks $(OP) $(ARGS)
+
+# Every Triton kernel in every production configuration, for GPUs that need not be here.
+gate: setup
+	env -u TRITON_INTERPRET $(BIN)/python -m prism_kernels.compile_gate --all $(ARGS)
+
+# On a machine with an NVIDIA GPU: its own Python with its own torch, nothing is installed. PART=linear,tests for some.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis

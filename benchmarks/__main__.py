@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, machine
 
 HERE = Path(__file__).resolve().parent
 
@@ -69,10 +70,16 @@ def parser() -> Parser:
     top.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     top.add_argument("--tests", action="store_true", help="run the op's tests first; refuse where they fail")
     top.add_argument("--json", type=Path, default=None, help="also write the result here, problem by problem")
+    top.add_argument("--save", action="store_true", help="write the result where RESULTS.md is made from")
     top.add_argument("--plot", type=Path, default=None, help="PNG: time and memory over a sweep, and the roofline")
     top.add_argument("--base", default=None, metavar="REV", help="compare with this commit, side by side")
     top.add_argument("--dry-run", action="store_true", help="toy machine limits, one round")
     return top
+
+
+def _result_path(op: str, device: str) -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M', time.gmtime())}-{machine.commit().replace('+', '-dirty')}-{op}.json"
+    return HERE / "results" / machine.slug(machine.device_name(torch.device(device))) / name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=1 if given.dry_run else given.rounds,
         memory=not given.no_memory,
         run_tests=given.tests,
-        json_path=given.json,
+        json_path=given.json or (_result_path(given.op, given.device) if given.save else None),
         small=given.dry_run,
     )
     if given.base is not None:

@@ -25,6 +25,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "tiny": [{**TINY, "dtype": "fp32"}],
 }
 GPU_PART = ("linear", 110)  # its name in `make gpu`, and its seconds
+GPU_ARGUMENTS = ["--seconds", "8"]
 SMALL_CHUNK = 512 << 20
 
 # (ours, peers): ours rounds its results to the dtype once; peers round logits too, which shows as an error.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -215,7 +216,8 @@ def _check(problem: Problem, rows: list[_Ready]) -> None:
             ready.call = None
             continue
         ready.row["errors"] = {
-            name: {"metric": problem.tolerances[name].metric, "value": e} for name, e in errors.items()
+            name: {"metric": problem.tolerances[name].metric, "value": error if math.isfinite(error) else None}
+            for name, error in errors.items()
         }
         bound = {name: getattr(problem.tolerances[name], _bound(ready.contender)) for name in errors}
         bad = [name for name, e in errors.items() if not e <= bound[name]]  # NaN is bad

@@ -22,6 +22,12 @@ def shape(values: dict[str, Any]) -> str:
     )
 
 
+def error_text(row: dict[str, Any]) -> str:
+    """ "dx 1.0e-06, dw 2.0e-06"; what is not finite is "nan"."""
+    values = {name: error["value"] for name, error in row.get("errors", {}).items()}
+    return ", ".join(f"{name} {'nan' if value is None else f'{value:.1e}'}" for name, value in values.items())
+
+
 def problem_lines(result: dict[str, Any], limits: dict[str, float] | None) -> list[str]:
     """Heading, one line per contender; what cannot run is a line too, with its reason."""
     lines = [f"\n{result['title']}: {shape(result['shape'])}"]
@@ -34,8 +40,7 @@ def problem_lines(result: dict[str, Any], limits: dict[str, float] | None) -> li
 
 
 def _row(result: dict[str, Any], row: dict[str, Any], limits: dict[str, float] | None) -> str:
-    errors = " ".join(f"{name} {e['value']:.1e}" for name, e in row.get("errors", {}).items())
-    errors = f"error {errors}" if errors else ""
+    errors = f"error {error_text(row)}" if row.get("errors") else ""
     if row["status"] != "ok":
         return "  ".join(filter(None, [row.get("reason", row["status"]), errors]))
     if "median_s" not in row:

@@ -1,0 +1,206 @@
+"""Every Triton kernel once at small, awkward sizes, forward and backward: what compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck  --kernel-name kns=_kernel --error-exitcode 9 python -m benchmarks.sanitize
+    compute-sanitizer --tool racecheck --kernel-name kns=_kernel --error-exitcode 9 python -m benchmarks.sanitize
+
+``--tool memcheck`` starts that command itself. Set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or writes past a tensor land in
+torch's own pool unseen (``--tool`` does). ``--device cpu`` runs the same calls in Triton's interpreter
+(TRITON_INTERPRET=1), so that this script itself is tested without a GPU. Results are compared with the definitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import prism_kernels
+from benchmarks.measure import short
+from prism_kernels.dispatch import interpreting
+from prism_kernels.group_advantage.rules import RULES
+
+TOOLS = ("memcheck", "racecheck")
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+Outputs = list[Tensor]
+
+
+def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
+    """{name: call of an implementation}; run for "triton" and for "reference"."""
+    on_gpu = device.type == "cuda"
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] if on_gpu else [torch.float32]
+    found: dict[str, Callable[[str], Outputs]] = {}
+    for dtype in dtypes:
+        label = str(dtype).removeprefix("torch.")
+        found[f"linear_logprob {label}"] = lambda impl, dtype=dtype: _logprob(impl, dtype, device)
+        found[f"linear_policy_loss {label}"] = lambda impl, dtype=dtype: _policy(impl, dtype, device)
+        found[f"moe {label}"] = lambda impl, dtype=dtype: _moe(impl, dtype, device)
+        if "triton" in _implementations("tree_attention"):
+            found[f"tree_attention {label}"] = lambda impl, dtype=dtype: _attention(impl, dtype, device)
+    for rule in RULES:
+        found[f"multi_reward_advantage {rule}"] = lambda impl, rule=rule: _advantage(impl, rule, device)
+    found["group_normalize"] = lambda impl: _normalize(impl, device)
+    return found
+
+
+def _implementations(op: str) -> list[str]:
+    from prism_kernels.dispatch import _OPS
+
+    return [str(name) for name in _OPS[op].table] if op in _OPS else []
+
+
+def _random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def _head(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = _random(67, 32, device=device, dtype=dtype, seed=1).requires_grad_()
+    weight = (_random(1003, 32, device=device, seed=2) / 6).to(dtype).requires_grad_()
+    bias = _random(1003, device=device, dtype=dtype, seed=3).requires_grad_()
+    targets = torch.randint(0, 1003, (67,), generator=torch.Generator().manual_seed(4)).to(device)
+    targets[::7] = -100
+    return hidden, weight, bias, targets
+
+
+def _logprob(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    hidden, weight, bias, targets = _head(dtype, device)
+    out = prism_kernels.linear_logprob(
+        hidden, weight, targets, bias=bias, softcap=20.0, temperature=0.7, with_entropy=True, impl=impl
+    )
+    total = (out.logprob * 0.5 + out.logsumexp * 0.1 + out.entropy * 0.2).sum()
+    return [out.logprob, out.entropy, *torch.autograd.grad(total, [hidden, weight, bias])]
+
+
+def _policy(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    hidden, weight, bias, targets = _head(dtype, device)
+    start = torch.tensor([0, 20, 20, 67], dtype=torch.int32)
+    old, ref = (_random(67, device=device, seed=seed) * 0.1 - 7 for seed in (5, 6))
+    objective = prism_kernels.PolicyObjective.dapo(kl_coef=0.1, kl_estimator="k3", entropy_coef=0.01)
+    advantages = torch.tensor([1.0, 0.5, -1.0], device=device)
+    # A chunk of a few rows: the kernels see a first, a middle and a last chunk.
+    chunk = {} if impl == "reference" else {"chunk_bytes": 4 * 1008 * 24}
+    out = prism_kernels.linear_policy_loss(
+        hidden, weight, targets, advantages, start, objective, old_logprob=old, ref_logprob=ref, bias=bias, impl=impl,
+        **chunk,
+    )  # fmt: skip
+    return [out.loss, *torch.autograd.grad(out.loss, [hidden, weight, bias])]
+
+
+def _moe(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    hidden = _random(37, 48, device=device, dtype=dtype, seed=1).requires_grad_()
+    router = _random(5, 48, device=device, dtype=dtype, seed=2)
+    router[3] -= 4  # an expert that nobody chooses, or few
+    router.requires_grad_()
+    gate_up = (_random(5, 64, 48, device=device, seed=3) / 7).to(dtype).requires_grad_()
+    down = (_random(5, 48, 32, device=device, seed=4) / 6).to(dtype).requires_grad_()
+    kind = (torch.arange(37) % 3).to(device)
+    routing = prism_kernels.moe_route(hidden, router, 2, segment_kind=kind, num_kinds=3, impl=impl)
+    out = prism_kernels.moe_mlp(hidden, gate_up, down, routing, impl=impl)
+    total = (out * _random(37, 48, device=device, dtype=dtype, seed=5)).sum() + 0.1 * routing.stats.prob_sum[0].sum()
+    gradients = torch.autograd.grad(total, [hidden, router, gate_up, down])
+    return [out, routing.weight, routing.stats.counts, *gradients]
+
+
+def _attention(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    layout = prism_kernels.TreeLayout.build([5, 70, 3, 33, 1], [-1, 0, 0, -1, 3])
+    q = _random(112, 4, 64, device=device, dtype=dtype, seed=1).requires_grad_()
+    k, v = (_random(112, 2, 64, device=device, dtype=dtype, seed=seed).requires_grad_() for seed in (2, 3))
+    out = prism_kernels.tree_attention(q, k, v, layout, impl=impl)
+    d_out = _random(112, 4, 64, device=device, dtype=dtype, seed=4)
+    return [out, *torch.autograd.grad(out, [q, k, v], d_out)]
+
+
+def _groups(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A group of one, groups of 2 to 9, in a random order."""
+    ids = torch.arange(10).repeat_interleave(torch.arange(10))
+    ids = torch.cat([ids, torch.tensor([77])])
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    return ids.to(device), _random(len(ids), device=device, seed=1), _random(len(ids), device=device, seed=2)
+
+
+def _advantage(impl: str, rule: str, device: torch.device) -> Outputs:
+    ids, perception, reasoning = _groups(device)
+    valid, accuracy = perception > -1, (reasoning > 0).float()
+    return [
+        prism_kernels.multi_reward_advantage(
+            perception, reasoning, ids, format_valid=valid, accuracy=accuracy, rule=rule, format_penalty=0.5, impl=impl
+        )
+    ]
+
+
+def _normalize(impl: str, device: torch.device) -> Outputs:
+    ids, first, second = _groups(device)
+    scores = torch.stack([first, second])
+    return [
+        prism_kernels.group_normalize(scores, ids, baseline=baseline, scale=scale, impl=impl)
+        for baseline in ("mean", "leave_one_out")
+        for scale in ("std", "none")
+    ]
+
+
+def run_all(device: torch.device, only: str = "") -> int:
+    failed = 0
+    for name, call in checks(device).items():
+        if only not in name:
+            continue
+        began = time.perf_counter()
+        try:
+            actual, expected = call("triton"), call("reference")
+            tolerance = TOLERANCE[actual[-1].dtype if actual[-1].dtype in TOLERANCE else torch.float32]
+            worst = max(_error(a, b) for a, b in zip(actual, expected))
+            verdict = "ok" if worst <= tolerance else f"FAILED: differs by {worst:.2e} > {tolerance:.0e}"
+        except Exception as error:  # noqa: BLE001 - every kernel is tried, and the exit status tells
+            verdict = f"FAILED: {short(error)}"
+        failed += verdict != "ok"
+        print(f"{name:<40} {time.perf_counter() - began:6.2f} s  {verdict}", flush=True)
+    print(f"sanitize: {failed} failed")
+    return 1 if failed else 0
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    return error if error == error else float("inf")
+
+
+def command(tool: str, only: str = "") -> list[str] | None:
+    """The sanitizer's command line around this script, or None where it is not installed."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        return None
+    # Only our kernels: the library's products are not ours to check, and slow under a race check.
+    script = [sys.executable, "-m", "benchmarks.sanitize", "--only", only]
+    return [sanitizer, "--tool", tool, "--kernel-name", "kns=_kernel", "--error-exitcode", "9", *script]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="a part of the check's name")
+    parser.add_argument("--tool", choices=TOOLS, default=None, help="run under compute-sanitizer")
+    given = parser.parse_args(arguments)
+    if given.tool is not None:
+        line = command(given.tool, given.only)
+        if line is None:
+            print("sanitize: compute-sanitizer is not installed (it is part of the CUDA toolkit)", file=sys.stderr)
+            return 2
+        return subprocess.run(line, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode
+    if importlib.util.find_spec("triton") is None:
+        print("sanitize: triton is not installed", file=sys.stderr)
+        return 2
+    if given.device == "cpu" and not interpreting():
+        print("sanitize: without a GPU the kernels run in the interpreter: set TRITON_INTERPRET=1", file=sys.stderr)
+        return 2
+    return run_all(torch.device(given.device), given.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
