@@ -25,12 +25,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import prism_kernels
+from prism_kernels import tables
 
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may take, CUDA C++ Programming Guide
@@ -76,7 +77,14 @@ def ops() -> list[str]:
 
 @lru_cache
 def configurations(op: str) -> list[Configuration]:
-    rows = importlib.import_module(f"prism_kernels.{op}.gate").configurations()
+    """The op's defaults, and what its tables make of them for the GPUs they are for."""
+    module = importlib.import_module(f"prism_kernels.{op}.gate")
+    with tables.as_if(""):
+        rows = module.configurations()
+    for gpu in tables.gpus(op):
+        with tables.as_if(gpu):
+            tuned = [row for row in module.configurations() if row not in rows]
+        rows += [replace(row, name=f"{row.name}, {gpu}") for row in tuned]
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
         raise ValueError(f"{op}/gate.py: names must be unique, got {sorted(n for n in names if names.count(n) > 1)}")
