@@ -22,6 +22,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "tiny": [dict(TINY)],
 }
 GPU_PART = ("advantage", 25)
+GPU_ARGUMENTS = ["--seconds", "4"]
 EPS = 1e-6
 
 
@@ -65,9 +66,10 @@ def _scores(shape: dict[str, Any], device: torch.device) -> Scores:
 
 def _truth(data: Scores) -> Tensor:
     total = torch.zeros(len(data.group), dtype=torch.float64)
+    rewards = [scores.cpu().double() for scores in (data.perception, data.reasoning)]
     for rows in data.groups:
-        for scores in (data.perception, data.reasoning):
-            values = scores.cpu().double()[rows]
+        for scores in rewards:
+            values = scores[rows]
             if len(rows) > 1:
                 values = (values - values.mean()) / (values.std() + EPS)
             total[rows] += 0.5 * values

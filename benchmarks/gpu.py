@@ -54,7 +54,7 @@ def parts(dry_run: bool) -> list[Part]:
     pytest = (*run, "pytest", "tests", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     pytest += ("--junitxml", "{xml}", *(("--collect-only", "-q") if dry_run else ()))
     found = [
-        Part("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 60),
+        Part("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 30),
         Part("tests-gpu", (*pytest, *_workers(4), "-m", "gpu"), 90, "tests"),
         *_benchmarks(dry_run, device),
     ]
@@ -63,7 +63,7 @@ def parts(dry_run: bool) -> list[Part]:
     interpreter = {"TRITON_INTERPRET": "1"} if dry_run else {}
     for tool in ("memcheck", "racecheck"):
         how = ("--device", "cpu") if dry_run else ("--tool", tool)
-        found.append(Part(tool, (*sanitize, *how), 45, "sanitizer", environment=interpreter))
+        found.append(Part(tool, (*sanitize, *how), 60, "sanitizer", environment=interpreter))
     everything = (*pytest, *_workers(os.cpu_count() or 1), "-m", "not gpu and not slow")
     found.append(Part("tests-all", everything, 60, "tests", environment={"OMP_NUM_THREADS": "1"}))
     how = ("--dry-run",) if dry_run else ()

@@ -133,7 +133,7 @@ def run(op: str, module: ModuleType, options: Options) -> dict[str, Any]:
             save(document, options.json_path)  # as it comes: a later crash loses nothing
             print_problem(document["problems"][-1], document["limits"].get(str(shape.get("dtype", "fp32"))))
             del problem  # its tensors go before the next ones come
-            measure.gc.collect()
+            measure.free(options.device)
     save(document, options.json_path)
     return document
 
@@ -204,6 +204,7 @@ def _prepare(contender: Contender) -> _Ready:
 def _check(problem: Problem, rows: list[_Ready]) -> None:
     """Every contender once, against float64. A wrong one loses its call, and so its speed."""
     truth = problem.truth()
+    measure.free(truth[next(iter(truth))].device)  # what float64 took besides
     for ready in rows:
         if ready.call is None or ready.contender.role == "limit":
             continue

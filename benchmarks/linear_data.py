@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Head:
     def leaves(self) -> list[Tensor]:
         return [self.hidden, self.weight]
 
-    @property
+    @cached_property
     def row_advantages(self) -> Tensor:
         """(T,)"""
         lengths = self.sequence_start.diff().long().to(self.advantages.device)

@@ -116,6 +116,13 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
+def free(device: torch.device) -> None:
+    """Gives back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def graphed(call: Call, device: torch.device) -> Call:
     """The call captured in a CUDA graph: its replays have no launch gaps. Raises Unavailable without a GPU."""
     if device.type != "cuda":

@@ -1,10 +1,10 @@
 """Every Triton kernel once at small, awkward sizes, forward and backward: what compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck  --kernel-name kns=_kernel --error-exitcode 9 python -m benchmarks.sanitize
-    compute-sanitizer --tool racecheck --kernel-name kns=_kernel --error-exitcode 9 python -m benchmarks.sanitize
+    python -m benchmarks.sanitize --tool memcheck
+    python -m benchmarks.sanitize --tool racecheck
 
-``--tool memcheck`` starts that command itself. Set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or writes past a tensor land in
-torch's own pool unseen (``--tool`` does). ``--device cpu`` runs the same calls in Triton's interpreter
+``--tool`` starts this script again under compute-sanitizer, for our kernels alone, with torch's caching of memory off:
+in its pool a write past a tensor would go unseen. ``--device cpu`` runs the same calls in Triton's interpreter
 (TRITON_INTERPRET=1), so that this script itself is tested without a GPU. Results are compared with the definitions.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import prism_kernels
 from benchmarks.measure import short
+from prism_kernels import compile_gate
 from prism_kernels.dispatch import interpreting
 from prism_kernels.group_advantage.rules import RULES
 
@@ -81,7 +82,7 @@ def _logprob(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
 
 def _policy(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     hidden, weight, bias, targets = _head(dtype, device)
-    start = torch.tensor([0, 20, 20, 67], dtype=torch.int32)
+    start = torch.tensor([0, 20, 20, 67], dtype=torch.int32, device=device)
     old, ref = (_random(67, device=device, seed=seed) * 0.1 - 7 for seed in (5, 6))
     objective = prism_kernels.PolicyObjective.dapo(kl_coef=0.1, kl_estimator="k3", entropy_coef=0.01)
     advantages = torch.tensor([1.0, 0.5, -1.0], device=device)
@@ -176,9 +177,15 @@ def command(tool: str, only: str = "") -> list[str] | None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         return None
-    # Only our kernels: the library's products are not ours to check, and slow under a race check.
+    # Only our kernels: the library's are not ours to check, and slow under a race check.
+    filters = [word for name in kernel_names() for word in ("--kernel-name", f"kne={name}")]
     script = [sys.executable, "-m", "benchmarks.sanitize", "--only", only]
-    return [sanitizer, "--tool", tool, "--kernel-name", "kns=_kernel", "--error-exitcode", "9", *script]
+    return [sanitizer, "--tool", tool, *filters, "--error-exitcode", "9", *script]
+
+
+def kernel_names() -> list[str]:
+    """Every Triton kernel that the compile gate knows."""
+    return sorted({row.kernel.__name__ for op in compile_gate.ops() for row in compile_gate.configurations(op)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
