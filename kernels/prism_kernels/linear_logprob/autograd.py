@@ -37,6 +37,11 @@ def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
     return Needs(*(enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)))
 
 
+def _beside(hidden: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What lay on the host, on the device of hidden; the host does not wait for it."""
+    return [None if t is None else t.to(hidden.device, non_blocking=True) for t in tensors]
+
+
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
@@ -181,8 +186,7 @@ def _cross_entropy(
     head = Head(hidden, weight, bias, temperature, softcap)
     unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
     plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, unread=unread)
-    targets = targets.to(hidden.device)
-    row_weight = None if row_weight is None else row_weight.to(hidden.device)
+    targets, row_weight = _beside(hidden, targets, row_weight)
     glue = CrossEntropy(targets, row_weight, normalizer, head.wide)
     loss, _, gradients = engine.objective(head, plan, _row_kernels(impl), glue, False, Needs(*needs))
     return loss, *gradients
@@ -255,11 +259,8 @@ def _policy_loss(
         unread=None if with_logprob or with_entropy else _zero_advantage(objective, advantages, sequence_start, hidden),
         sequence_start=sequence_start if couples else None,
     )
-    device = hidden.device
-    glue = Policy(
-        objective, targets.to(device), advantages.to(device), sequence_start.to(device), normalizer, head.wide,
-        old_logprob, ref_logprob, rollout_logprob,
-    )  # fmt: skip
+    rows = _beside(hidden, targets, advantages, sequence_start)
+    glue = Policy(objective, *rows, normalizer, head.wide, old_logprob, ref_logprob, rollout_logprob)
     if couples and not plan.whole_sequences:
         glue.see_all(plan.spread(engine.log_probs(head, plan, kernels, False).logprob))
     need_entropy = with_entropy or objective.entropy_coef != 0

@@ -79,7 +79,7 @@ def constant_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> 
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: got {_got(value)}, expected a number or a 0-d tensor; take its [0] or .sum()")
-        return value.detach().to(hidden.device, dtype)
+        return value.detach().to(hidden.device, dtype, non_blocking=True)
     if not 0 <= value < INFINITY:
         raise ValueError(f"{name}: got {value}, expected a finite number >= 0")
     return torch.full((), float(value), dtype=dtype, device=hidden.device)

@@ -64,14 +64,14 @@ def statistics_kernel(
     p_row = z_ptr + i_row * row_stride
     # A scalar argument is fp32: fp64 needs its second half too.
     p_target = tl.load(p_row + target)
-    sharpness = tl.zeros([], p_target.dtype) + sharpness_high + sharpness_low
-    softcap = tl.zeros([], p_target.dtype) + softcap_high + softcap_low
+    sharpness = tl.full((), 0.0, p_target.dtype) + sharpness_high + sharpness_low
+    softcap = tl.full((), 0.0, p_target.dtype) + softcap_high + softcap_low
     target_logit = _logits(p_target, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
 
     top = target_logit  # running maximum; finite unless a bias forbids the target
     top = tl.where(top > -1e38, top, -1e38)
-    b_sum = tl.zeros([BLOCK], dtype=p_target.dtype)  # sum of e = exp(z - top), by lane
-    b_mean = tl.zeros([BLOCK], dtype=p_target.dtype)  # sum of e (z - top), by lane
+    b_sum = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of e = exp(z - top), by lane
+    b_mean = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of e (z - top), by lane
     for start in range(0, num_words, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < num_words
@@ -128,8 +128,8 @@ def gradient_kernel(
     p_out = dz_ptr + i_row * dz_row_stride
     logprob = tl.load(logprob_ptr + i_row)
     logsumexp = tl.load(logsumexp_ptr + i_row)
-    sharpness = tl.zeros([], logprob.dtype) + sharpness_high + sharpness_low
-    softcap = tl.zeros([], logprob.dtype) + softcap_high + softcap_low
+    sharpness = tl.full((), 0.0, logprob.dtype) + sharpness_high + sharpness_low
+    softcap = tl.full((), 0.0, logprob.dtype) + softcap_high + softcap_low
     g = tl.load(d_logprob_ptr + i_row) * sharpness
     common = -g  # coefficient of p in every word
     if HAS_D_LOGSUMEXP:
