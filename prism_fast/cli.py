@@ -186,7 +186,7 @@ def data_pairs(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 @data_app.command("filter")
 def data_filter(config: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Keeps the RLVR prompts whose pass rate over k rollouts lies in [low, high]."""
+    """Keeps the RLVR prompts whose pass rate over k rollouts lies between low and high."""
     from prism_fast.config import FilterConfig
     from prism_fast.stages.prepare import filter_prompts
 

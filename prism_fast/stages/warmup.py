@@ -50,10 +50,15 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
         model_config = run.model("discriminator", config.discriminator)
         chat = Chat.load(model_config.path)
         discriminator = load_discriminator(model_config, config.head_dropout)
-        data = read_warmup(config.data.files, skip_bad=config.data.skip_bad_records)
+        data = read_warmup(
+            config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt
+        )
         encode = partial(pair_record, chat=chat, config=config)
         if config.data.eval_files:
-            held_out_data, count = read_warmup(config.data.eval_files), len(data)
+            held_out_data, count = (
+                read_warmup(config.data.eval_files, system_prompt=config.data.system_prompt),
+                len(data),
+            )
             held_out = encode_all(held_out_data, list(range(len(held_out_data))), encode)
         else:
             count = len(data) - max(1, round(config.eval_fraction * len(data)))
