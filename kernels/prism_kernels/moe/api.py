@@ -5,25 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.dispatch import Impl, Implementation, Op
+from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
 from prism_kernels.moe.routing import Routing
 
 _PACKAGE = "prism_kernels.moe"
 
 
-def _op(name: str) -> Op:
+def _op(name: str, triton_module: str) -> Op:
     return Op(
         name,
         [
+            Implementation(Impl.TRITON, f"{_PACKAGE}.{triton_module}:{name}", ("cuda",), need_triton),
             Implementation(Impl.CPU, f"{_PACKAGE}.cpu:{name}", ("cpu",)),
             Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:{name}", ("cpu", "cuda")),
         ],
     )
 
 
-ROUTE = _op("moe_route")
-PLAN = _op("plan_routing")
-MLP = _op("moe_mlp")
+ROUTE = _op("moe_route", "triton_route")
+PLAN = _op("plan_routing", "triton_route")
+MLP = _op("moe_mlp", "triton_mlp")
 
 
 def moe_route(

@@ -1,0 +1,296 @@
+"""One launch, no host synchronisation: every program compares the group ids of its few responses with all others.
+
+Legend: B responses, K rewards, I responses of one program, J responses of one step.
+Ids need no order and no renumbering: B^2 comparisons (262 thousand at B 512) cost less than a second launch would.
+Sums run in fp64 over scores less their group's minimum: equal scores give exactly 0, and one pass gives both moments.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prism_kernels.group_advantage.rules import RULES, Coefficients
+
+I_BLOCK, J_BLOCK, WARPS = 1, 512, 4  # B 512: 256 programs of one step
+
+
+@triton.jit
+def _z(value, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT: tl.constexpr, BY_STD: tl.constexpr):
+    """(I,) normalised values; ``total`` and ``squares`` are sums over the group of value - low and of its square.
+
+    ``inverse_others`` is 1 / (n - 1), 0 for a group of one. Divides in the type of ``eps``.
+    """
+    alone = inverse_others == 0.0
+    centred = (value - low) - total * inverse_n
+    if LEAVE_ONE_OUT:
+        centred *= 1.0 + inverse_others  # n / (n - 1)
+    centred = tl.where(alone, value, centred)
+    if BY_STD:
+        variance = (squares - total * (total * inverse_n)) * inverse_others
+        variance = tl.where(variance < 0.0, 0.0, variance)  # of rounding; no maximum, as NaN must pass
+        std = tl.where(alone, 1.0, tl.sqrt(variance.to(eps.dtype)))
+        return centred.to(eps.dtype) / (std + eps)
+    else:
+        return centred
+
+
+@triton.jit
+def _inverse(n):
+    """1 / n in fp64 of a count: fp32 and two Newton steps, as an fp64 division is a call that takes a stack."""
+    guess = (1.0 / n.to(tl.float32)).to(tl.float64)
+    guess *= 2.0 - n * guess
+    return guess * (2.0 - n * guess)
+
+
+@triton.jit
+def _inverses(n):
+    """(1 / n, 1 / (n - 1) or 0 where n is 1)."""
+    alone = n == 1.0
+    return _inverse(n), tl.where(alone, 0.0, _inverse(tl.where(alone, 1.0, n - 1.0)))
+
+
+@triton.jit
+def normalize_kernel(
+    score_ptr,  # (K, B), last stride 1
+    id_ptr,  # (B,)
+    out_ptr,  # (K, B) contiguous
+    num_responses,
+    score_stride,
+    eps_high,  # fp32 halves of an fp64 number
+    eps_low,
+    LEAVE_ONE_OUT: tl.constexpr,
+    BY_STD: tl.constexpr,
+    I_BLOCK: tl.constexpr,
+    J_BLOCK: tl.constexpr,
+):
+    i_reward = tl.program_id(1).to(tl.int64)
+    p_score = score_ptr + i_reward * score_stride
+    i_row = tl.program_id(0) * I_BLOCK + tl.arange(0, I_BLOCK)
+    i_in = i_row < num_responses
+    i_id = tl.load(id_ptr + i_row, mask=i_in, other=0)  # (I,)
+    i_score = tl.load(p_score + i_row, mask=i_in, other=0.0).to(tl.float64)  # (I,)
+
+    low = tl.full([I_BLOCK], float("inf"), tl.float64)
+    for start in range(0, num_responses, J_BLOCK):
+        j = start + tl.arange(0, J_BLOCK)
+        j_in = j < num_responses
+        same = (i_id[:, None] == tl.load(id_ptr + j, mask=j_in, other=0)[None, :]) & j_in[None, :]
+        j_score = tl.load(p_score + j, mask=j_in, other=0.0).to(tl.float64)  # (J,)
+        low = tl.minimum(low, tl.min(tl.where(same, j_score[None, :], float("inf")), 1))
+
+    n = tl.zeros([I_BLOCK], tl.float64)
+    total = tl.zeros([I_BLOCK], tl.float64)
+    squares = tl.zeros([I_BLOCK], tl.float64)
+    for start in range(0, num_responses, J_BLOCK):
+        j = start + tl.arange(0, J_BLOCK)
+        j_in = j < num_responses
+        same = (i_id[:, None] == tl.load(id_ptr + j, mask=j_in, other=0)[None, :]) & j_in[None, :]
+        j_score = tl.load(p_score + j, mask=j_in, other=0.0).to(tl.float64)
+        shifted = tl.where(same, j_score[None, :] - low[:, None], 0.0)  # (I, J)
+        n += tl.sum(same.to(tl.float64), 1)
+        total += tl.sum(shifted, 1)
+        squares += tl.sum(shifted * shifted, 1)
+
+    eps = tl.zeros([], tl.float64) + eps_high + eps_low
+    inverse_n, inverse_others = _inverses(n)
+    z = _z(i_score, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT, BY_STD)
+    tl.store(out_ptr + i_reward * num_responses + i_row, z.to(out_ptr.dtype.element_ty), mask=i_in)
+
+
+@triton.jit
+def _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE: tl.constexpr):
+    """The verifiable reward that the last three rules normalise; ``valid`` is bool, ``accuracy`` fp64."""
+    invalid = tl.where(valid, 0.0, 1.0).to(tl.float64)
+    wrong = tl.where(valid & (accuracy == 0.0), 1.0, 0.0).to(tl.float64)
+    earned = accuracy_weight * accuracy + format_weight * (1.0 - invalid)
+    if RULE == 3:  # verified
+        return earned
+    elif RULE == 4:  # verified_penalised
+        return earned - wrong_penalty * wrong - format_penalty * invalid
+    else:  # signed
+        return (1.0 - invalid) * (earned - wrong_penalty * wrong) - format_penalty * invalid
+
+
+@triton.jit
+def _load_flags(valid_ptr, accuracy_ptr, row, inside, RULE: tl.constexpr, HAS_VALID: tl.constexpr):
+    """(format is valid, accuracy or 1) of ``row``."""
+    valid = inside
+    if HAS_VALID:
+        valid = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
+    accuracy = tl.where(inside, 1.0, 0.0).to(tl.float64)
+    if RULE != 0:
+        accuracy = tl.load(accuracy_ptr + row, mask=inside, other=0).to(tl.float64)
+    return valid, accuracy
+
+
+@triton.jit
+def _shift(score, valid, low, floor):
+    """Score minus the group's base; an invalid response stands ``floor`` (-1, or 0 where none is valid) from it."""
+    return tl.where(valid, score - low, floor)
+
+
+@triton.jit
+def advantage_kernel(
+    perception_ptr,  # (B,) each
+    reasoning_ptr,
+    id_ptr,
+    valid_ptr,  # or id_ptr
+    accuracy_ptr,  # or id_ptr
+    out_ptr,  # (B,) fp32
+    num_responses,
+    perception_weight,
+    reasoning_weight,
+    align_coef,
+    wrong_penalty,
+    format_penalty,
+    accuracy_weight,
+    format_weight,
+    eps,
+    RULE: tl.constexpr,  # index into RULES
+    HAS_VALID: tl.constexpr,
+    I_BLOCK: tl.constexpr,
+    J_BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0) * I_BLOCK + tl.arange(0, I_BLOCK)
+    i_in = i_row < num_responses
+    i_id = tl.load(id_ptr + i_row, mask=i_in, other=0)  # (I,)
+
+    inf = float("inf")
+    low_p = tl.full([I_BLOCK], inf, tl.float64)  # smallest valid score of the group
+    low_r = tl.full([I_BLOCK], inf, tl.float64)
+    low_w = tl.full([I_BLOCK], inf, tl.float64)  # smallest reward
+    num_valid = tl.zeros([I_BLOCK], tl.int32)
+    for start in range(0, num_responses, J_BLOCK):
+        j = start + tl.arange(0, J_BLOCK)
+        j_in = j < num_responses
+        same = (i_id[:, None] == tl.load(id_ptr + j, mask=j_in, other=0)[None, :]) & j_in[None, :]
+        valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, j, j_in, RULE, HAS_VALID)
+        scored = same & valid[None, :]
+        p = tl.load(perception_ptr + j, mask=j_in, other=0.0).to(tl.float64)  # (J,)
+        r = tl.load(reasoning_ptr + j, mask=j_in, other=0.0).to(tl.float64)
+        low_p = tl.minimum(low_p, tl.min(tl.where(scored, p[None, :], inf), 1))
+        low_r = tl.minimum(low_r, tl.min(tl.where(scored, r[None, :], inf), 1))
+        num_valid += tl.sum(scored.to(tl.int32), 1)
+        if RULE >= 3:
+            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
+            low_w = tl.minimum(low_w, tl.min(tl.where(same, w[None, :], inf), 1))
+
+    none_valid = num_valid == 0
+    low_p = tl.where(none_valid, -1.0, low_p)
+    low_r = tl.where(none_valid, -1.0, low_r)
+    floor = tl.where(none_valid, 0.0, -1.0).to(tl.float64)  # (I,)
+    n = tl.zeros([I_BLOCK], tl.float64)
+    total_p = tl.zeros([I_BLOCK], tl.float64)
+    total_r = tl.zeros([I_BLOCK], tl.float64)
+    total_w = tl.zeros([I_BLOCK], tl.float64)
+    squares_p = tl.zeros([I_BLOCK], tl.float64)
+    squares_r = tl.zeros([I_BLOCK], tl.float64)
+    squares_w = tl.zeros([I_BLOCK], tl.float64)
+    for start in range(0, num_responses, J_BLOCK):
+        j = start + tl.arange(0, J_BLOCK)
+        j_in = j < num_responses
+        same = (i_id[:, None] == tl.load(id_ptr + j, mask=j_in, other=0)[None, :]) & j_in[None, :]
+        valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, j, j_in, RULE, HAS_VALID)
+        p = tl.load(perception_ptr + j, mask=j_in, other=0.0).to(tl.float64)
+        r = tl.load(reasoning_ptr + j, mask=j_in, other=0.0).to(tl.float64)
+        p = tl.where(same, _shift(p[None, :], valid[None, :], low_p[:, None], floor[:, None]), 0.0)  # (I, J)
+        r = tl.where(same, _shift(r[None, :], valid[None, :], low_r[:, None], floor[:, None]), 0.0)
+        n += tl.sum(same.to(tl.float64), 1)
+        total_p += tl.sum(p, 1)
+        total_r += tl.sum(r, 1)
+        squares_p += tl.sum(p * p, 1)
+        squares_r += tl.sum(r * r, 1)
+        if RULE >= 3:
+            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
+            w = tl.where(same, w[None, :] - low_w[:, None], 0.0)
+            total_w += tl.sum(w, 1)
+            squares_w += tl.sum(w * w, 1)
+
+    valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, i_row, i_in, RULE, HAS_VALID)
+    invalid = tl.where(valid, 0.0, 1.0).to(tl.float64)  # F
+    p = tl.load(perception_ptr + i_row, mask=i_in, other=0.0).to(tl.float64)
+    r = tl.load(reasoning_ptr + i_row, mask=i_in, other=0.0).to(tl.float64)
+    p = tl.where(valid, p, low_p + floor)
+    r = tl.where(valid, r, low_r + floor)
+    inverse_n, inverse_others = _inverses(n)
+    z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, False, True)
+    z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, False, True)
+    align = perception_weight * z_p + reasoning_weight * z_r
+    if RULE == 0:
+        advantage = align - format_penalty * invalid
+    else:
+        align *= align_coef
+        wrong = tl.where(valid & (accuracy == 0.0), 1.0, 0.0).to(tl.float64)  # W
+        penalty = wrong_penalty * wrong + format_penalty * invalid
+        if RULE == 1:
+            advantage = align - penalty
+        elif RULE == 2:
+            advantage = align * ((1.0 - invalid) * (1.0 - wrong)) - penalty
+        else:
+            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
+            z_w = _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True)
+            if RULE == 5:
+                advantage = z_w + align * ((1.0 - invalid) * (1.0 - 2.0 * wrong))
+            else:
+                advantage = z_w + align * ((1.0 - invalid) * (1.0 - wrong))
+    tl.store(out_ptr + i_row, advantage.to(tl.float32), mask=i_in)
+
+
+def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: str, eps: float) -> Tensor:
+    rows = scores.contiguous()
+    out = torch.empty_like(rows, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    num_responses = rows.shape[-1]
+    high = torch.tensor(eps, dtype=torch.float32).item()
+    grid = (triton.cdiv(num_responses, I_BLOCK), rows.numel() // num_responses)
+    normalize_kernel[grid](
+        rows,
+        group_ids.contiguous(),
+        out,
+        num_responses,
+        num_responses,
+        high,
+        eps - high,
+        LEAVE_ONE_OUT=baseline == "leave_one_out",
+        BY_STD=scale == "std",
+        I_BLOCK=I_BLOCK,
+        J_BLOCK=J_BLOCK,
+        num_warps=WARPS,
+    )
+    return out
+
+
+def multi_reward_advantage(
+    perception: Tensor,
+    reasoning: Tensor,
+    group_ids: Tensor,
+    format_valid: Tensor | None,
+    accuracy: Tensor | None,
+    *,
+    rule: str,
+    coefficients: Coefficients,
+) -> Tensor:
+    out = torch.empty_like(perception, dtype=torch.float32, memory_format=torch.contiguous_format)
+    ids = group_ids.contiguous()
+    advantage_kernel[(triton.cdiv(out.numel(), I_BLOCK),)](
+        perception.contiguous(),
+        reasoning.contiguous(),
+        ids,
+        ids if format_valid is None else _bytes(format_valid.contiguous()),
+        ids if accuracy is None else _bytes(accuracy.contiguous()),
+        out,
+        out.numel(),
+        *map(float, coefficients),
+        RULE=RULES.index(rule),
+        HAS_VALID=format_valid is not None,
+        I_BLOCK=I_BLOCK,
+        J_BLOCK=J_BLOCK,
+        num_warps=WARPS,
+    )
+    return out
+
+
+def _bytes(flags: Tensor) -> Tensor:
+    return flags.view(torch.uint8) if flags.dtype == torch.bool else flags

@@ -1,0 +1,215 @@
+"""Production configurations of the router, the experts' kernels and our grouped products, for the compile gate."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from prism_kernels.compile_gate import Configuration
+from prism_kernels.moe import triton_mlp, triton_products, triton_route
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}  # fp16 compiles as bf16 does
+EXPERTS = ((4, 2), (64, 8), (128, 8))  # (E, k); the last is Qwen3-VL-30B-A3B's
+
+
+def configurations() -> list[Configuration]:
+    """H 2048 and I 6144 are multiples of 16; T and the number of blocks are any."""
+    return [*_route(), *_plan(), *_memory_bound(), *_products()]
+
+
+def _wide(dtype: str) -> str:
+    return "fp64" if dtype == "fp64" else "fp32"
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(constexprs, launch options) of what a launcher passes by keyword."""
+    launch = {name: value for name, value in options.items() if name.startswith("num_")}
+    return {name: value for name, value in options.items() if name not in launch}, launch
+
+
+def _route() -> list[Configuration]:
+    rows = []
+    dtypes = [(dtype, dtype) for dtype in DTYPES] + [("bf16", "fp32")]  # of hidden states and router
+    for (dtype, router), (experts, k), kind in product(dtypes, EXPERTS, (False, True)):
+        wide = f"*{_wide(router)}"
+        size, wide_size = DTYPES[router].itemsize, DTYPES[_wide(router)].itemsize
+        blocks, launch = _split(triton_route.route_options(experts, size))
+        common = {"K": k, "E_PAD": triton_route.padded(experts)}
+        name = f"{dtype}{'' if router == dtype else f'/{router}'} E{experts} k{k}{' kinds' if kind else ''}"
+        for forced in (False, True):
+            signature = {"x_ptr": f"*{dtype}", "router_ptr": f"*{router}"}
+            signature |= {"kind_ptr": "*i32" if kind else f"*{router}"}
+            signature |= {"index_ptr": "*i32", "weight_ptr": wide, "probability_ptr": wide, "block_count_ptr": "*i32"}
+            signature |= {"kind_count_ptr": "*i32", "kind_probability_ptr": wide}
+            lengths = ("num_tokens", "hidden", "num_experts", "num_kinds", "num_blocks", "x_stride")
+            flags = {"HAS_KIND": kind, "FORCED": forced, "RENORMALIZE": True, **blocks}
+            rows.append(
+                Configuration(
+                    f"route {name}{' forced' if forced else ''}",
+                    triton_route.route_kernel,
+                    {**signature, **{length: "i32" for length in lengths if kind or length != "num_kinds"}},
+                    {**common, **flags, "K_PAD": triton.next_power_of_2(k), **({} if kind else {"num_kinds": 1})},
+                    divisible_by_16=("hidden", "x_stride"),
+                    **launch,
+                )
+            )
+        names = ("probability_ptr", "d_weight_ptr", "d_prob_sum_ptr", "d_logits_ptr")
+        signature = {**dict.fromkeys(names, wide), "index_ptr": "*i32", "kind_ptr": "*i32"}
+        blocks, launch = _split(triton_route.d_logits_options(experts, wide_size))
+        rows.append(
+            Configuration(
+                f"d_logits {name}",
+                triton_route.d_logits_kernel,
+                signature | dict.fromkeys(("num_tokens", "num_experts", "num_kinds"), "i32"),
+                {**common, **blocks, "HAS_KIND": kind, "RENORMALIZE": True},
+                **launch,
+            )
+        )
+        if not kind:
+            rows.append(_d_router(name, dtype, router, experts))
+    return rows
+
+
+def _d_router(name: str, dtype: str, router: str, experts: int) -> Configuration:
+    wide = f"*{_wide(router)}"
+    blocks, launch = _split(triton_route.d_router_options(experts, DTYPES[_wide(router)].itemsize))
+    signature = {"d_logits_ptr": wide, "x_ptr": f"*{dtype}", "router_ptr": f"*{router}", "d_x_ptr": f"*{dtype}"}
+    signature |= {"d_router_ptr": wide}
+    lengths = ("num_tokens", "tokens_per_split", "hidden", "num_experts", "x_stride")
+    return Configuration(
+        f"d_router {name}",
+        triton_route.d_router_kernel,
+        signature | dict.fromkeys(lengths, "i32"),
+        {"E_PAD": triton_route.padded(experts), **blocks, "WITH_D_X": True},
+        divisible_by_16=("hidden", "x_stride", "tokens_per_split"),
+        **launch,
+    )
+
+
+def _plan() -> list[Configuration]:
+    rows = []
+    for experts, k in EXPERTS:
+        blocks, launch = _split(triton_route.order_options(experts))
+        common = {"K": k, "E_PAD": triton_route.padded(experts), **blocks}
+        lengths = dict.fromkeys(("num_tokens", "num_experts", "num_blocks"), "i32")
+        pointers = dict.fromkeys(("index_ptr", "before_ptr", "total_ptr", "order_ptr", "offset_ptr"), "*i32")
+        name = f"E{experts} k{k}"
+        rows.append(Configuration(f"order {name}", triton_route.order_kernel, pointers | lengths, common, **launch))
+        pointers = dict.fromkeys(("index_ptr", "block_count_ptr"), "*i32")
+        rows.append(Configuration(f"count {name}", triton_route.count_kernel, pointers | lengths, common, **launch))
+    for wide in ("*fp32", "*fp64"):
+        signature = dict.fromkeys(("block_count_ptr", "total_ptr", "kind_count_ptr"), "*i32")
+        signature |= {"kind_probability_ptr": wide, "counts_ptr": "*fp32", "prob_sum_ptr": wide}
+        signature |= dict.fromkeys(("num_experts", "num_kinds", "num_blocks"), "i32")
+        block = {"SCAN_BLOCK": triton_route.SCAN_BLOCK}
+        rows.append(Configuration(f"scan {wide[1:]}", triton_route.scan_kernel, signature, block))
+    return rows
+
+
+def _memory_bound() -> list[Configuration]:
+    rows = []
+    for dtype, width in product(DTYPES, (2048, 256)):
+        block, launch = _split(triton_mlp.block_options(width))
+        own, wide = f"*{dtype}", f"*{_wide(dtype)}"
+        math = {"WIDE": getattr(tl, "float64" if dtype == "fp64" else "float32")}
+        for k, flag in product((1, 2, 8), (False, True)):
+            signature = {"source_ptr": own, "order_ptr": "*i32", "out_ptr": own, "position_ptr": "*i32"}
+            signature |= {"width": "i32", "source_stride": "i32"}
+            name = f"{dtype} {width} k{k}"
+            rows.append(
+                Configuration(
+                    f"permute {name}{' position' if flag else ''}",
+                    triton_mlp.permute_kernel,
+                    signature,
+                    {"K": k, "WITH_POSITION": flag, **block},
+                    divisible_by_16=("width", "source_stride"),
+                    **launch,
+                )
+            )
+            signature = {"rows_ptr": own, "position_ptr": "*i32", "weight_ptr": wide if flag else own, "out_ptr": own}
+            rows.append(
+                Configuration(
+                    f"combine {name}{' weighted' if flag else ''}",
+                    triton_mlp.combine_kernel,
+                    signature | {"width": "i32"},
+                    {"K": k, "HAS_WEIGHT": flag, **math, **block},
+                    divisible_by_16=("width",),
+                    **launch,
+                )
+            )
+        flags = {**math, **block}
+        signature = {"product_ptr": own, "out_ptr": own, "inner": "i32"}
+        rows.append(
+            Configuration(
+                f"swiglu {dtype} {width}",
+                triton_mlp.swiglu_kernel,
+                signature,
+                flags,
+                divisible_by_16=("inner",),
+                **launch,
+            )
+        )
+        signature = dict.fromkeys(("product_ptr", "d_activation_ptr", "d_product_ptr", "activation_ptr"), own)
+        signature |= {"weight_ptr": wide, "order_ptr": "*i32", "d_weight_ptr": wide, "inner": "i32"}
+        rows.append(
+            Configuration(
+                f"swiglu backward {dtype} {width}",
+                triton_mlp.swiglu_backward_kernel,
+                signature,
+                flags,
+                divisible_by_16=("inner",),
+                **launch,
+            )
+        )
+    return rows
+
+
+def _products() -> list[Configuration]:
+    rows = []
+    for dtype, layout in product(DTYPES, ("rows", "columns")):
+        own = f"*{dtype}"
+        blocks, launch = _split(triton_products.tile_options(DTYPES[dtype]))
+        unit = 1 if layout == "rows" else 0  # which inner stride of the weight is 1
+        strides = {"b_stride_e": "i32", "b_stride_r": "i32", "b_stride_n": "i32"}
+        lengths = dict.fromkeys(("num_experts", "inner", "columns", "a_stride"), "i32")
+        fixed = {("b_stride_r", "b_stride_n")[unit]: 1}  # Triton makes a stride of 1 a constant
+        aligned = tuple(name for name in (*strides, "inner", "columns", "a_stride") if name not in fixed)
+        signature = {"a_ptr": own, "b_ptr": own, "offset_ptr": "*i32", "out_ptr": own, **lengths, **strides}
+        rows.append(
+            Configuration(
+                f"rows {dtype} {layout}",
+                triton_products.rows_kernel,
+                {name: kind for name, kind in signature.items() if name not in fixed},
+                {**blocks, "E_PAD": triton_route.padded(4), **fixed},
+                divisible_by_16=aligned,
+                wgmma=dtype == "bf16",
+                **launch,
+            )
+        )
+        strides = dict.fromkeys(("out_stride_e", "out_stride_m", "out_stride_n"), "i32")
+        lengths = dict.fromkeys(("rows", "columns", "a_stride", "b_stride"), "i32")
+        fixed = {("out_stride_m", "out_stride_n")[unit]: 1}
+        signature = {"a_ptr": own, "b_ptr": own, "offset_ptr": "*i32", "out_ptr": own, **lengths, **strides}
+        rows.append(
+            Configuration(
+                f"outer {dtype} {layout}",
+                triton_products.outer_kernel,
+                {name: kind for name, kind in signature.items() if name not in fixed},
+                {**blocks, **fixed},
+                divisible_by_16=tuple(name for name in (*strides, *lengths) if name not in fixed),
+                wgmma=dtype == "bf16",
+                **launch,
+            )
+        )
+        if layout == "rows":
+            signature = {"out_ptr": own, "offset_ptr": "*i32", "size": "i32"}
+            block = {"BLOCK": triton_products.CLEAR_BLOCK}
+            kernel = triton_products.clear_kernel
+            rows.append(
+                Configuration(f"clear {dtype}", kernel, signature, block, num_warps=8, divisible_by_16=("size",))
+            )
+    return rows

@@ -1,0 +1,540 @@
+"""Router in Triton: three launches forward, two and a small sum backward; no sort, atomics or host synchronisation.
+
+Legend: T tokens, H hidden, E experts (padded to a power of two), K experts per token, C kinds of token, B blocks of
+BLOCK_T tokens, S = T*K slots. Everything after the product is fp32 (fp64 for fp64 hidden states).
+
+1. route: one read of x: product, softmax, top-k, weights; per block the slots per expert and the statistics.
+2. scan (a program per expert): prefix of the slots over blocks, sums of the statistics in a fixed order.
+3. order: every slot's place = expert's offset + slots of earlier blocks + earlier slots of its own block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prism_kernels.moe.routing import Routing, RoutingStats
+
+SCAN_BLOCK = 1024  # blocks a step of the scan
+SPLITS = 32  # parts of T whose router gradients are summed last
+
+
+def padded(experts: int) -> int:
+    """Columns of a tile: a power of two, and at least 16, which tl.dot needs."""
+    return max(16, triton.next_power_of_2(experts))
+
+
+def block_tokens(experts: int) -> int:
+    """BLOCK_T of the forward kernels, which share their blocks."""
+    return 32 if padded(experts) <= 64 else 16
+
+
+def route_options(experts: int, itemsize: int) -> dict[str, int]:
+    """Blocks of the fused router, by experts and bytes of an operand; larger ones spill (compile gate)."""
+    block_h = {2: 128, 4: 32, 8: 16}[itemsize]
+    few = padded(experts) <= 64 and itemsize < 8
+    return {"BLOCK_T": block_tokens(experts), "BLOCK_H": block_h, "num_warps": 4 if few else 8}
+
+
+def order_options(experts: int) -> dict[str, int]:
+    return {"BLOCK_T": block_tokens(experts), "num_warps": 4}
+
+
+def d_logits_options(experts: int, itemsize: int) -> dict[str, int]:
+    """``itemsize``: bytes of a probability."""
+    return {"BLOCK_T": max(1, min(32, 4096 // itemsize // padded(experts))), "num_warps": 4}
+
+
+def d_router_options(experts: int, itemsize: int) -> dict[str, int]:
+    """``itemsize``: bytes of a probability."""
+    if itemsize == 8:
+        return {"BLOCK_T": 16, "BLOCK_H": 16, "num_warps": 4}
+    few = padded(experts) <= 32
+    block_t = 32 if padded(experts) <= 64 else 16
+    return {"BLOCK_T": block_t, "BLOCK_H": 64 if few else 32, "num_warps": 4 if few else 8}
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a @ b; 16-bit operands on tensor cores with fp32 sums, others in full precision."""
+    if a.dtype == b.dtype and a.dtype.primitive_bitwidth == 16:
+        return tl.dot(a, b, acc)
+    return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def _dot_exact(a, b, acc):
+    """acc + a @ b of wide operands; fp32 in three tf32 products, good to 2^-21, as a full-precision one spills here."""
+    if acc.dtype == tl.float64:
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def route_kernel(
+    x_ptr,  # (T, H), last stride 1
+    router_ptr,  # (E, H) contiguous
+    kind_ptr,  # (T,) integer, or router_ptr
+    index_ptr,  # (T, K) int32: out, or in where FORCED
+    weight_ptr,  # (T, K) out
+    probability_ptr,  # (T, E) out
+    block_count_ptr,  # (E, B) int32 out: slots of an expert in a block
+    kind_count_ptr,  # (C, E, B) int32 out
+    kind_probability_ptr,  # (C, E, B) out
+    num_tokens,
+    hidden,
+    num_experts,
+    num_kinds,
+    num_blocks,
+    x_stride,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_KIND: tl.constexpr,
+    FORCED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)  # (T,)
+    inside = token < num_tokens
+    expert = tl.arange(0, E_PAD)  # (E,)
+    exists = expert < num_experts
+    wide = weight_ptr.dtype.element_ty
+
+    p_x = x_ptr + token.to(tl.int64)[:, None] * x_stride
+    p_router = router_ptr + expert.to(tl.int64)[None, :] * hidden
+    logits = tl.zeros([BLOCK_T, E_PAD], dtype=wide)
+    for start in range(0, hidden, BLOCK_H):
+        column = start + tl.arange(0, BLOCK_H)
+        in_row = column < hidden
+        b_x = tl.load(p_x + column[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)  # (T, H)
+        b_router = tl.load(p_router + column[:, None], mask=in_row[:, None] & exists[None, :], other=0.0)  # (H, E)
+        logits = _dot(b_x, b_router, logits)
+
+    logits = tl.where(exists[None, :], logits, float("-inf"))
+    e = tl.exp(logits - tl.max(logits, 1)[:, None])
+    probability = e * (1.0 / tl.sum(e, 1))[:, None]  # (T, E)
+    flat = token.to(tl.int64)
+    p_probability = probability_ptr + flat[:, None] * num_experts + expert[None, :]
+    tl.store(p_probability, probability, mask=inside[:, None] & exists[None, :])
+
+    # NaN ranks above all, so that a token of NaN still gets experts that exist; padding ranks below all.
+    rank = tl.where(probability == probability, probability, 2.0)
+    rank = tl.where(exists[None, :], rank, -1.0)
+    slot = tl.arange(0, K_PAD)
+    weight = tl.zeros([BLOCK_T, K_PAD], dtype=wide)
+    index = tl.zeros([BLOCK_T, K_PAD], dtype=tl.int32)
+    chosen = tl.zeros([BLOCK_T, E_PAD], dtype=tl.int32)
+    total = tl.zeros([BLOCK_T], dtype=wide)
+    in_slot = inside[:, None] & (slot < K)[None, :]
+    if FORCED:
+        index = tl.load(index_ptr + flat[:, None] * K + slot[None, :], mask=in_slot, other=0)
+    for j in tl.static_range(K):
+        if FORCED:
+            best = tl.sum(tl.where(slot[None, :] == j, index, 0), 1)
+        else:
+            _, best = tl.max(rank, 1, return_indices=True, return_indices_tie_break_left=True)
+        hit = expert[None, :] == best[:, None]
+        q = tl.sum(tl.where(hit, probability, 0.0), 1)
+        rank = tl.where(hit, -2.0, rank)
+        weight = tl.where(slot[None, :] == j, q[:, None], weight)
+        if not FORCED:
+            index = tl.where(slot[None, :] == j, best[:, None], index)
+        chosen += hit.to(tl.int32)
+        total += q
+    if RENORMALIZE:
+        weight = weight / total[:, None]
+    tl.store(weight_ptr + flat[:, None] * K + slot[None, :], weight, mask=in_slot)
+    if not FORCED:
+        tl.store(index_ptr + flat[:, None] * K + slot[None, :], index, mask=in_slot)
+
+    chosen = tl.where(inside[:, None], chosen, 0)
+    p_cell = expert.to(tl.int64) * num_blocks + i_block
+    tl.store(block_count_ptr + p_cell, tl.sum(chosen, 0), mask=exists)
+    kind = tl.zeros([BLOCK_T], dtype=tl.int32)
+    if HAS_KIND:
+        kind = tl.load(kind_ptr + token, mask=inside, other=0).to(tl.int32)
+    for c in range(num_kinds):
+        counted = (inside & (kind == c))[:, None]
+        tl.store(kind_count_ptr + p_cell, tl.sum(tl.where(counted, chosen, 0), 0), mask=exists)
+        tl.store(kind_probability_ptr + p_cell, tl.sum(tl.where(counted, probability, 0.0), 0), mask=exists)
+        p_cell += num_experts * num_blocks
+
+
+@triton.jit
+def count_kernel(
+    index_ptr,  # (T, K)
+    block_count_ptr,  # (E, B) int32 out
+    num_tokens,
+    num_experts,
+    num_blocks,
+    K: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Slots of every expert in a block, for indices that another router chose."""
+    i_block = tl.program_id(0)
+    token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = token < num_tokens
+    expert = tl.arange(0, E_PAD)
+    count = tl.zeros([E_PAD], dtype=tl.int32)
+    for j in tl.static_range(K):
+        best = tl.load(index_ptr + token.to(tl.int64) * K + j, mask=inside, other=0)
+        hit = (expert[None, :] == best[:, None]) & inside[:, None]
+        count += tl.sum(hit.to(tl.int32), 0)
+    tl.store(block_count_ptr + expert.to(tl.int64) * num_blocks + i_block, count, mask=expert < num_experts)
+
+
+@triton.jit
+def scan_kernel(
+    block_count_ptr,  # (E, B) int32 in; out: slots of the expert in earlier blocks
+    total_ptr,  # (E,) int32 out
+    kind_count_ptr,  # (C, E, B) int32
+    kind_probability_ptr,  # (C, E, B)
+    counts_ptr,  # (C, E) fp32 out
+    prob_sum_ptr,  # (C, E) out
+    num_experts,
+    num_kinds,
+    num_blocks,
+    SCAN_BLOCK: tl.constexpr,
+):
+    i_expert = tl.program_id(0)
+    p_count = block_count_ptr + i_expert.to(tl.int64) * num_blocks
+    before = tl.zeros([], dtype=tl.int32)
+    for start in range(0, num_blocks, SCAN_BLOCK):
+        block = start + tl.arange(0, SCAN_BLOCK)
+        inside = block < num_blocks
+        count = tl.load(p_count + block, mask=inside, other=0)
+        tl.store(p_count + block, before + tl.cumsum(count, 0) - count, mask=inside)
+        before += tl.sum(count, 0)
+    tl.store(total_ptr + i_expert, before)
+
+    cell = i_expert.to(tl.int64)  # (c, expert) of the statistics
+    for _ in range(num_kinds):
+        b_count = tl.zeros([SCAN_BLOCK], dtype=tl.int32)
+        b_probability = tl.zeros([SCAN_BLOCK], dtype=prob_sum_ptr.dtype.element_ty)
+        for start in range(0, num_blocks, SCAN_BLOCK):
+            block = start + tl.arange(0, SCAN_BLOCK)
+            inside = block < num_blocks
+            b_count += tl.load(kind_count_ptr + cell * num_blocks + block, mask=inside, other=0)
+            b_probability += tl.load(kind_probability_ptr + cell * num_blocks + block, mask=inside, other=0.0)
+        tl.store(counts_ptr + cell, tl.sum(b_count, 0).to(tl.float32))
+        tl.store(prob_sum_ptr + cell, tl.sum(b_probability, 0))
+        cell += num_experts
+
+
+@triton.jit
+def order_kernel(
+    index_ptr,  # (T, K)
+    before_ptr,  # (E, B) int32: slots of the expert in earlier blocks
+    total_ptr,  # (E,) int32
+    order_ptr,  # (S,) int32 out
+    offset_ptr,  # (E+1,) int32 out
+    num_tokens,
+    num_experts,
+    num_blocks,
+    K: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    i_block = tl.program_id(0)
+    expert = tl.arange(0, E_PAD)
+    exists = expert < num_experts
+    total = tl.load(total_ptr + expert, mask=exists, other=0)
+    upto = tl.cumsum(total, 0)
+    if i_block == 0:
+        tl.store(offset_ptr + expert + 1, upto, mask=exists)
+        tl.store(offset_ptr, 0)
+    first = upto - total + tl.load(before_ptr + expert.to(tl.int64) * num_blocks + i_block, mask=exists, other=0)
+
+    token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = token < num_tokens
+    flat = token.to(tl.int64) * K
+    chosen = tl.zeros([BLOCK_T, E_PAD], dtype=tl.int32)
+    for j in tl.static_range(K):
+        best = tl.load(index_ptr + flat + j, mask=inside, other=0)
+        chosen += ((expert[None, :] == best[:, None]) & inside[:, None]).to(tl.int32)
+    place = first[None, :] + tl.cumsum(chosen, 0) - chosen  # (T, E): of a token's next slot at this expert
+    for j in tl.static_range(K):
+        best = tl.load(index_ptr + flat + j, mask=inside, other=0)
+        hit = expert[None, :] == best[:, None]
+        tl.store(order_ptr + tl.sum(tl.where(hit, place, 0), 1), (flat + j).to(tl.int32), mask=inside)
+        place += hit.to(tl.int32)
+
+
+@triton.jit
+def d_logits_kernel(
+    probability_ptr,  # (T, E)
+    index_ptr,  # (T, K)
+    d_weight_ptr,  # (T, K)
+    kind_ptr,  # (T,) integer, or index_ptr
+    d_prob_sum_ptr,  # (C, E)
+    d_logits_ptr,  # (T, E) out
+    num_tokens,
+    num_experts,
+    num_kinds,
+    K: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_KIND: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """Through the statistics, the renormalisation (weight = q / sum q) and the softmax."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = token < num_tokens
+    flat = token.to(tl.int64)
+    expert = tl.arange(0, E_PAD)
+    exists = expert < num_experts
+    in_tile = inside[:, None] & exists[None, :]
+    probability = tl.load(probability_ptr + flat[:, None] * num_experts + expert[None, :], mask=in_tile, other=0.0)
+
+    total = tl.full([BLOCK_T], 1.0, dtype=probability.dtype)
+    inner = tl.zeros([BLOCK_T], dtype=probability.dtype)  # sum of d_weight * weight
+    if RENORMALIZE:
+        total = tl.where(inside, 0.0, 1.0).to(probability.dtype)
+        for j in tl.static_range(K):
+            best = tl.load(index_ptr + flat * K + j, mask=inside, other=0)
+            q = tl.sum(tl.where(expert[None, :] == best[:, None], probability, 0.0), 1)
+            total += q
+            inner += q * tl.load(d_weight_ptr + flat * K + j, mask=inside, other=0.0)
+        inner = inner / total
+
+    kind = tl.zeros([BLOCK_T], dtype=tl.int32)
+    if HAS_KIND:
+        kind = tl.load(kind_ptr + token, mask=inside, other=0).to(tl.int32)
+    known = in_tile & ((kind >= 0) & (kind < num_kinds))[:, None]
+    d_probability = tl.load(d_prob_sum_ptr + kind[:, None] * num_experts + expert[None, :], mask=known, other=0.0)
+    for j in tl.static_range(K):
+        best = tl.load(index_ptr + flat * K + j, mask=inside, other=0)
+        d_q = (tl.load(d_weight_ptr + flat * K + j, mask=inside, other=0.0) - inner) / total
+        d_probability += tl.where(expert[None, :] == best[:, None], d_q[:, None], 0.0)
+    centred = d_probability - tl.sum(probability * d_probability, 1)[:, None]
+    tl.store(d_logits_ptr + flat[:, None] * num_experts + expert[None, :], probability * centred, mask=in_tile)
+
+
+@triton.jit
+def d_router_kernel(
+    d_logits_ptr,  # (T, E)
+    x_ptr,  # (T, H), last stride 1
+    router_ptr,  # (E, H) contiguous
+    d_x_ptr,  # (T, H) contiguous, out
+    d_router_ptr,  # (SPLITS, E, H) out, to be summed
+    num_tokens,
+    tokens_per_split,  # a multiple of BLOCK_T
+    hidden,
+    num_experts,
+    x_stride,
+    E_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WITH_D_X: tl.constexpr,
+):
+    """d_x = d_logits @ router and one split's part of d_router = d_logits^T @ x: x is read once."""
+    i_split = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_row = column < hidden
+    expert = tl.arange(0, E_PAD)
+    exists = expert < num_experts
+    wide = d_logits_ptr.dtype.element_ty
+    in_router = exists[:, None] & in_row[None, :]
+    cell = expert.to(tl.int64)[:, None] * hidden + column[None, :]
+    b_router = tl.load(router_ptr + cell, mask=in_router, other=0.0).to(wide)  # (E, H)
+    d_router = tl.zeros([E_PAD, BLOCK_H], dtype=wide)
+    first = i_split * tokens_per_split
+    for start in range(first, tl.minimum(first + tokens_per_split, num_tokens), BLOCK_T):
+        token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        inside = token < num_tokens
+        p_d = d_logits_ptr + token[:, None] * num_experts + expert[None, :]
+        b_d = tl.load(p_d, mask=inside[:, None] & exists[None, :], other=0.0)  # (T, E)
+        in_x = inside[:, None] & in_row[None, :]
+        b_x = tl.load(x_ptr + token[:, None] * x_stride + column[None, :], mask=in_x, other=0.0)  # (T, H)
+        d_router = _dot_exact(tl.trans(b_d), b_x.to(wide), d_router)
+        if WITH_D_X:
+            d_x = _dot_exact(b_d, b_router, tl.zeros([BLOCK_T, BLOCK_H], dtype=wide))
+            tl.store(d_x_ptr + token[:, None] * hidden + column[None, :], d_x.to(d_x_ptr.dtype.element_ty), mask=in_x)
+    tl.store(d_router_ptr + i_split.to(tl.int64) * num_experts * hidden + cell, d_router, mask=in_router)
+
+
+def moe_route(
+    hidden: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool,
+    segment_kind: Tensor | None,
+    num_kinds: int,
+    expert_index: Tensor | None,
+) -> Routing:
+    index, weight, order, offset, counts, prob_sum = _Route.apply(
+        hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index
+    )
+    return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum))
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index):
+        tokens, experts = hidden.shape[0], router_weight.shape[0]
+        x, router = rows_of(hidden), router_weight.contiguous()
+        kind = None if segment_kind is None else segment_kind.contiguous()
+        options = route_options(experts, torch.promote_types(hidden.dtype, router_weight.dtype).itemsize)
+        blocks = triton.cdiv(tokens, options["BLOCK_T"])
+        wide = {"dtype": torch.promote_types(hidden.dtype, torch.float32), "device": hidden.device}
+        integer = {"dtype": torch.int32, "device": hidden.device}
+        weight = torch.empty(tokens, top_k, **wide)
+        probability = torch.empty(tokens, experts, **wide)
+        index = torch.empty(tokens, top_k, **integer) if expert_index is None else _own(expert_index)
+        block_count = torch.empty(experts, blocks, **integer)
+        kind_count = torch.empty(num_kinds, experts, blocks, **integer)
+        kind_probability = torch.empty(num_kinds, experts, blocks, **wide)
+        if tokens:
+            route_kernel[(blocks,)](
+                x,
+                router,
+                router if kind is None else kind,
+                index,
+                weight,
+                probability,
+                block_count,
+                kind_count,
+                kind_probability,
+                tokens,
+                hidden.shape[1],
+                experts,
+                num_kinds,
+                blocks,
+                x.stride(0),
+                K=top_k,
+                K_PAD=triton.next_power_of_2(top_k),
+                E_PAD=padded(experts),
+                HAS_KIND=kind is not None,
+                FORCED=expert_index is not None,
+                RENORMALIZE=renormalize,
+                **options,
+            )
+        order, offset, counts, prob_sum = _finish_plan(index, block_count, kind_count, kind_probability)
+        ctx.save_for_backward(hidden, router_weight, probability, index, kind)
+        ctx.renormalize, ctx.num_kinds = renormalize, num_kinds
+        ctx.mark_non_differentiable(index, order, offset, counts)
+        return index, weight, order, offset, counts, prob_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
+        hidden, router_weight, probability, index, kind = ctx.saved_tensors
+        tokens, experts = probability.shape
+        if tokens == 0:
+            return torch.zeros_like(hidden), torch.zeros_like(router_weight), None, None, None, None, None
+        x, router = rows_of(hidden), router_weight.contiguous()
+        options = d_logits_options(experts, probability.itemsize)
+        d_logits = torch.empty_like(probability)
+        d_logits_kernel[(triton.cdiv(tokens, options["BLOCK_T"]),)](
+            probability,
+            index,
+            d_weight.contiguous(),
+            index if kind is None else kind,
+            d_prob_sum.contiguous(),
+            d_logits,
+            tokens,
+            experts,
+            ctx.num_kinds,
+            K=index.shape[1],
+            E_PAD=padded(experts),
+            HAS_KIND=kind is not None,
+            RENORMALIZE=ctx.renormalize,
+            **options,
+        )
+        width = hidden.shape[1]
+        options = d_router_options(experts, probability.itemsize)
+        blocks = triton.cdiv(tokens, options["BLOCK_T"])
+        splits = min(SPLITS, blocks)
+        tokens_per_split = triton.cdiv(blocks, splits) * options["BLOCK_T"]
+        d_hidden = hidden.new_empty(tokens, width)
+        parts = d_logits.new_empty(splits, experts, width)
+        d_router_kernel[(triton.cdiv(width, options["BLOCK_H"]), splits)](
+            d_logits,
+            x,
+            router,
+            d_hidden,
+            parts,
+            tokens,
+            tokens_per_split,
+            width,
+            experts,
+            x.stride(0),
+            E_PAD=padded(experts),
+            WITH_D_X=ctx.needs_input_grad[0],
+            **options,
+        )
+        d_router = parts.sum(dim=0).to(router_weight.dtype) if ctx.needs_input_grad[1] else None
+        return d_hidden if ctx.needs_input_grad[0] else None, d_router, None, None, None, None, None
+
+
+def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(T, k) -> token_order (T*k,), expert_offset (E+1,), both int32."""
+    tokens, top_k = expert_index.shape
+    index = expert_index.int().contiguous()
+    options = order_options(num_experts)
+    blocks = triton.cdiv(tokens, options["BLOCK_T"])
+    block_count = torch.empty(num_experts, blocks, dtype=torch.int32, device=index.device)
+    if tokens:
+        count_kernel[(blocks,)](
+            index, block_count, tokens, num_experts, blocks, K=top_k, E_PAD=padded(num_experts), **options
+        )
+    none = block_count.new_empty(0, num_experts, blocks)
+    return _finish_plan(index, block_count, none, none.float())[:2]
+
+
+def _finish_plan(index: Tensor, block_count: Tensor, kind_count: Tensor, kind_probability: Tensor) -> tuple[Any, ...]:
+    """token_order, expert_offset, counts, prob_sum from what the blocks counted; overwrites ``block_count``."""
+    tokens, top_k = index.shape
+    kinds, experts, blocks = kind_count.shape
+    order = torch.empty(tokens * top_k, dtype=torch.int32, device=index.device)
+    offset = torch.zeros(experts + 1, dtype=torch.int32, device=index.device)
+    total = torch.empty(experts, dtype=torch.int32, device=index.device)
+    counts = torch.empty(kinds, experts, dtype=torch.float32, device=index.device)
+    prob_sum = kind_probability.new_empty(kinds, experts)
+    scan_kernel[(experts,)](
+        block_count,
+        total,
+        kind_count,
+        kind_probability,
+        counts,
+        prob_sum,
+        experts,
+        kinds,
+        blocks,
+        SCAN_BLOCK=SCAN_BLOCK,
+    )
+    if tokens:
+        order_kernel[(blocks,)](
+            index,
+            block_count,
+            total,
+            order,
+            offset,
+            tokens,
+            experts,
+            blocks,
+            K=top_k,
+            E_PAD=padded(experts),
+            **order_options(experts),
+        )
+    return order, offset, counts, prob_sum
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The tensor, copied where its last stride is not 1."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _own(expert_index: Tensor) -> Tensor:
+    """A new int32 tensor: an output of a Function must not be its input."""
+    return expert_index.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
