@@ -50,7 +50,7 @@ setup(
         *find_packages("kernels"),
     ],
     package_dir={"prism_fast": "prism_fast", "prism_kernels": "kernels/prism_kernels"},
-    package_data={"prism_fast.recipes": ["*.yaml"]},
+    package_data={"prism_fast.recipes": ["*.yaml"], "prism_kernels": ["*/tables/*.json"]},
     ext_modules=[
         Pybind11Extension(
             "prism_kernels._C",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from prism_kernels.compile_gate import Configuration
-from prism_kernels.linear_logprob.triton_kernel import BLOCKS, gradient_kernel, statistics_kernel
+from prism_kernels.linear_logprob.triton_kernel import block_options, gradient_kernel, statistics_kernel
 
 SCALARS = dict.fromkeys(("sharpness_high", "sharpness_low", "softcap_high", "softcap_low"), "fp32")
 TOKEN_SIZE = {"fp32": 4, "fp64": 8}
@@ -19,16 +19,19 @@ def configurations() -> list[Configuration]:
     """hidden and bias in the first type, logits in the second; V (151,936) and strides are multiples of 16."""
     rows = []
     for dtype, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
-        block, warps = BLOCKS[TOKEN_SIZE[wide]]
+        blocks = {name: block_options(name, TOKEN_SIZE[wide]) for name in ("statistics", "gradient")}
+        warps = {name: options.pop("num_warps") for name, options in blocks.items()}
         lengths = {"row_stride": "i32", "num_words": "i32", **SCALARS}
-        options = {"num_warps": warps, "divisible_by_16": ("row_stride", "dz_row_stride", "num_words")}
+        aligned = {"divisible_by_16": ("row_stride", "dz_row_stride", "num_words")}
         for bias, softcap, entropy in product((False, True), repeat=3):
             names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr")
             signature = {"z_ptr": f"*{wide}", "target_ptr": "*i64", "bias_ptr": f"*{dtype if bias else wide}"}
             signature.update(dict.fromkeys(names, f"*{wide}"))
-            flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, "BLOCK": block}
+            flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, **blocks["statistics"]}
             name = _named(f"statistics {dtype}", bias=bias, softcap=softcap, entropy=entropy)
-            rows.append(Configuration(name, statistics_kernel, {**signature, **lengths}, flags, **options))
+            rows.append(
+                Configuration(name, statistics_kernel, {**signature, **lengths}, flags, warps["statistics"], **aligned)
+            )
         for bias, softcap, d_logsumexp, d_entropy in product((False, True), repeat=4):
             names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr", "d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
             signature = {"z_ptr": f"*{wide}", "dz_ptr": f"*{dtype}", "target_ptr": "*i64"}
@@ -40,9 +43,9 @@ def configurations() -> list[Configuration]:
                 "HAS_D_LOGSUMEXP": d_logsumexp,
                 "HAS_D_ENTROPY": d_entropy,
                 "NARROW": dtype != wide,
-                "BLOCK": block,
+                **blocks["gradient"],
             }
             name = _named(f"gradient {dtype}", bias=bias, softcap=softcap, d_logsumexp=d_logsumexp, d_entropy=d_entropy)
             signature.update(lengths, dz_row_stride="i32")
-            rows.append(Configuration(name, gradient_kernel, signature, flags, **options))
+            rows.append(Configuration(name, gradient_kernel, signature, flags, warps["gradient"], **aligned))
     return rows

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from prism_kernels.linear_logprob.engine import Head, RowKernels, Upstream
 from prism_kernels.linear_logprob.objectives import LinearLogprob
+from prism_kernels.tables import tuned
 
 # (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 4 fp64 a thread and step; more fp64 spills on sm_80.
 BLOCKS = {4: (4096, 8), 8: (1024, 8)}
+
+
+def block_options(kernel: str, itemsize: int) -> dict[str, int]:
+    """BLOCK and warps of "statistics" or "gradient" on logits of so many bytes."""
+    block, warps = BLOCKS[itemsize]
+    return tuned("linear_logprob", f"{kernel} {itemsize}", {"BLOCK": block, "num_warps": warps})
 
 
 @triton.jit
@@ -174,7 +181,6 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Li
     num_rows, num_words = z.shape
     logprob, logsumexp = z.new_empty(num_rows), z.new_empty(num_rows)
     entropy = z.new_empty(num_rows) if with_entropy else None
-    block, warps = BLOCKS[z.element_size()]
     statistics_kernel[(num_rows,)](
         z,
         targets,
@@ -188,8 +194,7 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Li
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
         WITH_ENTROPY=with_entropy,
-        BLOCK=block,
-        num_warps=warps,
+        **block_options("statistics", z.element_size()),
     )
     return LinearLogprob(logprob, logsumexp, entropy)
 
@@ -198,7 +203,6 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
     num_rows, num_words = z.shape
     # The same rows in the dtype of the products that follow: dZ starts where its row of logits starts.
     dz = z.view(head.hidden.dtype)[:, :num_words] if head.hidden.dtype != z.dtype else z
-    block, warps = BLOCKS[z.element_size()]
     given = upstream.logprob
     gradient_kernel[(num_rows,)](
         z,
@@ -220,8 +224,7 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
         HAS_D_LOGSUMEXP=upstream.logsumexp is not None,
         HAS_D_ENTROPY=upstream.entropy is not None,
         NARROW=dz.dtype != z.dtype,
-        BLOCK=block,
-        num_warps=warps,
+        **block_options("gradient", z.element_size()),
     )
     return dz
 
