@@ -90,12 +90,12 @@ def policy_gradient(
         if reference is not None:
             with torch.no_grad():
                 ref_hidden = reference(packed)[packed.predict_row]
-                ref_logprob = linear_logprob(
-                    ref_hidden, reference.head, packed.target_ids, bias=policy.bias, temperature=temperature
+                ref_logprob = reference.through_head(
+                    linear_logprob, ref_hidden, packed.target_ids, bias=policy.bias, temperature=temperature
                 ).logprob
-        out = linear_policy_loss(
+        out = policy.through_head(
+            linear_policy_loss,
             policy(packed)[packed.predict_row],
-            policy.head,
             packed.target_ids,
             advantages[response].to(device),
             packed.sequence_start,

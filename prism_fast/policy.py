@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -108,6 +109,17 @@ def embed(backbone: nn.Module, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
     return hidden[None], list(features.deepstack_features)
 
 
+class LMHead(nn.Linear):
+    """The LM head, through which the fused ops reach its weight.
+
+    ``head(hidden, op, ...)`` is ``op(hidden, weight, ...)``: the call is a module's, so hooks that gather a sharded
+    weight run where it is read.
+    """
+
+    def forward(self, hidden: Tensor, op: Callable | None = None, *args, **kwargs):
+        return super().forward(hidden) if op is None else op(hidden, self.weight, *args, **kwargs)
+
+
 class Policy(nn.Module):
     """A Qwen3-VL whose forward takes a PackedTree and whose head is left to the fused ops.
 
@@ -121,6 +133,7 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.model = model
+        model.lm_head.__class__ = LMHead  # in place: the weight may be tied to the embeddings
         self.image = image_tokens(model.config)
         bias = torch.zeros(model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
         bias[list(forbidden)] = -1e9
@@ -145,6 +158,10 @@ class Policy(nn.Module):
     def head(self) -> Tensor:
         """(V, H) weight of the LM head."""
         return self.model.lm_head.weight
+
+    def through_head(self, op: Callable, hidden: Tensor, *args, **kwargs):
+        """``op(hidden, head weight, ...)`` with one of prism_kernels' LM-head ops."""
+        return self.model.lm_head(hidden, op, *args, **kwargs)
 
     def checkpoint_activations(self) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -113,7 +113,7 @@ class _Decode:
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row by inversion of the distribution function: (tokens (B,) int64, log-probs (B,) fp32).
 
-    logits (B, V); uniform (B,) in [0, 1). Temperature 0 takes the most probable token; its log-prob is at temperature 1.
+    logits (B, V); uniform (B,) in [0, 1). Temperature 0 takes the most probable token, its log-prob at temperature 1.
     Tokens of probability 0 are never drawn.
     """
     logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)
@@ -143,8 +143,8 @@ def generate(
 ) -> Rollout:
     """Samples ``samples`` responses of at most ``max_tokens`` tokens for each prompt; B = len(prompts) * samples.
 
-    The same seed gives the same responses whatever ``rows_at_once`` is, up to rounding. ``progress`` is told the number of
-    finished responses.
+    The same seed gives the same responses whatever ``rows_at_once`` is, up to rounding. ``progress`` is told the number
+    of finished responses.
     """
     was_training = policy.training
     policy.eval()

@@ -51,7 +51,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
                     for packed in packs:
                         packed = packed.to(policy.head.device)
                         hidden = policy(packed)[packed.predict_row]
-                        part = linear_cross_entropy(hidden, policy.head, packed.target_ids, normalizer=rows)
+                        part = policy.through_head(linear_cross_entropy, hidden, packed.target_ids, normalizer=rows)
                         part.backward()
                         loss += part.detach()
                     lr = updater.lr
