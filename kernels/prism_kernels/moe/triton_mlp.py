@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from prism_kernels.moe.products import choose
 from prism_kernels.moe.routing import Routing
 from prism_kernels.moe.triton_route import rows_of
+from prism_kernels.tables import tuned
 
 COPY_BLOCK = 1024  # columns a step of a memory-bound kernel
 
 
 def block_options(width: int) -> dict[str, int]:
     block = min(COPY_BLOCK, triton.next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": 4 if block >= 512 else 1}
+    return tuned("moe", f"columns {block}", {"BLOCK": block, "num_warps": 4 if block >= 512 else 1})
 
 
 @triton.jit

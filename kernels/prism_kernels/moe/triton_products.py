@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.moe.triton_route import padded
+from prism_kernels.tables import tuned
 
 # (BLOCK_M, BLOCK_N, BLOCK_R, warps, stages) by bytes of an element.
 TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2), 8: (32, 32, 16, 4, 2)}
@@ -137,8 +138,8 @@ def clear_kernel(out_ptr, offset_ptr, size, BLOCK: tl.constexpr):
 def tile_options(dtype: torch.dtype) -> dict[str, object]:
     block_m, block_n, block_r, warps, stages = TILES[dtype.itemsize]
     wide = tl.float64 if dtype == torch.float64 else tl.float32
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "WIDE": wide}
-    return {**blocks, "num_warps": warps, "num_stages": stages}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "num_warps": warps, "num_stages": stages}
+    return {**tuned("moe", f"tile {dtype.itemsize}", blocks), "WIDE": wide}
 
 
 def rows(a: Tensor, b: Tensor, offset: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prism_kernels.moe.routing import Routing, RoutingStats
+from prism_kernels.tables import tuned
 
 SCAN_BLOCK = 1024  # blocks a step of the scan
 SPLITS = 32  # parts of T whose router gradients are summed last
@@ -38,7 +39,8 @@ def route_options(experts: int, itemsize: int) -> dict[str, int]:
     """Blocks of the fused router, by experts and bytes of an operand; larger ones spill (compile gate)."""
     block_h = {2: 128, 4: 32, 8: 16}[itemsize]
     few = padded(experts) <= 64 and itemsize < 8
-    return {"BLOCK_T": block_tokens(experts), "BLOCK_H": block_h, "num_warps": 4 if few else 8}
+    options = {"BLOCK_H": block_h, "num_warps": 4 if few else 8}
+    return {"BLOCK_T": block_tokens(experts), **tuned("moe", f"route {itemsize} E{padded(experts)}", options)}
 
 
 def order_options(experts: int) -> dict[str, int]:
