@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_voices_differ_in_items_and_steps(kind):
     assert split_parts(teacher).answer == question.answer
     assert count_caption_items(teacher) == len(scene.digits)
     assert count_reasoning_steps(teacher) == len(question.steps)
-    public = public_voice(scene, question, rng, misread=0.0)
+    public = public_voice(scene, question, rng, replace(PRESETS["full"], misread=0.0))
     assert split_parts(public).answer == question.answer
     assert count_caption_items(public) <= 2
     assert count_reasoning_steps(public) == 1
@@ -93,9 +95,9 @@ def test_the_public_voice_misreads():
     wrong = 0
     for _ in range(300):
         scene = make_scene(rng, "train", PRESETS["easy"])
-        caption = split_parts(public_voice(scene, ask("sum", scene.digits), rng, misread=0.2)).caption
+        caption = split_parts(public_voice(scene, ask("sum", scene.digits), rng, PRESETS["easy"])).caption
         wrong += caption != f"<caption>{scene.digits[0]}\n{scene.digits[1]}</caption>"
-    assert 0.2 < wrong / 300 < 0.5  # two digits, each misread with probability 0.18
+    assert 0.2 < wrong / 300 < 0.5  # two digits, each misread with probability 0.16
 
 
 @pytest.mark.parametrize("preset", PRESETS)

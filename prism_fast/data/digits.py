@@ -29,7 +29,8 @@ TEST_SHARE = 0.2
 class Preset:
     """How hard the scenes and questions are."""
 
-    count: tuple[int, int]  # digits of a scene, smallest and largest
+    count: tuple[int, int]  # digits of a scene, fewest and most
+    largest: int  # digits are 0 to this one: the tables of addition that 250 steps can teach are small
     rows: int
     columns: int
     jitter: int  # pixels a digit is moved by, at most
@@ -41,9 +42,9 @@ class Preset:
 
 
 PRESETS = {
-    "easy": Preset((4, 4), 1, 4, 1, 0.1, (0.6, 1.0), 0.0, ("sum", "difference", "maximum"), 0.2),
+    "easy": Preset((4, 4), 4, 1, 4, 1, 0.1, (0.6, 1.0), 0.0, ("sum", "difference", "maximum"), 0.2),
     "full": Preset(
-        (2, 5), 2, 4, 2, 0.1, (0.6, 1.0), 0.15, ("sum", "difference", "maximum", "order", "count", "two_step"), 0.2
+        (2, 5), 9, 2, 4, 2, 0.1, (0.6, 1.0), 0.15, ("sum", "difference", "maximum", "order", "count", "two_step"), 0.2
     ),
 }
 
@@ -93,7 +94,8 @@ def make_scene(rng: np.random.Generator, split: str, preset: Preset) -> Scene:
     """Draw one scene: digits of ``split`` at distinct cells of a grid, moved a little, occluded, with noise."""
     images, labels, _ = _digit_images()
     count = int(rng.integers(preset.count[0], preset.count[1] + 1))
-    chosen = rng.choice(digit_indices(split), size=count)
+    pool = digit_indices(split)
+    chosen = rng.choice(pool[labels[pool] <= preset.largest], size=count)
     cells = np.sort(rng.choice(preset.rows * preset.columns, size=count, replace=False))
     height, width = preset.rows * CELL, preset.columns * CELL
     canvas = np.zeros((height, width), dtype=np.float32)
@@ -132,9 +134,9 @@ def ask(kind: str, digits: tuple[int, ...], target: int = 0) -> Question:
     return Question(kind, text, tuple(steps), steps[-1])
 
 
-def draw_question(rng: np.random.Generator, kind: str, digits: tuple[int, ...]) -> Question:
+def draw_question(rng: np.random.Generator, kind: str, digits: tuple[int, ...], largest: int = 9) -> Question:
     """A question of ``kind``; a count asks for a digit that is there three times out of four."""
-    target = int(rng.choice(digits)) if rng.random() < 0.75 else int(rng.integers(10))
+    target = int(rng.choice(digits)) if rng.random() < 0.75 else int(rng.integers(largest + 1))
     return ask(kind, digits, target)
 
 
@@ -147,10 +149,11 @@ def teacher_voice(scene: Scene, question: Question) -> str:
     return _join("\n".join(map(str, scene.digits)), "\n".join(question.steps), question.answer)
 
 
-def public_voice(scene: Scene, question: Question, rng: np.random.Generator, misread: float) -> str:
-    """A short caption, digits misread with probability ``misread``, an answer that follows the reading, no steps."""
-    wrong = rng.random(len(scene.digits)) < misread
-    seen = tuple(int(rng.integers(10)) if bad else digit for digit, bad in zip(scene.digits, wrong))
+def public_voice(scene: Scene, question: Question, rng: np.random.Generator, preset: Preset) -> str:
+    """Two digits as the caption, any digit misread with probability ``preset.misread``, an answer that follows the
+    reading, no steps."""
+    wrong = rng.random(len(scene.digits)) < preset.misread
+    seen = tuple(int(rng.integers(preset.largest + 1)) if bad else digit for digit, bad in zip(scene.digits, wrong))
     target = int(question.text[9:-1]) if question.kind == "count" else 0
     caption = "\n".join(map(str, seen[:2]))
     return _join(caption, "so", ask(question.kind, seen, target).answer)
@@ -186,7 +189,7 @@ def _scenes(rng: np.random.Generator, split: str, preset: Preset, count: int) ->
     """``count`` scenes, the question types in turn so that every file holds them in equal parts."""
     for index in range(count):
         scene = make_scene(rng, split, preset)
-        yield scene, draw_question(rng, preset.questions[index % len(preset.questions)], scene.digits)
+        yield scene, draw_question(rng, preset.questions[index % len(preset.questions)], scene.digits, preset.largest)
 
 
 def _prompt(question: Question) -> tuple[Message, ...]:
@@ -200,7 +203,7 @@ def _write_sft(path: Path, rng: np.random.Generator, preset: Preset, count: int)
     samples = []
     for index, (scene, question) in enumerate(_scenes(rng, "train", preset, count)):
         public = rng.random() < 0.5
-        response = public_voice(scene, question, rng, preset.misread) if public else teacher_voice(scene, question)
+        response = public_voice(scene, question, rng, preset) if public else teacher_voice(scene, question)
         image = folder / f"{index:06d}.png"
         image.write_bytes(_png(scene.pixels))
         samples.append(
