@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
@@ -208,7 +207,11 @@ def linear_policy_loss(
     return autograd.linear_policy_loss(*arguments, chunk_bytes or 0, chosen)
 
 
-@torch.compiler.assume_constant_result
 def _choose(op: str, impl: str, device: str) -> str:
-    """The implementation's name; a constant to torch.compile, which cannot look into the environment."""
+    """The implementation's name."""
     return str(_OPS[op].select(impl, device)[0])
+
+
+# A constant to torch.compile, which cannot look into the environment. torch.compiler.assume_constant_result sets the
+# same mark, but imports torch._dynamo: two seconds of every process that imports this package.
+_choose._dynamo_marked_constant = True

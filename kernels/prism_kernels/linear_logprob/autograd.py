@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from prism_kernels.dispatch import Impl
 from prism_kernels.linear_logprob import engine
@@ -22,6 +23,21 @@ from prism_kernels.linear_logprob.products import accumulator_dtype
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, float? softcap"
 _GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+
+
+def _operator(name: str, schema: str) -> Callable:
+    """Define prism_kernels::<name>; the decorated function runs it on any device.
+
+    Not torch.library.custom_op, which imports torch._dynamo: two seconds of every process that calls an op.
+    """
+    name = f"prism_kernels::{name}"
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def register(run: Callable) -> OpOverload:
+        torch.library.impl(name, "CompositeExplicitAutograd", run)
+        return getattr(torch.ops.prism_kernels, name.partition("::")[2]).default
+
+    return register
 
 
 def _row_kernels(impl: str) -> RowKernels:
@@ -62,10 +78,9 @@ def linear_logprob(
     return LinearLogprob(logprob, logsumexp, entropy if with_entropy else None)
 
 
-@torch.library.custom_op(
-    "prism_kernels::linear_logprob",
-    mutates_args=(),
-    schema=f"({_HEAD}, bool with_entropy, SymInt chunk_bytes, str impl) -> (Tensor, Tensor, Tensor)",
+@_operator(
+    "linear_logprob",
+    f"({_HEAD}, bool with_entropy, SymInt chunk_bytes, str impl) -> (Tensor, Tensor, Tensor)",
 )
 def _logprob(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
     check_targets(targets, weight.shape[0])
@@ -76,16 +91,15 @@ def _logprob(hidden, weight, bias, targets, temperature, softcap, with_entropy, 
     return plan.spread(out.logprob), plan.spread(out.logsumexp), entropy
 
 
-@_logprob.register_fake
+@torch.library.register_fake(_logprob)
 def _(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
     rows = hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
     return rows, torch.empty_like(rows), torch.empty_like(rows) if with_entropy else rows.new_empty(0)
 
 
-@torch.library.custom_op(
-    "prism_kernels::linear_logprob_backward",
-    mutates_args=(),
-    schema=f"({_HEAD}, Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor d_logprob, Tensor? d_logsumexp, "
+@_operator(
+    "linear_logprob_backward",
+    f"({_HEAD}, Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor d_logprob, Tensor? d_logsumexp, "
     f"Tensor? d_entropy, bool[] needs, SymInt chunk_bytes, str impl) -> ({_GRADIENTS})",
 )
 def _logprob_backward(
@@ -103,7 +117,7 @@ def _logprob_backward(
     return engine.backward(head, plan, _row_kernels(impl), statistics, upstream, Needs(*needs))
 
 
-@_logprob_backward.register_fake
+@torch.library.register_fake(_logprob_backward)
 def _(hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp,
       d_entropy, needs, chunk_bytes, impl):  # fmt: skip
     return _fake_gradients(hidden, weight, bias, needs)
@@ -135,7 +149,7 @@ def _backward_logprob(ctx, d_logprob, d_logsumexp, d_entropy):
     return (*(g if need else None for g, need in zip(gradients, needs)), *[None] * 6)
 
 
-_logprob.register_autograd(_backward_logprob, setup_context=_setup_logprob)
+torch.library.register_autograd(_logprob, _backward_logprob, setup_context=_setup_logprob)
 
 
 # -------------------------------------------------------------------------------- losses: gradients in the forward
@@ -173,10 +187,9 @@ def linear_cross_entropy(
     )[0]
 
 
-@torch.library.custom_op(
-    "prism_kernels::linear_cross_entropy",
-    mutates_args=(),
-    schema=f"({_HEAD}, Tensor? row_weight, Tensor? normalizer, bool[] needs, SymInt chunk_bytes, str impl) "
+@_operator(
+    "linear_cross_entropy",
+    f"({_HEAD}, Tensor? row_weight, Tensor? normalizer, bool[] needs, SymInt chunk_bytes, str impl) "
     f"-> (Tensor loss, {_GRADIENTS})",
 )
 def _cross_entropy(
@@ -192,13 +205,13 @@ def _cross_entropy(
     return loss, *gradients
 
 
-@_cross_entropy.register_fake
+@torch.library.register_fake(_cross_entropy)
 def _(hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl):
     loss = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
     return loss, *_fake_gradients(hidden, weight, bias, needs)
 
 
-_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_loss)
+torch.library.register_autograd(_cross_entropy, _backward_loss, setup_context=_setup_loss)
 
 
 def linear_policy_loss(
@@ -235,10 +248,9 @@ def linear_policy_loss(
     )
 
 
-@torch.library.custom_op(
-    "prism_kernels::linear_policy_loss",
-    mutates_args=(),
-    schema=f"({_HEAD}, Tensor advantages, Tensor sequence_start, Tensor? old_logprob, Tensor? ref_logprob, "
+@_operator(
+    "linear_policy_loss",
+    f"({_HEAD}, Tensor advantages, Tensor sequence_start, Tensor? old_logprob, Tensor? ref_logprob, "
     "Tensor? rollout_logprob, Tensor? normalizer, str objective, bool with_entropy, bool with_logprob, bool[] needs, "
     f"SymInt chunk_bytes, str impl) -> (Tensor loss, Tensor logprob, Tensor entropy, Tensor stats, {_GRADIENTS})",
 )
@@ -286,7 +298,7 @@ def _zero_advantage(
     return zero.repeat_interleave(sequence_start.diff().long())
 
 
-@_policy_loss.register_fake
+@torch.library.register_fake(_policy_loss)
 def _(hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
       rollout_logprob, normalizer, objective, with_entropy, with_logprob, needs, chunk_bytes, impl):  # fmt: skip
     objective = PolicyObjective.parse(objective)
@@ -298,7 +310,7 @@ def _(hidden, weight, bias, targets, temperature, softcap, advantages, sequence_
     return loss, logprob, entropy, loss.new_empty(len(names)), *_fake_gradients(hidden, weight, bias, needs)
 
 
-_policy_loss.register_autograd(_backward_loss, setup_context=_setup_loss)
+torch.library.register_autograd(_policy_loss, _backward_loss, setup_context=_setup_loss)
 
 
 # ------------------------------------------------------------------------------------------------- any other glue
