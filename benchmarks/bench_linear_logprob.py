@@ -17,7 +17,7 @@ from benchmarks.linear_data import CLIP, Head, make_head, truth_logprob, truth_l
 from benchmarks.linear_peers import cross_entropy_peers, logprob_peers, policy_peers, with_gradients
 from benchmarks.peers import need_gpu
 
-TESTS = ["tests/test_linear_logprob.py", "tests/test_linear_policy_loss.py"]
+TESTS = [f"tests/test_linear_{name}.py" for name in ("logprob", "policy_loss", "triton")]
 TINY = {"T": 48, "H": 16, "V": 509}
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "published": [{"T": 8192, "H": 2560, "V": 151936, "dtype": "bf16"}],

@@ -314,12 +314,18 @@ def test_comparing_with_a_commit(tmp_path):
 
 
 @pytest.mark.slow
-def test_sanitize_script_in_the_interpreter():
+@pytest.mark.parametrize(
+    ("script", "printed"),
+    [
+        (["benchmarks.sanitize", "--device", "cpu", "--only", "linear_policy_loss"], "0 failed"),
+        (["benchmarks.tune", "--dry-run", "--op", "linear_logprob"], "linear_logprob, gradient 4: default"),
+    ],
+)
+def test_scripts_of_a_gpu_in_the_interpreter(script, printed):
     pytest.importorskip("triton")
     root = harness.machine.ROOT
     paths = os.pathsep.join([str(root), str(root / "kernels")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    line = [sys.executable, "-m", "benchmarks.sanitize", "--device", "cpu", "--only", "linear_policy_loss"]
-    done = subprocess.run(line, env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *script], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "linear_policy_loss float32" in done.stdout and "0 failed" in done.stdout
+    assert printed in done.stdout
