@@ -8,6 +8,7 @@ switched off, so a response that spells one yields ordinary tokens.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -59,6 +60,9 @@ class Chat:
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
         }
+        unflagged = [token for token in self._control if not tokenizer.added_tokens_decoder[added[token]].special]
+        # Between "<|" and the rest of a control token that switching off special tokens leaves on.
+        self._seam = re.compile("|".join(rf"(?<=<\|)(?={re.escape(token[2:])})" for token in unflagged) or r"(?!)")
         # The padding token is never sampled either, unless it is the end of turn too.
         self.forbidden_ids: tuple[int, ...] = tuple(
             sorted({*self._control.values(), self.pad_id} - {self.end_of_turn_id})
@@ -118,8 +122,9 @@ class Chat:
 
     def encode_part(self, text: str) -> Tensor:
         """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
+        pieces = self._seam.split(text)
+        ids = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return torch.tensor([index for piece in ids for index in piece], dtype=torch.int64)
 
     def encode_response(self, text: str) -> Tensor:
         """(L + 1,) int64: the tokens of a response, then end-of-turn."""
