@@ -11,8 +11,8 @@ from prism_fast.records import DataError
 FEW = {
     "demo": {"sizes": {"sft": 256, "align": 32, "rlvr": 32, "eval": 12}},
     "run": {"threads": 1, "save_every": 2},
-    "sft": {"steps": 12, "batch_size": 16},
-    "pairs": {"limit": 16},
+    "sft": {"steps": 30, "batch_size": 16},
+    "pairs": {"limit": 32, "samples": 2},
     "warmup": {"steps": 2, "batch_size": 4},
     "align": {"steps": 2, "rollout": {"prompts_per_step": 2, "samples": 4}},
     "rlvr": {"steps": 2, "rollout": {"prompts_per_step": 2, "samples": 4}},

@@ -172,8 +172,11 @@ def test_wrong_directories_are_refused(tmp_path):
     qwen().save_pretrained(tmp_path / "dense")
     with pytest.raises(DataError, match="model_type is 'qwen3_vl', expected 'qwen3_vl_moe'"):
         Discriminator.load(tmp_path / "dense")
-    with pytest.raises(DataError, match=r"no config\.json"):
+    with pytest.raises(DataError, match="no such model directory"):
         Discriminator.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no config\.json"):
+        Discriminator.load(tmp_path / "empty")
     moe().save_pretrained(tmp_path / "headless")
     with pytest.raises(DataError, match="no value head"):
         Discriminator.load(tmp_path / "headless")
