@@ -20,7 +20,7 @@ class ExpertLoad:
         self._counts = counts if not self._counts else [a + b for a, b in zip(self._counts, counts)]
 
     def fractions(self) -> dict[str, float]:
-        """``expert_load/<layer>/<kind>/<expert>``: the expert's share of its kind's slots; absent for kinds not there."""
+        """``expert_load/<layer>/<kind>/<expert>``: the expert's share of the kind's slots, for kinds that are there."""
         if not self._counts:
             return {}
         counts = torch.stack(self._counts).double()  # (layers, kinds, E)

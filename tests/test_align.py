@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models import EOS, IMAGE_TOKEN, moe, prompt, qwen, tokens
-from tests.test_discriminator import separate_scores
 
 from prism_fast.advantage import alignment_advantage
 from prism_fast.config import AdvantageConfig, AlignConfig
@@ -18,6 +16,8 @@ from prism_fast.records import Rollout, Sample, Scores
 from prism_fast.routing_metrics import ExpertLoad
 from prism_fast.stages.align import Lesson, discriminator_gradient, discriminator_trees
 from prism_kernels import PolicyObjective
+from tests.models import EOS, IMAGE_TOKEN, moe, prompt, qwen, tokens
+from tests.test_discriminator import separate_scores
 
 
 def config(tokens_per_pack=4096, **changes):

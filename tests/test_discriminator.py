@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import IMAGE_TOKEN, moe, prompt, qwen, tokens
 
 from prism_fast.discriminator import HEAD_FILE, Discriminator
 from prism_fast.pack import ImageTokens, Tree, build_pack
@@ -13,6 +12,7 @@ from prism_fast.policy import use_tree_attention
 from prism_fast.records import DataError
 from prism_fast.upcycle import upcycle
 from prism_kernels import load_balancing_loss
+from tests.models import IMAGE_TOKEN, moe, prompt, qwen, tokens
 
 IMAGE = ImageTokens(IMAGE_TOKEN, 2)
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tests.models import IMAGE_TOKEN, prompt, qwen, tokens
 
 from prism_fast.pack import ImageTokens, Tree, build_pack, mrope_positions
 from prism_fast.policy import Policy, use_tree_attention
+from tests.models import IMAGE_TOKEN, prompt, qwen, tokens
 
 IMAGE = ImageTokens(IMAGE_TOKEN, 2)
 

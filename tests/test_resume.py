@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_run import run_stage, settings
 
 from prism_fast import checkpoint
 from prism_fast.metrics import read_metrics
 from prism_fast.records import DataError
+from tests.tiny_run import run_stage, settings
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, prompt, qwen
 
 from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
 from prism_fast.policy import Policy, use_tree_attention
 from prism_fast.rollout import draw, generate
+from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, prompt, qwen
 
 FORBIDDEN = (IMAGE_TOKEN, VISION_START, VISION_END, PAD, 95)
 
