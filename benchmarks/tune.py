@@ -136,7 +136,7 @@ def tune(case: Case, device: torch.device, toy: bool) -> dict[str, Any] | None:
         raise RuntimeError(f"{case.op} did not ask its table for {case.key!r}; keys asked: {sorted(tables.asked())}")
     candidates = [default, *(c for c in case.candidates if {**default, **c} != default)]
     calls: dict[str, Callable[[], object]] = {}
-    for options in candidates[:3] if toy else candidates:
+    for options in candidates[:2] if toy else candidates:
         name = json.dumps({k: v for k, v in options.items() if isinstance(v, (int, float, bool))})
 
         def run(options=options):
@@ -152,7 +152,8 @@ def tune(case: Case, device: torch.device, toy: bool) -> dict[str, Any] | None:
             calls[name] = run
         else:
             print(f"  {name}: another result")
-    samples, failed = measure.interleave(calls, measure.Timer(device), seconds=4.0, rounds=1 if toy else None)
+    repeats = {"rounds": 1, "warmups": 0} if toy else {}
+    samples, failed = measure.interleave(calls, measure.Timer(device), seconds=4.0, **repeats)
     for name, reason in failed.items():
         print(f"  {name}: {reason}")
     seconds = {name: measure.Summary.of(values).median for name, values in samples.items()}
