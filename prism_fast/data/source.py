@@ -79,7 +79,7 @@ class Parquet:
         self.path = path
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{path}: not a readable parquet file, perhaps truncated; copy it again ({_line(error)})"
             ) from error
@@ -110,7 +110,7 @@ class Parquet:
             return self._cache[group]
         try:
             table = self._file.read_row_group(group)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{self.path}: row group {group + 1} cannot be read; copy the file again ({_line(error)})"
             ) from error
