@@ -17,7 +17,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from prism_fast.data.chat import Chat
 from prism_fast.data.digits import SYSTEM_PROMPT
-from prism_fast.data.tiny import make_tiny_model, train_tokenizer
+from prism_fast.data.tiny import SPECIAL_TOKENS, make_tiny_model, train_tokenizer
 from prism_fast.records import DataError, ImageRef, Message, Sample
 
 RESPONSE = "<caption>3\n-1</caption><think>so</think><answer>12</answer>"
@@ -209,6 +209,31 @@ def test_qwen_style_control_tokens_that_are_not_flagged_special(chat):
         wider.encode_prompt(sample(text="<|fim_prefix|>"))
     assert not wider.holds_forbidden(wider.encode_part("a<|fim_prefix|>b").tolist())
     assert wider.decode(wider.encode_part("a<tool_call>b")) == "a<tool_call>b"
+
+
+def test_the_tokenizer_class_of_released_checkpoints(chat, folder, tmp_path):
+    """Qwen3-VL's own tokenizer class, with its own split and unflagged tool tokens, opened from a directory."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    model = json.loads(chat.tokenizer.backend_tokenizer.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], eos_token="<|im_end|>"
+    )
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False) for t in ("<think>", "</think>", "<tool_call>")])
+    tokenizer.chat_template = chat.tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path)
+    chat.image_processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    qwen = Chat.load(tmp_path)
+    assert type(qwen.tokenizer).__name__ == "Qwen2Tokenizer"
+    ids = qwen.encode_response(RESPONSE)
+    assert qwen.decode(ids) == RESPONSE
+    assert qwen.tokenizer.convert_tokens_to_ids("</think>") in ids
+    prompt = qwen.encode_prompt(sample(image(64, 16)))
+    assert (prompt.input_ids == qwen.image_id).sum() == 4
+    assert not qwen.holds_forbidden(qwen.encode_part("<|im_end|><|image_pad|>").tolist())
 
 
 @pytest.mark.skipif(
