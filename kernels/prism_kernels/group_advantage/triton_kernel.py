@@ -18,10 +18,21 @@ I_BLOCK, J_BLOCK, WARPS = 1, 512, 4  # B 512: 256 programs of one step
 
 
 @triton.jit
-def _z(value, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT: tl.constexpr, BY_STD: tl.constexpr):
+def _z(
+    value,
+    low,
+    inverse_n,
+    inverse_others,
+    total,
+    squares,
+    eps,
+    LEAVE_ONE_OUT: tl.constexpr,
+    BY_STD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """(I,) normalised values; ``total`` and ``squares`` are sums over the group of value - low and of its square.
 
-    ``inverse_others`` is 1 / (n - 1), 0 for a group of one. Divides in the type of ``eps``.
+    ``inverse_others`` is 1 / (n - 1), 0 for a group of one. Divides in ``WIDE``.
     """
     alone = inverse_others == 0.0
     centred = (value - low) - total * inverse_n
@@ -31,8 +42,8 @@ def _z(value, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT
     if BY_STD:
         variance = (squares - total * (total * inverse_n)) * inverse_others
         variance = tl.where(variance < 0.0, 0.0, variance)  # of rounding; no maximum, as NaN must pass
-        std = tl.where(alone, 1.0, tl.sqrt(variance.to(eps.dtype)))
-        return centred.to(eps.dtype) / (std + eps)
+        std = tl.where(alone, 1.0, tl.sqrt(variance.to(WIDE)))
+        return centred.to(WIDE) / (std + eps)
     else:
         return centred
 
@@ -47,7 +58,8 @@ def _inverse(n):
 
 @triton.jit
 def _inverses(n):
-    """(1 / n, 1 / (n - 1) or 0 where n is 1)."""
+    """(1 / n, 1 / (n - 1) or 0 where n is 1). Rows past the last response have n 0, and are not stored."""
+    n = tl.maximum(n, 1.0)
     alone = n == 1.0
     return _inverse(n), tl.where(alone, 0.0, _inverse(tl.where(alone, 1.0, n - 1.0)))
 
@@ -96,7 +108,7 @@ def normalize_kernel(
 
     eps = tl.zeros([], tl.float64) + eps_high + eps_low
     inverse_n, inverse_others = _inverses(n)
-    z = _z(i_score, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT, BY_STD)
+    z = _z(i_score, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT, BY_STD, tl.float64)
     tl.store(out_ptr + i_reward * num_responses + i_row, z.to(out_ptr.dtype.element_ty), mask=i_in)
 
 
@@ -216,8 +228,8 @@ def advantage_kernel(
     p = tl.where(valid, p, low_p + floor)
     r = tl.where(valid, r, low_r + floor)
     inverse_n, inverse_others = _inverses(n)
-    z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, False, True)
-    z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, False, True)
+    z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, False, True, tl.float32)
+    z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, False, True, tl.float32)
     align = perception_weight * z_p + reasoning_weight * z_r
     if RULE == 0:
         advantage = align - format_penalty * invalid
@@ -231,7 +243,7 @@ def advantage_kernel(
             advantage = align * ((1.0 - invalid) * (1.0 - wrong)) - penalty
         else:
             w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
-            z_w = _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True)
+            z_w = _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32)
             if RULE == 5:
                 advantage = z_w + align * ((1.0 - invalid) * (1.0 - 2.0 * wrong))
             else:
