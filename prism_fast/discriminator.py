@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLMoeForConditionalGeneration
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
 
+from prism_fast.norm import rms_norm, rms_norm_rotate
 from prism_fast.pack import KIND_NAMES
 from prism_fast.policy import embed, image_tokens, load_model, local_directory
 from prism_fast.records import DataError, PackedTree
@@ -105,7 +105,7 @@ class Discriminator(nn.Module):
             stats.append(RoutingStats(counts, prob_sum))
             if i < len(deepstack) and i != last:
                 hidden = hidden.index_add(0, pack.image_row, deepstack[i].to(hidden.dtype))
-        hidden = text.norm(hidden).float()
+        hidden = _norm(text.norm, hidden).float()
         if self.dropout and self.training:
             hidden = nn.functional.dropout(hidden, self.dropout)
         return Judgement(hidden @ self.head, stats)
@@ -123,15 +123,19 @@ def _heads(layer: nn.Module, normed: Tensor, cos: Tensor, sin: Tensor, *names: s
     for name in names:
         x = getattr(attention, f"{name}_proj")(normed).view(normed.shape[0], -1, attention.head_dim)
         if name != "v":
-            x = getattr(attention, f"{name}_norm")(x)
-            x, _ = apply_rotary_pos_emb(x, x[:, :0], cos, sin, unsqueeze_dim=1)
+            norm = getattr(attention, f"{name}_norm")
+            x = rms_norm_rotate(x, norm.weight, norm.variance_epsilon, cos, sin)
         out.append(x)
     return out
 
 
+def _norm(module: nn.Module, hidden: Tensor) -> Tensor:
+    return rms_norm(hidden, module.weight, module.variance_epsilon)
+
+
 def _experts(layer: nn.Module, hidden: Tensor, kind: Tensor, top_k: int, chosen: list[Tensor]):
     """hidden + MoE(norm(hidden)), and the routing. A recompute takes the experts of the first pass from ``chosen``."""
-    normed = layer.post_attention_layernorm(hidden)
+    normed = _norm(layer.post_attention_layernorm, hidden)
     routing = moe_route(
         normed,
         layer.mlp.gate.weight,
@@ -151,7 +155,7 @@ def _block(hidden, layer, cos, sin, pack: PackedTree, top_k: int, balance: bool,
 
     What the load-balancing loss needs is an output, so that it keeps its gradient under activation checkpointing.
     """
-    q, k, v = _heads(layer, layer.input_layernorm(hidden), cos, sin, "q", "k", "v")
+    q, k, v = _heads(layer, _norm(layer.input_layernorm, hidden), cos, sin, "q", "k", "v")
     attended = tree_attention(q, k, v, pack.layout, scale=layer.self_attn.scaling)
     hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
     hidden, routing = _experts(layer, hidden, pack.segment_kind, top_k, chosen)
@@ -161,7 +165,7 @@ def _block(hidden, layer, cos, sin, pack: PackedTree, top_k: int, balance: bool,
 def _last_block(hidden, layer, cos, sin, pack: PackedTree, top_k: int, balance: bool, chosen: list[Tensor]):
     """The last decoder layer at the read-out rows: (T, H) -> (branches, H). Keys and values need every row."""
     rows = pack.readout_row
-    normed = layer.input_layernorm(hidden)
+    normed = _norm(layer.input_layernorm, hidden)
     k, v = _heads(layer, normed, cos, sin, "k", "v")
     if balance:
         (q,) = _heads(layer, normed, cos, sin, "q")
@@ -169,7 +173,7 @@ def _last_block(hidden, layer, cos, sin, pack: PackedTree, top_k: int, balance: 
         every = hidden + layer.self_attn.o_proj(attended.flatten(1))
         kinds = len(KIND_NAMES)
         whole = moe_route(
-            layer.post_attention_layernorm(every),
+            _norm(layer.post_attention_layernorm, every),
             layer.mlp.gate.weight,
             top_k,
             segment_kind=pack.segment_kind,

@@ -68,7 +68,8 @@ def test_scores_and_gradients_equal_separate_forwards(checkpointing):
             continue
         want = torch.zeros_like(a) if b.grad is None else b.grad
         have = torch.zeros_like(a) if a.grad is None else a.grad
-        torch.testing.assert_close(have, want, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        # To the size of the tensor: its largest gradients are 1e2, whose rounding shows in the small ones too.
+        assert (have - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max())), name
 
 
 def test_read_out_shortcut_equals_the_full_last_layer():

@@ -84,6 +84,20 @@ def test_chosen_rows_equal_the_full_computation(impl, layout, data):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
+def test_nan_stays_in_its_tree():
+    """Trees whose segments are padded together: padding must not read another tree's rows."""
+    layout = TreeLayout.build([6, 4, 5, 3], [-1, 0, -1, 2])
+    q, k, v = (torch.randn(layout.num_tokens, h, 8) for h in (4, 2, 2))
+    for x in (q, k, v):
+        x[:10] = float("nan")
+        x.requires_grad_()
+    out = tree_attention(q, k, v, layout, impl="sdpa")
+    assert out[:10].isnan().all()
+    assert out[10:].isfinite().all()
+    for grad in torch.autograd.grad(out[10:].sum(), (q, k, v)):
+        assert grad[10:].isfinite().all()
+
+
 def test_gradients_are_repeatable():
     layout = TreeLayout.build([40, *[30] * 12], [-1, *[0] * 12])
     q, k, v = (torch.randn(layout.num_tokens, h, 32, requires_grad=True) for h in (4, 2, 2))

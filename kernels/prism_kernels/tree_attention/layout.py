@@ -21,7 +21,7 @@ SMALL_AREA = 16_384
 class SegmentGroup:
     """Segments of similar size, padded together for one dense attention call (n segments, Lq queries, Lk keys)."""
 
-    query_row: Tensor  # (n * Lq,) int64, row of the stream; padding repeats row 0
+    query_row: Tensor  # (n * Lq,) int64, row of the stream; padding repeats the segment's last row
     key_row: Tensor  # (n * Lk,) int64, rows of the ancestors, then of the segment itself
     size: tuple[int, int, int]  # n, Lq, Lk
     mask: Tensor | None  # (n, 1, Lq, Lk) bool; None: plain causal
@@ -171,38 +171,34 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
 
 def _group_plan(layout: TreeLayout) -> GroupPlan:
     device = layout.segment_start.device
-    keys: dict[int, list[int]] = {}
+    stream = torch.arange(layout.num_tokens)
+    keys: dict[int, Tensor] = {}
     for segment in range(layout.num_segments):
         if layout.lengths[segment]:
             path = [*layout.ancestors(segment), segment]
-            keys[segment] = [row for s in path for row in layout.rows(s)]
+            keys[segment] = torch.cat([stream[slice(rows.start, rows.stop)] for rows in map(layout.rows, path)])
     order = sorted(keys, key=lambda s: (len(keys[s]), layout.lengths[s]))
-    groups, output_row, offset = [], [0] * layout.num_tokens, 0
+    groups, output_row, offset = [], torch.empty(layout.num_tokens, dtype=torch.int64), 0
     for members in _similar(order, [layout.lengths[s] for s in order], [len(keys[s]) for s in order]):
         num_q, num_k = max(layout.lengths[s] for s in members), max(len(keys[s]) for s in members)
-        query_row, key_row, before = [], [], []
-        for s in members:
-            own = list(layout.rows(s))
-            for i, row in enumerate(own):
-                output_row[row] = offset + len(query_row) + i
-            query_row += own + [0] * (num_q - len(own))
-            key_row += keys[s] + [0] * (num_k - len(keys[s]))
-            before.append(len(keys[s]) - len(own))
-        offset += len(query_row)
+        # Padding repeats a segment's own last row: a NaN of another tree must not come in as 0 * NaN.
+        query_row, key_row = (torch.empty(len(members), n, dtype=torch.int64) for n in (num_q, num_k))
+        before = []
+        for i, s in enumerate(members):
+            own, length = layout.rows(s).start, layout.lengths[s]
+            query_row[i, :length], query_row[i, length:] = stream[own : own + length], own + length - 1
+            key_row[i, : len(keys[s])], key_row[i, len(keys[s]) :] = keys[s], own + length - 1
+            output_row[own : own + length] = torch.arange(length) + offset + i * num_q
+            before.append(len(keys[s]) - length)
+        offset += query_row.numel()
         mask = None
         if any(before):
             # Query i of a segment sees key j when j <= (tokens above the segment) + i; padded keys come later.
             last = torch.tensor(before)[:, None] + torch.arange(num_q)
             mask = (torch.arange(num_k) <= last[:, :, None])[:, None].to(device)
-        groups.append(
-            SegmentGroup(
-                torch.tensor(query_row, device=device),
-                torch.tensor(key_row, device=device),
-                (len(members), num_q, num_k),
-                mask,
-            )
-        )
-    return GroupPlan(tuple(groups), torch.tensor(output_row, dtype=torch.int64, device=device))
+        size = (len(members), num_q, num_k)
+        groups.append(SegmentGroup(query_row.flatten().to(device), key_row.flatten().to(device), size, mask))
+    return GroupPlan(tuple(groups), output_row.to(device))
 
 
 def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
