@@ -207,6 +207,20 @@ def test_backward_twice(impl, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@skip_interpreted
+def test_second_derivative_is_refused():
+    case = make(6, 100)
+    for loss in (
+        linear_logprob(case.hidden, case.weight, case.targets).logprob.sum(),
+        linear_cross_entropy(case.hidden, case.weight, case.targets),
+        linear_objective(
+            case.hidden, case.weight, case.targets, lambda lp, e, rows: (lp.sum(), torch.ones_like(lp), None)
+        ),
+    ):
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(loss, case.leaves, create_graph=True)
+
+
 @pytest.mark.parametrize("impl,device", IMPLS)
 @pytest.mark.parametrize("normalizer", [None, 7, 7.5, "tensor"])
 @pytest.mark.parametrize("weighted", [False, True])

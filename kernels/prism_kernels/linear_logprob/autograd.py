@@ -58,6 +58,14 @@ def _beside(hidden: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(hidden.device, non_blocking=True) for t in tensors]
 
 
+def _once_differentiable() -> None:
+    """For a backward that autograd could not differentiate again: with create_graph=True it runs with grad enabled."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the LM-head ops have no second derivative (create_graph=True); use impl='reference' for one"
+        )
+
+
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
@@ -137,6 +145,7 @@ def _setup_logprob(ctx, inputs, output):
 
 
 def _backward_logprob(ctx, d_logprob, d_logsumexp, d_entropy):
+    _once_differentiable()
     hidden, weight, bias, targets, logprob, logsumexp, entropy = ctx.saved_tensors
     temperature, softcap, with_entropy, chunk_bytes, impl = ctx.options
     needs = list(ctx.needs_input_grad[:3])
@@ -156,17 +165,18 @@ torch.library.register_autograd(_logprob, _backward_logprob, setup_context=_setu
 
 
 def _setup_loss(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else autograd would make a zero dW for the output that nobody differentiates
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(*output[-3:])
 
 
 def _backward_loss(ctx, d_loss, *_):
+    _once_differentiable()
     gradients = [None] * ctx.num_inputs
-    if d_loss is not None:
-        for i, gradient in enumerate(ctx.saved_tensors):
-            if ctx.needs_input_grad[i]:
-                gradients[i] = gradient * d_loss
+    for i, gradient in enumerate(ctx.saved_tensors):
+        if ctx.needs_input_grad[i]:
+            gradients[i] = gradient * d_loss
     return tuple(gradients)
 
 
@@ -355,7 +365,7 @@ class _Objective(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss: Tensor):
+        _once_differentiable()
         gradients = (g * d_loss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
         return (*gradients, *[None] * 7)

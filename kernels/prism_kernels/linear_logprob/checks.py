@@ -47,6 +47,8 @@ def check_policy(
     if sequence_start.dim() != 1 or not sequence_start.shape[0] or sequence_start.dtype not in _OFFSETS:
         raise ValueError(f"sequence_start: got {_got(sequence_start)}, expected (S + 1,) int32 offsets from 0 to T")
     num_rows, num_sequences = hidden.shape[0], sequence_start.shape[0] - 1
+    if num_sequences == 0 and num_rows > 0:
+        raise ValueError(f"sequence_start: got no sequence, expected offsets from 0 to T = {num_rows}")
     lengths = (num_sequences, num_rows)
     if advantages.dim() != 1 or advantages.shape[0] not in lengths or not advantages.is_floating_point():
         raise ValueError(
