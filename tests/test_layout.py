@@ -78,7 +78,7 @@ def test_only_the_named_files_touch_transformers_insides_and_deepspeed():
     insides = {
         str(path.relative_to(ROOT)) for path in SOURCES if any(INSIDES.fullmatch(name) for name in imported(path))
     }
-    assert {"prism_fast/policy.py", "prism_fast/discriminator.py"} <= insides
+    assert "prism_fast/policy.py" in insides
     assert insides <= {
         "prism_fast/policy.py",
         "prism_fast/discriminator.py",

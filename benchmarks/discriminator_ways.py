@@ -1,0 +1,221 @@
+"""One discriminator step (score + update), written in seven ways on the same weights: each saves one thing more.
+
+Every way takes a Case and returns an Outcome; the gradients are left in the parameters' ``.grad``. Only the last one
+is the trainer's code. The others are plain transformers modules: whole forwards of ``Qwen3VLMoeModel``, its text model
+on image features computed before, its decoder layers on a packed tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
+
+from benchmarks.discriminator_case import Case
+from prism_fast.pack import build_pack, mrope_positions
+from prism_fast.policy import ATTENTION, embed
+from prism_fast.routing_metrics import ExpertLoad
+from prism_fast.stages.align import discriminator_gradient, discriminator_trees
+from prism_kernels import tree_attention
+
+# (caption, reasoning) of one response -> its two scores.
+Score = Callable[[tuple[Tensor, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    student: Tensor  # (2, N) fp32: perception, reasoning
+    teacher: Tensor  # (2,) fp32
+    loss: float
+
+
+@dataclass(frozen=True)
+class Way:
+    name: str
+    saves: str  # what it no longer computes, one line
+    run: Callable[[Case], Outcome]
+
+
+def pair_loss(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
+    """One response's share of the discriminator's loss: student (2,), teacher (2,)."""
+    n = case.shape.responses
+    squares = student.square().sum() + teacher.square().sum()
+    return (F.softplus(student - teacher).sum() + case.config.score_penalty * squares / 4) / n
+
+
+def whole_forward(case: Case) -> Score:
+    """Stock ``Qwen3VLMoeModel.forward`` of prompt and part, batch 1; the head at the last token."""
+
+    def one(part: Tensor) -> Tensor:
+        ids = torch.cat([case.prompt.input_ids, part])[None]
+        hidden = case.model.model(
+            input_ids=ids,
+            pixel_values=case.prompt.pixel_values,
+            image_grid_thw=case.prompt.image_grid_thw,
+            mm_token_type_ids=(ids == case.model.config.image_token_id).int(),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[0, -1].float() @ case.discriminator.head
+
+    return lambda pair: torch.stack([one(part) for part in pair])
+
+
+def text_forward(case: Case, features: list[Tensor]) -> Score:
+    """Stock text model of prompt and part on given image features (the embeddings, then DeepStack's)."""
+    ids = case.prompt.input_ids
+    is_image = ids == case.model.config.image_token_id
+    above, following = mrope_positions(case.prompt, case.discriminator.image)
+    embedding = case.model.get_input_embeddings()
+    image_row = is_image.nonzero().flatten()
+
+    def one(part: Tensor) -> Tensor:
+        hidden = embedding(torch.cat([ids, part])).index_copy(0, image_row, features[0])
+        after = torch.arange(following, following + len(part), device=ids.device).expand(3, -1)
+        hidden = case.model.model.language_model(
+            inputs_embeds=hidden[None],
+            position_ids=torch.cat([above, after], dim=1)[:, None],
+            visual_pos_masks=F.pad(is_image, (0, len(part)))[None],
+            deepstack_visual_embeds=features[1:],
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[0, -1].float() @ case.discriminator.head
+
+    return lambda pair: torch.stack([one(part) for part in pair])
+
+
+def image_features(case: Case) -> list[Tensor]:
+    visual = case.model.model.visual
+    out = visual(case.prompt.pixel_values.to(visual.dtype), grid_thw=case.prompt.image_grid_thw, return_dict=True)
+    return [out.pooler_output, *out.deepstack_features]
+
+
+def separate(case: Case, score: Score, *, scoring_pass: bool, teacher_once: bool) -> Outcome:
+    """Response by response. The teacher's branch of the graph, where it is shared, waits for all its gradients."""
+    student, loss = [], 0.0
+    if scoring_pass:
+        with torch.no_grad():
+            student = [score(pair) for pair in case.parts]
+    if teacher_once:
+        shared = score(case.lesson.teacher)
+        leaf = shared.detach().requires_grad_()
+    for pair in case.parts:
+        mine = score(pair)
+        teacher = leaf if teacher_once else score(case.lesson.teacher)
+        part = pair_loss(mine, teacher, case)
+        part.backward()
+        loss += part.detach()
+        if not scoring_pass:
+            student.append(mine.detach())
+    if teacher_once:
+        shared.backward(leaf.grad)
+    return Outcome(torch.stack(student, dim=1), teacher.detach(), float(loss))
+
+
+def reference(case: Case) -> Outcome:
+    """2N passes for the scores, then 4N with a gradient: captions and reasonings of every student and its teacher."""
+    return separate(case, whole_forward(case), scoring_pass=True, teacher_once=False)
+
+
+def merged_pass(case: Case) -> Outcome:
+    return separate(case, whole_forward(case), scoring_pass=False, teacher_once=False)
+
+
+def teacher_once(case: Case) -> Outcome:
+    return separate(case, whole_forward(case), scoring_pass=False, teacher_once=True)
+
+
+def image_once(case: Case) -> Outcome:
+    features = image_features(case)
+    leaves = [f.detach().requires_grad_() for f in features]
+    outcome = separate(case, text_forward(case, leaves), scoring_pass=False, teacher_once=True)
+    torch.autograd.backward(features, [leaf.grad for leaf in leaves])
+    return outcome
+
+
+def prompt_once(case: Case) -> Outcome:
+    return tree(case, read_out=False)
+
+
+def read_out(case: Case) -> Outcome:
+    return tree(case, read_out=True)
+
+
+def tree(case: Case, *, read_out: bool) -> Outcome:
+    """One packed tree through transformers' decoder layers; attention: torch's, called per group of segments."""
+    trees, where = discriminator_trees([case.lesson], case.rollout, case.parts)
+    device = case.discriminator.head.device
+    pack = build_pack(trees, [(0, range(len(trees[0].branches)))], case.discriminator.image).to(device)
+    text = case.model.model.language_model
+    hidden, deepstack = embed(case.model.model, pack)
+    cos_sin = text.rotary_emb(hidden, pack.position_ids[:, None])
+    stock = text.config._attn_implementation
+    text.config._attn_implementation = ATTENTION
+    try:
+        for i, layer in enumerate(text.layers):
+            if read_out and i == len(text.layers) - 1:
+                hidden = last_layer(layer, hidden[0], cos_sin, pack)
+                break
+            hidden = layer(hidden, position_embeddings=cos_sin, attention_mask=None, prism=attend(pack))
+            if i < len(deepstack):
+                hidden = hidden.index_add(1, pack.image_row, deepstack[i][None])
+        hidden = text.norm(hidden if read_out else hidden[0, pack.readout_row])
+        score = hidden.float() @ case.discriminator.head
+        student = score[torch.tensor(where, device=device).T]  # (2, N)
+        loss = sum(pair_loss(student[:, i], score[:2], case) for i in range(case.shape.responses))
+        loss.backward()  # inside: a checkpointed layer reads the configuration again
+    finally:
+        text.config._attn_implementation = stock
+    return Outcome(student.detach(), score[:2].detach(), float(loss.detach()))
+
+
+def attend(pack):
+    """transformers' (1, heads, T, D) to the tree's (T, heads, D) and back."""
+
+    def run(layer_index, query, key, value, scaling):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return tree_attention(q, k, v, pack.layout, scale=scaling, impl="sdpa")[None]
+
+    return run
+
+
+def last_layer(layer, hidden: Tensor, cos_sin: tuple[Tensor, Tensor], pack) -> Tensor:
+    """(T, H) -> (branches, H) with transformers' modules: queries, experts and norm at the read-out rows alone."""
+    attention, rows = layer.self_attn, pack.readout_row
+    normed = layer.input_layernorm(hidden)
+    q, k, v = (
+        project(x).view(len(x), -1, attention.head_dim)
+        for project, x in ((attention.q_proj, normed[rows]), (attention.k_proj, normed), (attention.v_proj, normed))
+    )
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    cos, sin = (x[0] for x in cos_sin)
+    q, _ = apply_rotary_pos_emb(q, q, cos[rows], sin[rows])
+    k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+    attended = tree_attention(q, k, v, pack.layout, scale=attention.scaling, query_row=rows, impl="sdpa")
+    read = hidden[rows] + attention.o_proj(attended.flatten(1))
+    return read + layer.mlp(layer.post_attention_layernorm(read)[None])[0]
+
+
+def ours(case: Case) -> Outcome:
+    """The alignment stage's own code."""
+    scores, metrics, _ = discriminator_gradient(
+        case.discriminator, [case.lesson], case.rollout, case.parts, case.config, ExpertLoad()
+    )
+    student = torch.stack([scores.perception, scores.reasoning])
+    teacher = torch.stack([scores.teacher_perception[0], scores.teacher_reasoning[0]])
+    return Outcome(student, teacher, metrics["loss/discriminator"])
+
+
+# In this order each saving is measured on top of those before it.
+WAYS = (
+    Way("reference's way", "2N scoring passes and 4N passes with a gradient, one sequence each", reference),
+    Way("+ merged pass", "no scoring pass: the update's forward gives the scores", merged_pass),
+    Way("+ teacher once", "two teacher passes instead of 2N", teacher_once),
+    Way("+ image once", "one vision pass; its features serve all sequences", image_once),
+    Way("+ prompt once", "one packed tree: the prompt's tokens once, one batch", prompt_once),
+    Way("+ read-out", "last layer: queries, experts, norm at last tokens only", read_out),
+    Way("ours (+ kernels)", "own routing, experts and attention: the alignment stage's code", ours),
+)
