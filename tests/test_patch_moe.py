@@ -1,0 +1,280 @@
+"""patch_moe and the "prism" experts on stock transformers models: values, gradients, losses, recompute, refusals."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
+    Qwen3VLMoeTextModel,
+    Qwen3VLMoeTextSparseMoeBlock,
+    load_balancing_loss_func,
+)
+
+from prism_kernels import moe_mlp, moe_route
+from prism_kernels.integrations.transformers import patch_moe
+from tests.oracle import assert_as_exact, relative_error
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "moe_intermediate_size": 24,
+    "intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 60,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "pad_token_id": 0,
+}
+
+
+def randomised(module):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+@pytest.fixture
+def block():
+    config = Qwen3VLMoeTextConfig(**SIZES)
+    config._experts_implementation = "eager"
+    made = Qwen3VLMoeTextSparseMoeBlock(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.4)
+    return made
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return randomised(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, norm_topk_prob=True))).train()
+
+
+IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(module, loss):
+    names = [name for name, _ in module.named_parameters()]
+    found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, found) if gradient is not None}
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert relative_error(ours[name], gradient) < tolerance, name
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "prism"])
+def test_block_equals_transformers(block, experts):
+    """Outputs and gradients of the stock block, an expert without tokens included, against ours in its place."""
+    with torch.no_grad():
+        block.gate.weight[3] = -10 * block.gate.weight[:3].abs().sum(0)
+    x = torch.rand(2, 21, 32, requires_grad=True)
+    d_out = torch.randn(2, 21, 32)
+    block.experts.config._experts_implementation = experts
+    stock = block(x)
+    expected = gradients(block, (stock * d_out).sum())
+    (expected_x,) = torch.autograd.grad((block(x) * d_out).sum(), x)
+
+    holder = nn.ModuleDict({"mlp": block})
+    patch = patch_moe(holder)
+    assert patch.fused == ["mlp"] and patch.experts_only == []
+    ours = block(x)
+    assert not patch.stats[0].counts[0, 3]
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
+    assert_same(gradients(block, (ours * d_out).sum()), expected)
+    assert relative_error(torch.autograd.grad((block(x) * d_out).sum(), x)[0], expected_x) < 1e-5
+    patch.remove()
+    assert torch.equal(block(x), stock)
+
+
+def test_bf16_block_errs_no_more_than_transformers(block):
+    """With recorded experts, as near ties fall either way in bf16."""
+    exact = copy.deepcopy(block).double()
+    narrow = copy.deepcopy(block).bfloat16()
+    exact.load_state_dict({name: value.double() for name, value in narrow.state_dict().items()})
+    x = torch.randn(40, 32).bfloat16()
+    _, theirs, index = narrow.gate(x)
+    ours = moe_route(x, narrow.gate.weight, 2, expert_index=index)
+    weight = (x.double() @ exact.gate.weight.T).softmax(-1).gather(1, index)
+    weight = weight / weight.sum(-1, keepdim=True)
+    assert_as_exact(ours.weight, weight, theirs, 0.0, "routing weights")
+    truth = exact.experts(x.double(), index, weight)
+    out = moe_mlp(x, narrow.experts.gate_up_proj, narrow.experts.down_proj, ours)
+    assert_as_exact(out, truth, narrow.experts(x, index, theirs), 1e-4, "output")
+
+
+def test_load_balancing_loss_equals_transformers(block):
+    x = [torch.randn(30, 32), torch.randn(12, 32)]
+    logits = tuple(layer @ block.gate.weight.T for layer in x)
+    expected = load_balancing_loss_func(logits, 4, 2)
+    from prism_kernels import load_balancing_loss
+
+    got = load_balancing_loss([moe_route(layer, block.gate.weight, 2).stats for layer in x], 2)
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (torch.autograd.grad(loss, block.gate.weight)[0] for loss in (got, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_whole_model_and_checkpoint(model, tmp_path):
+    """Same logits, gradients and state dict; the patched model saves a checkpoint that the stock class loads."""
+    stock = model(IDS, labels=IDS)
+    expected = gradients(model, stock.loss)
+    names = list(model.state_dict())
+    patch = patch_moe(model)
+    assert len(patch.fused) == 2 and list(model.state_dict()) == names
+    ours = model(IDS, labels=IDS)
+    torch.testing.assert_close(ours.logits, stock.logits, rtol=1e-4, atol=1e-4)
+    assert_same(gradients(model, ours.loss), expected)
+    model.save_pretrained(tmp_path)
+    again = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(IDS).logits, stock.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_qwen3_vl_moe_text_model():
+    config = Qwen3VLMoeTextConfig(**SIZES, rope_parameters={"rope_type": "default", "mrope_section": [4, 2, 2]})
+    text = randomised(Qwen3VLMoeTextModel(config)).eval()
+    with torch.no_grad():
+        stock = text(IDS).last_hidden_state
+        patch = patch_moe(text)
+        torch.testing.assert_close(text(IDS).last_hidden_state, stock, rtol=1e-4, atol=1e-4)
+    assert len(patch.stats) == 2 and all(stats.counts.sum() == IDS.numel() * 2 for stats in patch.stats)
+
+
+def test_experts_interface_and_unknown_blocks(model):
+    """Experts alone: behind any router, by name or by patching a block that is not known."""
+    stock = model(IDS).logits
+    model.set_experts_implementation("prism")
+    torch.testing.assert_close(model(IDS).logits, stock, rtol=1e-4, atol=1e-4)
+    model.set_experts_implementation("eager")
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("ForeignBlock", (type(layer.mlp),), {})
+    patch = patch_moe(model)
+    assert patch.fused == [] and len(patch.experts_only) == 2
+    torch.testing.assert_close(model(IDS).logits, stock, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="no forward"):
+        patch.load_balancing_loss()
+    patch.remove()
+    with pytest.raises(ValueError, match="load_balancing: the router of Qwen3MoeForCausalLM is not replaced"):
+        patch_moe(model, load_balancing=True)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_loss_and_gradients_under_checkpointing(model, when):
+    """Non-reentrant: the loss of the statistics has the gradient it has without checkpointing."""
+    plain = patch_moe(copy.deepcopy(model), load_balancing=True)
+    loss = plain.model(IDS, labels=IDS).loss + plain.load_balancing_loss()
+    expected = gradients(plain.model, loss)
+    if when == "before":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    patch = patch_moe(model, load_balancing=True)
+    if when == "after":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    first = model(IDS, labels=IDS).loss + patch.load_balancing_loss()
+    other = model(IDS.flip(0), labels=IDS.flip(0)).loss  # its statistics must not come into the recompute of the first
+    torch.testing.assert_close(first, loss)
+    assert_same(gradients(model, first), expected)
+    assert gradients(model, other)
+    patch.remove()
+    torch.testing.assert_close(
+        gradients(model, model(IDS, labels=IDS).loss)["lm_head.weight"], expected["lm_head.weight"]
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recompute_keeps_the_experts(model, monkeypatch, reentrant):
+    """The recompute is handed the experts and kinds of the first pass, whatever the router would choose then."""
+    import prism_kernels.integrations.transformers as integration
+
+    calls = []
+
+    def spy(*args, **kwargs):
+        routing = moe_route(*args, **kwargs)
+        calls.append((kwargs["expert_index"], kwargs["num_kinds"], routing.expert_index))
+        return routing
+
+    monkeypatch.setattr(integration, "moe_route", spy)
+    patch = patch_moe(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with patch.kinds(torch.arange(IDS.numel()).view_as(IDS) % 3, 3):
+        loss = model(IDS, labels=IDS).loss
+    assert patch.stats[0].counts.shape == (3, 4)
+    loss.backward()
+    first, again = calls[:2], calls[2:]
+    assert all(forced is None for forced, *_ in first) and len(again) == 2
+    for forced, num_kinds, _ in again:
+        assert num_kinds == 3 and any(torch.equal(forced, chosen) for *_, chosen in first)
+
+
+def test_reentrant_checkpointing_is_refused_with_the_loss(model):
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="reentrant activation checkpointing cuts the load-balancing loss"):
+        patch_moe(model, load_balancing=True)
+    assert "forward" not in vars(model.model.layers[0].mlp)  # the refusal left the model as it was
+    model.config.output_router_logits = True
+    with pytest.raises(RuntimeError, match="reentrant"):
+        patch_moe(model)
+    model.config.output_router_logits = False
+    model.gradient_checkpointing_disable()
+    patch = patch_moe(model, load_balancing=True)
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    patch.remove()
+    patch = patch_moe(model, load_balancing=False)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="output_router_logits"):
+        model(IDS, output_router_logits=True)
+    model(IDS)
+    with pytest.raises(RuntimeError, match="recorded no gradient"):
+        patch.load_balancing_loss()
+
+
+def test_transformers_own_loss_keeps_working(model):
+    """output_router_logits: the gate is asked too, and its choice of experts is the one that is used."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    stock = model(IDS, labels=IDS, output_router_logits=True)
+    expected = gradients(model, stock.aux_loss)
+    patch = patch_moe(model)
+    ours = model(IDS, labels=IDS, output_router_logits=True)
+    torch.testing.assert_close(ours.aux_loss, stock.aux_loss)
+    assert_same(gradients(model, ours.aux_loss), expected)
+    torch.testing.assert_close(patch.load_balancing_loss(), stock.aux_loss)
+
+
+def test_statistics_of_some_kinds(model):
+    patch = patch_moe(model, load_balancing=True)
+    with patch.kinds(torch.zeros_like(IDS).index_fill_(1, torch.tensor([8]), 1), 2):
+        model(IDS)
+    whole = patch.load_balancing_loss()
+    part = patch.load_balancing_loss(kinds=[0])
+    assert part.requires_grad and part != whole
+    torch.testing.assert_close(patch.load_balancing_loss(kinds=[0, 1]), whole)
+
+
+def test_what_cannot_be_patched(model):
+    with pytest.raises(ValueError, match="model: Linear has no experts"):
+        patch_moe(nn.Linear(3, 3))
+    patch_moe(model)
+    with pytest.raises(ValueError, match="replaced already"):
+        patch_moe(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"has_bias": True}, "biases"), ({"act_fn": nn.GELU()}, "SiLU"), ({"_is_expert_parallel": True}, "parallelism")],
+)
+def test_experts_of_another_kind_are_refused(model, change, what):
+    for name, value in change.items():
+        setattr(model.model.layers[1].mlp.experts, name, value)
+    with pytest.raises(ValueError, match=f"layers.1.mlp.experts have .*{what}"):
+        patch_moe(model)
