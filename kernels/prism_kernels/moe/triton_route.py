@@ -56,9 +56,10 @@ def d_router_options(experts: int, itemsize: int) -> dict[str, int]:
     """``itemsize``: bytes of a probability."""
     if itemsize == 8:
         return {"BLOCK_T": 16, "BLOCK_H": 16, "num_warps": 4}
-    few = padded(experts) <= 32
-    block_t = 32 if padded(experts) <= 64 else 16
-    return {"BLOCK_T": block_t, "BLOCK_H": 64 if few else 32, "num_warps": 4 if few else 8}
+    pad = padded(experts)
+    if pad <= 32:
+        return {"BLOCK_T": 32, "BLOCK_H": 64, "num_warps": 4}
+    return {"BLOCK_T": 32 if pad <= 64 else 16, "BLOCK_H": 32 if pad <= 64 else 16, "num_warps": 8}
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def route_kernel(
         chosen += hit.to(tl.int32)
         total += q
     if RENORMALIZE:
-        weight = weight / total[:, None]
+        weight = weight * (1.0 / total)[:, None]
     tl.store(weight_ptr + flat[:, None] * K + slot[None, :], weight, mask=in_slot)
     if not FORCED:
         tl.store(index_ptr + flat[:, None] * K + slot[None, :], index, mask=in_slot)
