@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, machine
+from benchmarks import harness
+from benchmarks.arguments import Parser, result_path
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,13 +50,6 @@ def shapes(module: ModuleType, given: Sequence[str], device: str) -> list[dict[s
     return chosen
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line: usage is what --help is for."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def parser() -> Parser:
     top = Parser(prog="python -m benchmarks", description=__doc__)
     top.add_argument("op", choices=ops())
@@ -75,11 +67,6 @@ def parser() -> Parser:
     top.add_argument("--base", default=None, metavar="REV", help="compare with this commit, side by side")
     top.add_argument("--dry-run", action="store_true", help="toy machine limits, one round")
     return top
-
-
-def _result_path(op: str, device: str) -> Path:
-    name = f"{time.strftime('%Y%m%d-%H%M', time.gmtime())}-{machine.commit().replace('+', '-dirty')}-{op}.json"
-    return HERE / "results" / machine.slug(machine.device_name(torch.device(device))) / name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=1 if given.dry_run else given.rounds,
         memory=not given.no_memory,
         run_tests=given.tests,
-        json_path=given.json or (_result_path(given.op, given.device) if given.save else None),
+        json_path=given.json or (result_path(given.op, torch.device(given.device)) if given.save else None),
         small=given.dry_run,
     )
     if given.base is not None:

@@ -15,10 +15,10 @@ from benchmarks.measure import Unavailable, graphed
 from benchmarks.peers import attribute, need
 
 TESTS = ["tests/test_group_advantage.py"]
-TINY = {"B": 32, "N": 8}
+TINY = {"B": 64, "N": 16}
 SHAPES: dict[str, list[dict[str, Any]]] = {
-    "published": [{"B": 512, "N": 8}, {"B": 65536, "N": 16}],
-    "cpu": [{"B": 512, "N": 8}],
+    "published": [{"B": 512, "N": 16}, {"B": 65536, "N": 16}],
+    "cpu": [{"B": 512, "N": 16}],
     "tiny": [dict(TINY)],
 }
 GPU_PART = ("advantage", 25)

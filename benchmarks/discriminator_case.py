@@ -86,6 +86,14 @@ class Case:
     def prompt(self) -> Prompt:
         return self.lesson.prompt
 
+    def checkpoint(self, on: bool) -> None:
+        """Whether text layers and vision blocks recompute their activations in the backward."""
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.discriminator.checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self.discriminator.checkpointing = on
+
     def gradients(self) -> dict[str, Tensor]:
         """Those that any way computes; the LM head of a tied model is its embedding."""
         return {name: p.grad for name, p in self.discriminator.named_parameters() if p.grad is not None}
@@ -140,7 +148,7 @@ def model_config(shape: Shape) -> Qwen3VLMoeConfig:
 def build(
     shape: Shape, *, dtype: torch.dtype, device: torch.device, checkpointing: bool = False, seed: int = 0
 ) -> Case:
-    """``checkpointing``: text layers and vision blocks recompute their activations in the backward, in every way."""
+    """``checkpointing``: as :meth:`Case.checkpoint`, in every way."""
     torch.manual_seed(seed)
     config = model_config(shape)
     with device:
@@ -148,13 +156,12 @@ def build(
         spread_weights(model)
         head = torch.randn(shape.hidden) / shape.hidden**0.5
     discriminator = Discriminator(model, head)
-    if checkpointing:
-        discriminator.checkpoint_activations()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     generator = torch.Generator().manual_seed(seed)
     lesson, rollout, parts = draw(shape, config, generator)
     tokens = shape.prompt + sum(len(ids) for pair in [lesson.teacher, *parts] for ids in pair)
-    return Case(shape, model, discriminator, lesson, rollout, parts, align_config(tokens))
+    case = Case(shape, model, discriminator, lesson, rollout, parts, align_config(tokens))
+    case.checkpoint(checkpointing)
+    return case
 
 
 def spread_weights(model: torch.nn.Module) -> None:
@@ -223,9 +230,9 @@ def align_config(tokens_per_pack: int) -> AlignConfig:
     )
 
 
-def moved(case: Case, device: torch.device) -> Case:
-    """The prompt and parts on the model's device, as the reference's way takes them."""
-    prompt = case.prompt
+def moved(case: Case) -> Case:
+    """The prompt and parts on the model's device, where a stock forward takes them; packs move there by themselves."""
+    prompt, device = case.prompt, case.discriminator.head.device
     there = replace(
         prompt,
         input_ids=prompt.input_ids.to(device),

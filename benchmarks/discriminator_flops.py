@@ -1,4 +1,4 @@
-"""Floating-point operations of both ways of the discriminator step, by formula: 2 per multiply-add of every product.
+"""Floating-point operations of every way of the discriminator step, by formula: 2 per multiply-add of every product.
 
 Counted: vision tower (patches, attention, MLP, mergers), projections, attention, router, the k active experts, head.
 Attention counts the rectangle queries x keys of each segment, as dense attention computes it. A backward is two
@@ -58,29 +58,39 @@ def sequence(shape: Shape, length: int) -> Work:
     return Work(repeated=shape.layers * layer(shape, length, length, length**2), other=2 * shape.hidden)
 
 
-def reference_flops(case: Case, *, checkpointing: bool = False) -> float:
-    """2N scoring passes, 4N passes with a gradient, each with its own prompt and image."""
-    shape, root = case.shape, case.shape.prompt
-
-    def pair(parts) -> Work:
-        total = Work()
-        for part in parts:
-            total += vision(shape) + sequence(shape, root + len(part))
-        return total
-
-    teacher = pair(case.lesson.teacher)
-    students = [pair(parts) for parts in case.parts]
-    scoring = sum(work.forward() for work in students)
-    return scoring + sum((work + teacher).trained(checkpointing) for work in students)
-
-
-def ours_flops(case: Case, *, checkpointing: bool = False) -> float:
-    """One packed tree; the last layer at the read-out rows, whose keys are the whole tree's."""
+def tree(case: Case, *, read_out: bool) -> Work:
+    """The text side of one packed tree; ``read_out``: queries and experts of the last layer at read-out rows alone."""
     shape, root = case.shape, case.shape.prompt
     lengths = [len(part) for pair in [case.lesson.teacher, *case.parts] for part in pair]
     tokens = root + sum(lengths)
     pairs = root**2 + sum(length * (root + length) for length in lengths)
-    text = (shape.layers - 1) * layer(shape, tokens, tokens, pairs)
-    text += layer(shape, len(lengths), tokens, len(lengths) * tokens)
-    step = vision(shape) + Work(repeated=text, other=2 * shape.hidden * len(lengths))
-    return step.trained(checkpointing)
+    whole = layer(shape, tokens, tokens, pairs)
+    last = layer(shape, len(lengths), tokens, len(lengths) * tokens) if read_out else whole
+    return Work(repeated=(shape.layers - 1) * whole + last, other=2 * shape.hidden * len(lengths))
+
+
+def flops_of_ways(case: Case, *, checkpointing: bool = False) -> list[float]:
+    """One figure for every way of discriminator_ways.ways(checkpointing), in their order."""
+    shape, image = case.shape, vision(case.shape)
+
+    def total(*pairs, with_image: bool = True) -> Work:
+        work = Work()
+        for part in (part for pair in pairs for part in pair):
+            work += sequence(shape, shape.prompt + len(part)) + (image if with_image else Work())
+        return work
+
+    students, teacher = total(*case.parts), total(case.lesson.teacher)
+    every_teacher = total(*[case.lesson.teacher] * len(case.parts))
+    update = (students + every_teacher).trained(checkpointing)
+    once = image + total(*case.parts, case.lesson.teacher, with_image=False)
+    read = image + tree(case, read_out=True)
+    found = [
+        students.forward() + update,
+        update,
+        (students + teacher).trained(checkpointing),
+        once.trained(checkpointing),
+        (image + tree(case, read_out=False)).trained(checkpointing),
+        read.trained(checkpointing),
+        read.trained(checkpointing),
+    ]
+    return [*found, read.trained(False)] if checkpointing else found

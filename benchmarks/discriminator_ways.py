@@ -1,7 +1,7 @@
-"""One discriminator step (score + update), written in seven ways on the same weights: each saves one thing more.
+"""One discriminator step (score + update), written in several ways on the same weights: each saves one thing more.
 
-Every way takes a Case and returns an Outcome; the gradients are left in the parameters' ``.grad``. Only the last one
-is the trainer's code. The others are plain transformers modules: whole forwards of ``Qwen3VLMoeModel``, its text model
+Every way takes a Case and returns an Outcome; the gradients are left in the parameters' ``.grad``. Only the last ones
+are the trainer's code. The others are plain transformers modules: whole forwards of ``Qwen3VLMoeModel``, its text model
 on image features computed before, its decoder layers on a packed tree.
 """
 
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
 
-from benchmarks.discriminator_case import Case
+from benchmarks.discriminator_case import Case, moved
 from prism_fast.pack import build_pack, mrope_positions
 from prism_fast.policy import ATTENTION, embed
 from prism_fast.routing_metrics import ExpertLoad
@@ -77,7 +78,7 @@ def text_forward(case: Case, features: list[Tensor]) -> Score:
         after = torch.arange(following, following + len(part), device=ids.device).expand(3, -1)
         hidden = case.model.model.language_model(
             inputs_embeds=hidden[None],
-            position_ids=torch.cat([above, after], dim=1)[:, None],
+            position_ids=torch.cat([above.to(ids.device), after], dim=1)[:, None],
             visual_pos_masks=F.pad(is_image, (0, len(part)))[None],
             deepstack_visual_embeds=features[1:],
             use_cache=False,
@@ -117,18 +118,22 @@ def separate(case: Case, score: Score, *, scoring_pass: bool, teacher_once: bool
 
 def reference(case: Case) -> Outcome:
     """2N passes for the scores, then 4N with a gradient: captions and reasonings of every student and its teacher."""
+    case = moved(case)
     return separate(case, whole_forward(case), scoring_pass=True, teacher_once=False)
 
 
 def merged_pass(case: Case) -> Outcome:
+    case = moved(case)
     return separate(case, whole_forward(case), scoring_pass=False, teacher_once=False)
 
 
 def teacher_once(case: Case) -> Outcome:
+    case = moved(case)
     return separate(case, whole_forward(case), scoring_pass=False, teacher_once=True)
 
 
 def image_once(case: Case) -> Outcome:
+    case = moved(case)
     features = image_features(case)
     leaves = [f.detach().requires_grad_() for f in features]
     outcome = separate(case, text_forward(case, leaves), scoring_pass=False, teacher_once=True)
@@ -157,7 +162,11 @@ def tree(case: Case, *, read_out: bool) -> Outcome:
     try:
         for i, layer in enumerate(text.layers):
             if read_out and i == len(text.layers) - 1:
-                hidden = last_layer(layer, hidden[0], cos_sin, pack)
+                arguments = (layer, hidden[0], cos_sin, pack)
+                recompute = case.discriminator.checkpointing
+                hidden = (
+                    checkpoint(last_layer, *arguments, use_reentrant=False) if recompute else last_layer(*arguments)
+                )
                 break
             hidden = layer(hidden, position_embeddings=cos_sin, attention_mask=None, prism=attend(pack))
             if i < len(deepstack):
@@ -209,6 +218,15 @@ def ours(case: Case) -> Outcome:
     return Outcome(student, teacher, metrics["loss/discriminator"])
 
 
+def keep_activations(case: Case) -> Outcome:
+    """As ours; nothing is computed twice in the backward."""
+    case.checkpoint(False)
+    try:
+        return ours(case)
+    finally:
+        case.checkpoint(True)
+
+
 # In this order each saving is measured on top of those before it.
 WAYS = (
     Way("reference's way", "2N scoring passes and 4N passes with a gradient, one sequence each", reference),
@@ -219,3 +237,9 @@ WAYS = (
     Way("+ read-out", "last layer: queries, experts, norm at last tokens only", read_out),
     Way("ours (+ kernels)", "own routing, experts and attention: the alignment stage's code", ours),
 )
+KEPT = Way("ours, activations kept", "no recompute in the backward", keep_activations)
+
+
+def ways(checkpointing: bool) -> tuple[Way, ...]:
+    """Where all ways recompute their activations, one more that does not."""
+    return (*WAYS, KEPT) if checkpointing else WAYS

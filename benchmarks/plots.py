@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks import table
+
 SIZES = ("T", "B", "V", "E", "skew")
 
 
@@ -80,3 +82,39 @@ def _roofline(axis, results: list[dict], limits: dict[str, dict[str, float]]) ->
         axis.plot(x, roof, "k-", label="measured limits")
     axis.set(xlabel="FLOP per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
     axis.legend(fontsize=7)
+
+
+def waterfall(document: dict[str, Any], path: Path) -> None:
+    """The ways of a whole step as bars, longest first; each names its speed-up over the first and over the one before.
+
+    Raises ImportError without matplotlib, ValueError where nothing was timed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    problems = [problem for problem in document["problems"] if problem["status"] == "ok"]
+    if not problems:
+        raise ValueError("plot: the result holds no timed problem")
+    most = max(len(problem["rows"]) for problem in problems)
+    figure, axes = pyplot.subplots(len(problems), 1, figsize=(11, (1.6 + 0.55 * most) * len(problems)), squeeze=False)
+    for axis, problem in zip(axes[:, 0], problems):
+        rows = [row for row in problem["rows"] if "median_s" in row]
+        names = [row["name"] for row in rows]
+        times = [row["median_s"] for row in rows]
+        spread = [[t - row["low_s"] for t, row in zip(times, rows)], [row["high_s"] - t for t, row in zip(times, rows)]]
+        colors = ["tab:green" if row["role"] == "ours" else "tab:blue" for row in rows]
+        axis.barh(names, times, xerr=spread, color=colors, error_kw={"linewidth": 1})
+        for i, row in enumerate(rows):
+            text = f" {table.seconds(row['median_s'])}, {row['flops'] / 1e12:.3g} TFLOP"
+            if i:
+                text += f": {times[0] / times[i]:.1f}x in all, {times[i - 1] / times[i]:.2f}x by this"
+            axis.text(row["high_s"], i, text, va="center", fontsize=9)
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 1.6 * max(times)), xlabel="seconds a step")
+        axis.set_title(f"{problem['title']}\n{document['environment']['device']}, {document['commit']}", fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

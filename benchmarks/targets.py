@@ -138,10 +138,12 @@ def _head() -> Iterator[Target]:
     yield Target(HEAD_CPU, "memory over inputs and outputs", *on_cpu, megabytes, 96, unit="MiB")
     eager = inverse(of("torch eager", "times_ours"))
     yield Target(HEAD_CPU, "policy loss forward + backward, over eager torch", *on_cpu, eager, 1.1)
+    on_cpu = ("cpu", op, "cross_entropy", cpu)
+    yield Target(HEAD_CPU, "cross-entropy forward + backward, over eager torch", *on_cpu, eager, 1.1)
 
 
 def _advantage() -> Iterator[Target]:
-    size = {"B": 512, "N": 8}
+    size = {"B": 512, "N": 16}
     loop = of("loop over groups", "times_ours")
     yield Target(
         ADVANTAGE, "loop over groups, CPU: its time over ours", "cpu", "advantage", "align", size, loop, 20, least=True
