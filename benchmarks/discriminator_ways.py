@@ -1,14 +1,14 @@
 """One discriminator step (score + update), written in several ways on the same weights: each saves one thing more.
 
-Every way takes a Case and returns an Outcome; the gradients are left in the parameters' ``.grad``. Only the last ones
-are the trainer's code. The others are plain transformers modules: whole forwards of ``Qwen3VLMoeModel``, its text model
-on image features computed before, its decoder layers on a packed tree.
+Every way takes a Case and returns {"student" (2, N), "teacher" (2,), "loss"}, fp32, perception before reasoning; the
+gradients are left in the parameters' ``.grad``. Only the last ones are the trainer's code. The others are plain
+transformers modules: whole forwards of ``Qwen3VLMoeModel``, its text model on image features computed before, its
+decoder layers on a packed tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
 
-from benchmarks.discriminator_case import Case, moved
+from benchmarks import step_flops
+from benchmarks.discriminator_case import Case
+from benchmarks.step_flops import Work
+from benchmarks.waterfall import Outcome, Way
 from prism_fast.pack import build_pack, mrope_positions
 from prism_fast.policy import ATTENTION, embed
 from prism_fast.routing_metrics import ExpertLoad
@@ -25,20 +28,6 @@ from prism_kernels import tree_attention
 
 # (caption, reasoning) of one response -> its two scores.
 Score = Callable[[tuple[Tensor, Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    student: Tensor  # (2, N) fp32: perception, reasoning
-    teacher: Tensor  # (2,) fp32
-    loss: float
-
-
-@dataclass(frozen=True)
-class Way:
-    name: str
-    saves: str  # what it no longer computes, one line
-    run: Callable[[Case], Outcome]
 
 
 def pair_loss(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
@@ -113,27 +102,27 @@ def separate(case: Case, score: Score, *, scoring_pass: bool, teacher_once: bool
             student.append(mine.detach())
     if teacher_once:
         shared.backward(leaf.grad)
-    return Outcome(torch.stack(student, dim=1), teacher.detach(), float(loss))
+    return {"student": torch.stack(student, dim=1), "teacher": teacher.detach(), "loss": loss}
 
 
 def reference(case: Case) -> Outcome:
     """2N passes for the scores, then 4N with a gradient: captions and reasonings of every student and its teacher."""
-    case = moved(case)
+    case = case.there()
     return separate(case, whole_forward(case), scoring_pass=True, teacher_once=False)
 
 
 def merged_pass(case: Case) -> Outcome:
-    case = moved(case)
+    case = case.there()
     return separate(case, whole_forward(case), scoring_pass=False, teacher_once=False)
 
 
 def teacher_once(case: Case) -> Outcome:
-    case = moved(case)
+    case = case.there()
     return separate(case, whole_forward(case), scoring_pass=False, teacher_once=True)
 
 
 def image_once(case: Case) -> Outcome:
-    case = moved(case)
+    case = case.there()
     features = image_features(case)
     leaves = [f.detach().requires_grad_() for f in features]
     outcome = separate(case, text_forward(case, leaves), scoring_pass=False, teacher_once=True)
@@ -178,7 +167,7 @@ def tree(case: Case, *, read_out: bool) -> Outcome:
         loss.backward()  # inside: a checkpointed layer reads the configuration again
     finally:
         text.config._attn_implementation = stock
-    return Outcome(student.detach(), score[:2].detach(), float(loss.detach()))
+    return {"student": student.detach(), "teacher": score[:2].detach(), "loss": loss.detach()}
 
 
 def attend(pack):
@@ -215,7 +204,7 @@ def ours(case: Case) -> Outcome:
     )
     student = torch.stack([scores.perception, scores.reasoning])
     teacher = torch.stack([scores.teacher_perception[0], scores.teacher_reasoning[0]])
-    return Outcome(student, teacher, metrics["loss/discriminator"])
+    return {"student": student, "teacher": teacher, "loss": torch.tensor(metrics["loss/discriminator"])}
 
 
 def keep_activations(case: Case) -> Outcome:
@@ -243,3 +232,50 @@ KEPT = Way("ours, activations kept", "no recompute in the backward", keep_activa
 def ways(checkpointing: bool) -> tuple[Way, ...]:
     """Where all ways recompute their activations, one more that does not."""
     return (*WAYS, KEPT) if checkpointing else WAYS
+
+
+def flops_of_ways(case: Case, *, checkpointing: bool = False) -> list[float]:
+    """One figure for every way of :func:`ways`, in their order."""
+    shape, image = case.shape, step_flops.vision(case.shape)
+
+    def separate_passes(*pairs, with_image: bool = True) -> Work:
+        work = Work()
+        for length in (len(part) for pair in pairs for part in pair):
+            work += step_flops.sequence(shape, shape.prompt + length) + step_flops.head(shape, 1, 1)
+            work += image if with_image else Work()
+        return work
+
+    lesson = case.lesson.teacher
+    students, teacher = separate_passes(*case.parts), separate_passes(lesson)
+    update = (students + separate_passes(*[lesson] * len(case.parts))).trained(checkpointing)
+    once = image + separate_passes(*case.parts, lesson, with_image=False)
+    branches = [len(part) for pair in [lesson, *case.parts] for part in pair]
+    scores = image + step_flops.head(shape, len(branches), 1)
+    whole, read = (scores + step_flops.tree(shape, branches, read_out=last) for last in (False, True))
+    found = [
+        students.forward() + update,
+        update,
+        (students + teacher).trained(checkpointing),
+        once.trained(checkpointing),
+        whole.trained(checkpointing),
+        read.trained(checkpointing),
+        read.trained(checkpointing),
+    ]
+    return [*found, read.trained(False)] if checkpointing else found
+
+
+def smallest_margin(case: Case) -> float:
+    """Smallest difference between the k-th and the next router probability, over all tokens and layers."""
+    if case.shape.top_k == case.shape.experts:
+        return float("inf")
+    margins: list[Tensor] = []
+
+    def see(gate: torch.nn.Module, _: tuple, output: tuple[Tensor, ...]) -> None:
+        top = output[0].detach().float().softmax(-1).topk(case.shape.top_k + 1).values
+        margins.append((top[:, -2] - top[:, -1]).min())
+
+    hooks = [layer.mlp.gate.register_forward_hook(see) for layer in case.model.model.language_model.layers]
+    prompt_once(case)
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack(margins).min())

@@ -257,17 +257,20 @@ def _add_memory(op: str, problem: Problem, ready: _Ready, options: Options) -> N
         if options.device.type == "cuda":
             peak, outputs = measure.cuda_peak_bytes(ready.call)
         else:
-            peak, outputs = _child_memory(op, problem, ready.contender.name)
+            request = {"op": op, "problem": problem.name, "shape": problem.shape, "contender": ready.contender.name}
+            peak, outputs = child_memory(request)
     except Unavailable as error:
         ready.row["memory_reason"] = str(error)
         return
     ready.row.update(peak_bytes=peak, output_bytes=outputs)
 
 
-def _child_memory(op: str, problem: Problem, contender: str) -> tuple[int, int]:
-    """In a process of its own: resident memory that others freed would hide what this one takes."""
-    request = json.dumps({"op": op, "problem": problem.name, "shape": problem.shape, "contender": contender})
-    command = [sys.executable, "-m", "benchmarks.memory_child", request]
+def child_memory(request: dict[str, Any]) -> tuple[int, int]:
+    """In a process of its own (memory_child): resident memory that others freed would hide what this one takes.
+
+    Raises Unavailable where that process fails.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory_child", json.dumps(request)]
     paths = [str(machine.ROOT), str(machine.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     child_environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)

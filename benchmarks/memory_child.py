@@ -21,13 +21,18 @@ def find(module: ModuleType, request: dict, shape: dict) -> Contender:
 def main() -> None:
     request = json.loads(sys.argv[1])
     module = importlib.import_module(f"benchmarks.bench_{request['op']}")
-    # Libraries load, threads start and caches fill at a toy size, so that only the problem's own memory is seen.
-    small = {**request["shape"], **module.TINY}
-    find(module, request, small).prepare()()
-    contender = find(module, request, request["shape"])
-    call = contender.prepare()
-    if contender.compiles:
-        call()
+    if "way" in request:  # of a whole step
+        from benchmarks import waterfall
+
+        call = waterfall.memory_call(module.STEP, request)
+    else:
+        # Libraries load, threads start and caches fill at a toy size, so that only the problem's own memory is seen.
+        small = {**request["shape"], **module.TINY}
+        find(module, request, small).prepare()()
+        contender = find(module, request, request["shape"])
+        call = contender.prepare()
+        if contender.compiles:
+            call()
     peak, outputs = measure.rss_peak_bytes(call)
     print(json.dumps({"peak_bytes": peak, "output_bytes": outputs}))
 

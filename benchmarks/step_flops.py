@@ -1,0 +1,73 @@
+"""Floating-point operations of a whole step, by formula: 2 per multiply-add of every product.
+
+Counted: vision tower (patches, attention, MLP, mergers), projections, attention, router, the k active experts, head.
+Attention counts the rectangle queries x keys of each segment, as dense attention computes it. A backward is two
+products per product of its forward; the patch embedding needs no gradient of its input. Elementwise work is not
+counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.step_case import MERGE, PATCH, TEMPORAL, Shape
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one forward: ``repeated`` lies in checkpointed blocks, ``no_input`` has no gradient of its input."""
+
+    repeated: float = 0.0
+    other: float = 0.0
+    no_input: float = 0.0
+
+    def __add__(self, more: Work) -> Work:
+        return Work(self.repeated + more.repeated, self.other + more.other, self.no_input + more.no_input)
+
+    def forward(self) -> float:
+        return self.repeated + self.other + self.no_input
+
+    def trained(self, checkpointing: bool) -> float:
+        """Forward and backward; under activation checkpointing the blocks' forward once more."""
+        return (4 if checkpointing else 3) * self.repeated + 3 * self.other + 2 * self.no_input
+
+
+def vision(shape: Shape) -> Work:
+    """One image."""
+    patches, width = shape.grid[0] * shape.grid[1], shape.vision_hidden
+    merged = width * MERGE**2
+    block = patches * (4 * width**2 + 2 * width * shape.vision_inner) + 2 * patches**2 * width
+    merger = patches // MERGE**2 * (merged**2 + merged * shape.hidden)
+    return Work(
+        repeated=2 * shape.vision_depth * block,
+        other=2 * (1 + len(shape.deepstack)) * merger,
+        no_input=2 * patches * 3 * TEMPORAL * PATCH**2 * width,
+    )
+
+
+def layer(shape: Shape, queries: int, keys: int, pairs: int) -> float:
+    """One decoder layer: rows whose output is computed, rows whose key and value are, query-key pairs."""
+    inner = shape.heads * shape.head_dim
+    projections = queries * 2 * shape.hidden * inner + keys * 2 * shape.hidden * shape.kv_heads * shape.head_dim
+    mlp = queries * (shape.top_k * 3 * shape.hidden * shape.inner + shape.hidden * shape.experts)
+    return 2 * (projections + mlp + 2 * pairs * inner)
+
+
+def sequence(shape: Shape, length: int) -> Work:
+    """The text side of one sequence, without a head."""
+    return Work(repeated=shape.layers * layer(shape, length, length, length**2))
+
+
+def tree(shape: Shape, branches: Sequence[int], *, read_out: bool = False) -> Work:
+    """The text side of one packed tree; ``read_out``: queries and MLP of the last layer at read-out rows alone."""
+    root, tokens = shape.prompt, shape.prompt + sum(branches)
+    pairs = root**2 + sum(length * (root + length) for length in branches)
+    whole = layer(shape, tokens, tokens, pairs)
+    last = layer(shape, len(branches), tokens, len(branches) * tokens) if read_out else whole
+    return Work(repeated=(shape.layers - 1) * whole + last)
+
+
+def head(shape: Shape, rows: int, outputs: int) -> Work:
+    """``rows`` hidden states to ``outputs`` numbers each."""
+    return Work(other=2 * rows * shape.hidden * outputs)

@@ -1,0 +1,328 @@
+"""A whole training step, written in several ways on the same weights and data: each saves one thing more.
+
+The first way is the reference's, the last ones are ours. All ways first run in fp32: where outputs or gradients differ
+from the first's, no time is shown. Then all run in turn, round by round. bench_<step>.py describes a step; the result
+is a document of harness.py's schema whose one problem per shape is named "step".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, machine, measure, table
+from benchmarks.arguments import Parser, result_path
+from benchmarks.harness import DTYPES, Tolerance
+from benchmarks.step_case import Shape
+
+Outcome = dict[str, Tensor]
+
+EXPERTS = ("eager", "grouped_mm")  # transformers' own implementations
+TOLERANCE = Tolerance("relative", ours=1e-5, peer=1e-5)
+# Two router probabilities this close may change places by rounding: some ten times that of fp32.
+NEAR_TIE = 3e-6
+SEEDS = 16
+# What the agreement of a large model is checked on: every part of it, few of its layers and responses.
+CHECKED_LAYERS, CHECKED_RESPONSES = 4, 3
+
+
+@dataclass(frozen=True)
+class Way:
+    """``run(case)`` returns {output: tensor} and leaves gradients in the parameters."""
+
+    name: str
+    saves: str  # what it no longer computes, one line
+    run: Callable[[Any], Outcome]
+
+
+@dataclass(frozen=True)
+class Step:
+    """``build(shape, dtype=, device=, checkpointing=, seed=)`` -> a case with ``shape``, ``module`` and ``few(count)``.
+
+    ``ways(checkpointing)`` and ``flops(case, checkpointing=)`` list the ways and their operations in the same order.
+    ``margin(case)``: how near to a tie a router comes, for models that have one: near ties fall either way, and then
+    two right ways differ.
+    """
+
+    op: str
+    title: str
+    shapes: dict[str, Shape]
+    default: dict[str, tuple[str, ...]]  # by device
+    build: Callable[..., Any]
+    ways: Callable[[bool], tuple[Way, ...]]
+    flops: Callable[..., list[float]]
+    margin: Callable[[Any], float] | None = None
+
+
+def run(case: Any, way: Way) -> Outcome:
+    """The step, its gradients new."""
+    for parameter in case.module.parameters():
+        parameter.grad = None
+    return way.run(case)
+
+
+def gradients(case: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in case.module.named_parameters() if p.grad is not None}
+
+
+def main(step: Step, arguments: Sequence[str] | None = None) -> int:
+    top = parser(step)
+    given = top.parse_args(arguments)
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        top.error("--device cuda: there is no CUDA device; use --device cpu")
+    names = ("mini",) if given.dry_run else given.shape or step.default[device.type]
+    dtype = DTYPES[given.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    given.rounds = 1 if given.dry_run else given.rounds
+    given.memory = not (given.no_memory or given.dry_run)
+    path = given.json or (result_path(step.op, device) if given.save else None)
+    document = {
+        "schema": harness.SCHEMA,
+        "op": step.op,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": machine.commit(),
+        "environment": machine.environment(device),
+        "tests": None,
+        "limits": {},
+        "problems": [],
+    }
+    for name in names:
+        document["problems"].append(problem(step, name, dtype, device, given))
+        harness.save(document, path)
+        print("\n".join(lines(document["problems"][-1])), flush=True)
+    status = harness.exit_status(document)
+    if status:
+        print("refused: ways that disagree show no time", file=sys.stderr)
+    elif given.plot is not None:
+        from benchmarks.plots import waterfall
+
+        waterfall(document, given.plot)
+    harness.print_json(document)
+    return status
+
+
+def parser(step: Step) -> Parser:
+    top = Parser(prog=f"python -m benchmarks {step.op}", description=__doc__.split("\n")[0])
+    names = sorted(step.shapes)
+    shown = ", ".join(f"{'+'.join(found)} on {device}" for device, found in step.default.items())
+    top.add_argument("--shape", action="append", choices=names, help=f"repeatable; default: {shown}")
+    top.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    top.add_argument("--dtype", choices=("fp32", "bf16"), help="of the timed steps; default: bf16 on a GPU, else fp32")
+    top.add_argument("--experts", choices=("fastest", *EXPERTS), default="fastest", help="of the stock modules")
+    top.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="default: for --shape gpu")
+    top.add_argument("--rounds", type=int, help="instead of --seconds")
+    top.add_argument("--seconds", type=float, default=300.0, help="timing of all ways of a shape; at least 5 rounds")
+    top.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    top.add_argument("--json", type=Path, help="also write the result here, shape by shape")
+    top.add_argument("--save", action="store_true", help="write the result where RESULTS.md is made from")
+    top.add_argument("--plot", type=Path, help="PNG: the waterfall")
+    top.add_argument("--dry-run", action="store_true", help="one round at a toy size")
+    return top
+
+
+def problem(
+    step: Step, name: str, dtype: torch.dtype, device: torch.device, given: argparse.Namespace
+) -> dict[str, Any]:
+    """Agreement in fp32, then times in ``dtype``. A refused result carries no times."""
+    shape = step.shapes[name]
+    recompute = name == "gpu" if given.recompute is None else given.recompute
+    checked = shape
+    if shape.layers > CHECKED_LAYERS:
+        checked = replace(shape, layers=CHECKED_LAYERS, responses=min(shape.responses, CHECKED_RESPONSES))
+    case = without_near_ties(step, checked, device, recompute)
+    ways = step.ways(recompute)
+    rows = [{"name": way.name, "role": role(way), "status": "ok", "saves": way.saves} for way in ways]
+    wrong = check(case, ways, rows)
+    result = {
+        "name": "step",
+        "title": step.title,
+        "shape": {"dtype": str(dtype).removeprefix("torch."), "recompute": recompute, **asdict(shape)},
+        "checked": {"dtype": "float32", "layers": checked.layers, "responses": checked.responses},
+        "status": "refused" if wrong else "ok",
+        "flops": 0.0,
+        "bytes": 0.0,
+        "rows": rows,
+    }
+    if wrong:
+        return {**result, "reason": wrong}
+    if checked is not shape or dtype != torch.float32:
+        del case
+        measure.free(device)
+        case = step.build(shape, dtype=dtype, device=device, checkpointing=recompute)
+    flops = step.flops(case, checkpointing=recompute)
+    weights = sum(p.numel() * p.element_size() for p in case.module.parameters())
+    # Weights and their gradients once: a step's fewest bytes.
+    ours = next(i for i, row in enumerate(rows) if row["role"] == "ours")
+    result.update(flops=flops[ours], reference_flops=flops[0], bytes=2.0 * weights)
+    if shape.experts:
+        result["experts"] = fastest_experts(case, ways[1]) if given.experts == "fastest" else given.experts
+        case.module.model.set_experts_implementation(result["experts"])
+    add_times(case, ways, ours, rows, flops, given)
+    for way, row in zip(ways, rows):
+        if given.memory and "median_s" in row:
+            add_memory(step, name, case, way, row, result["shape"])
+    return result
+
+
+def role(way: Way) -> str:
+    return "ours" if way.name.startswith("ours") else "peer"
+
+
+def without_near_ties(step: Step, shape: Shape, device: torch.device, recompute: bool) -> Any:
+    """Model and data in fp32 of the first seed without a near tie of the router.
+
+    Raises RuntimeError where none of the seeds is without one.
+    """
+    margin = 0.0
+    for seed in range(SEEDS):
+        case = step.build(shape, dtype=torch.float32, device=device, checkpointing=recompute, seed=seed)
+        if step.margin is None:
+            return case
+        case.module.model.set_experts_implementation(EXPERTS[0])
+        margin = step.margin(case)
+        if margin > NEAR_TIE:
+            return case
+    raise RuntimeError(f"router: near ties with every one of {SEEDS} seeds, the last one's margin is {margin:.1e}")
+
+
+def check(case: Any, ways: Sequence[Way], rows: list[dict[str, Any]]) -> str:
+    """Every way against the first: adds each row's errors, and returns what is wrong, or ""."""
+    wrong = []
+    truth: Outcome = {}
+    true_gradients: dict[str, Tensor] = {}
+    for i, (way, row) in enumerate(zip(ways, rows)):
+        print(f"agreement {i + 1}/{len(ways)}: {way.name}", file=sys.stderr, flush=True)
+        outcome = {name: value.detach().cpu() for name, value in run(case, way).items()}
+        mine = {name: value.clone() for name, value in gradients(case).items()}
+        if i == 0:
+            truth, true_gradients = {name: value.double() for name, value in outcome.items()}, mine
+        errors = {name: TOLERANCE.error(outcome[name], truth[name]) for name in truth}
+        errors["gradient"] = gradient_error(mine, true_gradients)
+        row["errors"] = {name: {"metric": TOLERANCE.metric, "value": value} for name, value in errors.items()}
+        bad = [name for name, value in errors.items() if not value <= TOLERANCE.ours]  # NaN is bad
+        if bad:
+            row["status"] = "wrong"
+            row["reason"] = ", ".join(f"{name} {errors[name]:.1e} > {TOLERANCE.ours:.0e}" for name in bad)
+            wrong.append(f"{way.name}: {row['reason']}")
+    return "; ".join(wrong)
+
+
+def gradient_error(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """The worst parameter's: a small one counts as much as a large one. A missing gradient is a wrong one."""
+    if mine.keys() != truth.keys():
+        return float("inf")
+    return max(TOLERANCE.error(mine[name], truth[name].double()) for name in truth)
+
+
+def fastest_experts(case: Any, way: Way) -> str:
+    """Of transformers' implementations, by ``way`` with one response; the second of two runs counts."""
+    seconds = {}
+    timer, sample = measure.Timer(next(case.module.parameters()).device), case.few(1)
+    for name in EXPERTS:
+        case.module.model.set_experts_implementation(name)
+        try:
+            run(sample, way)
+        except (NotImplementedError, RuntimeError, ImportError) as error:
+            print(f"experts {name}: cannot run here ({measure.short(error)})", file=sys.stderr)
+            continue
+        seconds[name] = timer.once(lambda: run(sample, way))
+    return min(seconds, key=seconds.get)
+
+
+def add_times(
+    case: Any, ways: Sequence[Way], ours: int, rows: list[dict[str, Any]], flops: list[float], given: argparse.Namespace
+) -> None:
+    calls = {way.name: lambda way=way: run(case, way) for way in ways}
+    print(f"timing {len(ways)} ways in turn", file=sys.stderr, flush=True)
+    timer = measure.Timer(next(case.module.parameters()).device)
+    samples, failed = measure.interleave(calls, timer, given.seconds, given.rounds, warmups=1)
+    mine = samples.get(ways[ours].name)
+    for i, (way, row, work) in enumerate(zip(ways, rows, flops)):
+        row["flops"] = work
+        if way.name in failed:
+            row.update(status="failed", reason=failed[way.name])
+            continue
+        summary = measure.Summary.of(samples[way.name])
+        row.update(median_s=summary.median, low_s=summary.low, high_s=summary.high, samples=summary.samples)
+        row["tflops"] = work / summary.median / 1e12
+        if mine is not None and i != ours:
+            ratios = measure.Summary.of([theirs / our for theirs, our in zip(samples[way.name], mine)])
+            row["times_ours"], row["times_ours_low"], row["times_ours_high"] = ratios.median, ratios.low, ratios.high
+
+
+def add_memory(step: Step, name: str, case: Any, way: Way, row: dict[str, Any], shape: dict[str, Any]) -> None:
+    """Peak over weights and data; the gradients are its outputs. On a CPU in a process of its own."""
+    if next(case.module.parameters()).device.type == "cuda":
+        run(case, way)
+        for parameter in case.module.parameters():
+            parameter.grad = None
+        peak, outputs = measure.cuda_peak_bytes(lambda: with_gradients(case, way))
+    else:
+        request = {"op": step.op, "shape": name, "way": way.name} | {key: shape[key] for key in ("dtype", "recompute")}
+        try:
+            peak, outputs = harness.child_memory(request)
+        except measure.Unavailable as error:
+            row["memory_reason"] = str(error)
+            return
+    row.update(peak_bytes=peak, output_bytes=outputs)
+
+
+def with_gradients(case: Any, way: Way) -> Outcome:
+    outcome = run(case, way)
+    return {**outcome, **gradients(case)}
+
+
+def memory_call(step: Step, request: dict[str, Any]) -> Callable[[], Outcome]:
+    """For memory_child: the call to measure; libraries are loaded and threads started by a toy step before."""
+    options = {
+        "dtype": getattr(torch, request["dtype"]),
+        "device": torch.device("cpu"),
+        "checkpointing": request["recompute"],
+    }
+    way = next(way for way in step.ways(request["recompute"]) if way.name == request["way"])
+    run(step.build(step.shapes["mini"], **options), way)
+    case = step.build(step.shapes[request["shape"]], **options)
+    return lambda: with_gradients(case, way)
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """One line a way: time, what all savings so far brought, what this one did, operations, memory, errors."""
+    shape, checked = result["shape"], result["checked"]
+    sizes = ("dtype", "layers", "hidden", "experts", "inner", "vocab", "responses", "prompt", "caption", "reasoning")
+    found = [f"\n{result['title']}: {table.shape({key: shape[key] for key in sizes})}"]
+    if result["status"] == "ok":
+        size = f"{checked['layers']} layers and {checked['responses']} responses"
+        found.append(f"  all ways agree in fp32 on {size}; errors are against the first")
+        recompute = "recomputed" if shape["recompute"] else "kept"
+        stock = f"stock experts: {result['experts']}; " if "experts" in result else ""
+        found.append(f"  {stock}activations: {recompute}")
+    else:
+        found.append(f"  {result['status']}, no time is shown: {result['reason']}")
+    width = max(len(row["name"]) for row in result["rows"])
+    timed = [row["median_s"] for row in result["rows"] if "median_s" in row]
+    before = None
+    for row in result["rows"]:
+        cells = [f"  {row['name']:<{width}}"]
+        if "median_s" in row:
+            spread = (row["high_s"] - row["low_s"]) / row["median_s"]
+            alone = f"{before / row['median_s']:5.2f}x by this" if before else " " * 14
+            cells.append(f"{table.seconds(row['median_s']):>8} (IQR {spread:4.0%}, n {row['samples']})")
+            cells.append(f"{timed[0] / row['median_s']:6.2f}x in all, {alone}")
+            cells.append(f"{row['flops'] / 1e12:7.3g} TFLOP at {row['tflops']:.3g} TFLOP/s")
+            before = row["median_s"]
+        if "peak_bytes" in row:
+            cells.append(f"peak {table.size(row['peak_bytes'])} (gradients {table.size(row['output_bytes'])})")
+        elif "memory_reason" in row:
+            cells.append(f"memory not measured: {row['memory_reason']}")
+        if row["status"] != "ok":
+            cells.append(row["reason"])
+        found.append("  ".join([*cells, f"error {table.error_text(row)}", row["saves"]]))
+    return found
