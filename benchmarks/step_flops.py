@@ -16,21 +16,31 @@ from benchmarks.step_case import MERGE, PATCH, TEMPORAL, Shape
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one forward: ``repeated`` lies in checkpointed blocks, ``no_input`` has no gradient of its input."""
+    """FLOPs of one forward: ``repeated`` lies in checkpointed blocks, ``no_input`` has no gradient of its input.
+
+    ``last``: the part of ``repeated`` that a recompute leaves out, products that end a block: no backward reads them.
+    """
 
     repeated: float = 0.0
     other: float = 0.0
     no_input: float = 0.0
+    last: float = 0.0
 
     def __add__(self, more: Work) -> Work:
-        return Work(self.repeated + more.repeated, self.other + more.other, self.no_input + more.no_input)
+        return Work(
+            self.repeated + more.repeated,
+            self.other + more.other,
+            self.no_input + more.no_input,
+            self.last + more.last,
+        )
 
     def forward(self) -> float:
         return self.repeated + self.other + self.no_input
 
     def trained(self, checkpointing: bool) -> float:
         """Forward and backward; under activation checkpointing the blocks' forward once more."""
-        return (4 if checkpointing else 3) * self.repeated + 3 * self.other + 2 * self.no_input
+        recompute = self.repeated - self.last if checkpointing else 0.0
+        return 3 * self.repeated + recompute + 3 * self.other + 2 * self.no_input
 
 
 def vision(shape: Shape) -> Work:
@@ -43,6 +53,7 @@ def vision(shape: Shape) -> Work:
         repeated=2 * shape.vision_depth * block,
         other=2 * (1 + len(shape.deepstack)) * merger,
         no_input=2 * patches * 3 * TEMPORAL * PATCH**2 * width,
+        last=2 * shape.vision_depth * patches * width * shape.vision_inner,
     )
 
 
@@ -54,9 +65,16 @@ def layer(shape: Shape, queries: int, keys: int, pairs: int) -> float:
     return 2 * (projections + mlp + 2 * pairs * inner)
 
 
+def down(shape: Shape, rows: int) -> float:
+    """The last product of a dense layer. Experts have none: their routing weights read it."""
+    return 0.0 if shape.experts else 2.0 * rows * shape.hidden * shape.inner
+
+
 def sequence(shape: Shape, length: int) -> Work:
     """The text side of one sequence, without a head."""
-    return Work(repeated=shape.layers * layer(shape, length, length, length**2))
+    return Work(
+        repeated=shape.layers * layer(shape, length, length, length**2), last=shape.layers * down(shape, length)
+    )
 
 
 def tree(shape: Shape, branches: Sequence[int], *, read_out: bool = False) -> Work:
@@ -65,7 +83,8 @@ def tree(shape: Shape, branches: Sequence[int], *, read_out: bool = False) -> Wo
     pairs = root**2 + sum(length * (root + length) for length in branches)
     whole = layer(shape, tokens, tokens, pairs)
     last = layer(shape, len(branches), tokens, len(branches) * tokens) if read_out else whole
-    return Work(repeated=(shape.layers - 1) * whole + last)
+    ends = (shape.layers - 1) * down(shape, tokens) + down(shape, len(branches) if read_out else tokens)
+    return Work(repeated=(shape.layers - 1) * whole + last, last=ends)
 
 
 def head(shape: Shape, rows: int, outputs: int) -> Work:
