@@ -89,7 +89,8 @@ class Policy:
         objective = self.objective
         if objective.aggregate == "token_mean":
             return 1 / (self.count.sum() if normalizer is None else normalizer)
-        divisor = self.count.new_tensor(self.count.shape[0]) if normalizer is None else normalizer
+        # new_full, as new_tensor would copy from the host and wait for it
+        divisor = self.count.new_full((), self.count.shape[0]) if normalizer is None else normalizer
         if objective.aggregate == "fixed_length":
             divisor = divisor * objective.max_length
         if objective.aggregate == "sequence_mean":

@@ -16,8 +16,8 @@ from prism_kernels.linear_logprob.engine import Head, RowKernels, Upstream
 from prism_kernels.linear_logprob.objectives import LinearLogprob
 from prism_kernels.tables import tuned
 
-# (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 4 fp64 a thread and step; more fp64 spills on sm_80.
-BLOCKS = {4: (4096, 8), 8: (1024, 8)}
+# (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 2 fp64 a thread and step; more fp64 spills on sm_80.
+BLOCKS = {4: (4096, 8), 8: (512, 8)}
 
 
 def block_options(kernel: str, itemsize: int) -> dict[str, int]:

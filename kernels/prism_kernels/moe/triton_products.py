@@ -25,7 +25,8 @@ def _dot(a, b, acc):
     """acc + a @ b; 16-bit operands with fp32 sums, others in full precision."""
     if a.dtype.primitive_bitwidth == 16:
         return tl.dot(a, b, acc)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:  # triton 3.6 compiles what follows such a return
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -44,12 +44,13 @@ def route_options(experts: int, itemsize: int) -> dict[str, int]:
 
 
 def order_options(experts: int) -> dict[str, int]:
-    return {"BLOCK_T": block_tokens(experts), "num_warps": 4}
+    return {"BLOCK_T": block_tokens(experts), "num_warps": 8 if padded(experts) == 64 else 4}
 
 
 def d_logits_options(experts: int, itemsize: int) -> dict[str, int]:
     """``itemsize``: bytes of a probability."""
-    return {"BLOCK_T": max(1, min(32, 4096 // itemsize // padded(experts))), "num_warps": 4}
+    warps = 8 if padded(experts) >= 128 and itemsize == 8 else 4
+    return {"BLOCK_T": max(1, min(32, 4096 // itemsize // padded(experts))), "num_warps": warps}
 
 
 def d_router_options(experts: int, itemsize: int) -> dict[str, int]:
@@ -67,7 +68,8 @@ def _dot(a, b, acc):
     """acc + a @ b; 16-bit operands on tensor cores with fp32 sums, others in full precision."""
     if a.dtype == b.dtype and a.dtype.primitive_bitwidth == 16:
         return tl.dot(a, b, acc)
-    return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:  # triton 3.6 compiles what follows such a return
+        return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -75,7 +77,8 @@ def _dot_exact(a, b, acc):
     """acc + a @ b of wide operands; fp32 in three tf32 products, good to 2^-21, as a full-precision one spills here."""
     if acc.dtype == tl.float64:
         return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit
