@@ -173,8 +173,16 @@ def run_problem(op: str, problem: Problem, options: Options, timer: Timer) -> di
         if options.memory and name in samples and ready.contender.role != "limit":
             _add_memory(op, problem, ready, options)
         if name in samples and ready.contender.extra is not None:
-            ready.row["extra"] = ready.contender.extra()
+            _add_extra(ready)
     return result
+
+
+def _add_extra(ready: _Ready) -> None:
+    """A figure that cannot be had costs neither the times nor the other rows."""
+    try:
+        ready.row["extra"] = ready.contender.extra()
+    except Exception as error:  # noqa: BLE001 - a profiler, or a peer out of memory; the row says what
+        ready.row["extra_reason"] = measure.short(error)
 
 
 def check_ours(problem: Problem) -> _Ready:
@@ -215,6 +223,10 @@ def _check(problem: Problem, rows: list[_Ready]) -> None:
         except Exception as error:  # noqa: BLE001 - as above
             ready.row.update(status="failed", reason=measure.short(error))
             ready.call = None
+        if ready.call is None:  # not inside except, which keeps what the contender had allocated
+            device = next(iter(truth.values())).device
+            measure.free(device)
+            measure.require_alive(device, ready.contender.name)
             continue
         ready.row["errors"] = {
             name: {"metric": problem.tolerances[name].metric, "value": error if math.isfinite(error) else None}
@@ -259,8 +271,8 @@ def _add_memory(op: str, problem: Problem, ready: _Ready, options: Options) -> N
         else:
             request = {"op": op, "problem": problem.name, "shape": problem.shape, "contender": ready.contender.name}
             peak, outputs = child_memory(request)
-    except Unavailable as error:
-        ready.row["memory_reason"] = str(error)
+    except (Unavailable, RuntimeError) as error:
+        ready.row["memory_reason"] = str(error) if isinstance(error, Unavailable) else measure.short(error)
         return
     ready.row.update(peak_bytes=peak, output_bytes=outputs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from benchmarks.harness import Contender
 from benchmarks.linear_data import CLIP, Head, policy_glue
 from benchmarks.measure import Unavailable
-from benchmarks.peers import attribute, need, need_alone
+from benchmarks.peers import attribute, need, need_alone, stand_in
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,6 +50,9 @@ def _verl(head: Head) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def _trl(head: Head, entropy: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     module = need("trl.kernels.chunked_logprob", "trl")
     op = attribute(module, "ChunkedLogProbFunction", "trl").apply
+    # Its backward imports one function of its trainers (accelerate, datasets, ...): it gathers a head that DeepSpeed
+    # split, and there is none here.
+    stand_in("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *parameters: nullcontext())
     chunk = 32768  # words, as its trainers pass
     outputs = ("entropy",) if entropy else ()
     return lambda hidden, weight: op(hidden, weight, None, head.targets, 1.0, chunk, None, 1.0, outputs)
@@ -57,6 +61,12 @@ def _trl(head: Head, entropy: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, 
 def _liger_scaled(head: Head, entropy: bool) -> Callable[[Tensor, Tensor], tuple[Tensor, ...] | Tensor]:
     module = need("liger_kernel.ops", "liger-kernel")
     op = attribute(module, "LigerFusedLinearScaledCrossEntropyFunction", "liger-kernel").apply
+    device = head.hidden.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        # What it loads at the first call on Hopper, where it has no other path: needs nvidia-cutlass-dsl.
+        need("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", "liger-kernel")
+        if head.hidden.dtype != torch.bfloat16:
+            raise Unavailable("takes bf16 alone on Hopper")
     return lambda hidden, weight: op(hidden, weight, head.targets, 1.0, -100, 1, entropy)
 
 

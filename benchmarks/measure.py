@@ -90,7 +90,8 @@ def interleave(
         except Exception as error:  # noqa: BLE001 - a peer may raise anything; its row says what, the others go on
             failed[name] = short(error)
             del alive[name]
-            return None
+        require_alive(timer.device, name)
+        return None
 
     estimate = 0.0
     for name, call in list(alive.items()):
@@ -99,7 +100,7 @@ def interleave(
                 attempt(name, lambda call=call: timer.once(call))
         if name in alive:
             repeats[name] = attempt(name, lambda call=call: timer.repeats(call))
-        if name in alive:
+        if name in alive and rounds is None:
             estimate += (attempt(name, lambda call=call: timer.once(call)) or 0.0) * repeats[name]
     count = rounds or max(5, min(100, int(seconds / max(estimate, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in alive}
@@ -109,6 +110,17 @@ def interleave(
             if value is not None:
                 samples[name].append(value)
     return {name: values for name, values in samples.items() if name in alive}, failed
+
+
+def require_alive(device: torch.device, who: str) -> None:
+    """Raises RuntimeError where the GPU no longer answers: after an illegal access every later call of the process
+    fails, whoever made it."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise RuntimeError(f"{who} has broken the CUDA context ({short(error)}); run again without it") from error
 
 
 def short(error: BaseException) -> str:

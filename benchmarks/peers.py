@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +61,37 @@ def need_alone(module: str, package: str, gpu: torch.device | None = None) -> Mo
         return importlib.import_module(module)
     except ImportError as error:
         raise Unavailable(f"{package} {version(package)} does not import: {error}") from error
+
+
+def stand_in(module: str, **attributes: Any) -> None:
+    """Where ``module`` does not import, a module of that name with these attributes takes its place."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        bare = ModuleType(module)
+        vars(bare).update(attributes)
+        sys.modules[module] = bare
+
+
+def function_alone(module: str, name: str, package: str, **names: Any) -> Callable[..., Any]:
+    """One function out of a module whose imports may be missing: its source, without decorators, run with ``names``.
+
+    For functions that use nothing of their module but those names.
+    """
+    _need_installed(module, package)
+    top, *rest = module.split(".")
+    folder = importlib.util.find_spec(top).submodule_search_locations[0]
+    path = Path(folder, *rest).with_suffix(".py")
+    if not path.exists():
+        raise Unavailable(f"{package} {version(package)} has no {module}")
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            node.decorator_list = []
+            code = compile(ast.Module([node], type_ignores=[]), str(path), "exec")
+            values = dict(names)
+            exec(code, values)
+            return values[name]
+    raise Unavailable(f"{package} {version(package)} has no {module}.{name}")
 
 
 def attribute(module: ModuleType, name: str, package: str) -> Any:
