@@ -5,6 +5,8 @@ part writes benchmarks/results/<gpu>/<date>-<commit>-<part>.json as it goes; RES
 A bench_<op>.py brings its part: ``GPU_PART = (name, seconds)``, ``GPU_ARGUMENTS = [...]``, and either ``problems`` (run
 by the harness) or a ``main`` that takes ``--json FILE``, ``--device`` and ``--dry-run``.
 
+A part out of time is asked to stop, as by Ctrl-C, and keeps what it has written; ``--part moe=300`` gives it more.
+
 Uses this Python and its torch, and installs nothing. ``--dry-run`` walks through every part on a CPU at toy sizes.
 """
 
@@ -24,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ ROOT = HERE.parent
 TOTAL_SECONDS = 525  # of the 540 that a session has; the rest is start and report
 DRY_RUN_PATIENCE = 4  # times the budgets: a dry run looks for mistakes, and Triton's interpreter is slow
 TAIL = 40  # lines of a part's output that its result keeps
+GRACE_SECONDS = 8  # for a part that ran out of time to write what it has
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ def parts(dry_run: bool) -> list[Part]:
     pytest += ("--junitxml", "{xml}", *(("--collect-only", "-q") if dry_run else ()))
     found = [
         Part("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 30),
-        Part("tests-gpu", (*pytest, *_workers(4), "-m", "gpu"), 90, "tests"),
+        # Most of their time compiles kernels: as many workers as there are cores, up to what one GPU's memory bears.
+        Part("tests-gpu", (*pytest, *_workers(min(8, os.cpu_count() or 1)), "-m", "gpu"), 150, "tests"),
         *_benchmarks(dry_run, device),
     ]
     # Triton's interpreter stands in for the GPU in a dry run.
@@ -64,9 +69,11 @@ def parts(dry_run: bool) -> list[Part]:
     interpreter = {"TRITON_INTERPRET": "1"} if dry_run else {}
     for tool in ("memcheck", "racecheck"):
         how = ("--device", "cpu") if dry_run else ("--tool", tool)
-        found.append(Part(tool, (*sanitize, *how), 60, "sanitizer", environment=interpreter))
+        found.append(Part(tool, (*sanitize, *how), 120, "sanitizer", environment=interpreter))
     everything = (*pytest, *_workers(os.cpu_count() or 1), "-m", "not gpu and not slow")
-    found.append(Part("tests-all", everything, 60, "tests", environment={"OMP_NUM_THREADS": "1"}))
+    # As CI runs them, on the versions that are here: without the GPU, which would change the trainer's dtype.
+    hidden = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found.append(Part("tests-all", everything, 150, "tests", environment=hidden))
     how = ("--dry-run",) if dry_run else ()
     found.append(Part("tune", (*run, "benchmarks.tune", *how), 240, "tune", environment=interpreter))
     return found
@@ -110,14 +117,24 @@ def _constants(path: Path) -> dict[str, Any]:
 
 
 def chosen(every: list[Part], names: Sequence[str]) -> list[Part]:
-    """The parts of these names or groups; without names all but tune, which writes into the package."""
+    """The parts of these names or groups; without names all but tune, which writes into the package. "moe=300" gives
+    that one 300 seconds."""
     if not names:
         return [part for part in every if part.group != "tune"]
+    given = dict(name.partition("=")[::2] for name in names)
     known = {part.name for part in every} | {part.group for part in every if part.group}
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(f"--part: unknown {unknown}; expected some of {', '.join(sorted(known))}")
-    return [part for part in every if part.name in names or part.group in names]
+    wrong = [f"{name}={seconds}" for name, seconds in given.items() if seconds and not seconds.isdecimal()]
+    if wrong:
+        raise ValueError(f"--part: got {wrong}, expected seconds after =, as in moe=300")
+    found = []
+    for part in every:
+        seconds = given.get(part.name, given.get(part.group))
+        if seconds is not None:
+            found.append(replace(part, seconds=float(seconds)) if seconds else part)
+    return found
 
 
 def run_part(part: Part, path: Path, seconds: float, commit: str) -> dict[str, Any]:
@@ -171,11 +188,20 @@ def _run(command: list[str], environment: dict[str, str], seconds: float) -> tup
     try:
         code = process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: children of the part end with it
-        process.wait()
+        _stop(process)
         code = None
     reader.join(timeout=5)
     return code, tail
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """As Ctrl-C first: pytest then writes what it has. Its own session: children of the part end with it."""
+    with suppress(subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=GRACE_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _bare(name: str, commit: str) -> dict[str, Any]:
@@ -198,8 +224,18 @@ def _bare(name: str, commit: str) -> dict[str, Any]:
 
 def _junit(path: Path) -> dict[str, Any]:
     """Counts, and what failed. A file that lacks an optional package is counted apart: it was not run."""
-    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "not collected": [], "failures": []}
+    counts: dict[str, Any] = {
+        "passed": 0,
+        "failed": 0,
+        "skipped": 0,
+        "unfinished": 0,
+        "not collected": [],
+        "failures": [],
+    }
     for case in ElementTree.parse(path).iter("testcase"):
+        if case.get("name") is None:  # was running when the tests were stopped
+            counts["unfinished"] += 1
+            continue
         name = f"{case.get('classname')}::{case.get('name')}"
         problem = case.find("failure") if case.find("failure") is not None else case.find("error")
         if problem is None:
@@ -231,7 +267,7 @@ def run_all(todo: list[Part], folder: Path, commit: str, total: float) -> list[d
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--part", default="", help="names or groups, comma-separated; default: all but tune")
+    parser.add_argument("--part", default="", help="names or groups, comma-separated, moe=300 for more seconds")
     parser.add_argument("--dry-run", action="store_true", help="every part on a CPU at toy sizes")
     parser.add_argument("--results", type=Path, default=None, help="default: benchmarks/results/<gpu>")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of all parts together")

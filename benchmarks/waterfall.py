@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def without_near_ties(step: Step, shape: Shape, device: torch.device, recompute:
     raise RuntimeError(f"router: near ties with every one of {SEEDS} seeds, the last one's margin is {margin:.1e}")
 
 
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """cudnn's convolutions of fp32 are TF32 by default, good to 1e-3; the vision tower's first layer is one."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def check(case: Any, ways: Sequence[Way], rows: list[dict[str, Any]]) -> str:
     """Every way against the first: adds each row's errors, and returns what is wrong, or ""."""
     wrong = []
@@ -200,7 +211,8 @@ def check(case: Any, ways: Sequence[Way], rows: list[dict[str, Any]]) -> str:
     true_gradients: dict[str, Tensor] = {}
     for i, (way, row) in enumerate(zip(ways, rows)):
         print(f"agreement {i + 1}/{len(ways)}: {way.name}", file=sys.stderr, flush=True)
-        outcome = {name: value.detach().cpu() for name, value in run(case, way).items()}
+        with full_fp32():
+            outcome = {name: value.detach().cpu() for name, value in run(case, way).items()}
         mine = {name: value.clone() for name, value in gradients(case).items()}
         if i == 0:
             truth, true_gradients = {name: value.double() for name, value in outcome.items()}, mine
@@ -261,7 +273,6 @@ def add_times(
 def add_memory(step: Step, name: str, case: Any, way: Way, row: dict[str, Any], shape: dict[str, Any]) -> None:
     """Peak over weights and data; the gradients are its outputs. On a CPU in a process of its own."""
     if next(case.module.parameters()).device.type == "cuda":
-        run(case, way)
         for parameter in case.module.parameters():
             parameter.grad = None
         peak, outputs = measure.cuda_peak_bytes(lambda: with_gradients(case, way))

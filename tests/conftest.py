@@ -1,7 +1,12 @@
 """Shared fixtures. GPU tests skip, with a reason, where there is no GPU."""
 
+import os
+
 import pytest
 import torch
+
+# Before CUDA starts: without it torch refuses matrix products under use_deterministic_algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items):

@@ -35,7 +35,7 @@ def test_contenders_take_turns_and_one_that_raises_leaves():
 
     def fails():
         calls.append("c")
-        if len(calls) > 12:
+        if len(calls) > 9:
             raise MemoryError("no more")
 
     class Once(Timer):
@@ -47,7 +47,7 @@ def test_contenders_take_turns_and_one_that_raises_leaves():
     samples, failed = measure.interleave(contenders, timer, seconds=0.0, rounds=4, warmups=1)
     assert set(samples) == {"a", "b"} and all(len(values) == 4 for values in samples.values())
     assert failed == {"c": "MemoryError: no more"}
-    assert "".join(calls[6:9]) == "abc" and "".join(calls[9:12]) == "cba"  # after a warm-up and an estimate of each
+    assert "".join(calls[3:6]) == "abc" and "".join(calls[6:9]) == "cba"  # after a warm-up of each
 
 
 def problem(ours=1.0, peer=1.0, **changes):
@@ -238,6 +238,9 @@ def test_gpu_parts_fit_the_time():
     assert {"build", "tests-gpu", "linear", "moe", "advantage", "memcheck", "racecheck"} <= {p.name for p in default}
     assert all(part.seconds <= gpu.TOTAL_SECONDS / 2 for part in default)
     assert {part.name for part in gpu.chosen(every, ["sanitizer"])} == {"memcheck", "racecheck"}
+    assert [(part.name, part.seconds) for part in gpu.chosen(every, ["moe=300"])] == [("moe", 300.0)]
+    with pytest.raises(ValueError, match="moe=fast"):
+        gpu.chosen(every, ["moe=fast"])
 
 
 def test_dry_run_of_one_part(tmp_path):
@@ -258,7 +261,26 @@ def test_a_part_that_fails_leaves_a_result(code, status, tmp_path):
     )
     found = json.loads(path.read_text())
     harness.validate(found)
-    assert outcome["status"] == found["part"]["status"] == status and outcome["tail"] == ["begun"]
+    assert outcome["status"] == found["part"]["status"] == status and outcome["tail"][0] == "begun"
+
+
+def test_tests_out_of_time_leave_their_counts(tmp_path):
+    """pytest writes its report when it is interrupted."""
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        str(tmp_path),
+        "-c",
+        str(tmp_path / "pytest.ini"),
+        "-p",
+        "no:cacheprovider",
+    )
+    part = gpu.Part("p", (*command, "--junitxml", "{xml}"), 9, "tests")
+    outcome = gpu.run_part(part, tmp_path / "r.json", 6, "abc")
+    assert outcome["status"] == "timeout" and outcome["tests"]["passed"] == 1
 
 
 def test_junit_tells_failures_from_what_was_not_collected(tmp_path):
