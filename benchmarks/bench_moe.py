@@ -6,6 +6,7 @@ torch.profiler: which kernels or operators took how long.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.harness import Contender, Problem, Tolerance
 from benchmarks.measure import Unavailable, breakdown, graphed, saved_bytes
 from benchmarks.moe_data import Layer, make_layer, truth_experts, truth_route
 from benchmarks.peers import attribute, need
+from benchmarks.precompile import PRECOMPILED, precompile
 from prism_kernels.moe import plan_routing
 
 TESTS = ["tests/test_moe.py", "tests/test_moe_triton.py"]
@@ -35,9 +37,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "cpu": [{**_BASE, "T": 1024, "H": 256, "I": 768, "dtype": "fp32"}],
     "tiny": [{**_BASE, **TINY, "dtype": "fp32"}],
 }
-GPU_PART = ("moe", 120)
+GPU_PART = ("moe", 260)
 GPU_ARGUMENTS = ["--seconds", "4"]
 
+LIGER = "Liger fused MoE"
+_precompiled: set[tuple[int, int]] = set()  # (H, I)
 _ERRORS = {"bf16": (2e-2, 1e-1), "fp16": (5e-3, 5e-2), "fp32": (1e-5, 1e-2)}
 PARTS = (
     ("products", r"gemm|cutlass|nvjet|cublas|matmul|::mm$|::addmm|::bmm|grouped|rows_kernel|outer_kernel|_proj_"),
@@ -134,7 +138,7 @@ def _experts(layer: Layer, shape: dict[str, Any], device: torch.device) -> list[
         Contender("six dense products", lambda: _dense(layer, shape), "limit"),
         contender("transformers eager experts", lambda: _transformers(layer, "eager")),
         contender("transformers grouped_mm experts", lambda: _transformers(layer, "grouped_mm")),
-        contender("Liger fused MoE", lambda: _liger(layer, device)),
+        contender(LIGER, lambda: _liger(layer, shape, device)),
         _scattermoe(layer, shape, device),
     ]
 
@@ -193,9 +197,14 @@ def _transformers(layer: Layer, implementation: str) -> Callable[[], Tensor]:
     return lambda: block(layer.hidden, layer.index.long(), layer.weight.to(weight_dtype))
 
 
-def _liger(layer: Layer, device: torch.device) -> Callable[[], Tensor]:
+def _liger(layer: Layer, shape: dict[str, Any], device: torch.device) -> Callable[[], Tensor]:
     module = need("liger_kernel.ops", "liger-kernel", device)
     op = attribute(module, "LigerFusedMoEFunction", "liger-kernel").apply
+    # Its autotuner tries 240 configurations for every new H and I, minutes of compilation. T is no part of a kernel.
+    if PRECOMPILED not in os.environ and (shape["H"], shape["I"]) not in _precompiled:
+        _precompiled.add((shape["H"], shape["I"]))
+        small = {**shape, "T": min(shape["T"], 2048)}
+        precompile({"op": "moe", "problem": "experts", "shape": small, "contender": LIGER})
     return lambda: op(layer.hidden, layer.gate_up, layer.down, layer.index, layer.weight)
 
 

@@ -317,7 +317,7 @@ def _has_native() -> bool:
 def _summary(outcome: dict[str, Any]) -> str:
     if "tests" in outcome:
         tests = outcome["tests"]
-        return f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+        return ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped", "unfinished"))
     return next((line for line in reversed(outcome["tail"]) if line.strip()), "")[:120]
 
 
