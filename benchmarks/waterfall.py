@@ -28,6 +28,9 @@ Outcome = dict[str, Tensor]
 
 EXPERTS = ("eager", "grouped_mm")  # transformers' own implementations
 TOLERANCE = Tolerance("relative", ours=1e-5, peer=1e-5)
+# A GPU's ways differ in kernels, whose fp32 sums run in other orders and whose exponentials are good to 2^-22; a
+# router's gradient, a small difference of large terms, shows some ten times that. What is wrong is off by percents.
+GPU_BOUND = 1e-4
 # Two router probabilities this close may change places by rounding: some ten times that of fp32.
 NEAR_TIE = 3e-6
 SEEDS = 16
@@ -219,10 +222,11 @@ def check(case: Any, ways: Sequence[Way], rows: list[dict[str, Any]]) -> str:
         errors = {name: TOLERANCE.error(outcome[name], truth[name]) for name in truth}
         errors["gradient"] = gradient_error(mine, true_gradients)
         row["errors"] = {name: {"metric": TOLERANCE.metric, "value": value} for name, value in errors.items()}
-        bad = [name for name, value in errors.items() if not value <= TOLERANCE.ours]  # NaN is bad
+        bound = GPU_BOUND if next(case.module.parameters()).is_cuda else TOLERANCE.ours
+        bad = [name for name, value in errors.items() if not value <= bound]  # NaN is bad
         if bad:
             row["status"] = "wrong"
-            row["reason"] = ", ".join(f"{name} {errors[name]:.1e} > {TOLERANCE.ours:.0e}" for name in bad)
+            row["reason"] = ", ".join(f"{name} {errors[name]:.1e} > {bound:.0e}" for name in bad)
             wrong.append(f"{way.name}: {row['reason']}")
     return "; ".join(wrong)
 
