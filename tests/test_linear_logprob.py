@@ -360,6 +360,16 @@ def test_operators_pass_opcheck():
 
 
 @skip_interpreted
+def test_operators_pass_opcheck_on_transposed_inputs():
+    """The fakes' strides are those of the gradients, or inductor's checks stop the program."""
+    case = make(9, 50, skipped=0)
+    hidden, weight = (t.detach().T.contiguous().T.requires_grad_() for t in case.leaves)
+    head = (hidden, weight, None, case.targets, 1.0, None)
+    torch.library.opcheck(autograd._logprob, (*head, False, 0, "cpu"))
+    torch.library.opcheck(autograd._cross_entropy, (*head, None, None, [True, True, False], 0, "cpu"))
+
+
+@skip_interpreted
 def test_compile_does_not_break_the_graph():
     case = make(9, 50)
 

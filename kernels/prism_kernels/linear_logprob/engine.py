@@ -73,8 +73,9 @@ class Gradients:
         hidden, weight = head.hidden, head.weight
         self.hidden = self.weight = self.bias = None
         if needs.hidden:
-            # Rows that are not computed keep 0; otherwise every row is written.
-            self.hidden = torch.zeros_like(hidden) if plan.rows is not None else torch.empty_like(hidden)
+            # Rows that are not computed keep 0; otherwise every row is written. Contiguous, as the operators' fakes say.
+            allocate = torch.empty if plan.rows is None else torch.zeros
+            self.hidden = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         if needs.weight:
             single = len(plan.chunks) == 1 and weight.dtype is not torch.float16
             dtype = weight.dtype if single else head.wide
