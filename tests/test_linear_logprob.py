@@ -208,6 +208,27 @@ def test_backward_twice(impl, device):
 
 
 @skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_autocast_changes_nothing(impl):
+    """It would make the gradients' products bf16: those of a loss are formed in its forward."""
+    case = make(20, 100, width=64)
+
+    def run():
+        given = (case.hidden, case.weight, case.targets)
+        out = linear_logprob(*given, with_entropy=True, impl=impl)
+        yield out.logprob.sum() + out.entropy.sum()
+        yield linear_cross_entropy(*given, impl=impl)
+        yield linear_objective(*given, lambda lp, e, rows: (lp.sum(), torch.ones_like(lp), None), impl=impl)
+
+    plain = list(run())
+    with torch.autocast("cpu", dtype=BF16):
+        cast = list(run())
+    for a, b in zip(cast, plain):
+        assert torch.equal(a, b)
+        assert all(torch.equal(*pair) for pair in zip(gradients(a, case.leaves), gradients(b, case.leaves)))
+
+
+@skip_interpreted
 def test_second_derivative_is_refused():
     case = make(6, 100)
     for loss in (

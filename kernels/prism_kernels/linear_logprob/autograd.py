@@ -26,7 +26,7 @@ _GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 
 
 def _operator(name: str, schema: str) -> Callable:
-    """Define prism_kernels::<name>; the decorated function runs it on any device.
+    """Define prism_kernels::<name>; the decorated function, whose first argument is hidden, runs it on any device.
 
     Not torch.library.custom_op, which imports torch._dynamo: two seconds of every process that calls an op.
     """
@@ -34,10 +34,19 @@ def _operator(name: str, schema: str) -> Callable:
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(run: Callable) -> OpOverload:
-        torch.library.impl(name, "CompositeExplicitAutograd", run)
+        def run_as_given(hidden, *rest):
+            with _as_given(hidden):
+                return run(hidden, *rest)
+
+        torch.library.impl(name, "CompositeExplicitAutograd", run_as_given)
         return getattr(torch.ops.prism_kernels, name.partition("::")[2]).default
 
     return register
+
+
+def _as_given(hidden: Tensor) -> torch.autocast:
+    """Products in the dtypes chosen here: under autocast, those of the gradients would be bf16, for fp32 inputs too."""
+    return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _row_kernels(impl: str) -> RowKernels:
@@ -360,7 +369,8 @@ class _Objective(torch.autograd.Function):
         kernels: RowKernels,
     ) -> Tensor:
         head = Head(hidden, weight, bias, temperature, softcap)
-        loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
+        with _as_given(hidden):
+            loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
         ctx.save_for_backward(*gradients)
         return loss
 

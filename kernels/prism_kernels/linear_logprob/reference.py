@@ -24,7 +24,8 @@ def linear_logprob(
 ) -> LinearLogprob:
     rows = (targets != IGNORE).nonzero().squeeze(1)  # (R,)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden[rows].to(dtype) @ weight.to(dtype).T  # (R, V)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would make it a bf16 product
+        z = hidden[rows].to(dtype) @ weight.to(dtype).T  # (R, V)
     if bias is not None:
         z = z + bias.to(dtype)
     if softcap is not None:
