@@ -134,6 +134,22 @@ def test_forbidden_words(impl, device):
         assert oracle.relative_error(a, t) < 2e-6
 
 
+@pytest.mark.parametrize("impl,device", IMPLS)
+def test_forbidden_target(impl, device):
+    """Log-prob -inf, which no ratio or entropy makes NaN: the entropy's gradient is that of the other words."""
+    case = make(5, 100, device, FP64, skipped=0)
+    case.targets.fill_(7)
+    bias = torch.zeros(100, dtype=FP64).index_fill(0, torch.tensor([7, 9]), float("-inf")).to(device)
+    out = linear_logprob(case.hidden, case.weight, case.targets, bias=bias, with_entropy=True, impl=impl)
+    assert (out.logprob == float("-inf")).all()
+    exact = oracle.double(*case.leaves)
+    kept = (bias == 0).nonzero().squeeze(1)
+    _, _, entropy = oracle.log_probs(exact[0], exact[1][kept], torch.zeros_like(case.targets))
+    assert oracle.relative_error(out.entropy, entropy) < 1e-12
+    for a, t in zip(gradients(out.entropy.sum(), case.leaves), gradients(entropy.sum(), exact)):
+        assert oracle.relative_error(a, t) < 1e-12
+
+
 @skip_interpreted
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_skipped_rows_are_never_read(impl):

@@ -246,6 +246,18 @@ def test_training_dtypes(impl, device, dtype):
         assert a.dtype == dtype and oracle.relative_error(a, t) < limit
 
 
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+def test_what_is_only_a_statistic_cannot_spoil_the_loss(impl, device, value):
+    inputs = Inputs(device)
+    loss, _, _, _, truth = inputs.truth(OBJECTIVES["dapo"])
+    inputs.ref, inputs.rollout = torch.full_like(inputs.ref, value), torch.full_like(inputs.rollout, value)
+    out = inputs(OBJECTIVES["dapo"], impl)
+    assert abs((out.loss - loss).item()) < 1e-12 and not out.stats["kl_ref"].isfinite()
+    for a, t in zip(gradients(out.loss, inputs.case.leaves), truth):
+        assert oracle.relative_error(a, t) < 1e-11
+
+
 @pytest.mark.parametrize("impl,device", ENGINES)
 def test_without_grad_nothing_but_the_log_probs_is_computed(impl, device, monkeypatch):
     monkeypatch.setattr(engine, "_gradients_of_chunk", None)

@@ -60,11 +60,12 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
     h = torch.zeros_like(g) if upstream.logsumexp is None else upstream.logsumexp / head.temperature
     e = None if upstream.entropy is None else upstream.entropy / head.temperature
     # The target's own entry from expm1 of its log-prob: 1 - p loses every digit where p is close to 1.
+    floor = NEGLIGIBLE[z.dtype]
     p_target = statistics.logprob.exp()
     at_target = h * p_target - g * statistics.logprob.expm1()
     if e is not None:
-        at_target = at_target - e * p_target * (statistics.logprob + statistics.entropy)
-    floor = NEGLIGIBLE[z.dtype]
+        # The floor because a bias may forbid the target: p log p is 0 there, not 0 * -inf.
+        at_target = at_target - e * p_target * (statistics.logprob.clamp(min=floor) + statistics.entropy)
     least = 2 * math.exp(floor)
     for rows in _blocks(z):
         block = z[rows]
