@@ -223,6 +223,27 @@ def test_backward_twice(impl, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_belong_to_the_caller(impl, device, last):
+    """They are scaled in the memory where the forward left them: not before the last backward, and never once more."""
+    case = make(6, 100, device, FP64, bias=True)
+    given = (case.hidden, case.weight, case.targets)
+    loss = linear_cross_entropy(*given, bias=case.bias, impl=impl)
+    once = [t.clone() for t in gradients(loss, case.leaves)]
+    for _ in range(3):
+        (2 * loss).backward(retain_graph=True)  # accumulates in .grad
+    held = torch.autograd.grad(5 * loss, case.leaves, retain_graph=not last)
+    if not last:
+        loss.backward()
+    linear_cross_entropy(*given, bias=case.bias, impl=impl).backward()
+    for t, h, g in zip(case.leaves, held, once):
+        assert torch.allclose(t.grad, (7 if last else 8) * g) and torch.allclose(h, 5 * g)
+    loss, scales = linear_cross_entropy(*given, bias=case.bias, impl=impl), torch.tensor([1.0, 3.0]).to(case.bias)
+    for batch, g in zip(torch.autograd.grad(loss, case.leaves, scales, is_grads_batched=True), once):
+        assert torch.allclose(batch[0], g) and torch.allclose(batch[1], 3 * g)
+
+
 @skip_interpreted
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_autocast_changes_nothing(impl):

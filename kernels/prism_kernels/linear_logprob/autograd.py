@@ -173,6 +173,22 @@ torch.library.register_autograd(_logprob, _backward_logprob, setup_context=_setu
 # -------------------------------------------------------------------------------- losses: gradients in the forward
 
 
+def _times(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """gradient * d_loss for a saved gradient: in its own memory, unless a later backward reads it (retain_graph=True).
+
+    dW is larger than a chunk; a copy of it would be the peak of a step. Under tracing it is a copy, which the compiler
+    places as it likes, and for a batch of d_loss (is_grads_batched=True).
+    """
+    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    batched = any(
+        is_batch(d_loss)
+        for is_batch in (torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor)
+    )
+    if traced or batched or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * d_loss
+    return gradient.mul_(d_loss)
+
+
 def _setup_loss(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
@@ -185,7 +201,7 @@ def _backward_loss(ctx, d_loss, *_):
     gradients = [None] * ctx.num_inputs
     for i, gradient in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[i]:
-            gradients[i] = gradient * d_loss
+            gradients[i] = _times(gradient, d_loss)
     return tuple(gradients)
 
 
@@ -377,5 +393,5 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss: Tensor):
         _once_differentiable()
-        gradients = (g * d_loss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
+        gradients = (_times(g, d_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
         return (*gradients, *[None] * 7)
