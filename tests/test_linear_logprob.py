@@ -355,12 +355,23 @@ def test_objective_of_entropy(impl, device):
 
 
 @skip_interpreted
-def test_objective_refuses_a_glue_of_wrong_shape():
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "glue,said",
+    [
+        (lambda lp, e, rows: (lp, lp, None), "glue: got a loss of shape"),
+        (lambda lp, e, rows: (lp.sum(), lp[:, None], None), "glue: got a loss of shape"),
+        (lambda lp, e, rows: (lp.sum(), lp, lp), "with_entropy"),
+        (lambda lp, e, rows: (lp.sum(), lp), "glue: got a tuple of 2"),
+        (lambda lp, e, rows: (lp.sum(), None, None), "glue: dloss_dlogprob"),
+        (lambda lp, e, rows: None, "glue: got a NoneType"),
+        (None, "glue: got a NoneType"),
+    ],
+)
+def test_objective_refuses_a_glue_of_wrong_shape(impl, glue, said):
     case = make(5, 20)
-    with pytest.raises(ValueError, match="glue"):
-        linear_objective(case.hidden, case.weight, case.targets, lambda lp, e, rows: (lp, lp, None), impl="cpu")
-    with pytest.raises(ValueError, match="with_entropy"):
-        linear_objective(case.hidden, case.weight, case.targets, lambda lp, e, rows: (lp.sum(), lp, lp), impl="cpu")
+    with pytest.raises(ValueError, match=said):
+        linear_objective(case.hidden, case.weight, case.targets, glue, impl=impl)
 
 
 @skip_interpreted
@@ -378,6 +389,16 @@ def test_objective_refuses_a_glue_of_wrong_shape():
         ({"temperature": 0.0}, "temperature"),
         ({"softcap": -1.0}, "softcap"),
         ({"impl": "fast"}, "impl"),
+        ({"hidden": [[0.0] * 4] * 3}, "hidden"),
+        ({"hidden": torch.randn(3, 4).to(torch.float8_e4m3fn)}, "hidden"),
+        ({"weight": None}, "weight"),
+        ({"targets": [0, 1, 2]}, "targets"),
+        ({"bias": 0.0}, "bias"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": torch.ones(3)}, "temperature"),
+        ({"softcap": "30"}, "softcap"),
+        ({"chunk_bytes": 0}, "chunk_bytes"),
+        ({"chunk_bytes": 1.5}, "chunk_bytes"),
     ],
 )
 def test_bad_arguments(changes, named):
@@ -391,6 +412,26 @@ def test_bad_arguments(changes, named):
     for impl in ("auto", "reference"):
         with pytest.raises(ValueError, match=named):
             linear_logprob(*head, **{"impl": impl, **arguments})
+
+
+@skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("row_weight", [1.0, [1.0] * 5, torch.ones(4), torch.ones(5, dtype=torch.int64)])
+def test_bad_row_weight(impl, row_weight):
+    case = make(5, 20)
+    with pytest.raises(ValueError, match="row_weight"):
+        linear_cross_entropy(case.hidden, case.weight, case.targets, row_weight=row_weight, impl=impl)
+
+
+@skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_loss_has_the_dtype_of_the_logits(impl):
+    """Not of what stands beside them."""
+    case, double = make(5, 20), torch.ones(5, dtype=FP64)
+    given = (case.hidden, case.weight, case.targets)
+    assert linear_cross_entropy(*given, row_weight=double, impl=impl).dtype == FP32
+    glue = lambda lp, e, rows: (lp.double().sum(), torch.ones_like(lp, dtype=FP64), None)  # noqa: E731
+    assert linear_objective(*given, glue, impl=impl).dtype == FP32
 
 
 @skip_interpreted

@@ -267,6 +267,16 @@ def test_without_grad_nothing_but_the_log_probs_is_computed(impl, device, monkey
 
 
 @skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_dtype_is_that_of_the_logits(impl):
+    """Whatever the log-probs that come from outside are."""
+    inputs = Inputs(dtype=FP32)
+    inputs.old, inputs.ref, inputs.rollout = inputs.old.double(), inputs.ref.double(), inputs.rollout.double()
+    out = inputs(OBJECTIVES["importance"], impl, with_entropy=True)
+    assert {t.dtype for t in (out.loss, out.logprob, out.entropy, *out.stats.values())} == {FP32}
+
+
+@skip_interpreted
 def test_objectives_are_values():
     assert PolicyObjective.grpo() == PolicyObjective()
     assert PolicyObjective.dapo() == PolicyObjective(clip_high=0.28, dual_clip=10.0)
@@ -291,6 +301,10 @@ def test_objectives_are_values():
         {"importance_cap": 0.0},
         {"aggregate": "fixed_length", "max_length": None},
         {"max_length": 0},
+        {"max_length": 2.5},
+        {"clip_low": None},
+        {"kl_coef": "0.1"},
+        {"dual_clip": "10"},
     ],
 )
 def test_bad_objectives(fields):
@@ -313,6 +327,11 @@ def test_bad_objectives(fields):
         ({"objective": "grpo"}, "objective"),
         ({"normalizer": -1}, "normalizer"),
         ({"normalizer": torch.ones(2)}, "normalizer"),
+        ({"normalizer": torch.tensor(-1.0)}, "normalizer"),
+        ({"normalizer": "3"}, "normalizer"),
+        ({"advantages": [1.0] * 6}, "advantages"),
+        ({"starts": STARTS}, "sequence_start"),
+        ({"old": 0.0}, "old_logprob"),
     ],
 )
 def test_bad_arguments(impl, changes, named):

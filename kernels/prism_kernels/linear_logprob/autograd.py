@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from prism_kernels.dispatch import Impl
 from prism_kernels.linear_logprob import engine
-from prism_kernels.linear_logprob.checks import check_sequence_start, check_targets
+from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
 from prism_kernels.linear_logprob.engine import Head, Needs, RowKernels, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
@@ -231,6 +231,7 @@ def _cross_entropy(
     hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl
 ):
     check_targets(targets, weight.shape[0])
+    check_normalizer(normalizer)
     head = Head(hidden, weight, bias, temperature, softcap)
     unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
     plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, unread=unread)
@@ -295,6 +296,7 @@ def _policy_loss(
 ):  # fmt: skip
     check_targets(targets, weight.shape[0])
     check_sequence_start(sequence_start, hidden.shape[0])
+    check_normalizer(normalizer)
     objective = PolicyObjective.parse(objective)
     kernels, head = _row_kernels(impl), Head(hidden, weight, bias, temperature, softcap)
     couples = objective.ratio == "sequence" and old_logprob is not None
