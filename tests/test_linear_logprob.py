@@ -86,6 +86,26 @@ def test_logits_shifted_to_minus_ten(impl, device):
 
 
 @pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("scale", [0.25, 1, 4])
+def test_logits_shifted_to_ten_thousand(impl, device, scale):
+    """Logits that fp32 holds exactly; their log-sum-exp it rounds to 1e-3, which p must not see."""
+    case = make(9, 1003, device, bias=True)
+    with torch.no_grad():
+        for t in case.leaves[:2]:
+            t.mul_(8).round_().div_(8)
+        case.hidden.mul_(scale)
+        case.bias.fill_(10_000)
+    out = linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, with_entropy=True, impl=impl)
+    ours = gradients(out.logprob.sum() - out.entropy.sum(), case.leaves)
+    exact = oracle.double(*case.leaves)
+    logprob, _, entropy = oracle.log_probs(*exact[:2], case.targets, exact[2])
+    truth = gradients(logprob.sum() - entropy.sum(), exact)
+    for a, t in zip((out.logprob, out.entropy, *ours[:2]), (logprob, entropy, *truth)):
+        assert oracle.relative_error(a, t) < 3e-6
+    assert (ours[2] - truth[2]).abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_word_with_probability_0_9999(impl, device, dtype):
     """1 - p keeps its digits in the log-prob and in the gradient."""
