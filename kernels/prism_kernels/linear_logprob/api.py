@@ -64,7 +64,7 @@ def linear_logprob(
         hidden: (T, H), any floating dtype. weight: (V, H), the dtype of hidden. bias: (V,) or None.
         targets: (T,) int64 in [0, V), or -100 to skip the row: its outputs are 0 and it has no gradient.
         temperature: > 0. softcap: > 0 or None (Gemma 2, arXiv 2408.00118).
-        chunk_bytes: most bytes of fp32 logits at a time (one row at least); None: 32 MB on a CPU, a thirtieth of the
+        chunk_bytes: most bytes of fp32 logits at a time (one row at least); None: 48 MB on a CPU, a thirtieth of the
             memory of a GPU. The reference keeps all logits.
     Returns:
         LinearLogprob(logprob, logsumexp, entropy | None), each (T,), fp32 (fp64 for fp64 inputs), natural logarithms.
