@@ -83,7 +83,8 @@ class _Chosen(NamedTuple):
 class MoePatch:
     """A patched model; see :func:`patch_moe`. ``fused`` and ``experts_only``: module names of what was replaced.
 
-    ``stats``: routing statistics of the last forward, one per fused block in the model's order.
+    ``stats``: routing statistics of the last forward, one per fused block in the model's order. Copies and pickles of
+    the model hold a patch of their own, without statistics: copy the patch, and its ``model`` is the model's copy.
     """
 
     def __init__(self, model: nn.Module, *, load_balancing: bool | None, impl: str):
@@ -141,15 +142,22 @@ class MoePatch:
         return load_balancing_loss(layers, gate.top_k)
 
     def remove(self) -> None:
-        """Put the model's own code back. Parameters stay as they are."""
+        """Put the model's own code back. Parameters stay as they are. A second call does nothing."""
+        if not self._hooks:
+            return
         for name in [*self.fused, *self.experts_only]:
             del self.model.get_submodule(name).forward
         for module in self.model.modules():
             wrapped = getattr(module, "_gradient_checkpointing_func", None)
-            if hasattr(wrapped, "prism_original"):
-                module._gradient_checkpointing_func = wrapped.prism_original
+            if isinstance(wrapped, _KeepExperts):
+                module._gradient_checkpointing_func = wrapped.checkpoint
         vars(self.model).pop("_set_gradient_checkpointing", None)
-        self._hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the statistics of a forward, whose graph can be in neither."""
+        return {**vars(self), "stats": [None] * len(self.fused), "_record": None, "_replay": None}
 
     def _install(self) -> None:
         for i, name in enumerate(self.fused):
@@ -163,15 +171,20 @@ class MoePatch:
             if getattr(module, "gradient_checkpointing", False):
                 module._gradient_checkpointing_func = self._keep_experts(module._gradient_checkpointing_func)
         if hasattr(self.model, "_set_gradient_checkpointing"):
-            own = self.model._set_gradient_checkpointing
+            self.model._set_gradient_checkpointing = functools.partial(self._set_checkpointing)
+        self._hooks = [
+            module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            for name, module in self.model.named_modules()
+            if module is self.model or (hasattr(module, "config") and any(f.startswith(name + ".") for f in self.fused))
+        ]
 
-            def set_checkpointing(enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others):
-                if gradient_checkpointing_func is not None:
-                    others["gradient_checkpointing_func"] = self._keep_experts(gradient_checkpointing_func)
-                return own(enable, **others)
-
-            self.model._set_gradient_checkpointing = set_checkpointing
-        self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+    def _set_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others: Any
+    ) -> Any:
+        """In place of the model's method that switches activation checkpointing."""
+        if gradient_checkpointing_func is not None:
+            others["gradient_checkpointing_func"] = self._keep_experts(gradient_checkpointing_func)
+        return type(self.model)._set_gradient_checkpointing(self.model, enable, **others)
 
     def _run_block(self, i: int, block: nn.Module, renormalize: bool, hidden_states: Tensor) -> Tensor:
         """(..., H) -> (..., H), in place of the block's forward."""
@@ -204,25 +217,9 @@ class MoePatch:
         return out.view(hidden_states.shape)
 
     def _keep_experts(self, checkpoint: Callable) -> Callable:
-        """The checkpointing function, every call of which recomputes with the experts of its first run."""
         self._refuse_reentrant(checkpoint)
         self._reentrant = _is_reentrant(checkpoint)
-
-        def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
-            chosen: list[_Chosen] = []
-
-            def run(*inner: Any, **named: Any) -> Any:
-                before = self._record, self._replay
-                self._record, self._replay = (None, iter(tuple(chosen))) if chosen else (chosen, None)
-                try:
-                    return function(*inner, **named)
-                finally:
-                    self._record, self._replay = before
-
-            return checkpoint(run, *args, **kwargs)
-
-        checkpointed.prism_original = checkpoint
-        return checkpointed
+        return _KeepExperts(self, checkpoint)
 
     def _refuse_reentrant(self, checkpoint: Callable) -> None:
         if self.load_balancing and _is_reentrant(checkpoint):
@@ -236,14 +233,40 @@ class MoePatch:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return bool(getattr(text, "output_router_logits", False))
 
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Of the model, and of the models inside it, which may be called alone."""
         asked = kwargs.get("output_router_logits")
-        self._logits_asked = self._configured_logits() if asked is None else bool(asked)
-        if self._logits_asked and self._reentrant and model.training and torch.is_grad_enabled():
+        if asked is None:
+            if module is not self.model:
+                return
+            asked = self._configured_logits()
+        self._logits_asked = bool(asked)
+        if self._logits_asked and self._reentrant and module.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "output_router_logits: transformers' load-balancing loss has no gradient under reentrant activation "
                 "checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+
+
+class _KeepExperts:
+    """A checkpointing function every call of which recomputes with the experts of its first run."""
+
+    def __init__(self, patch: MoePatch, checkpoint: Callable):
+        self.patch, self.checkpoint = patch, checkpoint
+
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        chosen: list[_Chosen] = []
+        patch = self.patch
+
+        def run(*inner: Any, **named: Any) -> Any:
+            before = patch._record, patch._replay
+            patch._record, patch._replay = (None, iter(tuple(chosen))) if chosen else (chosen, None)
+            try:
+                return function(*inner, **named)
+            finally:
+                patch._record, patch._replay = before
+
+        return self.checkpoint(run, *args, **kwargs)
 
 
 def _find_blocks(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -271,6 +294,7 @@ def _require_swiglu(experts: nn.Module, name: str) -> None:
     """Raises ValueError where moe_mlp would compute something else than these experts."""
     apply_gate = getattr(type(experts), "_apply_gate", None)
     wrong = {
+        "no experts interface": not hasattr(experts, "is_concatenated"),  # they may take other arguments
         "biases": getattr(experts, "has_bias", False),
         "no gate": not getattr(experts, "has_gate", True),
         "interleaved gate and up": not getattr(experts, "is_concatenated", True),
