@@ -314,7 +314,14 @@ def test_autocast(model):
 def test_what_cannot_be_patched(model):
     with pytest.raises(ValueError, match="model: Linear has no experts"):
         patch_moe(nn.Linear(3, 3))
-    patch_moe(model)
+    with pytest.raises(ValueError, match="model: expected a torch module, got NoneType"):
+        patch_moe(None)
+    with pytest.raises(ValueError, match="impl: got 'fast', expected auto or one of triton, cpu, reference"):
+        patch_moe(model, impl="fast")
+    patch = patch_moe(model)
+    model(IDS)
+    with pytest.raises(ValueError, match=r"kinds: expected integers in \[0, 1\).* got \[3\]"):
+        patch.load_balancing_loss(kinds=[3])
     with pytest.raises(ValueError, match="replaced already"):
         patch_moe(model)
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from prism_kernels.dispatch import Impl
 from prism_kernels.moe import RoutingStats, load_balancing_loss, moe_mlp, moe_route, plan_routing
+from prism_kernels.moe.api import MLP
 
 EXPERTS_IMPLEMENTATION = "prism"
 
@@ -64,8 +66,8 @@ def patch_moe(model: nn.Module, *, load_balancing: bool | None = None, impl: str
         The patch: statistics, the loss, ``remove()``.
 
     Raises:
-        ValueError: no experts in the model, experts that are not SwiGLU, or ``load_balancing=True`` for a model whose
-            router is not replaced.
+        ValueError: no module, no experts in the model, experts that are not SwiGLU, an unknown ``impl``, or
+            ``load_balancing=True`` for a model whose router is not replaced.
         RuntimeError: a load-balancing loss with reentrant activation checkpointing.
     """
     return MoePatch(model, load_balancing=load_balancing, impl=impl)
@@ -88,6 +90,10 @@ class MoePatch:
     """
 
     def __init__(self, model: nn.Module, *, load_balancing: bool | None, impl: str):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
+        if impl != Impl.AUTO and impl not in MLP.table:
+            raise ValueError(f"impl: got {impl!r}, expected auto or one of {', '.join(map(str, MLP.table))}")
         self.model, self.impl = model, impl
         self.fused, self.experts_only = _find_blocks(model)
         if load_balancing is None:
@@ -125,6 +131,7 @@ class MoePatch:
             kinds: count tokens of these kinds alone (all but padding, for instance). None: all.
 
         Raises:
+            ValueError: kinds that the last forward did not count.
             RuntimeError: there was no forward, or it left no gradient where the router wants one.
         """
         layers = [stats for stats in self.stats if stats is not None]
@@ -137,7 +144,9 @@ class MoePatch:
                 "checkpointing around the blocks); checkpoint with use_reentrant=False, or call it under torch.no_grad"
             )
         if kinds is not None:
-            rows = list(kinds)
+            rows, known = list(kinds), len(layers[0].counts)
+            if not all(isinstance(kind, int) and 0 <= kind < known for kind in rows):
+                raise ValueError(f"kinds: expected integers in [0, {known}), the kinds of the last forward, got {rows}")
             layers = [RoutingStats(stats.counts[rows], stats.prob_sum[rows]) for stats in layers]
         return load_balancing_loss(layers, gate.top_k)
 

@@ -61,7 +61,8 @@ def moe_route(
             no kind on a GPU, where reading them would synchronise.
         num_kinds: rows of the statistics. 0: one row for all tokens, ``segment_kind`` is not read.
         expert_index: (T, k) int32 or int64: take these experts (of an earlier call) instead of choosing. Activation
-            recompute needs it, as a near tie may fall the other way the second time.
+            recompute needs it, as a near tie may fall the other way the second time. Values outside [0, E) raise on a
+            CPU and are undefined on a GPU.
         impl: "auto", "reference", "cpu" or "triton".
 
     Raises:
