@@ -293,7 +293,10 @@ def _find_blocks(model: nn.Module) -> tuple[list[str], list[str]]:
         block_name = name.rpartition(".")[0]
         block = model.get_submodule(block_name)
         if "forward" in vars(block) or "forward" in vars(module):
-            raise ValueError(f"model: the forward of {name} is replaced already; remove() the first patch")
+            raise ValueError(
+                f"model: the forward of {name} is replaced already, by patch_moe or by someone's hooks (accelerate's "
+                "device_map over several devices); remove() the first patch, or the hooks"
+            )
         known = type(block).__name__ in _FUSED_BLOCKS
         (fused if known else alone).append(block_name if known else name)
     return fused, alone
