@@ -281,6 +281,15 @@ def test_copies_are_patched_models_of_their_own(model):
     assert copy.deepcopy(model).model.layers[0].mlp.forward.func.__self__ is not patch
 
 
+def test_a_forward_lets_go_of_the_last_one(model):
+    """Its statistics hold its graph, and with it all activations where no backward has run."""
+    patch, seen = patch_moe(model, load_balancing=True), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(list(patch.stats)))
+    model(IDS)
+    model(IDS)
+    assert seen == [[None, None]] * 2 and all(stats is not None for stats in patch.stats)
+
+
 def test_remove_twice(model):
     patch = patch_moe(model)
     patch.remove()

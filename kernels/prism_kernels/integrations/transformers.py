@@ -244,6 +244,8 @@ class MoePatch:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Of the model, and of the models inside it, which may be called alone."""
+        if module is self.model:  # they hold the graph of a forward that may have had no backward
+            self.stats = [None] * len(self.fused)
         asked = kwargs.get("output_router_logits")
         if asked is None:
             if module is not self.model:
