@@ -60,7 +60,7 @@ def parser() -> Parser:
     top.add_argument("--seconds", type=float, default=10.0, help="timing of one problem (default 10)")
     top.add_argument("--rounds", type=int, default=None, help="instead of --seconds")
     top.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    top.add_argument("--tests", action="store_true", help="run the op's tests first; refuse where they fail")
+    top.add_argument("--no-tests", action="store_true", help="do not run the op's tests first")
     top.add_argument("--json", type=Path, default=None, help="also write the result here, problem by problem")
     top.add_argument("--save", action="store_true", help="write the result where RESULTS.md is made from")
     top.add_argument("--plot", type=Path, default=None, help="PNG: time and memory over a sweep, and the roofline")
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=given.seconds,
         rounds=1 if given.dry_run else given.rounds,
         memory=not given.no_memory,
-        run_tests=given.tests,
+        run_tests=not (given.no_tests or given.dry_run or given.base),
         json_path=given.json or (result_path(given.op, torch.device(given.device)) if given.save else None),
         small=given.dry_run,
     )

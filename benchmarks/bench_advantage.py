@@ -24,7 +24,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "tiny": [dict(TINY)],
 }
 GPU_PART = ("advantage", 60)
-GPU_ARGUMENTS = ["--seconds", "4"]
+GPU_ARGUMENTS = ["--seconds", "4", "--no-tests"]  # they are a part of their own
 EPS = 1e-6
 
 

@@ -25,7 +25,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "tiny": [{**TINY, "dtype": "fp32"}],
 }
 GPU_PART = ("linear", 200)  # its name in `make gpu`, and its seconds
-GPU_ARGUMENTS = ["--seconds", "8"]
+GPU_ARGUMENTS = ["--seconds", "8", "--no-tests"]  # they are a part of their own
 SMALL_CHUNK = 512 << 20
 
 # (ours, peers): ours rounds its results to the dtype once; peers round logits too, which shows as an error.

@@ -115,7 +115,7 @@ def _part(part: dict[str, Any]) -> list[str]:
 
 
 def _problem(problem: dict[str, Any]) -> list[str]:
-    lines = ["", f"**{problem['title']}** ({table.shape(problem['shape'])})"]
+    lines = ["", f"**{problem['title']}** ({table.shape(problem['shape'], problem.get('sizes'))})"]
     if problem["status"] != "ok":
         lines.append(f"{problem['status']}, no speed: {problem.get('reason', '')}")
     head = "| | time | IQR | over ours | TFLOP/s | GB/s | over limit | peak memory | error |"

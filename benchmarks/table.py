@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -16,9 +17,11 @@ def size(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
-def shape(values: dict[str, Any]) -> str:
+def shape(values: dict[str, Any], sizes: Sequence[str] | None = None) -> str:
+    """ "T 8,192, dtype bf16"; of ``sizes`` alone, where not everything is worth a word."""
+    chosen = {key: values[key] for key in sizes or values}
     return ", ".join(
-        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in values.items()
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in chosen.items()
     )
 
 

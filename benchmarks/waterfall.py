@@ -36,6 +36,8 @@ NEAR_TIE = 3e-6
 SEEDS = 16
 # What the agreement of a large model is checked on: every part of it, few of its layers and responses.
 CHECKED_LAYERS, CHECKED_RESPONSES = 4, 3
+# What a heading tells of a shape.
+SIZES = ("dtype", "layers", "hidden", "experts", "inner", "vocab", "responses", "prompt", "caption", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def problem(
         "name": "step",
         "title": step.title,
         "shape": {"dtype": str(dtype).removeprefix("torch."), "recompute": recompute, **asdict(shape)},
+        "sizes": [size for size in SIZES if size != "experts" or shape.experts],
         "checked": {"dtype": "float32", "layers": checked.layers, "responses": checked.responses},
         "status": "refused" if wrong else "ok",
         "flops": 0.0,
@@ -311,8 +314,7 @@ def memory_call(step: Step, request: dict[str, Any]) -> Callable[[], Outcome]:
 def lines(result: dict[str, Any]) -> list[str]:
     """One line a way: time, what all savings so far brought, what this one did, operations, memory, errors."""
     shape, checked = result["shape"], result["checked"]
-    sizes = ("dtype", "layers", "hidden", "experts", "inner", "vocab", "responses", "prompt", "caption", "reasoning")
-    found = [f"\n{result['title']}: {table.shape({key: shape[key] for key in sizes})}"]
+    found = [f"\n{result['title']}: {table.shape(shape, result['sizes'])}"]
     if result["status"] == "ok":
         size = f"{checked['layers']} layers and {checked['responses']} responses"
         found.append(f"  all ways agree in fp32 on {size}; errors are against the first")

@@ -211,8 +211,9 @@ def _prepare(run, cls, config: Path | None, overrides: list[str] | None) -> None
     console.print(f"written: {settings.out}", soft_wrap=True)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
+    context: typer.Context,
     op: Annotated[str, typer.Argument(help="linear_logprob, advantage, moe, ...: a bench_<op>.py of the clone.")],
     peers: Annotated[str | None, typer.Option(help="Parts of peers' names, comma-separated; default: all.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="published, cpu, tiny, or T=8192,V=32768.")] = None,
@@ -221,15 +222,18 @@ def bench(
     base: Annotated[str | None, typer.Option(help="A commit to compare with, side by side.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Timing of one problem.")] = None,
-    tests: Annotated[bool, typer.Option("--tests", help="Run the op's tests first; refuse where they fail.")] = False,
+    no_tests: Annotated[bool, typer.Option("--no-tests", help="Do not run the op's tests first.")] = False,
 ) -> None:
-    """Time, memory and error of an op beside its peers (needs a clone)."""
+    """Time, memory and error of an op beside its peers, or of a whole step (needs a clone).
+
+    Further options are the benchmark's own: python -m benchmarks OP --help lists them.
+    """
     from prism_fast.bench import run
 
     given = {"peers": peers, "json": json, "plot": plot, "base": base, "device": device, "seconds": seconds}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    options += [f"--shape={value}" for value in shape or ()] + (["--tests"] if tests else [])
-    sys.exit(run([op, *options]))
+    options += [f"--shape={value}" for value in shape or ()] + (["--no-tests"] if no_tests else [])
+    sys.exit(run([op, *options, *context.args]))
 
 
 @app.command()

@@ -45,7 +45,7 @@ class Discriminator(nn.Module):
         self.dropout = dropout
         self.image = image_tokens(model.config)
         self.top_k = model.config.text_config.num_experts_per_tok
-        self.checkpointing = False
+        self.checkpointing, self.use_reentrant = False, False
         if not model.config.text_config.tie_word_embeddings:
             model.lm_head.requires_grad_(False)
         for i, layer in enumerate(model.model.language_model.layers):
@@ -76,8 +76,9 @@ class Discriminator(nn.Module):
             )
         return cls(model, head, dropout=dropout)
 
-    def checkpoint_activations(self) -> None:
-        self.checkpointing = True
+    def checkpoint_activations(self, *, use_reentrant: bool = False) -> None:
+        """Every layer recomputes its activations in the backward; gradients stay the same, the routing loss's too."""
+        self.checkpointing, self.use_reentrant = True, use_reentrant
 
     def freeze(self, *, vision: bool = False, embeddings: bool = False) -> None:
         if vision:
@@ -99,7 +100,12 @@ class Discriminator(nn.Module):
             run = _last_block if i == last else _block
             arguments = (hidden, layer, cos, sin, pack, self.top_k, balance, chosen)
             if self.checkpointing and torch.is_grad_enabled():
-                hidden, counts, prob_sum = checkpoint(run, *arguments, use_reentrant=False)
+                if self.use_reentrant and not hidden.requires_grad:
+                    raise RuntimeError(
+                        "checkpoint_activations: reentrant checkpointing gives no gradient where a layer's input has "
+                        "none (embeddings and vision tower are frozen); use use_reentrant=False"
+                    )
+                hidden, counts, prob_sum = checkpoint(run, *arguments, use_reentrant=self.use_reentrant)
             else:
                 hidden, counts, prob_sum = run(*arguments)
             stats.append(RoutingStats(counts, prob_sum))

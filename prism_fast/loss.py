@@ -66,16 +66,17 @@ def policy_gradient(
     *,
     temperature: float,
     tokens_per_pack: int,
-    every_row: bool = True,
     reference: Policy | None = None,
 ) -> tuple[dict[str, float], int]:
     """Adds the gradient of the policy loss of a whole batch to the policy; returns (metrics, tokens computed).
 
     On-policy: one step per batch, so the ratio is 1 and old log-probs are never computed. Denominators are those of the
-    whole batch, however it is packed. ``every_row=False`` drops rows of zero advantage from the head's products; the
-    metrics then are over the other rows. advantages (B,).
+    whole batch, however it is packed. A response of zero advantage (its group's rewards are all equal) has no gradient
+    where the objective has no KL or entropy term: it is not computed at all, and the metrics but the loss are over the
+    others; without any, there is no gradient. advantages (B,).
     """
-    trees, members = response_trees(rollout)
+    every = objective.kl_coef != 0 or objective.entropy_coef != 0
+    trees, members = response_trees(rollout, None if every else advantages != 0)
     packs = pack(trees, tokens_per_pack, policy.image)
     rows = sum(len(ids) for ids in rollout.response_ids)
     normalizer = rows if objective.aggregate == "token_mean" else len(rollout)
@@ -106,7 +107,7 @@ def policy_gradient(
             bias=policy.bias,
             temperature=temperature,
             with_entropy=True,
-            with_logprob=every_row,
+            with_logprob=False,
         )
         out.loss.backward()
         loss += out.loss.detach()
@@ -124,16 +125,16 @@ def policy_gradient(
     return metrics, sum(p.num_tokens for p in packs)
 
 
-def response_trees(rollout: Rollout) -> tuple[list[Tree], list[list[int]]]:
-    """One tree per distinct prompt, and for each tree the responses that are its branches."""
+def response_trees(rollout: Rollout, kept: Tensor | None = None) -> tuple[list[Tree], list[list[int]]]:
+    """One tree per distinct prompt, and for each tree the responses that are its branches; ``kept`` (B,) bool."""
     prompts, which = merge_prompts(rollout.prompts)
     members: list[list[int]] = [[] for _ in prompts]
     for i, group in enumerate(rollout.group.tolist()):
-        members[which[group]].append(i)
-    trees = [
-        Tree(p, [rollout.response_ids[i] for i in ids], [KIND_RESPONSE] * len(ids)) for p, ids in zip(prompts, members)
-    ]
-    return trees, members
+        if kept is None or kept[i]:
+            members[which[group]].append(i)
+    found = [(prompt, ids) for prompt, ids in zip(prompts, members) if ids]
+    trees = [Tree(p, [rollout.response_ids[i] for i in ids], [KIND_RESPONSE] * len(ids)) for p, ids in found]
+    return trees, [ids for _, ids in found]
 
 
 def response_lengths(responses: Sequence[Tensor]) -> float:

@@ -153,17 +153,20 @@ def test_advantage_clamps_scores_and_only_there():
     [PolicyObjective.grpo(), PolicyObjective.gspo(), PolicyObjective.dr_grpo(12), PolicyObjective(entropy_coef=0.1)],
 )
 @pytest.mark.parametrize("tokens_per_pack", [4096, 64])
-def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack):
+@pytest.mark.parametrize("without_advantage", [[], [0, 1, 2, 3, 6]])
+def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, without_advantage):
     stock = qwen()
     mine = copy.deepcopy(stock)
     use_tree_attention(mine)
     policy = Policy(mine)
     _, rollout, _ = batch()
     advantages = torch.randn(8)
-    metrics, _ = policy_gradient(
+    advantages[without_advantage] = 0.0
+    metrics, computed = policy_gradient(
         policy, rollout, advantages, objective, temperature=1.0, tokens_per_pack=tokens_per_pack
     )
     loss, entropies = 0.0, []
+    left_out = without_advantage if objective.entropy_coef == 0 else []
     lengths = [len(ids) for ids in rollout.response_ids]
     for i, ids in enumerate(rollout.response_ids):
         root = rollout.prompts[int(rollout.group[i])]
@@ -178,7 +181,8 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack):
         full = logits.log_softmax(-1)
         logprob = full.gather(1, ids[:, None])[:, 0]
         entropy = -(full.exp() * full).sum(-1)
-        entropies.append(entropy.detach())
+        if i not in left_out:
+            entropies.append(entropy.detach())
         row = -(logprob - logprob.detach()).exp() * advantages[i] - objective.entropy_coef * entropy
         weight = {
             "token_mean": 1 / sum(lengths),
@@ -190,7 +194,23 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack):
     assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
     assert metrics["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
     for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
-        assert (a.grad - b.grad).abs().max() <= 2e-5 * max(1.0, float(b.grad.abs().max())), name
+        mine = torch.zeros_like(b) if a.grad is None else a.grad  # vision, where no image was computed
+        assert (mine - b.grad).abs().max() <= 2e-5 * max(1.0, float(b.grad.abs().max())), name
+    kept = [i for i in range(8) if i not in left_out]
+    roots = {int(rollout.group[i]) for i in kept}
+    least = sum(lengths[i] for i in kept) + sum(len(rollout.prompts[group]) for group in roots)
+    assert computed == least if tokens_per_pack == 4096 else computed >= least
+
+
+def test_without_any_advantage_nothing_is_computed():
+    stock = qwen()
+    use_tree_attention(stock)
+    policy = Policy(stock)
+    _, rollout, _ = batch()
+    settings = {"temperature": 1.0, "tokens_per_pack": 4096}
+    metrics, computed = policy_gradient(policy, rollout, torch.zeros(8), PolicyObjective.grpo(), **settings)
+    assert metrics == {"loss": 0.0} and computed == 0
+    assert all(parameter.grad is None for parameter in policy.parameters())
 
 
 def test_end_of_turn_is_a_trained_token():

@@ -91,10 +91,24 @@ def test_no_speed_for_a_wrong_peer_alone():
 def test_failing_tests_of_the_op_stop_everything(tmp_path, monkeypatch):
     (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
     monkeypatch.setattr(harness.machine, "ROOT", tmp_path)
-    verdict = harness.run_tests(["test_red.py"])
-    assert verdict["status"] == "failed"
+    cache = tmp_path / "cache" / "passed.json"
+    verdict = harness.run_tests(["test_red.py"], cache)
+    assert verdict["status"] == "failed" and not cache.exists()
     assert harness.exit_status({"tests": verdict, "problems": []}) == 1
-    assert harness.run_tests(["test_absent.py"])["status"] == "not run"
+    assert harness.run_tests(["test_absent.py"], cache)["status"] == "not run"
+
+
+def test_passing_tests_run_again_only_after_a_change(tmp_path, monkeypatch):
+    test, cache = tmp_path / "test_green.py", tmp_path / "passed.json"
+    count = "import pathlib\ndef test_green():\n    pathlib.Path('runs').open('a').write('x')\n"
+    test.write_text(count)
+    monkeypatch.setattr(harness.machine, "ROOT", tmp_path)
+    for _ in range(2):
+        assert harness.run_tests(["test_green.py"], cache)["status"] == "passed"
+    assert (tmp_path / "runs").read_text() == "x"
+    test.write_text(count + "# changed\n")
+    assert harness.run_tests(["test_green.py"], cache)["status"] == "passed"
+    assert (tmp_path / "runs").read_text() == "xx"
 
 
 def test_peak_memory_is_seen_and_freed_memory_hides_nothing():

@@ -92,20 +92,29 @@ def test_load_balancing_loss_counts_every_row_and_has_the_same_gradient_under_ch
     model, head = moe(), torch.randn(32)
     pack = pack_of(forest())
     results = []
-    for checkpointing in (False, True):
+    for reentrant in (None, False, True):
         mine = discriminator(model, head)
-        if checkpointing:
-            mine.checkpoint_activations()
+        if reentrant is not None:
+            mine.checkpoint_activations(use_reentrant=reentrant)
         stats = mine(pack, balance=True).stats
         assert all(int(s.counts.sum()) == 2 * pack.num_tokens for s in stats)
         loss = load_balancing_loss(stats, mine.top_k)
         loss.backward()
         gates = [layer.mlp.gate.weight.grad for layer in mine.model.model.language_model.layers]
         results.append((loss.detach(), gates))
-    assert torch.equal(results[0][0], results[1][0])
-    for a, b in zip(results[0][1], results[1][1]):
-        assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+    for loss, gates in results[1:]:
+        assert torch.equal(results[0][0], loss)
+        for a, b in zip(results[0][1], gates):
+            assert a.abs().max() > 0
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_reentrant_checkpointing_that_would_lose_gradients_is_refused():
+    mine = discriminator(moe(), torch.randn(32))
+    mine.freeze(vision=True, embeddings=True)
+    mine.checkpoint_activations(use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        mine(pack_of(forest()))
 
 
 def test_save_and_load(tmp_path):

@@ -184,6 +184,58 @@ def test_equal_scores_give_exactly_zero(impl, device, dtype):
         assert got.eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int8])
+def test_rewards_do_not_depend_on_the_type_of_the_flags(impl, device, dtype):
+    """0.1 in fp16 is 0.09998; and two ways to the same reward, 0.2 - 0.5 and -0.3, must not differ by a rounding."""
+    scores, group = torch.randn(8, device=device), torch.arange(8, device=device) // 4
+    accuracy = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1], device=device)
+    valid = torch.tensor([1, 0, 1, 1, 1, 1, 0, 0], device=device)
+    for rule in RULES:
+        got, exact = (
+            multi_reward_advantage(
+                scores, scores, group, format_valid=valid.to(d), accuracy=accuracy.to(d), rule=rule, impl=i,
+                accuracy_weight=0.1, format_weight=0.7, wrong_penalty=0.3, format_penalty=0.9,
+            )
+            for d, i in ((dtype, impl), (torch.float64, "reference"))
+        )  # fmt: skip
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+    options = {"rule": "verified_penalised", "align_coef": 0.0, "format_weight": 0.2, "wrong_penalty": 0.5}
+    wrong, half = torch.zeros(8, device=device, dtype=dtype), group.new_tensor([0, 1] * 4).to(dtype)
+    got = multi_reward_advantage(
+        scores, scores, group, format_valid=half, accuracy=wrong, format_penalty=0.3, impl=impl, **options
+    )
+    assert got.eq(0).all()
+    options = {"rule": "verified", "align_coef": 0.0, "accuracy_weight": 0.1, "format_weight": 0.1}
+    got = multi_reward_advantage(
+        scores, scores, group, format_valid=half, accuracy=1 - half.double(), impl=impl, **options
+    )
+    assert got.eq(0).all()
+    got = multi_reward_advantage(
+        scores, scores, group, format_valid=half, accuracy=(1 - half.double()).to(dtype), impl=impl, **options
+    )
+    assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-25])
+def test_huge_and_tiny_scores(impl, device, size):
+    """Their variance is outside fp32. Where an invalid response cannot fall below a huge score, it equals it."""
+    scores = torch.tensor([1.0, 2.0, 4.0, -1.0], device=device) * size
+    group, eps = torch.zeros(4, dtype=torch.int64, device=device), 1e-6 if size > 1 else 0.0
+    expected = torch.tensor(truth([1.0, 2.0, 4.0, -1.0], [0] * 4, eps=0.0))
+    got = multi_reward_advantage(scores, 2 * scores, group, eps=eps, impl=impl)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(group_normalize(scores, group, eps=eps, impl=impl).cpu(), expected, rtol=1e-6, atol=1e-6)
+    if size > 1:
+        valid = torch.tensor([True, False, False, False], device=device)
+        assert not multi_reward_advantage(scores, scores, group, format_valid=valid, impl=impl).any()
+
+
+def test_equal_scores_give_zero_without_eps(impl, device):
+    scores, group = torch.full((6,), 0.1, device=device), torch.arange(6, device=device) // 3
+    assert group_normalize(scores, group, eps=0, impl=impl).eq(0).all()
+    assert multi_reward_advantage(scores, scores, group, eps=0, impl=impl).eq(0).all()
+
+
 def test_nan_stays_in_its_group(impl, device):
     scores = torch.randn(24, device=device)
     scores[5] = float("nan")
@@ -258,6 +310,20 @@ S, G = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
         (lambda i: multi_reward_advantage(S, S, G, rule="gated", impl=i), "accuracy: rule 'gated' reads it"),
         (lambda i: multi_reward_advantage(S, S, G, rule="gated", accuracy=S[:3], impl=i), r"accuracy: .*\(3,\)"),
         (lambda i: multi_reward_advantage(S, S, G, format_valid=S.view(2, 2), impl=i), r"format_valid: .*\(2, 2\)"),
+        (lambda i: group_normalize([1.0], G, impl=i), r"scores: expected floating \(B,\) .* got no tensor but list"),
+        (lambda i: group_normalize(S, [0] * 4, impl=i), "group_ids: expected int64 or int32, got no tensor but list"),
+        (lambda i: group_normalize(S, G, eps="1", impl=i), "eps: expected a number >= 0, got '1'"),
+        (lambda i: group_normalize(S, G, eps=math.inf, impl=i), "eps: .* inf"),
+        (lambda i: multi_reward_advantage(None, S, G, impl=i), "perception: .*NoneType"),
+        (lambda i: multi_reward_advantage(S, None, G, impl=i), "reasoning: .*NoneType"),
+        (lambda i: multi_reward_advantage(S, S, G, format_valid=[1] * 4, impl=i), r"format_valid: .*\(4,\).* list"),
+        (lambda i: multi_reward_advantage(S, S, G, accuracy=S[:3], impl=i), r"accuracy: .*\(3,\)"),
+        (
+            lambda i: multi_reward_advantage(S, S, G, accuracy=S.to(torch.complex64), rule="gated", impl=i),
+            "accuracy: expected bool or real numbers .*complex64",
+        ),
+        (lambda i: multi_reward_advantage(S, S, G, align_coef=None, impl=i), "align_coef: expected a finite number"),
+        (lambda i: multi_reward_advantage(S, S, G, format_penalty=math.nan, impl=i), "format_penalty: .*nan"),
         (lambda i: multi_reward_advantage(S.to("meta"), S, G, impl=i), "reasoning: expected .* on meta"),
     ],
 )

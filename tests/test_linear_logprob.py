@@ -86,6 +86,26 @@ def test_logits_shifted_to_minus_ten(impl, device):
 
 
 @pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("scale", [0.25, 1, 4])
+def test_logits_shifted_to_ten_thousand(impl, device, scale):
+    """Logits that fp32 holds exactly; their log-sum-exp it rounds to 1e-3, which p must not see."""
+    case = make(9, 1003, device, bias=True)
+    with torch.no_grad():
+        for t in case.leaves[:2]:
+            t.mul_(8).round_().div_(8)
+        case.hidden.mul_(scale)
+        case.bias.fill_(10_000)
+    out = linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, with_entropy=True, impl=impl)
+    ours = gradients(out.logprob.sum() - out.entropy.sum(), case.leaves)
+    exact = oracle.double(*case.leaves)
+    logprob, _, entropy = oracle.log_probs(*exact[:2], case.targets, exact[2])
+    truth = gradients(logprob.sum() - entropy.sum(), exact)
+    for a, t in zip((out.logprob, out.entropy, *ours[:2]), (logprob, entropy, *truth)):
+        assert oracle.relative_error(a, t) < 3e-6
+    assert (ours[2] - truth[2]).abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_word_with_probability_0_9999(impl, device, dtype):
     """1 - p keeps its digits in the log-prob and in the gradient."""
@@ -132,6 +152,22 @@ def test_forbidden_words(impl, device):
     truth = gradients(logprob.sum() + entropy.sum(), exact)
     for a, t in zip((out.logprob, out.entropy, *ours), (logprob, entropy, *truth)):
         assert oracle.relative_error(a, t) < 2e-6
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
+def test_forbidden_target(impl, device):
+    """Log-prob -inf, which no ratio or entropy makes NaN: the entropy's gradient is that of the other words."""
+    case = make(5, 100, device, FP64, skipped=0)
+    case.targets.fill_(7)
+    bias = torch.zeros(100, dtype=FP64).index_fill(0, torch.tensor([7, 9]), float("-inf")).to(device)
+    out = linear_logprob(case.hidden, case.weight, case.targets, bias=bias, with_entropy=True, impl=impl)
+    assert (out.logprob == float("-inf")).all()
+    exact = oracle.double(*case.leaves)
+    kept = (bias == 0).nonzero().squeeze(1)
+    _, _, entropy = oracle.log_probs(exact[0], exact[1][kept], torch.zeros_like(case.targets))
+    assert oracle.relative_error(out.entropy, entropy) < 1e-12
+    for a, t in zip(gradients(out.entropy.sum(), case.leaves), gradients(entropy.sum(), exact)):
+        assert oracle.relative_error(a, t) < 1e-12
 
 
 @skip_interpreted
@@ -205,6 +241,48 @@ def test_backward_twice(impl, device):
     loss = 3 * linear_cross_entropy(case.hidden, case.weight, case.targets, impl=impl)
     first, second = gradients(loss, case.leaves), gradients(loss, case.leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_belong_to_the_caller(impl, device, last):
+    """They are scaled in the memory where the forward left them: not before the last backward, and never once more."""
+    case = make(6, 100, device, FP64, bias=True)
+    given = (case.hidden, case.weight, case.targets)
+    loss = linear_cross_entropy(*given, bias=case.bias, impl=impl)
+    once = [t.clone() for t in gradients(loss, case.leaves)]
+    for _ in range(3):
+        (2 * loss).backward(retain_graph=True)  # accumulates in .grad
+    held = torch.autograd.grad(5 * loss, case.leaves, retain_graph=not last)
+    if not last:
+        loss.backward()
+    linear_cross_entropy(*given, bias=case.bias, impl=impl).backward()
+    for t, h, g in zip(case.leaves, held, once):
+        assert torch.allclose(t.grad, (7 if last else 8) * g) and torch.allclose(h, 5 * g)
+    loss, scales = linear_cross_entropy(*given, bias=case.bias, impl=impl), torch.tensor([1.0, 3.0]).to(case.bias)
+    for batch, g in zip(torch.autograd.grad(loss, case.leaves, scales, is_grads_batched=True), once):
+        assert torch.allclose(batch[0], g) and torch.allclose(batch[1], 3 * g)
+
+
+@skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_autocast_changes_nothing(impl):
+    """It would make the gradients' products bf16: those of a loss are formed in its forward."""
+    case = make(20, 100, width=64)
+
+    def run():
+        given = (case.hidden, case.weight, case.targets)
+        out = linear_logprob(*given, with_entropy=True, impl=impl)
+        yield out.logprob.sum() + out.entropy.sum()
+        yield linear_cross_entropy(*given, impl=impl)
+        yield linear_objective(*given, lambda lp, e, rows: (lp.sum(), torch.ones_like(lp), None), impl=impl)
+
+    plain = list(run())
+    with torch.autocast("cpu", dtype=BF16):
+        cast = list(run())
+    for a, b in zip(cast, plain):
+        assert torch.equal(a, b)
+        assert all(torch.equal(*pair) for pair in zip(gradients(a, case.leaves), gradients(b, case.leaves)))
 
 
 @skip_interpreted
@@ -297,12 +375,23 @@ def test_objective_of_entropy(impl, device):
 
 
 @skip_interpreted
-def test_objective_refuses_a_glue_of_wrong_shape():
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "glue,said",
+    [
+        (lambda lp, e, rows: (lp, lp, None), "glue: got a loss of shape"),
+        (lambda lp, e, rows: (lp.sum(), lp[:, None], None), "glue: got a loss of shape"),
+        (lambda lp, e, rows: (lp.sum(), lp, lp), "with_entropy"),
+        (lambda lp, e, rows: (lp.sum(), lp), "glue: got a tuple of 2"),
+        (lambda lp, e, rows: (lp.sum(), None, None), "glue: dloss_dlogprob"),
+        (lambda lp, e, rows: None, "glue: got a NoneType"),
+        (None, "glue: got a NoneType"),
+    ],
+)
+def test_objective_refuses_a_glue_of_wrong_shape(impl, glue, said):
     case = make(5, 20)
-    with pytest.raises(ValueError, match="glue"):
-        linear_objective(case.hidden, case.weight, case.targets, lambda lp, e, rows: (lp, lp, None), impl="cpu")
-    with pytest.raises(ValueError, match="with_entropy"):
-        linear_objective(case.hidden, case.weight, case.targets, lambda lp, e, rows: (lp.sum(), lp, lp), impl="cpu")
+    with pytest.raises(ValueError, match=said):
+        linear_objective(case.hidden, case.weight, case.targets, glue, impl=impl)
 
 
 @skip_interpreted
@@ -320,6 +409,16 @@ def test_objective_refuses_a_glue_of_wrong_shape():
         ({"temperature": 0.0}, "temperature"),
         ({"softcap": -1.0}, "softcap"),
         ({"impl": "fast"}, "impl"),
+        ({"hidden": [[0.0] * 4] * 3}, "hidden"),
+        ({"hidden": torch.randn(3, 4).to(torch.float8_e4m3fn)}, "hidden"),
+        ({"weight": None}, "weight"),
+        ({"targets": [0, 1, 2]}, "targets"),
+        ({"bias": 0.0}, "bias"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": torch.ones(3)}, "temperature"),
+        ({"softcap": "30"}, "softcap"),
+        ({"chunk_bytes": 0}, "chunk_bytes"),
+        ({"chunk_bytes": 1.5}, "chunk_bytes"),
     ],
 )
 def test_bad_arguments(changes, named):
@@ -333,6 +432,26 @@ def test_bad_arguments(changes, named):
     for impl in ("auto", "reference"):
         with pytest.raises(ValueError, match=named):
             linear_logprob(*head, **{"impl": impl, **arguments})
+
+
+@skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("row_weight", [1.0, [1.0] * 5, torch.ones(4), torch.ones(5, dtype=torch.int64)])
+def test_bad_row_weight(impl, row_weight):
+    case = make(5, 20)
+    with pytest.raises(ValueError, match="row_weight"):
+        linear_cross_entropy(case.hidden, case.weight, case.targets, row_weight=row_weight, impl=impl)
+
+
+@skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_loss_has_the_dtype_of_the_logits(impl):
+    """Not of what stands beside them."""
+    case, double = make(5, 20), torch.ones(5, dtype=FP64)
+    given = (case.hidden, case.weight, case.targets)
+    assert linear_cross_entropy(*given, row_weight=double, impl=impl).dtype == FP32
+    glue = lambda lp, e, rows: (lp.double().sum(), torch.ones_like(lp, dtype=FP64), None)  # noqa: E731
+    assert linear_objective(*given, glue, impl=impl).dtype == FP32
 
 
 @skip_interpreted
@@ -357,6 +476,16 @@ def test_operators_pass_opcheck():
     upstream = (torch.ones(9), None, torch.ones(9))
     torch.library.opcheck(autograd._logprob_backward, (*constant, *upstream, [True, False, True], 0, "cpu"))
     torch.library.opcheck(autograd._cross_entropy, (*head, torch.rand(9), None, [True, True, True], 0, "cpu"))
+
+
+@skip_interpreted
+def test_operators_pass_opcheck_on_transposed_inputs():
+    """The fakes' strides are those of the gradients, or inductor's checks stop the program."""
+    case = make(9, 50, skipped=0)
+    hidden, weight = (t.detach().T.contiguous().T.requires_grad_() for t in case.leaves)
+    head = (hidden, weight, None, case.targets, 1.0, None)
+    torch.library.opcheck(autograd._logprob, (*head, False, 0, "cpu"))
+    torch.library.opcheck(autograd._cross_entropy, (*head, None, None, [True, True, False], 0, "cpu"))
 
 
 @skip_interpreted

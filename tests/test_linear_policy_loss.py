@@ -246,12 +246,34 @@ def test_training_dtypes(impl, device, dtype):
         assert a.dtype == dtype and oracle.relative_error(a, t) < limit
 
 
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+def test_what_is_only_a_statistic_cannot_spoil_the_loss(impl, device, value):
+    inputs = Inputs(device)
+    loss, _, _, _, truth = inputs.truth(OBJECTIVES["dapo"])
+    inputs.ref, inputs.rollout = torch.full_like(inputs.ref, value), torch.full_like(inputs.rollout, value)
+    out = inputs(OBJECTIVES["dapo"], impl)
+    assert abs((out.loss - loss).item()) < 1e-12 and not out.stats["kl_ref"].isfinite()
+    for a, t in zip(gradients(out.loss, inputs.case.leaves), truth):
+        assert oracle.relative_error(a, t) < 1e-11
+
+
 @pytest.mark.parametrize("impl,device", ENGINES)
 def test_without_grad_nothing_but_the_log_probs_is_computed(impl, device, monkeypatch):
     monkeypatch.setattr(engine, "_gradients_of_chunk", None)
     inputs = Inputs(device)
     with torch.no_grad():
         assert inputs(OBJECTIVES["grpo"], impl).loss.isfinite()
+
+
+@skip_interpreted
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_dtype_is_that_of_the_logits(impl):
+    """Whatever the log-probs that come from outside are."""
+    inputs = Inputs(dtype=FP32)
+    inputs.old, inputs.ref, inputs.rollout = inputs.old.double(), inputs.ref.double(), inputs.rollout.double()
+    out = inputs(OBJECTIVES["importance"], impl, with_entropy=True)
+    assert {t.dtype for t in (out.loss, out.logprob, out.entropy, *out.stats.values())} == {FP32}
 
 
 @skip_interpreted
@@ -279,6 +301,10 @@ def test_objectives_are_values():
         {"importance_cap": 0.0},
         {"aggregate": "fixed_length", "max_length": None},
         {"max_length": 0},
+        {"max_length": 2.5},
+        {"clip_low": None},
+        {"kl_coef": "0.1"},
+        {"dual_clip": "10"},
     ],
 )
 def test_bad_objectives(fields):
@@ -301,6 +327,11 @@ def test_bad_objectives(fields):
         ({"objective": "grpo"}, "objective"),
         ({"normalizer": -1}, "normalizer"),
         ({"normalizer": torch.ones(2)}, "normalizer"),
+        ({"normalizer": torch.tensor(-1.0)}, "normalizer"),
+        ({"normalizer": "3"}, "normalizer"),
+        ({"advantages": [1.0] * 6}, "advantages"),
+        ({"starts": STARTS}, "sequence_start"),
+        ({"old": 0.0}, "old_logprob"),
     ],
 )
 def test_bad_arguments(impl, changes, named):

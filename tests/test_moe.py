@@ -3,6 +3,8 @@
 Runs the Triton kernels where there is a GPU; elsewhere test_moe_triton.py runs this file in Triton's interpreter.
 """
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -339,6 +341,56 @@ def test_little_is_saved_for_backward(impl, device):
 
 
 @both
+def test_autocast(impl, device):
+    """The router stays fp32, in the backward too; experts multiply in autocast's dtype; results keep theirs."""
+    x = normal(30, 16, device=device, dtype=torch.float32, seed=5).requires_grad_()
+    router = normal(4, 16, device=device, dtype=torch.float32, seed=6).requires_grad_()
+    gate_up, down = weights(4, 16, 12, "v5", device, torch.float32)
+    leaves = (x, router, gate_up, down)
+    found = []
+    for how in ("exact", "autocast", "by hand"):
+        copies = [leaf.to(HALF) if i != 1 and how == "by hand" else leaf for i, leaf in enumerate(leaves)]
+        with torch.autocast(device, dtype=HALF, enabled=how == "autocast"):
+            routing = moe_route(x, router, 2, impl=impl)
+            out = moe_mlp(copies[0], *copies[2:], routing, impl=impl)
+            if impl != "reference":  # plain autograd, whose backward belongs outside (torch.amp)
+                gradient = torch.autograd.grad(out.float().square().sum(), leaves, retain_graph=True)
+                router_gradient = torch.autograd.grad(routing.weight[:, 0].sum(), (x, router), retain_graph=True)
+        if impl == "reference":
+            gradient = torch.autograd.grad(out.float().square().sum(), leaves, retain_graph=True)
+            router_gradient = torch.autograd.grad(routing.weight[:, 0].sum(), (x, router))
+        found.append([out, *gradient, *routing.weight[None], *router_gradient])
+    exact, auto, by_hand = found
+    assert [t.dtype for t in auto] == [torch.float32] * len(auto)
+    assert all(relative_error(a, b) < 2e-2 for a, b in zip(auto, exact))
+    for a, b in zip(auto[:5], by_hand):
+        torch.testing.assert_close(a, b.float(), rtol=1e-2, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(auto[5:], exact[5:]))
+
+
+@pytest.mark.parametrize(("impl", "device"), [row for row in IMPLS if row[0] != "reference"])
+def test_nothing_is_kept_without_gradients(impl, device, monkeypatch):
+    """Under no_grad the products of one expert are gone before those of the next are made."""
+    from importlib import import_module
+
+    module = import_module("prism_kernels.moe.cpu" if impl == "cpu" else "prism_kernels.moe.triton_mlp")
+    alive, made, swiglu = [], [], module._swiglu
+
+    def spy(product):
+        alive.append(sum(reference() is not None for reference in made))
+        made.append(weakref.ref(product))
+        return swiglu(product)
+
+    monkeypatch.setattr(module, "_swiglu", spy)
+    x = normal(40, 8, device=device, dtype=torch.float32)
+    gate_up, down = weights(4, 8, 6, "v5", device, torch.float32)
+    routing = moe_route(x, normal(4, 8, device=device, dtype=torch.float32), 2, impl=impl)
+    with torch.no_grad():
+        moe_mlp(x, gate_up, down, routing, impl=impl)
+    assert made and not any(alive) and not any(reference() is not None for reference in made)
+
+
+@both
 @pytest.mark.parametrize("kinds", [1, 3])
 def test_load_balancing_loss(impl, device, kinds):
     """Layers are joined before the product of means (Switch Transformer, equations 4 to 6)."""
@@ -402,6 +454,36 @@ def routed(**changes):
         (lambda: moe_mlp(X[:5], GU, D, routed()), r"routing: expected expert_index and weight \(T = 5, k\)"),
         (lambda: moe_mlp(X, GU, D, routed(token_order=torch.arange(3).int())), r"routing: expected token_order .*12"),
         (lambda: moe_mlp(X, GU, D, (1, 2)), "routing: expected the Routing of moe_route, got tuple"),
+        (lambda: moe_route([[1.0]], R, 1), r"hidden: expected floating \(T, H\), got no tensor but list"),
+        (lambda: moe_route(X, None, 1), "router_weight: .*NoneType"),
+        (lambda: moe_route(X, R, "2"), "top_k: expected an integer, got '2'"),
+        (lambda: moe_route(X, R, 2.0), "top_k: expected an integer, got 2.0"),
+        (
+            lambda: moe_route(X, R, 2, segment_kind=[0] * 6, num_kinds=1),
+            r"segment_kind: .*\(6,\), got no tensor but list",
+        ),
+        (lambda: moe_route(X, R, 2, num_kinds=None), "num_kinds: expected an integer, got None"),
+        (lambda: moe_mlp(X, None, D, routed()), r"gate_up: expected \(E, 2I, H\).*NoneType"),
+        (lambda: moe_mlp(X, GU, [1], routed()), r"down: expected \(E, H, I\).*list"),
+        (lambda: moe_mlp(X, GU, D, routed(weight=torch.ones(6, 2).long())), "routing: .*the weight floating.*int64"),
+        (lambda: moe_mlp(X, GU, D, routed(weight=torch.ones(6, 2, device="meta"))), "routing: .*on meta"),
+        (
+            lambda: moe_mlp(X, GU, D, routed(token_order=torch.ones(12))),
+            "routing: expected token_order .* int32, .*float32",
+        ),
+        (
+            lambda: moe_mlp(X, GU, D, routed(token_order=torch.full((12,), 12).int())),
+            r"routing: .*\[0, T\*k\).*12 to 12",
+        ),
+        (
+            lambda: moe_mlp(X, GU, D, routed(expert_offset=torch.tensor([0, 3, 2, 9, 12]).int())),
+            r"routing: expected expert_offset rising from 0 to T\*k = 12.*\[0, 3, 2, 9, 12\]",
+        ),
+        (lambda: moe_mlp(X, GU, D, routed(expert_index=None)), "routing: expected expert_index .*NoneType"),
+        (lambda: load_balancing_loss(None, 2), "stats_of_all_layers: .*got NoneType"),
+        (lambda: load_balancing_loss(routed().stats, 2), "stats_of_all_layers: .*got RoutingStats; is it a list"),
+        (lambda: load_balancing_loss([routed()], 2), r"stats_of_all_layers\[0\]: .*got Routing$"),
+        (lambda: load_balancing_loss([routed().stats], 1.5), "top_k: expected an integer, got 1.5"),
         (lambda: load_balancing_loss([], 2), "stats_of_all_layers: .*got none"),
         (lambda: load_balancing_loss([routed().stats], 9), "top_k: "),
         (

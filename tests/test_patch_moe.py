@@ -1,6 +1,7 @@
 """patch_moe and the "prism" experts on stock transformers models: values, gradients, losses, recompute, refusals."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -261,20 +262,93 @@ def test_statistics_of_some_kinds(model):
     torch.testing.assert_close(patch.load_balancing_loss(kinds=[0, 1]), whole)
 
 
+def test_copies_are_patched_models_of_their_own(model):
+    """After a forward, whose statistics hang in a graph; checkpointing of the copy is the copy's alone."""
+    patch = patch_moe(model, load_balancing=True)
+    expected = gradients(model, model(IDS, labels=IDS).loss + patch.load_balancing_loss())
+    pickled = pickle.loads(pickle.dumps(patch))  # noqa: S301 (transformers' own hooks of checkpointing cannot be pickled)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    pickled.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for other in (copy.deepcopy(patch), pickled):
+        assert other.model is not model and other.stats == [None, None]
+        assert_same(gradients(other.model, other.model(IDS, labels=IDS).loss + other.load_balancing_loss()), expected)
+        assert other.model.model.layers[0].mlp.forward.func.__self__ is other
+        other.model.gradient_checkpointing_disable()
+        assert model.is_gradient_checkpointing and not other.model.is_gradient_checkpointing
+        other.remove()
+        assert "forward" in vars(model.model.layers[0].mlp)
+        assert "forward" not in vars(other.model.model.layers[0].mlp)
+    assert copy.deepcopy(model).model.layers[0].mlp.forward.func.__self__ is not patch
+
+
+def test_a_forward_lets_go_of_the_last_one(model):
+    """Its statistics hold its graph, and with it all activations where no backward has run."""
+    patch, seen = patch_moe(model, load_balancing=True), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(list(patch.stats)))
+    model(IDS)
+    model(IDS)
+    assert seen == [[None, None]] * 2 and all(stats is not None for stats in patch.stats)
+
+
+def test_remove_twice(model):
+    patch = patch_moe(model)
+    patch.remove()
+    patch.remove()
+    assert patch_moe(model).fused == patch.fused
+
+
+def test_logits_of_an_inner_model(model):
+    """Asked of the model inside, whose outer model does not run."""
+    patch_moe(model)
+    assert len(model.model(IDS, output_router_logits=True).router_logits) == 2
+    assert model.model(IDS).router_logits is None
+    assert len(model(IDS, output_router_logits=True).router_logits) == 2
+
+
+def test_autocast(model):
+    """As transformers trains in bf16: fp32 parameters, and errors no larger than the stock model's."""
+    exact = gradients(model, model(IDS, labels=IDS).loss)
+    found = []
+    for patched in (False, True):
+        if patched:
+            patch_moe(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(IDS, labels=IDS).loss
+        found.append(gradients(model, loss))
+    for name in ("layers.1.mlp.experts.down_proj", "layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.gate.weight"):
+        ours, theirs = (relative_error(each[f"model.{name}"], exact[f"model.{name}"]) for each in found[::-1])
+        assert ours < 1.5 * theirs + 0.02, name
+
+
 def test_what_cannot_be_patched(model):
     with pytest.raises(ValueError, match="model: Linear has no experts"):
         patch_moe(nn.Linear(3, 3))
-    patch_moe(model)
+    with pytest.raises(ValueError, match="model: expected a torch module, got NoneType"):
+        patch_moe(None)
+    with pytest.raises(ValueError, match="impl: got 'fast', expected auto or one of triton, cpu, reference"):
+        patch_moe(model, impl="fast")
+    patch = patch_moe(model)
+    model(IDS)
+    with pytest.raises(ValueError, match=r"kinds: expected integers in \[0, 1\).* got \[3\]"):
+        patch.load_balancing_loss(kinds=[3])
     with pytest.raises(ValueError, match="replaced already"):
         patch_moe(model)
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"has_bias": True}, "biases"), ({"act_fn": nn.GELU()}, "SiLU"), ({"_is_expert_parallel": True}, "parallelism")],
+    [
+        ({"has_bias": True}, "biases"),
+        ({"act_fn": nn.GELU()}, "SiLU"),
+        ({"_is_expert_parallel": True}, "parallelism"),
+        ({"is_concatenated": None}, "no experts interface"),  # Llama 4: (E * T, H) in, no routing
+    ],
 )
 def test_experts_of_another_kind_are_refused(model, change, what):
     for name, value in change.items():
-        setattr(model.model.layers[1].mlp.experts, name, value)
+        if value is None:
+            delattr(model.model.layers[1].mlp.experts, name)
+        else:
+            setattr(model.model.layers[1].mlp.experts, name, value)
     with pytest.raises(ValueError, match=f"layers.1.mlp.experts have .*{what}"):
         patch_moe(model)

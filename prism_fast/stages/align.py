@@ -112,7 +112,6 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                         objective,
                         temperature=config.rollout.temperature,
                         tokens_per_pack=config.run.tokens_per_pack,
-                        every_row=is_time(step + 1, 10, config.steps),
                     )
                     lr = updater.lr
                     norm_policy = updater.step()

@@ -89,7 +89,6 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, Any]:
                             objective,
                             temperature=config.rollout.temperature,
                             tokens_per_pack=config.run.tokens_per_pack,
-                            every_row=is_time(step + 1, 10, config.steps),
                             reference=reference,
                         )
                         metrics["lr"] = updater.lr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,19 +59,19 @@ def group_normalize(
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    if not scores.is_floating_point() or scores.dim() not in (1, 2):
+    if not _is_floating(scores) or scores.dim() not in (1, 2):
         raise ValueError(f"scores: expected floating (B,) or (K, B), got {_describe(scores)}")
     _check_ids(group_ids, scores, "scores")
     if baseline not in ("mean", "leave_one_out"):
         raise ValueError(f"baseline: expected 'mean' or 'leave_one_out', got {baseline!r}")
     if scale not in ("std", "none"):
         raise ValueError(f"scale: expected 'std' or 'none', got {scale!r}")
-    _check_eps(eps)
+    eps = _number("eps", eps, at_least_zero=True)
     _, run = NORMALIZE.select(impl, scores.device)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if scores.numel() == 0:
         return torch.zeros_like(scores, dtype=dtype)
-    return run(scores, group_ids, baseline=baseline, scale=scale, eps=float(eps)).to(dtype)
+    return run(scores, group_ids, baseline=baseline, scale=scale, eps=eps).to(dtype)
 
 
 @torch.no_grad()
@@ -125,32 +127,32 @@ def multi_reward_advantage(
         ValueError: an argument of another shape, dtype, device or value, or accuracy missing; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    if not perception.is_floating_point() or perception.dim() != 1:
+    if not _is_floating(perception) or perception.dim() != 1:
         raise ValueError(f"perception: expected floating (B,), got {_describe(perception)}")
-    if not reasoning.is_floating_point():
+    if not _is_floating(reasoning):
         raise ValueError(f"reasoning: expected floating (B,), got {_describe(reasoning)}")
     _check_row("reasoning", reasoning, perception)
     _check_ids(group_ids, perception, "perception")
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if rule != "align" and accuracy is None:
+        raise ValueError(f"accuracy: rule {rule!r} reads it; pass (B,) values in {{0, 1}}, or use rule='align'")
+    for name, flags in (("accuracy", accuracy), ("format_valid", format_valid)):
+        if flags is not None:
+            _check_row(name, flags, perception)
+            if flags.is_complex():
+                raise ValueError(f"{name}: expected bool or real numbers (B,), got {_describe(flags)}")
     if rule == "align":
         accuracy = None
-    elif accuracy is None:
-        raise ValueError(f"accuracy: rule {rule!r} reads it; pass (B,) values in {{0, 1}}, or use rule='align'")
-    else:
-        _check_row("accuracy", accuracy, perception)
-    if format_valid is not None:
-        _check_row("format_valid", format_valid, perception)
-    _check_eps(eps)
     coefficients = Coefficients(
-        perception_weight,
-        reasoning_weight,
-        align_coef,
-        wrong_penalty,
-        format_penalty,
-        accuracy_weight,
-        format_weight,
-        eps,
+        _number("perception_weight", perception_weight),
+        _number("reasoning_weight", reasoning_weight),
+        _number("align_coef", align_coef),
+        _number("wrong_penalty", wrong_penalty),
+        _number("format_penalty", format_penalty),
+        _number("accuracy_weight", accuracy_weight),
+        _number("format_weight", format_weight),
+        _number("eps", eps, at_least_zero=True),
     )
     _, run = ADVANTAGE.select(impl, perception.device)
     if perception.numel() == 0:
@@ -158,12 +160,18 @@ def multi_reward_advantage(
     return run(perception, reasoning, group_ids, format_valid, accuracy, rule=rule, coefficients=coefficients).float()
 
 
-def _describe(tensor: Tensor) -> str:
+def _is_floating(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_floating_point()
+
+
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"no tensor but {type(tensor).__name__}"
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
 def _check_ids(group_ids: Tensor, scores: Tensor, name: str) -> None:
-    if group_ids.dtype not in (torch.int64, torch.int32):
+    if not isinstance(group_ids, Tensor) or group_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"group_ids: expected int64 or int32, got {_describe(group_ids)}")
     _check_row("group_ids", group_ids, scores, name)
 
@@ -171,12 +179,19 @@ def _check_ids(group_ids: Tensor, scores: Tensor, name: str) -> None:
 def _check_row(name: str, tensor: Tensor, like: Tensor, of: str = "perception") -> None:
     """One value per response, on the same device."""
     batch = like.shape[-1:]
-    if tensor.shape != batch or tensor.device != like.device:
+    if not isinstance(tensor, Tensor) or tensor.shape != batch or tensor.device != like.device:
         raise ValueError(
             f"{name}: expected ({batch[0]},) on {like.device}, one value per response of {of}, got {_describe(tensor)}"
         )
 
 
-def _check_eps(eps: float) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
+def _number(name: str, value: float, at_least_zero: bool = False) -> float:
+    """``value`` as a Python float; NumPy and zero-dimensional tensors pass, texts do not."""
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number) or (at_least_zero and number < 0):
+        expected = "a number >= 0" if at_least_zero else "a finite number"
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return number

@@ -45,7 +45,7 @@ def multi_reward_advantage(
     rows = np.empty((2 if rule in ("align", "penalised", "gated") else 3, group_ids.shape[0]))
     rows[0], rows[1] = _sort(_numpy(perception), groups), _sort(_numpy(reasoning), groups)
     valid = _sort(_numpy(format_valid), groups).astype(bool, copy=False) if format_valid is not None else np.True_
-    accuracy = _sort(_numpy(accuracy), groups) if accuracy is not None else None
+    accuracy = _sort(_numpy(accuracy), groups).astype(np.float64) if accuracy is not None else None
     with np.errstate(invalid="ignore", over="ignore"):
         if format_valid is not None:
             rows[:2] = _replace_invalid(rows[:2], valid, groups)
@@ -91,7 +91,9 @@ def _normalize(rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps
     factor = 1.0
     if scale == "std":
         variance = np.add.reduceat(centred * centred, start, axis=1) / np.maximum(size - 1.0, 1.0)
-        factor = 1.0 / (np.where(alone, 1.0, np.sqrt(variance)) + eps)
+        denominator = np.where(alone, 1.0, np.sqrt(variance)) + eps
+        denominator[denominator == 0.0] = 1.0  # equal scores and eps 0: 0
+        factor = 1.0 / denominator
     if baseline == "leave_one_out":
         factor = factor * (size / np.maximum(size - 1.0, 1.0))
     if alone.any():
@@ -127,8 +129,9 @@ def _spread(of_group: np.ndarray, of_row: np.ndarray) -> np.ndarray:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    """Any dtype; NumPy has no bf16."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """Any dtype; NumPy has no bf16 and no 8-bit floats."""
+    known = not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.float32, torch.float64)
+    return (tensor if known else tensor.float()).numpy()
 
 
 def _sort(values: np.ndarray, groups: _Groups) -> np.ndarray:

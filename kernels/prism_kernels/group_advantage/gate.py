@@ -31,6 +31,7 @@ def configurations() -> list[Configuration]:
         signature = {"perception_ptr": f"*{dtype}", "reasoning_ptr": f"*{dtype}", "id_ptr": "*i64"}
         signature |= {"valid_ptr": "*u8" if has_valid else "*i64", "accuracy_ptr": "*fp32", "out_ptr": "*fp32"}
         signature |= {"num_responses": "i32", **dict.fromkeys(weights, "fp32")}
+        signature |= {f"{weight}_rest": "fp32" for weight in weights}
         flags = {"RULE": number, "HAS_VALID": has_valid, **BLOCKS}
         name = f"{rule} {dtype}{' format_valid' if has_valid else ''}"
         rows.append(Configuration(name, advantage_kernel, signature, flags, num_warps=WARPS))

@@ -31,7 +31,10 @@ def _normalize_one_group(scores: Tensor, baseline: str, scale: str, eps: float) 
     std = (centred.square().sum(dim=-1, keepdim=True) / (n - 1)).sqrt()
     if baseline == "leave_one_out":  # s - mean of the others = (s - mean of all) * n / (n - 1)
         centred = centred * (n / (n - 1))
-    return centred / (std + eps) if scale == "std" else centred
+    if scale == "none":
+        return centred
+    denominator = std + eps  # 0 for equal scores and eps 0: they are 0 then too
+    return centred / torch.where(denominator == 0, 1.0, denominator)
 
 
 def multi_reward_advantage(

@@ -7,6 +7,9 @@ Sums run in fp64 over scores less their group's minimum: equal scores give exact
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -29,10 +32,12 @@ def _z(
     LEAVE_ONE_OUT: tl.constexpr,
     BY_STD: tl.constexpr,
     WIDE: tl.constexpr,
+    ANY_SIZE: tl.constexpr,
 ):
     """(I,) normalised values; ``total`` and ``squares`` are sums over the group of value - low and of its square.
 
-    ``inverse_others`` is 1 / (n - 1), 0 for a group of one. Divides in ``WIDE``.
+    ``inverse_others`` is 1 / (n - 1), 0 for a group of one. Divides in ``WIDE``; where ``ANY_SIZE``, scaled
+    by a power of two if the variance would leave the range of fp32.
     """
     alone = inverse_others == 0.0
     centred = (value - low) - total * inverse_n
@@ -42,10 +47,24 @@ def _z(
     if BY_STD:
         variance = (squares - total * (total * inverse_n)) * inverse_others
         variance = tl.where(variance < 0.0, 0.0, variance)  # of rounding; no maximum, as NaN must pass
-        std = tl.where(alone, 1.0, tl.sqrt(variance.to(WIDE)))
-        return centred.to(WIDE) / (std + eps)
+        variance = tl.where(alone, 1.0, variance)
+        if ANY_SIZE:
+            scale = tl.where(variance > 1e30, 8.271806125530277e-25, 1.0).to(tl.float64)  # 2^-80
+            scale = tl.where(variance < 1e-30, 1.2089258196146292e24, scale)  # 2^80
+            variance *= scale * scale
+            centred *= scale
+            eps *= scale
+        denominator = tl.sqrt(variance.to(WIDE)) + eps.to(WIDE)
+        denominator = tl.where(denominator == 0.0, 1.0, denominator)  # equal scores and eps 0: 0
+        return centred.to(WIDE) / denominator
     else:
         return centred
+
+
+@triton.jit
+def _double(high, low):
+    """fp64 of the fp32 halves that a launch can pass."""
+    return tl.zeros([], tl.float64) + high + low
 
 
 @triton.jit
@@ -106,9 +125,9 @@ def normalize_kernel(
         total += tl.sum(shifted, 1)
         squares += tl.sum(shifted * shifted, 1)
 
-    eps = tl.zeros([], tl.float64) + eps_high + eps_low
+    eps = _double(eps_high, eps_low)
     inverse_n, inverse_others = _inverses(n)
-    z = _z(i_score, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT, BY_STD, tl.float64)
+    z = _z(i_score, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT, BY_STD, tl.float64, False)
     tl.store(out_ptr + i_reward * num_responses + i_row, z.to(out_ptr.dtype.element_ty), mask=i_in)
 
 
@@ -129,19 +148,13 @@ def _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, form
 @triton.jit
 def _load_flags(valid_ptr, accuracy_ptr, row, inside, RULE: tl.constexpr, HAS_VALID: tl.constexpr):
     """(format is valid, accuracy or 1) of ``row``."""
-    valid = inside
+    valid = row >= 0  # True: what rows past the last one hold is masked by who reads it
     if HAS_VALID:
         valid = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
     accuracy = tl.where(inside, 1.0, 0.0).to(tl.float64)
     if RULE != 0:
         accuracy = tl.load(accuracy_ptr + row, mask=inside, other=0).to(tl.float64)
     return valid, accuracy
-
-
-@triton.jit
-def _shift(score, valid, low, floor):
-    """Score minus the group's base; an invalid response stands ``floor`` (-1, or 0 where none is valid) from it."""
-    return tl.where(valid, score - low, floor)
 
 
 @triton.jit
@@ -153,19 +166,35 @@ def advantage_kernel(
     accuracy_ptr,  # or id_ptr
     out_ptr,  # (B,) fp32
     num_responses,
-    perception_weight,
-    reasoning_weight,
+    perception_weight,  # the coefficients rounded to fp32, and what that leaves: in fp32 alone, rewards that are equal
+    reasoning_weight,  # (0.1 + 0.2 = 0.3) differ by 1e-8, which is something beside eps
     align_coef,
     wrong_penalty,
     format_penalty,
     accuracy_weight,
     format_weight,
     eps,
+    perception_weight_rest,
+    reasoning_weight_rest,
+    align_coef_rest,
+    wrong_penalty_rest,
+    format_penalty_rest,
+    accuracy_weight_rest,
+    format_weight_rest,
+    eps_rest,
     RULE: tl.constexpr,  # index into RULES
     HAS_VALID: tl.constexpr,
     I_BLOCK: tl.constexpr,
     J_BLOCK: tl.constexpr,
 ):
+    perception_weight = _double(perception_weight, perception_weight_rest)
+    reasoning_weight = _double(reasoning_weight, reasoning_weight_rest)
+    align_coef = _double(align_coef, align_coef_rest)
+    wrong_penalty = _double(wrong_penalty, wrong_penalty_rest)
+    format_penalty = _double(format_penalty, format_penalty_rest)
+    accuracy_weight = _double(accuracy_weight, accuracy_weight_rest)
+    format_weight = _double(format_weight, format_weight_rest)
+    eps = _double(eps, eps_rest)
     i_row = tl.program_id(0) * I_BLOCK + tl.arange(0, I_BLOCK)
     i_in = i_row < num_responses
     i_id = tl.load(id_ptr + i_row, mask=i_in, other=0)  # (I,)
@@ -190,10 +219,11 @@ def advantage_kernel(
             w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
             low_w = tl.minimum(low_w, tl.min(tl.where(same, w[None, :], inf), 1))
 
-    none_valid = num_valid == 0
-    low_p = tl.where(none_valid, -1.0, low_p)
-    low_r = tl.where(none_valid, -1.0, low_r)
-    floor = tl.where(none_valid, 0.0, -1.0).to(tl.float64)  # (I,)
+    fallen_p, fallen_r = low_p - 1.0, low_r - 1.0  # what invalid responses get
+    if HAS_VALID:
+        none_valid = num_valid == 0
+        low_p, low_r = tl.where(none_valid, -1.0, low_p), tl.where(none_valid, -1.0, low_r)
+        fallen_p, fallen_r = tl.where(none_valid, -1.0, fallen_p), tl.where(none_valid, -1.0, fallen_r)
     n = tl.zeros([I_BLOCK], tl.float64)
     total_p = tl.zeros([I_BLOCK], tl.float64)
     total_r = tl.zeros([I_BLOCK], tl.float64)
@@ -208,8 +238,12 @@ def advantage_kernel(
         valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, j, j_in, RULE, HAS_VALID)
         p = tl.load(perception_ptr + j, mask=j_in, other=0.0).to(tl.float64)
         r = tl.load(reasoning_ptr + j, mask=j_in, other=0.0).to(tl.float64)
-        p = tl.where(same, _shift(p[None, :], valid[None, :], low_p[:, None], floor[:, None]), 0.0)  # (I, J)
-        r = tl.where(same, _shift(r[None, :], valid[None, :], low_r[:, None], floor[:, None]), 0.0)
+        p, r = p[None, :], r[None, :]
+        if HAS_VALID:
+            p = tl.where(valid[None, :], p, fallen_p[:, None])  # (I, J)
+            r = tl.where(valid[None, :], r, fallen_r[:, None])
+        p = tl.where(same, p - low_p[:, None], 0.0)
+        r = tl.where(same, r - low_r[:, None], 0.0)
         n += tl.sum(same.to(tl.float64), 1)
         total_p += tl.sum(p, 1)
         total_r += tl.sum(r, 1)
@@ -225,11 +259,12 @@ def advantage_kernel(
     invalid = tl.where(valid, 0.0, 1.0).to(tl.float64)  # F
     p = tl.load(perception_ptr + i_row, mask=i_in, other=0.0).to(tl.float64)
     r = tl.load(reasoning_ptr + i_row, mask=i_in, other=0.0).to(tl.float64)
-    p = tl.where(valid, p, low_p + floor)
-    r = tl.where(valid, r, low_r + floor)
+    if HAS_VALID:
+        p = tl.where(valid, p, fallen_p)
+        r = tl.where(valid, r, fallen_r)
     inverse_n, inverse_others = _inverses(n)
-    z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, False, True, tl.float32)
-    z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, False, True, tl.float32)
+    z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, False, True, tl.float32, True)
+    z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, False, True, tl.float32, True)
     align = perception_weight * z_p + reasoning_weight * z_r
     if RULE == 0:
         advantage = align - format_penalty * invalid
@@ -243,7 +278,7 @@ def advantage_kernel(
             advantage = align * ((1.0 - invalid) * (1.0 - wrong)) - penalty
         else:
             w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
-            z_w = _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32)
+            z_w = _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32, False)
             if RULE == 5:
                 advantage = z_w + align * ((1.0 - invalid) * (1.0 - 2.0 * wrong))
             else:
@@ -255,7 +290,6 @@ def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: 
     rows = scores.contiguous()
     out = torch.empty_like(rows, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     num_responses = rows.shape[-1]
-    high = torch.tensor(eps, dtype=torch.float32).item()
     grid = (triton.cdiv(num_responses, I_BLOCK), rows.numel() // num_responses)
     normalize_kernel[grid](
         rows,
@@ -263,8 +297,7 @@ def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: 
         out,
         num_responses,
         num_responses,
-        high,
-        eps - high,
+        *_halves((eps,)),
         LEAVE_ONE_OUT=baseline == "leave_one_out",
         BY_STD=scale == "std",
         I_BLOCK=I_BLOCK,
@@ -294,7 +327,7 @@ def multi_reward_advantage(
         ids if accuracy is None else _bytes(accuracy.contiguous()),
         out,
         out.numel(),
-        *map(float, coefficients),
+        *_halves(coefficients),
         RULE=RULES.index(rule),
         HAS_VALID=format_valid is not None,
         I_BLOCK=I_BLOCK,
@@ -302,6 +335,12 @@ def multi_reward_advantage(
         num_warps=WARPS,
     )
     return out
+
+
+def _halves(values: Sequence[float]) -> list[float]:
+    """fp32 roundings of the values, then what they leave: a launch passes floats as fp32."""
+    high = [struct.unpack("f", struct.pack("f", value))[0] for value in values]
+    return [*high, *(value - rounded for value, rounded in zip(values, high))]
 
 
 def _bytes(flags: Tensor) -> Tensor:

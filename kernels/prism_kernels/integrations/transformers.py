@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from prism_kernels.dispatch import Impl
 from prism_kernels.moe import RoutingStats, load_balancing_loss, moe_mlp, moe_route, plan_routing
+from prism_kernels.moe.api import MLP
 
 EXPERTS_IMPLEMENTATION = "prism"
 
@@ -64,8 +66,8 @@ def patch_moe(model: nn.Module, *, load_balancing: bool | None = None, impl: str
         The patch: statistics, the loss, ``remove()``.
 
     Raises:
-        ValueError: no experts in the model, experts that are not SwiGLU, or ``load_balancing=True`` for a model whose
-            router is not replaced.
+        ValueError: no module, no experts in the model, experts that are not SwiGLU, an unknown ``impl``, or
+            ``load_balancing=True`` for a model whose router is not replaced.
         RuntimeError: a load-balancing loss with reentrant activation checkpointing.
     """
     return MoePatch(model, load_balancing=load_balancing, impl=impl)
@@ -83,10 +85,15 @@ class _Chosen(NamedTuple):
 class MoePatch:
     """A patched model; see :func:`patch_moe`. ``fused`` and ``experts_only``: module names of what was replaced.
 
-    ``stats``: routing statistics of the last forward, one per fused block in the model's order.
+    ``stats``: routing statistics of the last forward, one per fused block in the model's order. Copies and pickles of
+    the model hold a patch of their own, without statistics: copy the patch, and its ``model`` is the model's copy.
     """
 
     def __init__(self, model: nn.Module, *, load_balancing: bool | None, impl: str):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
+        if impl != Impl.AUTO and impl not in MLP.table:
+            raise ValueError(f"impl: got {impl!r}, expected auto or one of {', '.join(map(str, MLP.table))}")
         self.model, self.impl = model, impl
         self.fused, self.experts_only = _find_blocks(model)
         if load_balancing is None:
@@ -124,6 +131,7 @@ class MoePatch:
             kinds: count tokens of these kinds alone (all but padding, for instance). None: all.
 
         Raises:
+            ValueError: kinds that the last forward did not count.
             RuntimeError: there was no forward, or it left no gradient where the router wants one.
         """
         layers = [stats for stats in self.stats if stats is not None]
@@ -136,20 +144,29 @@ class MoePatch:
                 "checkpointing around the blocks); checkpoint with use_reentrant=False, or call it under torch.no_grad"
             )
         if kinds is not None:
-            rows = list(kinds)
+            rows, known = list(kinds), len(layers[0].counts)
+            if not all(isinstance(kind, int) and 0 <= kind < known for kind in rows):
+                raise ValueError(f"kinds: expected integers in [0, {known}), the kinds of the last forward, got {rows}")
             layers = [RoutingStats(stats.counts[rows], stats.prob_sum[rows]) for stats in layers]
         return load_balancing_loss(layers, gate.top_k)
 
     def remove(self) -> None:
-        """Put the model's own code back. Parameters stay as they are."""
+        """Put the model's own code back. Parameters stay as they are. A second call does nothing."""
+        if not self._hooks:
+            return
         for name in [*self.fused, *self.experts_only]:
             del self.model.get_submodule(name).forward
         for module in self.model.modules():
             wrapped = getattr(module, "_gradient_checkpointing_func", None)
-            if hasattr(wrapped, "prism_original"):
-                module._gradient_checkpointing_func = wrapped.prism_original
+            if isinstance(wrapped, _KeepExperts):
+                module._gradient_checkpointing_func = wrapped.checkpoint
         vars(self.model).pop("_set_gradient_checkpointing", None)
-        self._hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the statistics of a forward, whose graph can be in neither."""
+        return {**vars(self), "stats": [None] * len(self.fused), "_record": None, "_replay": None}
 
     def _install(self) -> None:
         for i, name in enumerate(self.fused):
@@ -163,15 +180,20 @@ class MoePatch:
             if getattr(module, "gradient_checkpointing", False):
                 module._gradient_checkpointing_func = self._keep_experts(module._gradient_checkpointing_func)
         if hasattr(self.model, "_set_gradient_checkpointing"):
-            own = self.model._set_gradient_checkpointing
+            self.model._set_gradient_checkpointing = functools.partial(self._set_checkpointing)
+        self._hooks = [
+            module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            for name, module in self.model.named_modules()
+            if module is self.model or (hasattr(module, "config") and any(f.startswith(name + ".") for f in self.fused))
+        ]
 
-            def set_checkpointing(enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others):
-                if gradient_checkpointing_func is not None:
-                    others["gradient_checkpointing_func"] = self._keep_experts(gradient_checkpointing_func)
-                return own(enable, **others)
-
-            self.model._set_gradient_checkpointing = set_checkpointing
-        self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+    def _set_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others: Any
+    ) -> Any:
+        """In place of the model's method that switches activation checkpointing."""
+        if gradient_checkpointing_func is not None:
+            others["gradient_checkpointing_func"] = self._keep_experts(gradient_checkpointing_func)
+        return type(self.model)._set_gradient_checkpointing(self.model, enable, **others)
 
     def _run_block(self, i: int, block: nn.Module, renormalize: bool, hidden_states: Tensor) -> Tensor:
         """(..., H) -> (..., H), in place of the block's forward."""
@@ -204,25 +226,9 @@ class MoePatch:
         return out.view(hidden_states.shape)
 
     def _keep_experts(self, checkpoint: Callable) -> Callable:
-        """The checkpointing function, every call of which recomputes with the experts of its first run."""
         self._refuse_reentrant(checkpoint)
         self._reentrant = _is_reentrant(checkpoint)
-
-        def checkpointed(function: Callable, *args: Any, **kwargs: Any) -> Any:
-            chosen: list[_Chosen] = []
-
-            def run(*inner: Any, **named: Any) -> Any:
-                before = self._record, self._replay
-                self._record, self._replay = (None, iter(tuple(chosen))) if chosen else (chosen, None)
-                try:
-                    return function(*inner, **named)
-                finally:
-                    self._record, self._replay = before
-
-            return checkpoint(run, *args, **kwargs)
-
-        checkpointed.prism_original = checkpoint
-        return checkpointed
+        return _KeepExperts(self, checkpoint)
 
     def _refuse_reentrant(self, checkpoint: Callable) -> None:
         if self.load_balancing and _is_reentrant(checkpoint):
@@ -236,14 +242,42 @@ class MoePatch:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return bool(getattr(text, "output_router_logits", False))
 
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Of the model, and of the models inside it, which may be called alone."""
+        if module is self.model:  # they hold the graph of a forward that may have had no backward
+            self.stats = [None] * len(self.fused)
         asked = kwargs.get("output_router_logits")
-        self._logits_asked = self._configured_logits() if asked is None else bool(asked)
-        if self._logits_asked and self._reentrant and model.training and torch.is_grad_enabled():
+        if asked is None:
+            if module is not self.model:
+                return
+            asked = self._configured_logits()
+        self._logits_asked = bool(asked)
+        if self._logits_asked and self._reentrant and module.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "output_router_logits: transformers' load-balancing loss has no gradient under reentrant activation "
                 "checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+
+
+class _KeepExperts:
+    """A checkpointing function every call of which recomputes with the experts of its first run."""
+
+    def __init__(self, patch: MoePatch, checkpoint: Callable):
+        self.patch, self.checkpoint = patch, checkpoint
+
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        chosen: list[_Chosen] = []
+        patch = self.patch
+
+        def run(*inner: Any, **named: Any) -> Any:
+            before = patch._record, patch._replay
+            patch._record, patch._replay = (None, iter(tuple(chosen))) if chosen else (chosen, None)
+            try:
+                return function(*inner, **named)
+            finally:
+                patch._record, patch._replay = before
+
+        return self.checkpoint(run, *args, **kwargs)
 
 
 def _find_blocks(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -261,7 +295,10 @@ def _find_blocks(model: nn.Module) -> tuple[list[str], list[str]]:
         block_name = name.rpartition(".")[0]
         block = model.get_submodule(block_name)
         if "forward" in vars(block) or "forward" in vars(module):
-            raise ValueError(f"model: the forward of {name} is replaced already; remove() the first patch")
+            raise ValueError(
+                f"model: the forward of {name} is replaced already, by patch_moe or by someone's hooks (accelerate's "
+                "device_map over several devices); remove() the first patch, or the hooks"
+            )
         known = type(block).__name__ in _FUSED_BLOCKS
         (fused if known else alone).append(block_name if known else name)
     return fused, alone
@@ -271,6 +308,7 @@ def _require_swiglu(experts: nn.Module, name: str) -> None:
     """Raises ValueError where moe_mlp would compute something else than these experts."""
     apply_gate = getattr(type(experts), "_apply_gate", None)
     wrong = {
+        "no experts interface": not hasattr(experts, "is_concatenated"),  # they may take other arguments
         "biases": getattr(experts, "has_bias", False),
         "no gate": not getattr(experts, "has_gate", True),
         "interleaved gate and up": not getattr(experts, "is_concatenated", True),

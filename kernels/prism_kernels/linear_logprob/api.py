@@ -13,9 +13,11 @@ from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
 from prism_kernels.linear_logprob import autograd, reference
 from prism_kernels.linear_logprob.checks import (
     check_head,
+    check_normalizer,
     check_policy,
     check_sequence_start,
     check_targets,
+    chunk_size,
     constant_rows,
     constant_scalar,
 )
@@ -62,6 +64,8 @@ def linear_logprob(
         hidden: (T, H), any floating dtype. weight: (V, H), the dtype of hidden. bias: (V,) or None.
         targets: (T,) int64 in [0, V), or -100 to skip the row: its outputs are 0 and it has no gradient.
         temperature: > 0. softcap: > 0 or None (Gemma 2, arXiv 2408.00118).
+        chunk_bytes: most bytes of fp32 logits at a time (one row at least); None: 48 MB on a CPU, a thirtieth of the
+            memory of a GPU. The reference keeps all logits.
     Returns:
         LinearLogprob(logprob, logsumexp, entropy | None), each (T,), fp32 (fp64 for fp64 inputs), natural logarithms.
     Raises:
@@ -70,11 +74,12 @@ def linear_logprob(
     """
     check_head(hidden, weight, targets, bias, temperature, softcap)
     arguments = (hidden, weight, targets, bias, float(temperature), softcap, with_entropy)
+    chunk_bytes = chunk_size(chunk_bytes)
     chosen = _choose("linear_logprob", str(impl), hidden.device.type)
     if chosen == Impl.REFERENCE:
         check_targets(targets, weight.shape[0])
         return reference.linear_logprob(*arguments)
-    return autograd.linear_logprob(*arguments, chunk_bytes or 0, chosen)
+    return autograd.linear_logprob(*arguments, chunk_bytes, chosen)
 
 
 def linear_cross_entropy(
@@ -101,16 +106,18 @@ def linear_cross_entropy(
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
     check_head(hidden, weight, targets, bias, 1.0, softcap)
-    if row_weight is not None and row_weight.requires_grad:
+    if isinstance(row_weight, Tensor) and row_weight.requires_grad:
         raise ValueError("row_weight: got a tensor that requires grad, expected a constant; detach() it")
     row_weight = constant_rows("row_weight", row_weight, hidden, host=True)
     normalizer = constant_scalar("normalizer", normalizer, hidden)
     arguments = (hidden, weight, targets, row_weight, normalizer, bias, softcap)
+    chunk_bytes = chunk_size(chunk_bytes)
     chosen = _choose("linear_cross_entropy", str(impl), hidden.device.type)
     if chosen == Impl.REFERENCE:
         check_targets(targets, weight.shape[0])
+        check_normalizer(normalizer)
         return reference.linear_cross_entropy(*arguments)
-    return autograd.linear_cross_entropy(*arguments, chunk_bytes or 0, chosen)
+    return autograd.linear_cross_entropy(*arguments, chunk_bytes, chosen)
 
 
 def linear_objective(
@@ -140,12 +147,15 @@ def linear_objective(
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
     check_head(hidden, weight, targets, bias, temperature, softcap)
+    if not callable(glue):
+        raise ValueError(f"glue: got a {type(glue).__name__}, expected a function (logprob, entropy, rows) -> ...")
     arguments = (hidden, weight, targets, glue, bias, float(temperature), softcap, with_entropy)
+    chunk_bytes = chunk_size(chunk_bytes)
     chosen = _choose("linear_objective", str(impl), hidden.device.type)
     if chosen == Impl.REFERENCE:
         check_targets(targets, weight.shape[0])
         return reference.linear_objective(*arguments)
-    return autograd.linear_objective(*arguments, chunk_bytes or 0, chosen)
+    return autograd.linear_objective(*arguments, chunk_bytes, chosen)
 
 
 def linear_policy_loss(
@@ -199,12 +209,14 @@ def linear_policy_loss(
         hidden, weight, targets, advantages.detach(), sequence_start, objective, old, ref, rollout, normalizer, bias,
         float(temperature), softcap, with_entropy, with_logprob,
     )  # fmt: skip
+    chunk_bytes = chunk_size(chunk_bytes)
     chosen = _choose("linear_policy_loss", str(impl), hidden.device.type)
     if chosen == Impl.REFERENCE:
         check_targets(targets, weight.shape[0])
         check_sequence_start(sequence_start, hidden.shape[0])
+        check_normalizer(normalizer)
         return reference.linear_policy_loss(*arguments)
-    return autograd.linear_policy_loss(*arguments, chunk_bytes or 0, chosen)
+    return autograd.linear_policy_loss(*arguments, chunk_bytes, chosen)
 
 
 def _choose(op: str, impl: str, device: str) -> str:

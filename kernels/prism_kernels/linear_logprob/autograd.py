@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 from prism_kernels.dispatch import Impl
 from prism_kernels.linear_logprob import engine
-from prism_kernels.linear_logprob.checks import check_sequence_start, check_targets
+from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
 from prism_kernels.linear_logprob.engine import Head, Needs, RowKernels, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
@@ -26,7 +26,7 @@ _GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 
 
 def _operator(name: str, schema: str) -> Callable:
-    """Define prism_kernels::<name>; the decorated function runs it on any device.
+    """Define prism_kernels::<name>; the decorated function, whose first argument is hidden, runs it on any device.
 
     Not torch.library.custom_op, which imports torch._dynamo: two seconds of every process that calls an op.
     """
@@ -34,10 +34,19 @@ def _operator(name: str, schema: str) -> Callable:
     torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(run: Callable) -> OpOverload:
-        torch.library.impl(name, "CompositeExplicitAutograd", run)
+        def run_as_given(hidden, *rest):
+            with _as_given(hidden):
+                return run(hidden, *rest)
+
+        torch.library.impl(name, "CompositeExplicitAutograd", run_as_given)
         return getattr(torch.ops.prism_kernels, name.partition("::")[2]).default
 
     return register
+
+
+def _as_given(hidden: Tensor) -> torch.autocast:
+    """Products in the dtypes chosen here: under autocast, those of the gradients would be bf16, for fp32 inputs too."""
+    return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _row_kernels(impl: str) -> RowKernels:
@@ -164,6 +173,22 @@ torch.library.register_autograd(_logprob, _backward_logprob, setup_context=_setu
 # -------------------------------------------------------------------------------- losses: gradients in the forward
 
 
+def _times(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """gradient * d_loss for a saved gradient: in its own memory, unless a later backward reads it (retain_graph=True).
+
+    dW is larger than a chunk; a copy of it would be the peak of a step. Under tracing it is a copy, which the compiler
+    places as it likes, and for a batch of d_loss (is_grads_batched=True).
+    """
+    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
+    batched = any(
+        is_batch(d_loss)
+        for is_batch in (torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor)
+    )
+    if traced or batched or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * d_loss
+    return gradient.mul_(d_loss)
+
+
 def _setup_loss(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
@@ -176,7 +201,7 @@ def _backward_loss(ctx, d_loss, *_):
     gradients = [None] * ctx.num_inputs
     for i, gradient in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[i]:
-            gradients[i] = gradient * d_loss
+            gradients[i] = _times(gradient, d_loss)
     return tuple(gradients)
 
 
@@ -206,6 +231,7 @@ def _cross_entropy(
     hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl
 ):
     check_targets(targets, weight.shape[0])
+    check_normalizer(normalizer)
     head = Head(hidden, weight, bias, temperature, softcap)
     unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
     plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, unread=unread)
@@ -270,6 +296,7 @@ def _policy_loss(
 ):  # fmt: skip
     check_targets(targets, weight.shape[0])
     check_sequence_start(sequence_start, hidden.shape[0])
+    check_normalizer(normalizer)
     objective = PolicyObjective.parse(objective)
     kernels, head = _row_kernels(impl), Head(hidden, weight, bias, temperature, softcap)
     couples = objective.ratio == "sequence" and old_logprob is not None
@@ -360,12 +387,13 @@ class _Objective(torch.autograd.Function):
         kernels: RowKernels,
     ) -> Tensor:
         head = Head(hidden, weight, bias, temperature, softcap)
-        loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
+        with _as_given(hidden):
+            loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
         _once_differentiable()
-        gradients = (g * d_loss if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
+        gradients = (_times(g, d_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
         return (*gradients, *[None] * 7)

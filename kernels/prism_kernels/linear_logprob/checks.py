@@ -5,19 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.objectives import IGNORE, PolicyObjective
+from prism_kernels.linear_logprob.objectives import IGNORE, PolicyObjective, is_number
 
 INFINITY = float("inf")  # comparisons, unlike math.isfinite, can be traced
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
 ) -> None:
     """Shapes, dtypes and ranges: all that a traced (fake) tensor knows."""
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden: got {_got(hidden)}, expected a floating (T, H); flatten more dimensions first")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
+        _check_tensor(name, tensor, optional=name == "bias")
+    if hidden.dim() != 2 or hidden.dtype not in DTYPES:
+        raise ValueError(
+            f"hidden: got {_got(hidden)}, expected (T, H) in bf16, fp16, fp32 or fp64; flatten more dimensions first"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
-        raise ValueError(f"weight: got {_got(weight)}, expected (V, H) with H = {hidden.shape[1]}, as in nn.Linear")
+        raise ValueError(
+            f"weight: got {_got(weight)}, expected (V, H) with H = {hidden.shape[1]}, hidden's, as in nn.Linear"
+        )
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight: got {weight.dtype}, expected the dtype of hidden, {hidden.dtype}; cast one of them")
     if targets.dim() != 1 or targets.shape[0] != hidden.shape[0] or targets.dtype != torch.int64:
@@ -28,10 +35,10 @@ def check_head(
     if bias is not None:
         _check_device("bias", bias, hidden)
     _check_device("targets", targets, hidden, host=True)
-    if not 0 < temperature < INFINITY:
-        raise ValueError(f"temperature: got {temperature}, expected a finite number > 0")
-    if softcap is not None and not 0 < softcap < INFINITY:
-        raise ValueError(f"softcap: got {softcap}, expected None or a finite number > 0")
+    if not is_number(temperature) or not 0 < temperature < INFINITY:
+        raise ValueError(f"temperature: got {temperature!r}, expected a finite number > 0")
+    if softcap is not None and (not is_number(softcap) or not 0 < softcap < INFINITY):
+        raise ValueError(f"softcap: got {softcap!r}, expected None or a finite number > 0")
 
 
 def check_policy(
@@ -42,6 +49,8 @@ def check_policy(
     ref_logprob: Tensor | None,
     rollout_logprob: Tensor | None,
 ) -> None:
+    _check_tensor("advantages", advantages)
+    _check_tensor("sequence_start", sequence_start)
     if not isinstance(objective, PolicyObjective):
         raise ValueError(f"objective: got {type(objective).__name__}, expected a PolicyObjective, e.g. .grpo()")
     if sequence_start.dim() != 1 or not sequence_start.shape[0] or sequence_start.dtype not in _OFFSETS:
@@ -67,6 +76,7 @@ def constant_rows(name: str, rows: Tensor | None, hidden: Tensor, host: bool = F
     """A constant per row, detached."""
     if rows is None:
         return None
+    _check_tensor(name, rows)
     if rows.shape != hidden.shape[:1] or not rows.is_floating_point():
         raise ValueError(f"{name}: got {_got(rows)}, expected a floating (T,) with T = {hidden.shape[0]}")
     _check_device(name, rows, hidden, host)
@@ -82,9 +92,50 @@ def constant_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> 
         if value.dim() != 0:
             raise ValueError(f"{name}: got {_got(value)}, expected a number or a 0-d tensor; take its [0] or .sum()")
         return value.detach().to(hidden.device, dtype, non_blocking=True)
-    if not 0 <= value < INFINITY:
-        raise ValueError(f"{name}: got {value}, expected a finite number >= 0")
+    if not is_number(value) or not 0 <= value < INFINITY:
+        raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0, or a 0-d tensor")
     return torch.full((), float(value), dtype=dtype, device=hidden.device)
+
+
+def chunk_size(chunk_bytes: int | None) -> int:
+    """Bytes, or 0 for the device's default."""
+    if chunk_bytes is None:
+        return 0
+    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, expected None or a number of bytes >= 1")
+    return chunk_bytes
+
+
+def check_normalizer(normalizer: Tensor | None) -> None:
+    """ValueError for a tensor that no count is in, where the host can see it."""
+    if normalizer is None or normalizer.device.type != "cpu" or 0 <= float(normalizer) < INFINITY:
+        return
+    raise ValueError(f"normalizer: got a tensor that holds {float(normalizer)}, expected a finite number >= 0")
+
+
+def check_glue(result: object, logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a glue returned for these log-probs and entropies, its loss as a tensor."""
+    if not isinstance(result, tuple) or len(result) != 3:
+        length = f" of {len(result)}" if isinstance(result, tuple) else ""
+        raise ValueError(
+            f"glue: got a {type(result).__name__}{length}, expected (loss, dloss_dlogprob, dloss_dentropy | None)"
+        )
+    loss, d_logprob, d_entropy = result
+    _check_tensor("glue: dloss_dlogprob", d_logprob)
+    _check_tensor("glue: dloss_dentropy", d_entropy, optional=True)
+    if not isinstance(loss, Tensor) and not is_number(loss):
+        raise ValueError(f"glue: got a loss of type {type(loss).__name__}, expected a number or a 0-d tensor")
+    loss = torch.as_tensor(loss)
+    if loss.dim() != 0 or d_logprob.shape != logprob.shape:
+        raise ValueError(
+            f"glue: got a loss of shape {tuple(loss.shape)} and dloss_dlogprob of shape {tuple(d_logprob.shape)}, "
+            f"expected () and {tuple(logprob.shape)}"
+        )
+    if d_entropy is not None and (entropy is None or d_entropy.shape != entropy.shape):
+        raise ValueError(
+            "glue: got dloss_dentropy, which needs with_entropy=True and the shape of entropy; return None instead"
+        )
+    return loss, d_logprob, d_entropy
 
 
 def check_targets(targets: Tensor, num_words: int) -> None:
@@ -109,6 +160,11 @@ def check_sequence_start(sequence_start: Tensor, num_rows: int) -> None:
 
 
 _OFFSETS = (torch.int32, torch.int64)
+
+
+def _check_tensor(name: str, value: object, optional: bool = False) -> None:
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        raise ValueError(f"{name}: got a {type(value).__name__}, expected a tensor{' or None' if optional else ''}")
 
 
 def _check_device(name: str, tensor: Tensor, hidden: Tensor, host: bool = False) -> None:

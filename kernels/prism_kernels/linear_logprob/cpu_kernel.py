@@ -14,7 +14,7 @@ from torch import Tensor
 from prism_kernels.linear_logprob.engine import Head, RowKernels, Upstream
 from prism_kernels.linear_logprob.objectives import LinearLogprob
 
-BLOCK_ELEMENTS = 1 << 18  # 1 MB of fp32: half of a core's L2 on servers
+BLOCK_ELEMENTS = 1 << 17  # 512 KB of fp32: a block and its temporaries fit a core's L2 of 2 MB
 # A word this far (in nats) below the rest counts as p = 0: it is lost in their rounding, while the denormal numbers it
 # becomes, and exp's way to them, take a CPU many times longer (a step of eager torch at logits of std 22: 45 times).
 NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -500.0}
@@ -60,18 +60,24 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
     h = torch.zeros_like(g) if upstream.logsumexp is None else upstream.logsumexp / head.temperature
     e = None if upstream.entropy is None else upstream.entropy / head.temperature
     # The target's own entry from expm1 of its log-prob: 1 - p loses every digit where p is close to 1.
+    floor = NEGLIGIBLE[z.dtype]
     p_target = statistics.logprob.exp()
     at_target = h * p_target - g * statistics.logprob.expm1()
     if e is not None:
-        at_target = at_target - e * p_target * (statistics.logprob + statistics.entropy)
-    floor = NEGLIGIBLE[z.dtype]
+        # The floor because a bias may forbid the target: p log p is 0 there, not 0 * -inf.
+        at_target = at_target - e * p_target * (statistics.logprob.clamp(min=floor) + statistics.entropy)
     least = 2 * math.exp(floor)
     for rows in _blocks(z):
         block = z[rows]
         slope = None
         if head.softcap is not None:
             slope = 1 - (block * (head.temperature / head.softcap)).square_()
-        log_p = block.sub_(statistics.logsumexp[rows, None]).clamp_(min=floor)  # finite where a bias forbids a word
+        # log p = (z - z_y) + logprob, or z - logsumexp where that is the smaller number, whose rounding p inherits.
+        logprob, logsumexp = statistics.logprob[rows, None], statistics.logsumexp[rows, None]
+        near = logprob.abs() < logsumexp.abs()
+        anchor = torch.where(near, block.gather(1, targets[rows, None]), logsumexp)
+        log_p = block.sub_(anchor).add_(torch.where(near, logprob, 0.0))
+        log_p.clamp_(min=floor)  # finite where a bias forbids a word
         if e is None:
             torch.threshold_(log_p.exp_(), least, 0.0).mul_((h - g)[rows, None])
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.linear_logprob import products
+from prism_kernels.linear_logprob.checks import check_glue
 from prism_kernels.linear_logprob.glue import Glue
 from prism_kernels.linear_logprob.objectives import LinearLogprob
 from prism_kernels.linear_logprob.plan import Plan, padded
@@ -73,8 +74,9 @@ class Gradients:
         hidden, weight = head.hidden, head.weight
         self.hidden = self.weight = self.bias = None
         if needs.hidden:
-            # Rows that are not computed keep 0; otherwise every row is written.
-            self.hidden = torch.zeros_like(hidden) if plan.rows is not None else torch.empty_like(hidden)
+            # Rows that are not computed keep 0, else every row is written. Contiguous, as the operators' fakes say.
+            allocate = torch.empty if plan.rows is None else torch.zeros
+            self.hidden = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         if needs.weight:
             single = len(plan.chunks) == 1 and weight.dtype is not torch.float16
             dtype = weight.dtype if single else head.wide
@@ -142,9 +144,8 @@ def objective(
     for start, stop, x, z in _products(head, plan, kernels):
         part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
         parts.append(part)
-        chunk_loss, d_logprob, d_entropy = glue(part.logprob, part.entropy, plan.index(start, stop))
-        chunk_loss = torch.as_tensor(chunk_loss)
-        _check_glue(part, chunk_loss, d_logprob, d_entropy)
+        given = glue(part.logprob, part.entropy, plan.index(start, stop))
+        chunk_loss, d_logprob, d_entropy = check_glue(given, part.logprob, part.entropy)
         loss += chunk_loss
         if any(needs):
             upstream = Upstream(d_logprob.to(head.wide), None, None if d_entropy is None else d_entropy.to(head.wide))
@@ -200,15 +201,3 @@ def _concatenate(head: Head, parts: list[LinearLogprob], with_entropy: bool) -> 
 
 def _cut(columns, start: int, stop: int):
     return type(columns)(*(None if column is None else column[start:stop] for column in columns))
-
-
-def _check_glue(part: LinearLogprob, loss: Tensor, d_logprob: Tensor, d_entropy: Tensor | None) -> None:
-    if loss.dim() != 0 or d_logprob.shape != part.logprob.shape:
-        raise ValueError(
-            f"glue: got a loss of shape {tuple(loss.shape)} and dloss_dlogprob of shape {tuple(d_logprob.shape)}, "
-            f"expected () and {tuple(part.logprob.shape)}"
-        )
-    if d_entropy is not None and (part.entropy is None or d_entropy.shape != part.entropy.shape):
-        raise ValueError(
-            "glue: got dloss_dentropy, which needs with_entropy=True and the shape of entropy; return None instead"
-        )

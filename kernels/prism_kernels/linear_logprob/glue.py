@@ -123,8 +123,9 @@ class Policy:
             loss, d_logprob = loss * importance, d_logprob * importance
         if self.ref is not None:
             kl, d_kl = self._kl(logprob, rows, kept)
-            loss = loss + objective.kl_coef * kl
-            d_logprob = d_logprob + objective.kl_coef * d_kl
+            if objective.kl_coef != 0:  # else only a statistic, which may be infinite
+                loss = loss + objective.kl_coef * kl
+                d_logprob = d_logprob + objective.kl_coef * d_kl
         d_entropy = None
         if entropy is not None:
             self._add("entropy_mean", torch.where(kept, entropy, 0.0))

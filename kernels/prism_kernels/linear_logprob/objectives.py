@@ -80,8 +80,16 @@ class PolicyObjective:
         _one_of("ratio", self.ratio, RATIOS)
         _one_of("aggregate", self.aggregate, AGGREGATES)
         _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "dual_clip", "importance_cap", "max_length"):
+            value = getattr(self, name)
+            if value is None and name in ("dual_clip", "importance_cap", "max_length"):
+                continue
+            if not is_number(value):
+                raise ValueError(f"{name}: got {value!r}, expected a number")
+            if name != "max_length":
+                object.__setattr__(self, name, float(value))
         for name in ("clip_low", "clip_high"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number >= 0")
         for name in ("kl_coef", "entropy_coef"):
             if not math.isfinite(getattr(self, name)):
@@ -90,7 +98,7 @@ class PolicyObjective:
             raise ValueError(f"dual_clip: got {self.dual_clip}, expected None or a number > 1")
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ValueError(f"importance_cap: got {self.importance_cap}, expected None or a number > 0")
-        if self.max_length is not None and self.max_length < 1:
+        if self.max_length is not None and not (self.max_length >= 1 and self.max_length % 1 == 0):
             raise ValueError(f"max_length: got {self.max_length}, expected a number of tokens >= 1")
         if self.aggregate == "fixed_length" and self.max_length is None:
             raise ValueError("max_length: aggregate='fixed_length' divides by it; pass the longest response's tokens")
@@ -128,6 +136,11 @@ class PolicyObjective:
 
 
 _WORDS = (*RATIOS, *AGGREGATES, *KL_ESTIMATORS)
+
+
+def is_number(value: object) -> bool:
+    """Real and single: also numpy's, and a 0-d tensor."""
+    return isinstance(value, (int, float)) or (hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prism_kernels.linear_logprob.checks import check_glue
 from prism_kernels.linear_logprob.objectives import IGNORE, LOG_RATIO_LIMIT, LinearLogprob, PolicyLoss, PolicyObjective
 
 
@@ -24,7 +25,8 @@ def linear_logprob(
 ) -> LinearLogprob:
     rows = (targets != IGNORE).nonzero().squeeze(1)  # (R,)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden[rows].to(dtype) @ weight.to(dtype).T  # (R, V)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would make it a bf16 product
+        z = hidden[rows].to(dtype) @ weight.to(dtype).T  # (R, V)
     if bias is not None:
         z = z + bias.to(dtype)
     if softcap is not None:
@@ -56,7 +58,7 @@ def linear_cross_entropy(
     rows = (targets != IGNORE).nonzero().squeeze(1)
     nll = nll[rows]
     if row_weight is not None:
-        nll = nll * row_weight[rows]
+        nll = nll * row_weight[rows].to(nll.dtype)
     if rows.numel() == 0:
         return nll.sum()
     return nll.sum() / (rows.numel() if normalizer is None else normalizer)
@@ -77,11 +79,12 @@ def linear_objective(
     logprob = out.logprob[rows]
     entropy = out.entropy[rows] if with_entropy else None
     with torch.no_grad():
-        loss, d_logprob, d_entropy = glue(logprob.detach(), entropy.detach() if with_entropy else None, rows)
+        given = glue(logprob.detach(), entropy.detach() if with_entropy else None, rows)
+    loss, d_logprob, d_entropy = check_glue(given, logprob, entropy)
     # The value is the glue's, the gradient is that of the two linear terms, each 0 in value.
-    total = loss + (d_logprob * (logprob - logprob.detach())).sum()
+    total = loss.to(logprob.dtype) + (d_logprob.to(logprob.dtype) * (logprob - logprob.detach())).sum()
     if d_entropy is not None:
-        total = total + (d_entropy * (entropy - entropy.detach())).sum()
+        total = total + (d_entropy.to(entropy.dtype) * (entropy - entropy.detach())).sum()
     return total
 
 
@@ -112,16 +115,19 @@ def linear_policy_loss(
     advantage = (advantages[rows] if per_row else advantages[sequence]).to(out.logprob.dtype)
 
     logprob = out.logprob[rows]
-    old = logprob.detach() if old_logprob is None else old_logprob[rows]
+    old, ref, rollout = (
+        None if t is None else t[rows].to(logprob.dtype) for t in (old_logprob, ref_logprob, rollout_logprob)
+    )
+    old = logprob.detach() if old is None else old
     stats: dict[str, Tensor] = {"rows": logprob.detach().new_tensor(rows.numel())}
     ratio = _ratio(logprob, old, sequence, num_sequences, objective.ratio)
     loss = _surrogate(ratio, advantage, objective, stats)
     token_log_ratio = (logprob - old).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     stats["kl_old"] = (token_log_ratio.exp() - token_log_ratio - 1).mean()
-    if rollout_logprob is not None:
-        loss = loss * _importance(old, rollout_logprob[rows], objective.importance_cap, stats)
-    if ref_logprob is not None:
-        kl = _kl(logprob, ref_logprob[rows], objective.kl_estimator)
+    if rollout is not None:
+        loss = loss * _importance(old, rollout, objective.importance_cap, stats)
+    if ref is not None:
+        kl = _kl(logprob, ref, objective.kl_estimator)
         stats["kl_ref"] = kl.mean()
         if objective.kl_coef != 0:
             loss = loss + objective.kl_coef * kl

@@ -130,7 +130,7 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + i_row)
+    target = tl.load(target_ptr + i_row).to(tl.int32)  # as columns are: int64 comparisons would spill
     p_row = z_ptr + i_row * row_stride
     p_out = dz_ptr + i_row * dz_row_stride
     logprob = tl.load(logprob_ptr + i_row)
@@ -141,6 +141,13 @@ def gradient_kernel(
     common = -g  # coefficient of p in every word
     if HAS_D_LOGSUMEXP:
         common += tl.load(d_logsumexp_ptr + i_row) * sharpness
+    # log p = (z - z_y) + logprob, or z - logsumexp where that is the smaller number, whose rounding p inherits.
+    i_target = tl.maximum(target, 0)
+    target_logit = tl.load(p_row + i_target)
+    target_logit = _logits(target_logit, bias_ptr, i_target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
+    near = tl.abs(logprob) < tl.abs(logsumexp)
+    anchor = tl.where(near, target_logit, logsumexp)
+    rest = tl.where(near, logprob, 0.0)
     if HAS_D_ENTROPY:
         d_entropy = tl.load(d_entropy_ptr + i_row) * sharpness
         entropy = tl.load(entropy_ptr + i_row)
@@ -150,7 +157,7 @@ def gradient_kernel(
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
         b_z, b_slope = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)
         # The target's own entry from its exact log-prob: where p is near 1, 1 - p would lose its digits.
-        b_log_p = tl.where(column == target, logprob, b_z - logsumexp)
+        b_log_p = tl.where(column == target, logprob, (b_z - anchor) + rest)
         b_p = tl.exp(b_log_p)
         b_dz = b_p * common
         if HAS_D_ENTROPY:

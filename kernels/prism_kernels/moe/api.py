@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
-from prism_kernels.moe.routing import Routing
+from prism_kernels.moe.routing import Routing, as_integer
 
 _PACKAGE = "prism_kernels.moe"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _op(name: str, triton_module: str) -> Op:
@@ -47,7 +50,7 @@ def moe_route(
         weight = weight / weight.sum(-1, keepdim=True)              # renormalize
         token_order = expert_index.flatten().argsort(stable=True)
 
-    ``weight`` and ``stats.prob_sum`` are differentiable in ``hidden`` and ``router_weight``.
+    ``weight`` and ``stats.prob_sum`` are differentiable in ``hidden`` and ``router_weight``. Autocast changes nothing.
 
     Args:
         hidden: (T, H) floating; T = 0 works.
@@ -58,7 +61,8 @@ def moe_route(
             no kind on a GPU, where reading them would synchronise.
         num_kinds: rows of the statistics. 0: one row for all tokens, ``segment_kind`` is not read.
         expert_index: (T, k) int32 or int64: take these experts (of an earlier call) instead of choosing. Activation
-            recompute needs it, as a near tie may fall the other way the second time.
+            recompute needs it, as a near tie may fall the other way the second time. Values outside [0, E) raise on a
+            CPU and are undefined on a GPU.
         impl: "auto", "reference", "cpu" or "triton".
 
     Raises:
@@ -71,6 +75,7 @@ def moe_route(
         raise ValueError(f"router_weight: expected (E >= 1, H = {hidden.shape[1]}), got {_describe(router_weight)}")
     _check_device("router_weight", router_weight, hidden)
     tokens, experts = hidden.shape[0], router_weight.shape[0]
+    top_k, num_kinds = as_integer("top_k", top_k), as_integer("num_kinds", num_kinds)
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k: expected 1 to E = {experts}, the rows of router_weight, got {top_k}")
     if num_kinds < 0 or (num_kinds > 0 and segment_kind is None):
@@ -83,15 +88,16 @@ def moe_route(
     if expert_index is not None:
         _check_integer("expert_index", expert_index, (tokens, top_k), "(T, top_k)", hidden, experts, "E")
     _, run = ROUTE.select(impl, hidden.device)
-    return run(
-        hidden,
-        router_weight,
-        top_k,
-        renormalize=renormalize,
-        segment_kind=segment_kind if num_kinds else None,
-        num_kinds=max(num_kinds, 1),
-        expert_index=expert_index,
-    )
+    with _no_autocast(hidden.device):
+        return run(
+            hidden,
+            router_weight,
+            top_k,
+            renormalize=renormalize,
+            segment_kind=segment_kind if num_kinds else None,
+            num_kinds=max(num_kinds, 1),
+            expert_index=expert_index,
+        )
 
 
 def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl: str = "auto") -> Routing:
@@ -110,6 +116,7 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
+    num_experts = as_integer("num_experts", num_experts)
     if num_experts < 1:
         raise ValueError(f"num_experts: expected E >= 1, got {num_experts}")
     _check_matrix("weight", weight, "(T, k)")
@@ -125,7 +132,7 @@ def moe_mlp(
 
     With ``gate, up = (gate_up[e] @ x).chunk(2)``, ``MLP_e(x) = down[e] @ (silu(gate) * up)`` (layout "v5").
     Differentiable in hidden, gate_up, down and ``routing.weight``. The same inputs give the same bits, in forward and
-    backward.
+    backward. Under autocast, hidden, gate_up and down are cast as for a matrix product.
 
     Args:
         hidden: (T, H) floating; T = 0 works.
@@ -146,10 +153,12 @@ def moe_mlp(
     _check_matrix("hidden", hidden, "(T, H)")
     if layout not in ("v5", "v4"):
         raise ValueError(f"layout: expected 'v5' or 'v4', got {layout!r}")
+    result = hidden.dtype
+    hidden, gate_up, down = _autocast(hidden, gate_up, down)
     width = hidden.shape[1]
     shapes = {"v5": ("(E, 2I, H)", "(E, H, I)"), "v4": ("(E, H, 2I)", "(E, I, H)")}[layout]
     for name, weight, shape in (("gate_up", gate_up, shapes[0]), ("down", down, shapes[1])):
-        if weight.dim() != 3:
+        if not isinstance(weight, Tensor) or weight.dim() != 3:
             raise ValueError(f"{name}: expected {shape} for layout {layout!r}, got {_describe(weight)}")
         if weight.dtype != hidden.dtype:
             raise ValueError(f"{name}: expected {hidden.dtype}, the dtype of hidden, got {_describe(weight)}")
@@ -165,15 +174,36 @@ def moe_mlp(
         )
     _check_routing(routing, hidden, experts)
     _, run = MLP.select(impl, hidden.device)
-    return run(hidden, gate_up, down, routing)
+    with _no_autocast(hidden.device):
+        plan = {"token_order": routing.token_order.int(), "expert_offset": routing.expert_offset.int()}
+        return run(hidden, gate_up, down, routing._replace(**plan)).to(result)
 
 
-def _describe(tensor: Tensor) -> str:
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager:
+    """Off, as products with an ``out`` refuse it, and the router is fp32 by contract."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocast(hidden: Tensor, *weights: Tensor) -> list[Tensor]:
+    """The operands in autocast's dtype where it is on; fp64 is left alone, as everywhere under autocast."""
+    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden.device) else None
+    return [
+        x.to(dtype) if dtype and x.is_floating_point() and x.dtype != torch.float64 else x for x in (hidden, *weights)
+    ]
+
+
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"no tensor but {type(tensor).__name__}"
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
 def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
-    if tensor.dim() != 2 or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
         raise ValueError(f"{name}: expected floating {shape}, got {_describe(tensor)}")
 
 
@@ -185,8 +215,7 @@ def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 def _check_integer(
     name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, hidden: Tensor, limit: int, limit_name: str
 ) -> None:
-    integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    if tuple(tensor.shape) != shape or not integer:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS or tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected integer {dims} = {shape}, got {_describe(tensor)}")
     _check_device(name, tensor, hidden)
     if tensor.device.type == "cpu" and tensor.numel():
@@ -200,17 +229,27 @@ def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
         raise ValueError(f"routing: expected the Routing of moe_route, got {type(routing).__name__}")
     tokens = hidden.shape[0]
     index, weight = routing.expert_index, routing.weight
-    if index.dim() != 2 or index.shape[0] != tokens or weight.shape != index.shape:
+    if not (isinstance(index, Tensor) and isinstance(weight, Tensor) and weight.is_floating_point()) or (
+        index.dim() != 2 or index.shape[0] != tokens or weight.shape != index.shape
+    ):
         raise ValueError(
-            f"routing: expected expert_index and weight (T = {tokens}, k), got {_describe(index)}, {_describe(weight)}"
+            f"routing: expected expert_index and weight (T = {tokens}, k), the weight floating, "
+            f"got {_describe(index)}, {_describe(weight)}"
         )
-    if tuple(routing.expert_offset.shape) != (experts + 1,):
-        raise ValueError(
-            f"routing: expected expert_offset (E + 1,) = ({experts + 1},) for the {experts} experts of gate_up, "
-            f"got {_describe(routing.expert_offset)}"
-        )
-    if tuple(routing.token_order.shape) != (index.numel(),):
-        raise ValueError(
-            f"routing: expected token_order (T*k,) = ({index.numel()},), got {_describe(routing.token_order)}"
-        )
-    _check_device("routing", index, hidden)
+    order, offset = routing.token_order, routing.expert_offset
+    for name, tensor, size, dims in (
+        ("expert_offset", offset, experts + 1, f"(E + 1,) = ({experts + 1},) of gate_up's experts"),
+        ("token_order", order, index.numel(), f"(T*k,) = ({index.numel()},)"),
+    ):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS or tuple(tensor.shape) != (size,):
+            raise ValueError(f"routing: expected {name} {dims} int32, got {_describe(tensor)}")
+    for tensor in (index, weight, order, offset):
+        _check_device("routing", tensor, hidden)
+    if hidden.device.type == "cpu" and order.numel():
+        edges = offset.tolist()
+        low, high = (int(bound) for bound in order.aminmax())
+        if edges != sorted(edges) or (edges[0], edges[-1]) != (0, len(order)) or low < 0 or high >= len(order):
+            raise ValueError(
+                f"routing: expected expert_offset rising from 0 to T*k = {len(order)} and token_order in [0, T*k), "
+                f"got {edges} and {low} to {high}"
+            )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from prism_kernels.moe.routing import Routing, RoutingStats
@@ -44,6 +45,7 @@ def moe_route(
 
 class _Route(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx, hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index):
         math = _math(hidden.dtype)
         experts = router_weight.shape[0]
@@ -73,6 +75,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
         if ctx.renormalize:  # weight = q / sum(q): d_q = (d_weight - sum(d_weight * weight)) / sum(q)
@@ -100,7 +103,8 @@ def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 def moe_mlp(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
     """``gate_up`` (E, 2I, H) and ``down`` (E, H, I), whatever their strides."""
-    return _Experts.apply(hidden, gate_up, down, routing.weight, routing.token_order, routing.expert_offset)
+    plan = routing.weight, routing.token_order, routing.expert_offset
+    return _Experts.apply(hidden, gate_up, down, *plan, torch.is_grad_enabled())
 
 
 class _Experts(torch.autograd.Function):
@@ -110,7 +114,8 @@ class _Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset):
+    @custom_fwd(device_type="cpu")
+    def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset, with_grad):
         order = token_order.long()
         token = order // weight.shape[1]
         y = hidden.new_empty(len(order), hidden.shape[1])
@@ -118,13 +123,14 @@ class _Experts(torch.autograd.Function):
         for e, rows, _ in _chunks(expert_offset, hidden.dtype):
             product = hidden.index_select(0, token[rows]) @ gate_up[e].T
             torch.mm(_swiglu(product), down[e].T, out=y[rows])
-            if any(ctx.needs_input_grad):
+            if with_grad and any(ctx.needs_input_grad):  # needs_input_grad is set under no_grad too
                 products.append(product)
         ctx.save_for_backward(hidden, gate_up, down, weight, order, expert_offset, *products)
         return _combine(y, weight, order).to(hidden.dtype)
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx, d_out):
         hidden, gate_up, down, weight, order, expert_offset, *products = ctx.saved_tensors
         token = order // weight.shape[1]
@@ -149,7 +155,7 @@ class _Experts(torch.autograd.Function):
             if want_hidden:
                 torch.mm(d_product, gate_up[e], out=d_rows[rows])
         d_hidden = _combine(d_rows, weight, order).to(hidden.dtype) if want_hidden else None
-        return d_hidden, d_gate_up, d_down, d_weight.view_as(weight), None, None
+        return d_hidden, d_gate_up, d_down, d_weight.view_as(weight), None, None, None
 
 
 def _new_gradient(weight: Tensor, expert_offset: Tensor) -> Tensor:

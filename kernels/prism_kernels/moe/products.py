@@ -131,8 +131,10 @@ def _measure(products: Products, hidden: Tensor, gate_up: Tensor, down: Tensor, 
     experts, width, inner = down.shape
     slots = hidden.shape[0] * top_k
     offset = torch.linspace(0, slots, experts + 1, device=hidden.device).int()
+    random = torch.Generator(hidden.device).manual_seed(0)  # its own: a measurement must not move the program's
     x, d_product, activation = (
-        torch.randn(slots, columns, device=hidden.device, dtype=hidden.dtype) for columns in (width, 2 * inner, inner)
+        torch.randn(slots, columns, device=hidden.device, dtype=hidden.dtype, generator=random)
+        for columns in (width, 2 * inner, inner)
     )
     d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
     seconds = []

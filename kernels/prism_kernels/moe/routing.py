@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,10 +58,15 @@ def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int)
     Raises:
         ValueError: no layer, layers of different E, or top_k outside [1, E].
     """
+    expected = "stats_of_all_layers: expected one RoutingStats per MoE layer"
+    if not isinstance(stats_of_all_layers, Iterable) or isinstance(stats_of_all_layers, RoutingStats | Tensor):
+        raise ValueError(f"{expected}, got {type(stats_of_all_layers).__name__}; is it a list?")
     layers = list(stats_of_all_layers)
     if not layers:
-        raise ValueError("stats_of_all_layers: expected one RoutingStats per MoE layer, got none")
+        raise ValueError(f"{expected}, got none")
     for i, stats in enumerate(layers):
+        if not isinstance(stats, RoutingStats) or not all(isinstance(part, Tensor) for part in stats):
+            raise ValueError(f"stats_of_all_layers[{i}]: expected RoutingStats of tensors, got {type(stats).__name__}")
         if stats.counts.dim() != 2 or stats.counts.shape[-1] != layers[0].counts.shape[-1]:
             raise ValueError(
                 f"stats_of_all_layers[{i}]: expected counts (kinds, {layers[0].counts.shape[-1]}), "
@@ -71,7 +77,7 @@ def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int)
                 f"stats_of_all_layers[{i}]: expected prob_sum of the shape of counts {tuple(stats.counts.shape)}, "
                 f"got {tuple(stats.prob_sum.shape)}"
             )
-    experts = layers[0].counts.shape[-1]
+    experts, top_k = layers[0].counts.shape[-1], as_integer("top_k", top_k)
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k: expected 1 to E = {experts}, got {top_k}")
     device = layers[0].prob_sum.device
@@ -79,3 +85,13 @@ def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int)
     prob_sum = torch.stack([stats.prob_sum.sum(dim=0).to(device) for stats in layers]).sum(dim=0)
     tokens = (counts.sum() / top_k).clamp_min(1.0)  # clamped: no tokens give 0, not NaN
     return (counts.to(prob_sum.dtype) / tokens * (prob_sum / tokens)).sum() * experts
+
+
+def as_integer(name: str, value: int) -> int:
+    """``value`` as a Python integer, of whatever type holds one; no bool, no float. Raises ValueError."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: expected an integer, got {value!r}")

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from prism_kernels.moe.products import choose
@@ -138,12 +139,14 @@ def combine_kernel(
 
 def moe_mlp(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
     """``gate_up`` (E, 2I, H) and ``down`` (E, H, I), whatever their strides."""
-    return _Experts.apply(hidden, gate_up, down, routing.weight, routing.token_order, routing.expert_offset)
+    plan = routing.weight, routing.token_order, routing.expert_offset
+    return _Experts.apply(hidden, gate_up, down, *plan, torch.is_grad_enabled())
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset):
+    @custom_fwd(device_type="cuda")
+    def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset, with_grad):
         if hidden.shape[0] == 0:
             ctx.save_for_backward(hidden, gate_up, down, weight)
             return torch.empty_like(hidden)
@@ -151,16 +154,22 @@ class _Experts(torch.autograd.Function):
         products = choose(hidden, gate_up, down, weight.shape[1])
         x, position = _permute(hidden, token_order, weight.shape[1], with_position=True)
         product = products.rows(x, gate_up.transpose(1, 2), expert_offset)
-        y = products.rows(_swiglu(product), down.transpose(1, 2), expert_offset)
-        ctx.save_for_backward(hidden, gate_up, down, weight, token_order, expert_offset, position, product)
-        ctx.products = products
+        activation = _swiglu(product)
+        del x
+        if with_grad and any(ctx.needs_input_grad):  # needs_input_grad is set under no_grad too
+            ctx.save_for_backward(hidden, gate_up, down, weight, token_order, expert_offset, position, product)
+            ctx.products = products
+        del product
+        y = products.rows(activation, down.transpose(1, 2), expert_offset)
+        del activation
         return _combine(y, position, weight_rows, weight.shape[1])
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cuda")
     def backward(ctx, d_out):
         if d_out.shape[0] == 0:
-            return *map(torch.zeros_like, ctx.saved_tensors), None, None
+            return *map(torch.zeros_like, ctx.saved_tensors), None, None, None
         hidden, gate_up, down, weight, token_order, expert_offset, position, product = ctx.saved_tensors
         products, top_k = ctx.products, weight.shape[1]
         want_hidden, want_gate_up, want_down, _ = ctx.needs_input_grad[:4]
@@ -176,7 +185,7 @@ class _Experts(torch.autograd.Function):
         if want_gate_up:
             x, _ = _permute(hidden, token_order, top_k)
             d_gate_up = products.outer(d_product, x, expert_offset, torch.empty_like(gate_up))
-        return d_hidden, d_gate_up, d_down, d_weight, None, None
+        return d_hidden, d_gate_up, d_down, d_weight, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> tl.dtype:

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from prism_kernels.moe.routing import Routing, RoutingStats
@@ -386,6 +387,7 @@ def moe_route(
 
 class _Route(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cuda")
     def forward(ctx, hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index):
         tokens, experts = hidden.shape[0], router_weight.shape[0]
         x, router = rows_of(hidden), router_weight.contiguous()
@@ -433,6 +435,7 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cuda")
     def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
         tokens, experts = probability.shape
