@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -155,11 +155,13 @@ def resource_usage(cubin: bytes, function: str) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def run(todo: Sequence[tuple[str, int, int]], workers: int) -> list[Report]:
-    if workers <= 1:
-        return [compile_one(*job) for job in todo]
+def run(todo: Sequence[tuple[str, int, int]], workers: int) -> Iterator[Report]:
+    """The reports in order, each as it comes."""
+    if workers <= 1 or not todo:
+        yield from (compile_one(*job) for job in todo)
+        return
     with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(compile_one, *zip(*todo), chunksize=1)) if todo else []
+        yield from pool.map(compile_one, *zip(*todo), chunksize=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,11 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--op: unknown {sorted(unknown)}; ops with a gate: {', '.join(ops())}")
     targets = [int(target) for target in options.targets.split(",")]
     todo = jobs(chosen, targets, None if options.all else options.sample)
-    reports = run(todo, options.jobs)
-    for report in reports:
+    reports = []
+    for report in run(todo, options.jobs):
+        reports.append(report)
         verdict = "; ".join(report.failures) or "ok"
         figures = f"{report.registers:>4} reg {report.shared_bytes:>7} B shared {report.seconds:>6.2f} s"
-        print(f"sm_{report.target:<4}{report.op:<16}{report.name:<48}{figures}  {verdict}")
+        print(f"sm_{report.target:<4}{report.op:<16}{report.name:<48}{figures}  {verdict}", flush=True)
     failed = sum(bool(report.failures) for report in reports)
     print(f"compile gate: {len(reports)} compiled, {failed} failed")
     if options.json:

@@ -38,8 +38,9 @@ def block_tokens(experts: int) -> int:
 
 def route_options(experts: int, itemsize: int) -> dict[str, int]:
     """Blocks of the fused router, by experts and bytes of an operand; larger ones spill (compile gate)."""
-    block_h = {2: 128, 4: 32, 8: 16}[itemsize]
-    few = padded(experts) <= 64 and itemsize < 8
+    many = padded(experts) > 64
+    block_h = {2: 128, 4: 64 if many else 32, 8: 16}[itemsize]
+    few = not many and itemsize < 8
     options = {"BLOCK_H": block_h, "num_warps": 4 if few else 8}
     return {"BLOCK_T": block_tokens(experts), **tuned("moe", f"route {itemsize} E{padded(experts)}", options)}
 
