@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_kernels import TreeLayout, tree_attention
+from prism_kernels.tree_attention import sdpa
 
 IMPLS = ["reference", "sdpa"]
 
@@ -96,6 +98,48 @@ def test_nan_stays_in_its_tree():
     assert out[10:].isfinite().all()
     for grad in torch.autograd.grad(out[10:].sum(), (q, k, v)):
         assert grad[10:].isfinite().all()
+
+
+LAYOUTS = {
+    "aligned": ([96, *[64] * 4], [-1, *[0] * 4]),
+    "ragged": ([97, 40, 61, 3, 55, 50, 30], [-1, 0, 0, 0, -1, 4, 4]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_gpu_calls_equals_separate_sequences(monkeypatch, name):
+    monkeypatch.setattr(sdpa, "_on_gpu", lambda tensor: True)
+    layout = TreeLayout.build(*LAYOUTS[name])
+    assert all(group.aligned for group in layout.group_plan().groups) == (name == "aligned")
+    q, k, v = (torch.randn(layout.num_tokens, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    out, expected = tree_attention(q, k, v, layout), separate(q, k, v, layout, 8**-0.5)
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+    weight = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_gpu_builds_no_score_matrix(name, width):
+    """With torch's fused kernels alone, in bf16 with grouped heads; also for chosen rows."""
+    layout = TreeLayout.build(*LAYOUTS[name])
+    tensors = [torch.randn(layout.num_tokens, h, width, dtype=torch.bfloat16) for h in (8, 2, 2)]
+    q, k, v = (x.cuda().requires_grad_() for x in tensors)
+    rows = torch.tensor([5, 100, layout.num_tokens - 1], device="cuda")
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):
+        out = tree_attention(q, k, v, layout.to("cuda"))
+        some = tree_attention(q[rows], k, v, layout.to("cuda"), query_row=rows)
+        grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    wide = [x.double().requires_grad_() for x in tensors]
+    expected = separate(*wide, layout, width**-0.5)
+    want = torch.autograd.grad(expected.square().sum(), wide)
+    assert (out.cpu().double() - expected).norm() <= 1e-2 * expected.norm()
+    assert (some.cpu().double() - expected[rows.cpu()]).norm() <= 1e-2 * expected[rows.cpu()].norm()
+    for a, b in zip(grads, want):
+        assert (a.cpu().double() - b).norm() <= 2e-2 * b.norm()
 
 
 def test_gradients_are_repeatable():

@@ -25,6 +25,7 @@ class SegmentGroup:
     key_row: Tensor  # (n * Lk,) int64, rows of the ancestors, then of the segment itself
     size: tuple[int, int, int]  # n, Lq, Lk
     mask: Tensor | None  # (n, 1, Lq, Lk) bool; None: plain causal
+    aligned: bool  # nothing is padded: query i of every segment sees the first Lk - Lq + i + 1 keys
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,8 @@ def _group_plan(layout: TreeLayout) -> GroupPlan:
             last = torch.tensor(before)[:, None] + torch.arange(num_q)
             mask = (torch.arange(num_k) <= last[:, :, None])[:, None].to(device)
         size = (len(members), num_q, num_k)
-        groups.append(SegmentGroup(query_row.flatten().to(device), key_row.flatten().to(device), size, mask))
+        aligned = all((layout.lengths[s], len(keys[s])) == (num_q, num_k) for s in members)
+        groups.append(SegmentGroup(query_row.flatten().to(device), key_row.flatten().to(device), size, mask, aligned))
     return GroupPlan(tuple(groups), output_row.to(device))
 
 

@@ -28,17 +28,38 @@ def tree_attention(
         queries = q.index_select(0, group.query_row).view(n, num_q, *q.shape[1:]).transpose(1, 2)
         keys = k.index_select(0, group.key_row).view(n, num_k, *k.shape[1:]).transpose(1, 2)
         values = v.index_select(0, group.key_row).view(n, num_k, *v.shape[1:]).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=group.mask,
-            is_causal=group.mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        out = _attend(queries, keys, values, group.mask, scale, group.aligned)
         outputs.append(out.transpose(1, 2).reshape(n * num_q, *q.shape[1:]))
     return torch.cat(outputs).index_select(0, plan.output_row)
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, aligned: bool = False
+) -> Tensor:
+    """(n, Hq, Lq, D), (n, Hkv, Lk, D) -> (n, Hq, Lq, D). No mask: causal. ``aligned``: it is SegmentGroup's."""
+    if mask is not None and _on_gpu(queries):
+        # Without care torch would build all scores there: flash attention takes no mask of bools, but causal ones that
+        # end together; the other fused kernel takes a mask, but no grouped heads.
+        if aligned:
+            from torch.nn.attention.bias import causal_lower_right  # loads torch._dynamo: a second, where it is needed
+
+            mask = causal_lower_right(queries.shape[2], keys.shape[2])
+        else:
+            groups = queries.shape[1] // keys.shape[1]
+            keys, values = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (keys, values))
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _chosen_rows(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, query_row: Tensor) -> Tensor:
@@ -48,8 +69,6 @@ def _chosen_rows(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: flo
     for tree in plan.trees:
         queries = q.index_select(0, tree.query).transpose(0, 1)[None]
         keys, values = (x[tree.start : tree.stop].transpose(0, 1)[None] for x in (k, v))
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=tree.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = _attend(queries, keys, values, tree.mask, scale)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs).index_select(0, plan.output_row)
