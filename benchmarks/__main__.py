@@ -102,16 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         document = compare(given.op, given.base, options)
     else:
         document = harness.run(given.op, module, options)
-    if given.plot is not None:
-        from benchmarks.plots import plot
-
-        plot(document, given.plot)
     if document["tests"] is not None:
         print(f"\ntests: {document['tests']['status']}: {document['tests']['summary']}")
     status = harness.exit_status(document)
     if status:
         print("refused: what is wrong shows no speed", file=sys.stderr)
     harness.print_json(document)
+    if given.plot is not None and any(problem["status"] == "ok" for problem in document["problems"]):
+        from benchmarks.plots import plot
+
+        plot(document, given.plot)
     return status
 
 

@@ -34,7 +34,7 @@ from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TOTAL_SECONDS = 525  # of the 540 that a session has; the rest is start and report
+TOTAL_SECONDS = 525  # nine minutes, less start and report
 DRY_RUN_PATIENCE = 4  # times the budgets: a dry run looks for mistakes, and Triton's interpreter is slow
 TAIL = 40  # lines of a part's output that its result keeps
 GRACE_SECONDS = 8  # for a part that ran out of time to write what it has

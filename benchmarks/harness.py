@@ -287,7 +287,10 @@ def child_memory(request: dict[str, Any]) -> tuple[int, int]:
     command = [sys.executable, "-m", "benchmarks.memory_child", json.dumps(request)]
     paths = [str(machine.ROOT), str(machine.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     child_environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=child_environment, timeout=600)
+    except subprocess.TimeoutExpired:
+        raise Unavailable("the measuring process took over 600 s") from None
     if done.returncode != 0:
         raise Unavailable(f"the measuring process failed: {done.stderr.strip().splitlines()[-1:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -320,10 +323,13 @@ def run_tests(paths: Sequence[str], cache: Path = TESTS_CACHE) -> dict[str, Any]
 
 
 def _tests_key(paths: Sequence[str]) -> str:
-    """What their outcome depends on: kernels, C++, these tests and what they share, torch, devices."""
-    digest = hashlib.sha256(f"{sys.version} {torch.__version__} {torch.cuda.is_available()} {paths}".encode())
+    """What their outcome depends on: sources, these tests and what they share, versions, devices, switches."""
+    chosen = sorted((name, value) for name, value in os.environ.items() if name.startswith(("PRISM_", "TRITON_")))
+    packages = [machine.version(name) for name in ("torch", "triton", "numpy", "transformers")]
+    digest = hashlib.sha256(f"{sys.version} {packages} {torch.cuda.is_available()} {chosen} {paths}".encode())
     shared = [path for path in (machine.ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
-    sources = [*(machine.ROOT / "kernels").rglob("*.py"), *(machine.ROOT / "csrc").glob("*"), *shared]
+    sources = [path for path in (machine.ROOT / "kernels").rglob("*") if path.suffix in (".py", ".so")]
+    sources += [*(machine.ROOT / "prism_fast").rglob("*.py"), *shared]
     for path in sorted([*sources, *(machine.ROOT / path for path in paths)]):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -108,8 +108,10 @@ def waterfall(document: dict[str, Any], path: Path) -> None:
         axis.barh(names, times, xerr=spread, color=colors, error_kw={"linewidth": 1})
         for i, row in enumerate(rows):
             text = f" {table.seconds(row['median_s'])}, {row['flops'] / 1e12:.3g} TFLOP"
-            if i:
-                text += f": {times[0] / times[i]:.1f}x in all, {times[i - 1] / times[i]:.2f}x by this"
+            if "speedup" in row:
+                text += f": {row['speedup']:.1f}x in all"
+            if "step" in row:
+                text += f", {row['step']:.2f}x by this"
             axis.text(row["high_s"], i, text, va="center", fontsize=9)
         axis.invert_yaxis()
         axis.set(xlim=(0, 1.6 * max(times)), xlabel="seconds a step")

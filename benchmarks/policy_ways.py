@@ -1,15 +1,15 @@
 """One policy step (log-probs + update, on-policy GRPO), written in several ways: each saves one thing more.
 
 Every way takes a Case and returns {"logprob", "loss"}, the mean log-prob of the responses' tokens and the loss; the
-gradients are left in the parameters' ``.grad``. Only the last one is the trainer's code. "Eager head": logits of all
-rows of a forward, ``log_softmax`` in fp32.
+gradients are left in the parameters' ``.grad``. Only the last one is the trainer's code. "Eager head": the logits of a
+forward's response rows all at once, ``log_softmax`` in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +46,6 @@ class Case:
     def rows(self) -> int:
         return sum(len(ids) for ids in self.rollout.response_ids)
 
-    def few(self, count: int) -> Case:
-        """The same with its first ``count`` responses."""
-        parts = [(ids,) for ids in self.rollout.response_ids[:count]]
-        shape = replace(self.shape, responses=count)
-        return replace(
-            self, shape=shape, rollout=rollout_of(self.rollout.prompts[0], parts), advantages=self.advantages[:count]
-        )
-
 
 def build(
     shape: Shape, *, dtype: torch.dtype, device: torch.device, checkpointing: bool = False, seed: int = 0
@@ -74,7 +66,7 @@ def build(
 
 def eager_logprob(case: Case, hidden: Tensor, targets: Tensor) -> Tensor:
     """(R, H), (R,) -> (R,) fp32."""
-    logits = F.linear(hidden, case.policy.head).float() + case.policy.bias
+    logits = F.linear(hidden, case.policy.head).float()
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 

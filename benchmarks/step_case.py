@@ -128,8 +128,8 @@ def spread_weights(model: nn.Module) -> None:
         for name, value in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 value.add_(torch.randn_like(value), alpha=0.05)
-            elif "embed" not in name:
-                fan_in = value[0].numel() if value.dim() in (2, 5) else value.shape[-1]
+            elif "embed_tokens" not in name and "pos_embed" not in name:
+                fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: experts; 5: patches
                 value.normal_(std=fan_in**-0.5)
 
 

@@ -51,7 +51,8 @@ class Way:
 
 @dataclass(frozen=True)
 class Step:
-    """``build(shape, dtype=, device=, checkpointing=, seed=)`` -> a case with ``shape``, ``module`` and ``few(count)``.
+    """``build(shape, dtype=, device=, checkpointing=, seed=)`` -> a case with ``shape``, ``module``, ``rollout``; with
+    experts also ``few(count)``.
 
     ``ways(checkpointing)`` and ``flops(case, checkpointing=)`` list the ways and their operations in the same order.
     ``margin(case)``: how near to a tie a router comes, for models that have one: near ties fall either way, and then
@@ -100,18 +101,23 @@ def main(step: Step, arguments: Sequence[str] | None = None) -> int:
         "limits": {},
         "problems": [],
     }
+    if not given.dry_run:
+        limits = measure.limits(device, dtype, measure.Timer(device))
+        document["limits"][str(dtype).removeprefix("torch.")] = limits
+        measure.free(device)
     for name in names:
-        document["problems"].append(problem(step, name, dtype, device, given))
-        harness.save(document, path)
-        print("\n".join(lines(document["problems"][-1])), flush=True)
+        for result in problem(step, name, dtype, device, given):  # as it comes: a later crash loses nothing
+            document["problems"] = [*document["problems"][: names.index(name)], result]
+            harness.save(document, path)
+        print("\n".join(lines(result, document["limits"])), flush=True)
     status = harness.exit_status(document)
     if status:
-        print("refused: ways that disagree show no time", file=sys.stderr)
-    elif given.plot is not None:
+        print("refused: ways that disagree, or ours not timed", file=sys.stderr)
+    harness.print_json(document)
+    if given.plot is not None and not status:
         from benchmarks.plots import waterfall
 
         waterfall(document, given.plot)
-    harness.print_json(document)
     return status
 
 
@@ -136,8 +142,9 @@ def parser(step: Step) -> Parser:
 
 def problem(
     step: Step, name: str, dtype: torch.dtype, device: torch.device, given: argparse.Namespace
-) -> dict[str, Any]:
-    """Agreement in fp32, then times in ``dtype``. A refused result carries no times."""
+) -> Iterator[dict[str, Any]]:
+    """Agreement in fp32, then times in ``dtype``, then memory: the result so far after each. A refused one carries no
+    times."""
     shape = step.shapes[name]
     recompute = name == "gpu" if given.recompute is None else given.recompute
     checked = shape
@@ -159,7 +166,9 @@ def problem(
         "rows": rows,
     }
     if wrong:
-        return {**result, "reason": wrong}
+        yield {**result, "reason": wrong}
+        return
+    yield result
     if checked is not shape or dtype != torch.float32:
         del case
         measure.free(device)
@@ -173,10 +182,21 @@ def problem(
         result["experts"] = fastest_experts(case, ways[1]) if given.experts == "fastest" else given.experts
         case.module.model.set_experts_implementation(result["experts"])
     add_times(case, ways, ours, rows, flops, given)
+    tokens = shape.prompt + sum(len(ids) for ids in case.rollout.response_ids)
+    for row in rows:
+        if "median_s" in row:
+            row["tokens_per_s"] = tokens / row["median_s"]
+    if "median_s" not in rows[ours]:
+        kept = ("name", "role", "status", "reason", "saves", "errors")
+        rows = [{key: row[key] for key in kept if key in row} for row in rows]
+        reason = f"{rows[ours]['name']}: {rows[ours]['reason']}"
+        yield {**result, "status": "refused", "reason": reason, "rows": rows}
+        return
+    yield result
     for way, row in zip(ways, rows):
         if given.memory and "median_s" in row:
-            add_memory(step, name, case, way, row, result["shape"])
-    return result
+            add_memory(step, name, case, way, row, result)
+            yield result
 
 
 def role(way: Way) -> str:
@@ -243,16 +263,19 @@ def gradient_error(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 def fastest_experts(case: Any, way: Way) -> str:
     """Of transformers' implementations, by ``way`` with one response; the second of two runs counts."""
-    seconds = {}
+    seconds, reasons = {}, []
     timer, sample = measure.Timer(next(case.module.parameters()).device), case.few(1)
     for name in EXPERTS:
         case.module.model.set_experts_implementation(name)
         try:
             run(sample, way)
         except (NotImplementedError, RuntimeError, ImportError) as error:
-            print(f"experts {name}: cannot run here ({measure.short(error)})", file=sys.stderr)
+            reasons.append(f"{name}: {measure.short(error)}")
+            print(f"experts {reasons[-1]}", file=sys.stderr)
             continue
         seconds[name] = timer.once(lambda: run(sample, way))
+    if not seconds:
+        raise RuntimeError(f"experts: none of transformers' implementations runs here ({'; '.join(reasons)})")
     return min(seconds, key=seconds.get)
 
 
@@ -272,19 +295,28 @@ def add_times(
         summary = measure.Summary.of(samples[way.name])
         row.update(median_s=summary.median, low_s=summary.low, high_s=summary.high, samples=summary.samples)
         row["tflops"] = work / summary.median / 1e12
+        for key, base in (("speedup", rows[0]["name"]), ("step", rows[i - 1]["name"] if i else "")):
+            if base in samples and base != way.name:
+                rounds = [before / now for before, now in zip(samples[base], samples[way.name])]
+                row[key] = measure.Summary.of(rounds).median
         if mine is not None and i != ours:
             ratios = measure.Summary.of([theirs / our for theirs, our in zip(samples[way.name], mine)])
             row["times_ours"], row["times_ours_low"], row["times_ours_high"] = ratios.median, ratios.low, ratios.high
 
 
-def add_memory(step: Step, name: str, case: Any, way: Way, row: dict[str, Any], shape: dict[str, Any]) -> None:
+def add_memory(step: Step, name: str, case: Any, way: Way, row: dict[str, Any], result: dict[str, Any]) -> None:
     """Peak over weights and data; the gradients are its outputs. On a CPU in a process of its own."""
     if next(case.module.parameters()).device.type == "cuda":
         for parameter in case.module.parameters():
             parameter.grad = None
-        peak, outputs = measure.cuda_peak_bytes(lambda: with_gradients(case, way))
+        try:
+            peak, outputs = measure.cuda_peak_bytes(lambda: with_gradients(case, way))
+        except RuntimeError as error:  # out of memory, where the timed runs just fitted
+            row["memory_reason"] = measure.short(error)
+            return
     else:
-        request = {"op": step.op, "shape": name, "way": way.name} | {key: shape[key] for key in ("dtype", "recompute")}
+        request = {"op": step.op, "shape": name, "way": way.name, "experts": result.get("experts")}
+        request |= {key: result["shape"][key] for key in ("dtype", "recompute")}
         try:
             peak, outputs = harness.child_memory(request)
         except measure.Unavailable as error:
@@ -306,35 +338,38 @@ def memory_call(step: Step, request: dict[str, Any]) -> Callable[[], Outcome]:
         "checkpointing": request["recompute"],
     }
     way = next(way for way in step.ways(request["recompute"]) if way.name == request["way"])
-    run(step.build(step.shapes["mini"], **options), way)
-    case = step.build(step.shapes[request["shape"]], **options)
+    small, case = (step.build(step.shapes[name], **options) for name in ("mini", request["shape"]))
+    if request["experts"] is not None:
+        for made in (small, case):
+            made.module.model.set_experts_implementation(request["experts"])
+    run(small, way)
     return lambda: with_gradients(case, way)
 
 
-def lines(result: dict[str, Any]) -> list[str]:
+def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[str]:
     """One line a way: time, what all savings so far brought, what this one did, operations, memory, errors."""
+    limit = limits.get(result["shape"]["dtype"])
     shape, checked = result["shape"], result["checked"]
     found = [f"\n{result['title']}: {table.shape(shape, result['sizes'])}"]
-    if result["status"] == "ok":
+    if "reason" not in result:
         size = f"{checked['layers']} layers and {checked['responses']} responses"
         found.append(f"  all ways agree in fp32 on {size}; errors are against the first")
         recompute = "recomputed" if shape["recompute"] else "kept"
         stock = f"stock experts: {result['experts']}; " if "experts" in result else ""
         found.append(f"  {stock}activations: {recompute}")
     else:
-        found.append(f"  {result['status']}, no time is shown: {result['reason']}")
+        found.append(f"  {result['status']}: {result['reason']}")
     width = max(len(row["name"]) for row in result["rows"])
-    timed = [row["median_s"] for row in result["rows"] if "median_s" in row]
-    before = None
     for row in result["rows"]:
         cells = [f"  {row['name']:<{width}}"]
         if "median_s" in row:
             spread = (row["high_s"] - row["low_s"]) / row["median_s"]
-            alone = f"{before / row['median_s']:5.2f}x by this" if before else " " * 14
             cells.append(f"{table.seconds(row['median_s']):>8} (IQR {spread:4.0%}, n {row['samples']})")
-            cells.append(f"{timed[0] / row['median_s']:6.2f}x in all, {alone}")
-            cells.append(f"{row['flops'] / 1e12:7.3g} TFLOP at {row['tflops']:.3g} TFLOP/s")
-            before = row["median_s"]
+            cells.append(f"{row['speedup']:6.2f}x in all" if "speedup" in row else " " * 14)
+            cells.append(f"{row['step']:5.2f}x by this" if "step" in row else " " * 14)
+            share = f", {row['tflops'] / limit['matmul_tflops']:.0%} of matmul" if limit else ""
+            cells.append(f"{row['flops'] / 1e12:7.3g} TFLOP at {row['tflops']:.3g} TFLOP/s{share}")
+            cells.append(f"{row['tokens_per_s']:,.0f} tokens/s")
         if "peak_bytes" in row:
             cells.append(f"peak {table.size(row['peak_bytes'])} (gradients {table.size(row['output_bytes'])})")
         elif "memory_reason" in row:

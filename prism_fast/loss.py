@@ -72,8 +72,9 @@ def policy_gradient(
 
     On-policy: one step per batch, so the ratio is 1 and old log-probs are never computed. Denominators are those of the
     whole batch, however it is packed. A response of zero advantage (its group's rewards are all equal) has no gradient
-    where the objective has no KL or entropy term: it is not computed at all, and the metrics but the loss are over the
-    others; without any, there is no gradient. advantages (B,).
+    where the objective has no KL or entropy term: it is not computed at all, and the gap to the sampler is that of the
+    others. Where no response has an advantage there is no gradient, and 0 tokens are computed. ``entropy`` is that of
+    the sampler, by its own samples: the mean of -log p over all tokens. advantages (B,).
     """
     every = objective.kl_coef != 0 or objective.entropy_coef != 0
     trees, members = response_trees(rollout, None if every else advantages != 0)
@@ -106,7 +107,6 @@ def policy_gradient(
             normalizer=normalizer,
             bias=policy.bias,
             temperature=temperature,
-            with_entropy=True,
             with_logprob=False,
         )
         out.loss.backward()
@@ -114,8 +114,10 @@ def policy_gradient(
         count = float(out.stats["rows"])
         for name, value in out.stats.items():
             measured.setdefault(name, []).append((float(value), count))
-    metrics = {"loss": float(loss)}
-    for name, label in (("entropy_mean", "entropy"), ("rollout_diff_mean", "sampler_gap/mean"), ("kl_ref", "kl_ref")):
+    metrics = {"loss": float(loss), "zero_advantage": float((advantages == 0).float().mean())}
+    if rows:
+        metrics["entropy"] = -float(torch.cat(list(rollout.logprob)).sum()) / rows
+    for name, label in (("rollout_diff_mean", "sampler_gap/mean"), ("kl_ref", "kl_ref")):
         weight = sum(count for _, count in measured.get(name, []))
         if weight:
             metrics[label] = sum(value * count for value, count in measured[name] if count) / weight

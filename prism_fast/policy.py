@@ -87,7 +87,7 @@ def load_model(model_class, path: str | Path, expected: str, dtype: torch.dtype,
 
 
 def use_tree_attention(model: nn.Module) -> None:
-    """Text side: tree attention. Vision side: flash-attention where it is installed, else sdpa per image."""
+    """In the text side; the vision side keeps transformers' own (sdpa, per image)."""
     model.config.text_config._attn_implementation = ATTENTION
 
 

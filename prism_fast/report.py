@@ -250,7 +250,8 @@ def _training(run: Run) -> Markup:
         _plot(report_plots.losses, run, "Losses of every stage", "Thin: every step; thick: running mean.",
               "loss in a metrics.jsonl"),
         _plot(report_plots.lengths_and_entropy, run, "Response length, entropy, gradient norm, sampler gap",
-              "Of the responses sampled for training.", "response_length in align/metrics.jsonl or rlvr/metrics.jsonl"),
+              "Of the responses sampled for training; the gap of those with an advantage. Entropy: mean of -log p of "
+              "the sampled tokens.", "response_length in align/metrics.jsonl or rlvr/metrics.jsonl"),
     )  # fmt: skip
 
 
@@ -289,7 +290,11 @@ def _experts(run: Run) -> Markup:
         "experts",
         "Expert load by kind of token",
         _plot(report_experts.expert_heat_map, run, "Expert load by layer and kind, first and last steps",
-              f"Rows add up to 100 %. First and last: a tenth of the stage's steps.{chosen}", needs),
+              f"Rows add up to 100 %. First and last: a tenth of the stage's steps.{chosen} Alignment's last layer, of "
+              "which only the last tokens of parts are computed, is left out.", needs),
+        _plot(report_experts.expert_split, run, "Perception against reasoning, student against teacher",
+              "Half the sum over experts of the difference of their shares: 0 where both kinds go to the same experts "
+              "alike, 100 % where none is shared. Mean and range over the layers.", needs),
         _plot(report_experts.expert_curves, run, "Expert load over the steps",
               "Mean over the layers. Dotted: an equal share.", needs),
     )  # fmt: skip

@@ -93,6 +93,56 @@ def expert_curves(run: Run) -> Figure | None:
     return figure
 
 
+def expert_split(run: Run) -> Figure | None:
+    """How far apart experts keep perception from reasoning, and student from teacher: mean and range over the layers.
+
+    Half the sum over experts of the difference of two kinds' shares: 0 where both go to the same experts alike, 1 where
+    none is shared. Which expert takes which is another in every layer, so a mean over layers of one expert's share
+    would hide it.
+    """
+    stages = [stage for stage in STAGES if stage in run.experts]
+    lines = {stage: _splits(run.metrics[stage], run.experts[stage]) for stage in stages}
+    if not any(lines.values()):
+        return None
+    figure, axes = panels(len(stages), 2.8, sharey=True)
+    for axis, stage in zip(axes[0], stages):
+        for i, label in enumerate(SPLITS):
+            values = [(line["step"], line[label]) for line in lines[stage] if label in line]
+            if values:
+                steps, layers = zip(*values)
+                low, high = np.min(layers, axis=1), np.max(layers, axis=1)
+                axis.fill_between(steps, low, high, color=CYCLE[i], alpha=0.12, linewidth=0)
+                mean = [{"step": step, "mean": float(np.mean(shares))} for step, shares in values]
+                curve(axis, mean, "mean", color=CYCLE[i], label=label)
+        finish(axis, RUNNING[stage], "share of slots apart" if stage == stages[0] else "", share=True)
+    return figure
+
+
+SPLITS = {
+    "perception | reasoning": (("student_caption", "teacher_caption"), ("student_reasoning", "teacher_reasoning")),
+    "student | teacher": (("student_caption", "student_reasoning"), ("teacher_caption", "teacher_reasoning")),
+}
+
+
+def _splits(lines: Sequence[Mapping[str, Any]], keys: Mapping[tuple[int, str, int], str]) -> list[dict[str, Any]]:
+    """[{"step", split: one value per layer}] of the steps that have all four kinds."""
+    layers = sorted({layer for layer, _, _ in keys})
+    experts = sorted({expert for _, _, expert in keys})
+    found = []
+    for line in lines:
+        entry: dict[str, Any] = {"step": line["step"]}
+        for label, sides in SPLITS.items():
+            kinds = [kind for side in sides for kind in side]
+            names = [[[keys.get((layer, k, e)) for e in experts] for k in kinds] for layer in layers]
+            if all(line.get(name) is not None for layer in names for kind in layer for name in kind):
+                shares = np.array([[[line[name] for name in kind] for kind in layer] for layer in names])
+                one, other = shares[:, :2].mean(1), shares[:, 2:].mean(1)
+                entry[label] = (np.abs(one - other).sum(1) / 2).tolist()
+        if len(entry) > 1:
+            found.append(entry)
+    return found
+
+
 def _grid(
     lines: Sequence[Mapping[str, Any]],
     keys: Mapping[tuple[int, str, int], str],

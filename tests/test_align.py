@@ -165,7 +165,7 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, wi
     metrics, computed = policy_gradient(
         policy, rollout, advantages, objective, temperature=1.0, tokens_per_pack=tokens_per_pack
     )
-    loss, entropies = 0.0, []
+    loss = 0.0
     left_out = without_advantage if objective.entropy_coef == 0 else []
     lengths = [len(ids) for ids in rollout.response_ids]
     for i, ids in enumerate(rollout.response_ids):
@@ -181,8 +181,6 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, wi
         full = logits.log_softmax(-1)
         logprob = full.gather(1, ids[:, None])[:, 0]
         entropy = -(full.exp() * full).sum(-1)
-        if i not in left_out:
-            entropies.append(entropy.detach())
         row = -(logprob - logprob.detach()).exp() * advantages[i] - objective.entropy_coef * entropy
         weight = {
             "token_mean": 1 / sum(lengths),
@@ -192,7 +190,8 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, wi
         loss = loss + row.sum() * weight
     loss.backward()
     assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
-    assert metrics["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(-float(torch.cat(list(rollout.logprob)).mean()), rel=1e-5)
+    assert metrics["zero_advantage"] == len(without_advantage) / 8
     for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
         mine = torch.zeros_like(b) if a.grad is None else a.grad  # vision, where no image was computed
         assert (mine - b.grad).abs().max() <= 2e-5 * max(1.0, float(b.grad.abs().max())), name
@@ -209,7 +208,8 @@ def test_without_any_advantage_nothing_is_computed():
     _, rollout, _ = batch()
     settings = {"temperature": 1.0, "tokens_per_pack": 4096}
     metrics, computed = policy_gradient(policy, rollout, torch.zeros(8), PolicyObjective.grpo(), **settings)
-    assert metrics == {"loss": 0.0} and computed == 0
+    assert (metrics["loss"], metrics["zero_advantage"], computed) == (0.0, 1.0, 0)
+    assert not any(name.startswith("sampler_gap") for name in metrics)
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 

@@ -72,6 +72,21 @@ def test_a_wrong_way_is_refused(monkeypatch, capsys, part):
     assert "refused" in out.err
 
 
+def test_ours_failing_is_no_success(monkeypatch, capsys):
+    ways, calls = policy_ways.WAYS, []
+
+    def fails(case):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("out of memory")
+        return ways[-1].run(case)
+
+    monkeypatch.setattr(policy_ways, "WAYS", (ways[0], replace(ways[-1], run=fails)))
+    assert bench_policy.main(QUICK) == 1
+    (problem,) = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
+    assert problem["status"] == "refused" and "out of memory" in problem["reason"]
+
+
 def in_place_addmm(_, a, b, out_shape=None, **kwargs):
     return 2 * a[0] * a[1] * b[1]
 
@@ -107,7 +122,7 @@ def test_flops_at_the_published_lengths():
     assert discriminator_ways.flops_of_ways(case)[-1] == kept
 
 
-def test_the_reference_encodes_prompt_and_image_96_times(monkeypatch):
+def test_the_reference_encodes_prompt_and_image_96_times():
     case = case_of(bench_discriminator.STEP, responses=16, caption=2, reasoning=3, prompt=8, grid=(4, 4))
     seen = {"scoring": 0, "update": 0}
 
@@ -129,12 +144,13 @@ def test_data_with_a_near_tie_of_the_router_is_passed_over(monkeypatch):
     seeds = []
     monkeypatch.setattr(discriminator_case, "draw", lambda shape, seed, draw=discriminator_case.draw: (
         seeds.append(seed), draw(shape, seed))[1])  # fmt: skip
-    waterfall.without_near_ties(replace(step, build=discriminator_case.build), MINI, torch.device("cpu"), False)
+    waterfall.without_near_ties(step, MINI, torch.device("cpu"), False)
     assert seeds == [0, 1, 2]
 
 
 def test_peak_memory_of_a_step_holds_its_gradients():
-    request = {"op": "policy", "shape": "mini", "way": "ours (+ fused head)", "dtype": "float32", "recompute": False}
+    request = {"op": "policy", "shape": "mini", "way": "ours (+ fused head)", "dtype": "float32"}
+    request |= {"recompute": False, "experts": None}
     peak, outputs = waterfall.harness.child_memory(request)
     case = case_of(bench_policy.STEP)
     assert peak >= outputs >= sum(p.numel() * 4 for p in case.policy.parameters())

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from prism_fast import report_plots
 from prism_fast.demo import demo
 from prism_fast.records import DataError
+from prism_fast.report_data import load_run
 
 FEW = {
     "demo": {"sizes": {"sft": 256, "align": 32, "rlvr": 32, "eval": 12}},
@@ -46,6 +48,8 @@ def test_demo_writes_what_it_promises(tmp_path):
     assert compared["difference"] == [pytest.approx(compared["prism"][0] - compared["sft_rlvr"][0])]
     direct = (out / "direct" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in direct) == 4  # the updates of alignment and of RLVR
+    drawn = [axis.get_title() for axis in report_plots.losses(load_run(out)).axes if axis.has_data()]
+    assert len(drawn) == 4, drawn  # of every stage: the names that stages write are those that the report reads
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and len(page) < 5_000_000
     for file in ("sft.json", "align.parquet", "rlvr.parquet", "eval.parquet", "pairs.jsonl"):

@@ -111,7 +111,7 @@ def whole_run(out):
     loads = {
         f"expert_load/{layer}/{kind}/{expert}": lambda step: 0.25
         for layer in range(2)
-        for kind in ("prompt", "student_caption")
+        for kind in ("prompt", "student_caption", "student_reasoning", "teacher_caption", "teacher_reasoning")
         for expert in range(4)
     }
     sides = ("perception", "reasoning")
@@ -159,10 +159,26 @@ def test_whole_run(tmp_path):
                   "entropy is nan, written as null"):  # fmt: skip
         assert shown in page.text, shown
     plots = [a for tag, a in page.elements if tag == "img" and a["src"].startswith("data:image/svg+xml")]
-    assert len(plots) == 11 and all(a["alt"] for a in plots)
+    assert len(plots) == 12 and all(a["alt"] for a in plots)
     assert "Not shown" not in page.text
     for label in ("base says", "sft says", "align says", "rlvr says", "teacher says"):
         assert page.text.count(label) == 3
+
+
+def test_experts_apart():
+    """Two layers: in one, captions and reasonings share no expert; in the other, student and teacher do not."""
+    shares = {
+        0: {"student_caption": 0, "teacher_caption": 0, "student_reasoning": 1, "teacher_reasoning": 1},
+        1: {"student_caption": 1, "teacher_caption": 0, "student_reasoning": 1, "teacher_reasoning": 0},
+    }
+    line = {"step": 7} | {
+        f"expert_load/{layer}/{kind}/{expert}": float(expert == taken)
+        for layer, kinds in shares.items()
+        for kind, taken in kinds.items()
+        for expert in range(2)
+    }
+    (found,) = report_experts._splits([line, {"step": 8}], expert_keys([line]))
+    assert found == {"step": 7, "perception | reasoning": [1.0, 0.0], "student | teacher": [0.0, 1.0]}
 
 
 def test_equal_input_gives_an_equal_file(tmp_path):
@@ -197,6 +213,7 @@ PLOTS = [
     report_plots.accuracy_by_stage, report_plots.held_out_curves, report_plots.reward_and_format, report_plots.scores,
     report_plots.losses, report_plots.lengths_and_entropy, report_plots.drift, report_plots.time_and_tokens,
     report_plots.compare, report_experts.expert_heat_map, report_experts.expert_curves,
+    report_experts.expert_split,
 ]  # fmt: skip
 
 

@@ -136,6 +136,8 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                 monitor.step(stats)
                 for line in watch.observe(stats):
                     monitor.warn(line)
+                if not policy_tokens:
+                    monitor.warn(f"step {step + 1}: every advantage is 0; the policy was not updated")
                 if not (math.isfinite(norm_policy) and math.isfinite(norm_discriminator)):
                     monitor.warn(f"step {step + 1}: {not_finite(scores, rollout, lessons)}; that update was skipped")
                 if held_out and is_time(step + 1, config.run.eval_every, config.steps):
@@ -238,7 +240,7 @@ def discriminator_gradient(
     for packed in packs:
         packed = packed.to(discriminator.head.device)
         judgement = discriminator(packed, text_positions=config.compat.text_positions)
-        load.add(judgement.stats)
+        load.add(judgement.stats[:-1])  # the last layer's router sees read-out rows alone
         score, weights, pairs = judgement.score, [], []
         lengths = packed.sequence_start.diff()
         row = {name: i for i, name in enumerate(packed.branch)}

@@ -100,6 +100,8 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, Any]:
                         format_valid=float(batch.format_valid.float().mean()),
                         response_length=response_lengths(batch.rollout.response_ids),
                     )
+                    if not trained:
+                        monitor.warn(f"step {step + 1}: every advantage is 0; no update was made")
                     if not math.isfinite(metrics["grad_norm"]):
                         monitor.warn(f"step {step + 1}: a gradient is not finite; that update was skipped")
                 tokens = {"rollout": int(metrics.pop("sampled_tokens")), "update_policy": trained}

@@ -63,6 +63,8 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
                     {"update": sum(p.num_tokens for p in packs)},
                 )
                 monitor.step(stats)
+                if not math.isfinite(norm):
+                    monitor.warn(f"step {step + 1}: a gradient is not finite; that update was skipped")
                 if held_out and is_time(step + 1, config.run.eval_every, total):
                     result = evaluate(policy, chat, held_out, config.eval, seed=config.run.seed)
                     figures = result.figures()

@@ -88,7 +88,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
                     trees, pairs = pair_trees(records)
                     packs = pack(trees, config.run.tokens_per_pack, discriminator.image)
                 with clock("update"):
-                    metrics = {"loss": 0.0, "loss/balance": 0.0}
+                    metrics = {"loss": 0.0, **{f"loss/pair_{name}": 0.0 for name in SIDES}}
                     better: list[list[Tensor]] = [[], []]
                     for packed in packs:
                         packed = packed.to(discriminator.head.device)
@@ -96,12 +96,14 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
                         loss = judgement.score.new_zeros(())
                         for side in range(2):
                             teacher, student = pair_scores(judgement.score, packed, pairs, side)
-                            loss = loss + bradley_terry(teacher, student).sum() / (2 * len(records))
+                            pair_loss = bradley_terry(teacher, student).sum() / len(records)
+                            loss = loss + pair_loss / 2
+                            metrics[f"loss/pair_{SIDES[side]}"] += float(pair_loss.detach())
                             better[side].append((teacher > student).detach())
                         if config.balance_coef > 0:
                             balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
                             loss = loss + config.balance_coef * balance
-                            metrics["loss/balance"] += float(balance.detach())
+                            metrics["loss/balance"] = metrics.get("loss/balance", 0.0) + float(balance.detach())
                         loss.backward()
                         metrics["loss"] += float(loss.detach())
                         load.add(judgement.stats)
@@ -114,6 +116,8 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
                 monitor.step(stats)
                 for line in watch.observe(stats):
                     monitor.warn(line)
+                if not math.isfinite(metrics["grad_norm"]):
+                    monitor.warn(f"step {step + 1}: a gradient is not finite; that update was skipped")
                 if is_time(step + 1, config.run.eval_every, total):
                     figures = pair_accuracy(discriminator, held_out, config)
                     monitor.evaluation(step + 1, figures)
