@@ -34,7 +34,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {**_BASE, "T": 16384, "skew": 1.5},
         {**_BASE, "T": 16384, "I": 768, "E": 64},
     ],
-    "cpu": [{**_BASE, "T": 1024, "H": 256, "I": 768, "dtype": "fp32"}],
+    "cpu": [{**_BASE, "T": 4096, "H": 256, "I": 768, "dtype": "fp32"}],
     "tiny": [{**_BASE, **TINY, "dtype": "fp32"}],
 }
 GPU_PART = ("moe", 260)

@@ -88,6 +88,13 @@ def extra_memory(problem: Problem) -> float | None:
     return None if found is None or "peak_bytes" not in found else found["peak_bytes"] - found["output_bytes"]
 
 
+def over_faster_transformers(problem: Problem) -> float | None:
+    """Our time over that of transformers' eager or grouped experts, whichever is faster."""
+    found = [of(f"transformers {name}", "times_ours")(problem) for name in ("eager", "grouped_mm")]
+    ratios = [ratio for ratio in found if ratio is not None]
+    return 1 / min(ratios) if ratios else None
+
+
 def error_ratio(problem: Problem) -> float | None:
     ours, theirs = (of(name, "errors.d_weight")(problem) for name in ("prism", "Liger"))
     return theirs / ours if ours and theirs else None
@@ -181,6 +188,10 @@ def _moe() -> Iterator[Target]:
     yield Target(EXPERTS, "kept for the backward, per token", "cuda", "moe", "experts", first, saved, 58, unit="KB")
     name = "router gradient: Liger's error over ours"
     yield Target(EXPERTS, name, "cuda", "moe", "experts", first, error_ratio, 10, least=True)
+
+    on_cpu = ("cpu", "moe", "experts", {"T": 4096, "H": 256, "I": 768, "E": 4, "skew": 0.0, "dtype": "fp32"})
+    name = "CPU (fp32, T 4,096, H 256, I 768): over transformers' faster path"
+    yield Target(EXPERTS, name, *on_cpu, over_faster_transformers, 1.05)
 
 
 def _whole() -> Iterator[Target]:
