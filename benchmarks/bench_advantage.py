@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import prism_kernels
+from benchmarks.__main__ import main
 from benchmarks.harness import Contender, Problem, Tolerance
 from benchmarks.measure import Unavailable, graphed
 from benchmarks.peers import function_alone
@@ -147,3 +149,7 @@ def _contenders(data: Scores, device: torch.device) -> list[Contender]:
         Contender("torch eager, index_add", scattered),
         Contender("verl GRPO advantage", verl),
     ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(["advantage", *sys.argv[1:]]))

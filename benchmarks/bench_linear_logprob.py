@@ -5,6 +5,7 @@ F1 = one product T x H times H x V of the library, measured in the same run; for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import prism_kernels
+from benchmarks.__main__ import main
 from benchmarks.harness import Contender, Problem, Tolerance
 from benchmarks.linear_data import CLIP, Head, make_head, truth_logprob, truth_loss
 from benchmarks.linear_peers import cross_entropy_peers, logprob_peers, policy_peers, with_gradients
@@ -120,3 +122,7 @@ def _limits(head: Head) -> list[Contender]:
         return call
 
     return [Contender("one product", one, "limit"), Contender("three products", three, "limit")]
+
+
+if __name__ == "__main__":
+    sys.exit(main(["linear_logprob", *sys.argv[1:]]))

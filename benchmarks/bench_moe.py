@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import prism_kernels
+from benchmarks.__main__ import main
 from benchmarks.harness import Contender, Problem, Tolerance
 from benchmarks.measure import Unavailable, breakdown, graphed, saved_bytes
 from benchmarks.moe_data import Layer, make_layer, truth_experts, truth_route
@@ -233,3 +235,7 @@ def _scattermoe(layer: Layer, shape: dict[str, Any], device: torch.device) -> Co
         return call
 
     return Contender("ScatterMoE", prepare)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["moe", *sys.argv[1:]]))
