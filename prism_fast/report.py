@@ -290,13 +290,13 @@ def _experts(run: Run) -> Markup:
         "experts",
         "Expert load by kind of token",
         _plot(report_experts.expert_heat_map, run, "Expert load by layer and kind, first and last steps",
-              f"Rows add up to 100 %. First and last: a tenth of the stage's steps.{chosen} Alignment's last layer, of "
-              "which only the last tokens of parts are computed, is left out.", needs),
+              f"Rows add up to 100 %. First and last: a tenth of the stage's steps.{chosen} In alignment the last "
+              "layer is computed, and counted, at the last token of every part alone.", needs),
         _plot(report_experts.expert_split, run, "Perception against reasoning, student against teacher",
               "Half the sum over experts of the difference of their shares: 0 where both kinds go to the same experts "
-              "alike, 100 % where none is shared. Mean and range over the layers.", needs),
+              "alike, 100 % where none is shared. Mean and range over the layers; without alignment's last.", needs),
         _plot(report_experts.expert_curves, run, "Expert load over the steps",
-              "Mean over the layers. Dotted: an equal share.", needs),
+              "Mean over the layers, without alignment's last. Dotted: an equal share.", needs),
     )  # fmt: skip
 
 

@@ -65,8 +65,8 @@ def expert_heat_map(run: Run) -> Figure | None:
 
 def expert_curves(run: Run) -> Figure | None:
     """Share of every kind's slots by expert over the steps, mean over the layers."""
-    keys = run.experts
-    stages = [stage for stage in STAGES if stage in keys]
+    keys = {stage: _whole_layers(stage, found) for stage, found in run.experts.items()}
+    stages = [stage for stage in STAGES if keys.get(stage)]
     if not stages:
         return None
     kinds = list(dict.fromkeys(kind for stage in stages for _, kind, _ in keys[stage]))
@@ -101,7 +101,7 @@ def expert_split(run: Run) -> Figure | None:
     would hide it.
     """
     stages = [stage for stage in STAGES if stage in run.experts]
-    lines = {stage: _splits(run.metrics[stage], run.experts[stage]) for stage in stages}
+    lines = {stage: _splits(run.metrics[stage], _whole_layers(stage, run.experts[stage])) for stage in stages}
     if not any(lines.values()):
         return None
     figure, axes = panels(len(stages), 2.8, sharey=True)
@@ -116,6 +116,14 @@ def expert_split(run: Run) -> Figure | None:
                 curve(axis, mean, "mean", color=CYCLE[i], label=label)
         finish(axis, RUNNING[stage], "share of slots apart" if stage == stages[0] else "", share=True)
     return figure
+
+
+def _whole_layers(stage: str, keys: Mapping[tuple[int, str, int], str]) -> Mapping[tuple[int, str, int], str]:
+    """Without alignment's last layer, which is computed at read-out rows alone: another population of tokens."""
+    last = max(layer for layer, _, _ in keys)
+    if stage != "align" or last == 0:
+        return keys
+    return {key: name for key, name in keys.items() if key[0] != last}
 
 
 SPLITS = {

@@ -16,8 +16,8 @@ QUICK = ["--shape", "mini", "--rounds", "1", "--experts", "eager", "--no-memory"
 STEPS = pytest.mark.parametrize(
     ("bench", "module", "outputs"),
     [
-        (bench_discriminator, discriminator_ways, {"student", "teacher", "loss", "gradient"}),
-        (bench_policy, policy_ways, {"logprob", "loss", "gradient"}),
+        (bench_discriminator, discriminator_ways, {"student", "teacher", "loss", "gradient", "worst parameter"}),
+        (bench_policy, policy_ways, {"logprob", "loss", "gradient", "worst parameter"}),
     ],
     ids=["discriminator", "policy"],
 )
@@ -44,7 +44,8 @@ def test_all_ways_agree_and_the_waterfall_is_printed(bench, module, outputs, tmp
     assert [row["name"] for row in problem["rows"]] == [way.name for way in module.WAYS]
     for row in problem["rows"]:
         assert outputs == row["errors"].keys()
-        assert all(error["value"] <= 1e-5 for error in row["errors"].values()), row
+        assert all(error["value"] <= 5e-5 for error in row["errors"].values()), row
+        assert max(row["errors"][name]["value"] for name in outputs - {"worst parameter"}) <= 1e-5, row
         assert row["median_s"] > 0
         assert any(line.startswith(f"  {row['name']} ") for line in printed)
     assert problem["flops"] < problem["reference_flops"] / 2

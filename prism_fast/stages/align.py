@@ -240,7 +240,7 @@ def discriminator_gradient(
     for packed in packs:
         packed = packed.to(discriminator.head.device)
         judgement = discriminator(packed, text_positions=config.compat.text_positions)
-        load.add(judgement.stats[:-1])  # the last layer's router sees read-out rows alone
+        load.add(judgement.stats)
         score, weights, pairs = judgement.score, [], []
         lengths = packed.sequence_start.diff()
         row = {name: i for i, name in enumerate(packed.branch)}
