@@ -101,7 +101,8 @@ def expert_split(run: Run) -> Figure | None:
     would hide it.
     """
     stages = [stage for stage in STAGES if stage in run.experts]
-    lines = {stage: _splits(run.metrics[stage], _whole_layers(stage, run.experts[stage])) for stage in stages}
+    keys = {stage: _whole_layers(stage, run.experts[stage]) for stage in stages}
+    lines = {stage: _splits(run.metrics[stage], keys[stage]) if keys[stage] else [] for stage in stages}
     if not any(lines.values()):
         return None
     figure, axes = panels(len(stages), 2.8, sharey=True)
