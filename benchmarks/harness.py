@@ -154,6 +154,7 @@ def run_problem(op: str, problem: Problem, options: Options, timer: Timer) -> di
         "status": "ok",
     }
     chosen = [c for c in problem.contenders if _wanted(c, options.peers)]
+    measure.say(f"{problem.name}: {len(chosen)} rows, each against float64 first")
     rows = [_prepare(c) for c in sorted(chosen, key=lambda c: ROLES.index(c.role))]
     _check(problem, rows)
     result["rows"] = [ready.row for ready in rows]
@@ -310,7 +311,7 @@ def run_tests(paths: Sequence[str], cache: Path = TESTS_CACHE) -> dict[str, Any]
         passed = json.loads(cache.read_text())
     if key in passed:
         return {"status": "passed", "summary": f"{passed[key]} (as before: nothing changed)"}
-    print(f"tests first: {' '.join(present)}", file=sys.stderr, flush=True)
+    measure.say(f"tests first: {' '.join(present)}")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *present]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, env=environment)

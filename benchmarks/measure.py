@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 Call = Callable[[], object]
 
 FLUSH_BYTES = 512 << 20  # several times any L2; writing it also gives the host time to enqueue what is timed next
+PATIENCE_SECONDS = 10  # what takes longer says so beforehand
 CPU_SAMPLE_SECONDS = 2e-3  # shorter calls are repeated within one sample of a CPU's clock
 
 
@@ -103,6 +105,8 @@ def interleave(
         if name in alive and rounds is None:
             estimate += (attempt(name, lambda call=call: timer.once(call)) or 0.0) * repeats[name]
     count = rounds or max(5, min(100, int(seconds / max(estimate, 1e-9))))
+    if estimate * count > PATIENCE_SECONDS:
+        say(f"{len(alive)} in turn, {count} rounds of about {estimate:.0f} s")
     samples: dict[str, list[float]] = {name: [] for name in alive}
     for index in range(count):
         for name in list(alive) if index % 2 == 0 else list(reversed(alive)):
@@ -110,6 +114,11 @@ def interleave(
             if value is not None:
                 samples[name].append(value)
     return {name: values for name, values in samples.items() if name in alive}, failed
+
+
+def say(text: str) -> None:
+    """Progress, beside the results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def require_alive(device: torch.device, who: str) -> None:

@@ -238,7 +238,7 @@ def check(case: Any, ways: Sequence[Way], rows: list[dict[str, Any]]) -> str:
     truth: Outcome = {}
     true_gradients: dict[str, Tensor] = {}
     for i, (way, row) in enumerate(zip(ways, rows)):
-        print(f"agreement {i + 1}/{len(ways)}: {way.name}", file=sys.stderr, flush=True)
+        measure.say(f"agreement {i + 1}/{len(ways)}: {way.name}")
         with full_fp32():
             outcome = {name: value.detach().cpu() for name, value in run(case, way).items()}
         mine = {name: value.clone() for name, value in gradients(case).items()}
@@ -281,7 +281,7 @@ def fastest_experts(case: Any, way: Way) -> str:
             run(sample, way)
         except (NotImplementedError, RuntimeError, ImportError) as error:
             reasons.append(f"{name}: {measure.short(error)}")
-            print(f"experts {reasons[-1]}", file=sys.stderr)
+            measure.say(f"experts {reasons[-1]}")
             continue
         seconds[name] = timer.once(lambda: run(sample, way))
     if not seconds:
@@ -293,7 +293,7 @@ def add_times(
     case: Any, ways: Sequence[Way], ours: int, rows: list[dict[str, Any]], flops: list[float], given: argparse.Namespace
 ) -> None:
     calls = {way.name: lambda way=way: run(case, way) for way in ways}
-    print(f"timing {len(ways)} ways in turn", file=sys.stderr, flush=True)
+    measure.say(f"timing {len(ways)} ways in turn")
     timer = measure.Timer(next(case.module.parameters()).device)
     samples, failed = measure.interleave(calls, timer, given.seconds, given.rounds, warmups=1)
     mine = samples.get(ways[ours].name)
