@@ -1,4 +1,4 @@
-"""The LM head: log-probs with entropy (forward), cross-entropy and policy loss (forward and backward).
+"""The LM head: log-probs (with entropy forward; forward and backward), cross-entropy, policy loss.
 
 F1 = one product T x H times H x V of the library, measured in the same run; forward and backward need three.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 import prism_kernels
 from benchmarks.__main__ import main
 from benchmarks.harness import Contender, Problem, Tolerance
-from benchmarks.linear_data import CLIP, Head, make_head, truth_logprob, truth_loss
-from benchmarks.linear_peers import cross_entropy_peers, logprob_peers, policy_peers, with_gradients
+from benchmarks.linear_data import CLIP, Head, make_head, truth_logprob, truth_loss, weighted
+from benchmarks.linear_peers import cross_entropy_peers, entropy_peers, logprob_peers, policy_peers, with_gradients
 from benchmarks.peers import need_gpu
 
 TESTS = [f"tests/test_linear_{name}.py" for name in ("logprob", "policy_loss", "triton")]
@@ -27,7 +27,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "tiny": [{**TINY, "dtype": "fp32"}],
 }
 GPU_PART = ("linear", 200)  # its name in `make gpu`, and its seconds
-GPU_ARGUMENTS = ["--seconds", "8", "--no-tests"]  # they are a part of their own
+GPU_ARGUMENTS = ["--seconds", "6", "--no-tests"]  # they are a part of their own
 SMALL_CHUNK = 512 << 20
 
 # (ours, peers): ours rounds its results to the dtype once; peers round logits too, which shows as an error.
@@ -56,7 +56,7 @@ def problems(shape: dict[str, Any], device: torch.device) -> list[Problem]:
         ),
         Problem(
             "logprob_entropy", "log-probs and entropy, forward", shape, product, read + 12.0 * rows,
-            [_logprob(head), limits[0], *logprob_peers(head)], lambda: truth_logprob(head),
+            [_entropy(head), limits[0], *entropy_peers(head)], lambda: truth_logprob(head),
             {"logprob": logprob, "entropy": logprob}, limit=("one product", 1),
         ),
         Problem(
@@ -64,10 +64,19 @@ def problems(shape: dict[str, Any], device: torch.device) -> list[Problem]:
             [*_ours(head, _cross_entropy), *limits, *cross_entropy_peers(head)], lambda: truth_loss(head, "nll"),
             losses, limit=("one product", 3),
         ),
+        Problem(
+            "logprob", "log-probs, forward + backward of any loss of them", shape, 3 * product, 2 * read,
+            [Contender("prism", lambda: with_gradients(head, _logprob(head)), "ours"), *limits, *logprob_peers(head)],
+            lambda: truth_loss(head, "weighted"), losses, limit=("one product", 3),
+        ),
     ]  # fmt: skip
 
 
-def _logprob(head: Head) -> Contender:
+def _logprob(head: Head) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda hidden, weight: weighted(head, prism_kernels.linear_logprob(hidden, weight, head.targets).logprob)
+
+
+def _entropy(head: Head) -> Contender:
     @torch.no_grad()
     def call() -> dict[str, Tensor]:
         out = prism_kernels.linear_logprob(head.hidden, head.weight, head.targets, with_entropy=True)

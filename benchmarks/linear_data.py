@@ -85,7 +85,7 @@ def truth_logprob(head: Head) -> dict[str, Tensor]:
 
 
 def truth_loss(head: Head, objective: str) -> dict[str, Tensor]:
-    """float64 {"loss", "dx", "dw"} of the mean cross-entropy ("nll") or of the clipped policy loss ("policy")."""
+    """float64 {"loss", "dx", "dw"}; ``objective``: "nll" (mean cross-entropy), "policy" (clipped loss) or "weighted"."""
     total = head.hidden.shape[0]
     weight = head.weight.detach().double()
     loss = weight.new_zeros(())
@@ -94,6 +94,9 @@ def truth_loss(head: Head, objective: str) -> dict[str, Tensor]:
     for rows, logprob, logsumexp, z in _statistics(head, torch.float64):
         if objective == "nll":
             value, slope = -logprob, -torch.ones_like(logprob)
+        elif objective == "weighted":
+            slope = -head.row_advantages[rows].double()
+            value = logprob * slope
         else:
             advantage = head.row_advantages[rows].double()
             ratio = (logprob - head.old_logprob[rows].double()).exp()
@@ -112,3 +115,8 @@ def policy_glue(head: Head, logprob: Tensor) -> Tensor:
     advantage = head.row_advantages
     ratio = (logprob - head.old_logprob).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
+
+
+def weighted(head: Head, logprob: Tensor) -> Tensor:
+    """REINFORCE: a loss that log-probs enter linearly, each with a weight of its own."""
+    return -(logprob * head.row_advantages).mean()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Contender
-from benchmarks.linear_data import CLIP, Head, policy_glue
+from benchmarks.linear_data import CLIP, Head, policy_glue, weighted
 from benchmarks.measure import Unavailable
 from benchmarks.peers import attribute, need, need_alone, stand_in
 
@@ -95,7 +95,7 @@ def _liger_grpo(head: Head) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-def logprob_peers(head: Head) -> list[Contender]:
+def entropy_peers(head: Head) -> list[Contender]:
     """Forward alone: {"logprob", "entropy"}."""
 
     def named(make: Callable[[], Callable]) -> Callable[[], Callable[[], dict[str, Tensor]]]:
@@ -180,16 +180,27 @@ def cross_entropy_peers(head: Head) -> list[Contender]:
 
 def policy_peers(head: Head) -> list[Contender]:
     """Those that give log-probs alone get the loss in plain torch."""
+    glued = _glued(head, policy_glue)
+    glued.insert(2, Contender("Liger fused linear GRPO", lambda: with_gradients(head, _liger_grpo(head))))
+    return glued
 
-    def glued(make: Callable[[], LogProbs]) -> Callable:
+
+def logprob_peers(head: Head) -> list[Contender]:
+    return _glued(head, weighted)
+
+
+def _glued(head: Head, glue: Callable[[Head, Tensor], Tensor]) -> list[Contender]:
+    """Those that give log-probs, with a loss of them in plain torch."""
+
+    def loss(make: Callable[[], LogProbs]) -> Callable:
         def prepare():
             op = make()
-            return with_gradients(head, lambda hidden, weight: policy_glue(head, op(hidden, weight)))
+            return with_gradients(head, lambda hidden, weight: glue(head, op(hidden, weight)))
 
         return prepare
 
     def compiled():
-        op = torch.compile(lambda x, w: policy_glue(head, eager_logprob(x, w, head.targets)))
+        op = torch.compile(lambda x, w: glue(head, eager_logprob(x, w, head.targets)))
         return with_gradients(head, op)
 
     def scaled():
@@ -209,11 +220,10 @@ def policy_peers(head: Head) -> list[Contender]:
         return lambda hidden, weight: -op(hidden, weight)
 
     return [
-        Contender("torch eager", glued(lambda: lambda x, w: eager_logprob(x, w, head.targets))),
+        Contender("torch eager", loss(lambda: lambda x, w: eager_logprob(x, w, head.targets))),
         Contender("torch.compile", compiled, compiles=True),
-        Contender("Liger fused linear GRPO", lambda: with_gradients(head, _liger_grpo(head))),
-        Contender("Liger scaled CE", glued(scaled)),
-        Contender("verl linear_cross_entropy (Triton)", glued(verl)),
-        Contender("TRL chunked head", glued(trl)),
-        Contender("cut-cross-entropy", glued(cce)),
+        Contender("Liger scaled CE", loss(scaled)),
+        Contender("verl linear_cross_entropy (Triton)", loss(verl)),
+        Contender("TRL chunked head", loss(trl)),
+        Contender("cut-cross-entropy", loss(cce)),
     ]

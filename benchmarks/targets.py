@@ -155,8 +155,9 @@ def _head() -> Iterator[Target]:
     yield Target(HEAD_CPU, "memory over inputs and outputs", *on_cpu, megabytes, 96, unit="MiB")
     eager = inverse(of("torch eager", "times_ours"))
     yield Target(HEAD_CPU, "policy loss forward + backward, over eager torch", *on_cpu, eager, 1.1)
-    on_cpu = ("cpu", op, "cross_entropy", cpu)
-    yield Target(HEAD_CPU, "cross-entropy forward + backward, over eager torch", *on_cpu, eager, 1.1)
+    for name, problem in (("cross-entropy", "cross_entropy"), ("log-probs", "logprob")):
+        quantity = f"{name} forward + backward, over eager torch"
+        yield Target(HEAD_CPU, quantity, "cpu", op, problem, cpu, eager, 1.1)
 
 
 def _advantage() -> Iterator[Target]:
