@@ -85,7 +85,7 @@ def truth_logprob(head: Head) -> dict[str, Tensor]:
 
 
 def truth_loss(head: Head, objective: str) -> dict[str, Tensor]:
-    """float64 {"loss", "dx", "dw"}; ``objective``: "nll" (mean cross-entropy), "policy" (clipped loss) or "weighted"."""
+    """float64 {"loss", "dx", "dw"} of "nll" (mean cross-entropy), "policy" (the clipped loss) or "weighted"."""
     total = head.hidden.shape[0]
     weight = head.weight.detach().double()
     loss = weight.new_zeros(())

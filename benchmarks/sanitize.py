@@ -57,6 +57,9 @@ def _implementations(op: str) -> list[str]:
     return [str(name) for name in _OPS[op].table] if op in _OPS else []
 
 
+WORDS = 9001  # three steps of the row kernels' loop, where dZ overwrites the logits it was made from; the last one partial
+
+
 def _random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).to(device, dtype)
@@ -64,9 +67,9 @@ def _random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float3
 
 def _head(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = _random(67, 32, device=device, dtype=dtype, seed=1).requires_grad_()
-    weight = (_random(1003, 32, device=device, seed=2) / 6).to(dtype).requires_grad_()
-    bias = _random(1003, device=device, dtype=dtype, seed=3).requires_grad_()
-    targets = torch.randint(0, 1003, (67,), generator=torch.Generator().manual_seed(4)).to(device)
+    weight = (_random(WORDS, 32, device=device, seed=2) / 6).to(dtype).requires_grad_()
+    bias = _random(WORDS, device=device, dtype=dtype, seed=3).requires_grad_()
+    targets = torch.randint(0, WORDS, (67,), generator=torch.Generator().manual_seed(4)).to(device)
     targets[::7] = -100
     return hidden, weight, bias, targets
 
@@ -87,7 +90,7 @@ def _policy(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     objective = prism_kernels.PolicyObjective.dapo(kl_coef=0.1, kl_estimator="k3", entropy_coef=0.01)
     advantages = torch.tensor([1.0, 0.5, -1.0], device=device)
     # A chunk of a few rows: the kernels see a first, a middle and a last chunk.
-    chunk = {} if impl == "reference" else {"chunk_bytes": 4 * 1008 * 24}
+    chunk = {} if impl == "reference" else {"chunk_bytes": 4 * 9008 * 24}
     out = prism_kernels.linear_policy_loss(
         hidden, weight, targets, advantages, start, objective, old_logprob=old, ref_logprob=ref, bias=bias, impl=impl,
         **chunk,

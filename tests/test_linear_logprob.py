@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from prism_kernels import linear_cross_entropy, linear_logprob, linear_objective, which_impl
-from prism_kernels.linear_logprob import autograd, cispo, products
+from prism_kernels.linear_logprob import autograd, cispo, plan, products
 from tests import oracle
 from tests.linear_cases import ENGINES, IMPLS, INTERPRETED, gradients, make, skip_interpreted
 
@@ -208,7 +208,7 @@ def test_padded_columns_are_neither_read_nor_written(impl, device):
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_frozen_side_skips_its_product(impl, device, frozen, monkeypatch):
     called = []
-    for name in ("hidden_gradient", "weight_gradient", "accumulate_weight_gradient"):
+    for name in ("hidden_gradient_into", "weight_gradient", "accumulate_weight_gradient"):
         product = getattr(products, name)
         monkeypatch.setattr(products, name, lambda *a, _p=product, _n=name, **k: called.append(_n) or _p(*a, **k))
     case = make(6, 100, device)
@@ -246,7 +246,7 @@ def test_backward_twice(impl, device):
 @pytest.mark.parametrize("impl,device", IMPLS)
 @pytest.mark.parametrize("last", [False, True])
 def test_gradients_belong_to_the_caller(impl, device, last):
-    """They are scaled in the memory where the forward left them: not before the last backward, and never once more."""
+    """What the forward left is scaled anew in every backward, and never changed."""
     case = make(6, 100, device, FP64, bias=True)
     given = (case.hidden, case.weight, case.targets)
     loss = linear_cross_entropy(*given, bias=case.bias, impl=impl)
@@ -262,6 +262,83 @@ def test_gradients_belong_to_the_caller(impl, device, last):
     loss, scales = linear_cross_entropy(*given, bias=case.bias, impl=impl), torch.tensor([1.0, 3.0]).to(case.bias)
     for batch, g in zip(torch.autograd.grad(loss, case.leaves, scales, is_grads_batched=True), once):
         assert torch.allclose(batch[0], g) and torch.allclose(batch[1], 3 * g)
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("rows_per_chunk", [8, 64])
+@pytest.mark.parametrize("dtype,scale", [(FP16, 65536.0), (BF16, 0.7)])
+def test_gradients_are_rounded_after_scaling(impl, device, rows_per_chunk, dtype, scale):
+    """A loss's gradients are formed before the factor is known that brings them into fp16's range."""
+    case = make(FEW, 1000, device, dtype, width=64, skipped=0)
+    options = {} if impl == "reference" else {"chunk_bytes": rows_per_chunk * 4000}
+    loss = linear_cross_entropy(
+        case.hidden, case.weight, case.targets, normalizer=131072.0 if dtype is FP16 else None, impl=impl, **options
+    )
+    dx, dw = gradients(loss * scale, case.leaves)
+    exact = oracle.double(*case.leaves)
+    truth = F.cross_entropy(exact[0] @ exact[1].T, case.targets, reduction="sum")
+    truth = gradients(truth * scale / (131072 if dtype is FP16 else FEW), exact)
+    # The triton path rounds dZ as well; dW in bf16 is rounded before and after.
+    bound = {FP16: 6e-4, BF16: 2.2e-3 if impl != "triton" else 1e-2 if INTERPRETED else 3e-3}[dtype]
+    assert oracle.relative_error(dx, truth[0]) < bound
+    assert oracle.relative_error(dw, truth[1]) < (bound if dtype is FP16 else max(bound, 3e-3))
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_fp16_gradients_at_extreme_temperatures(impl, device, temperature):
+    case = make(FEW, 1000, device, FP16, width=16, skipped=0)
+    loss = linear_logprob(case.hidden, case.weight, case.targets, temperature=temperature, impl=impl).logprob.mean()
+    exact = oracle.double(*case.leaves)
+    truth = oracle.log_probs(*exact, case.targets, temperature=temperature)[0].mean()
+    for ours, true in zip(gradients(loss, case.leaves), gradients(truth, exact)):
+        assert oracle.relative_error(ours, true) < 2e-3
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("softcap", [30.0, 1000.0])
+def test_large_softcap_changes_little(impl, device, softcap):
+    """tanh of a small number, times a large one: its digits show."""
+    case = make(FEW, 1000, device, skipped=0)
+    out = linear_logprob(case.hidden, case.weight, case.targets, softcap=softcap, impl=impl)
+    exact = oracle.double(*case.leaves)
+    truth = oracle.log_probs(*exact, case.targets, softcap=softcap)
+    assert (out.logprob - truth[0]).abs().max() < 4e-6
+    for ours, true in zip(gradients(out.logprob.sum(), case.leaves), gradients(truth[0].sum(), exact)):
+        assert oracle.relative_error(ours, true) < 1e-6
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """The plan of targets that the host does not see, as those on a GPU."""
+
+    def make_plan(hidden, num_words, targets, **_):
+        return plan.Plan(len(targets), None, targets, [(0, len(targets))], True, True)
+
+    monkeypatch.setattr(autograd, "make_plan", make_plan)
+
+
+@pytest.mark.parametrize("impl,device", [impl for impl in ENGINES if impl != ("cpu", "cpu")])
+def test_unseen_skipped_rows_may_hold_nan(impl, device, unseen):
+    case = make(FEW, 1000, device)
+    skipped = case.targets == -100
+    clean = gradients(linear_cross_entropy(case.hidden, case.weight, case.targets, impl=impl), case.leaves)
+    with torch.no_grad():
+        case.hidden[skipped] = float("nan")
+    dirty = gradients(linear_cross_entropy(case.hidden, case.weight, case.targets, impl=impl), case.leaves)
+    assert skipped.any() and all(torch.equal(*pair) for pair in zip(clean, dirty))
+
+
+@pytest.mark.parametrize("impl,device", [impl for impl in ENGINES if impl != ("cpu", "cpu")])
+@pytest.mark.parametrize("target", [1000, -1, 1 << 40])
+def test_unseen_targets_outside_are_nan(impl, device, unseen, monkeypatch, target):
+    monkeypatch.setattr(autograd, "check_targets", lambda *_: None)
+    case = make(FEW, 1000, device, skipped=0)
+    case.targets[3] = target
+    out = linear_logprob(case.hidden, case.weight, case.targets, with_entropy=True, impl=impl)
+    for values in out:
+        assert values.isnan().tolist() == [i == 3 for i in range(FEW)]
+    assert gradients(out.logprob.sum(), case.leaves)[1].isnan().all()
 
 
 @skip_interpreted
@@ -299,6 +376,24 @@ def test_second_derivative_is_refused():
             torch.autograd.grad(loss, case.leaves, create_graph=True)
 
 
+@skip_interpreted
+def test_forward_mode_is_refused():
+    case = make(6, 100)
+
+    def jvp(loss):
+        leaves = tuple(t.detach() for t in case.leaves)
+        return torch.func.jvp(loss, leaves, tuple(map(torch.ones_like, leaves)))[1]
+
+    for loss in (
+        lambda x, w: linear_logprob(x, w, case.targets).logprob,
+        lambda x, w: linear_cross_entropy(x, w, case.targets),
+        lambda x, w: linear_objective(x, w, case.targets, lambda lp, e, rows: (lp.sum(), torch.ones_like(lp), None)),
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            jvp(loss)
+    assert jvp(lambda x, w: linear_logprob(x, w, case.targets, impl="reference").logprob).abs().sum() > 0
+
+
 @pytest.mark.parametrize("impl,device", IMPLS)
 @pytest.mark.parametrize("normalizer", [None, 7, 7.5, "tensor"])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -327,7 +422,7 @@ def test_nothing_unmasked_is_zero_with_zero_gradients(impl, device, rows):
     case = make(rows, 100, device, bias=True)
     case.targets.fill_(-100)
     loss = linear_cross_entropy(case.hidden, case.weight, case.targets, bias=case.bias, impl=impl)
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert all((g == 0).all() for g in gradients(loss, case.leaves))
 
 
@@ -475,7 +570,9 @@ def test_operators_pass_opcheck():
     constant = [t.detach() if isinstance(t, torch.Tensor) else t for t in (*head, *out)]
     upstream = (torch.ones(9), None, torch.ones(9))
     torch.library.opcheck(autograd._logprob_backward, (*constant, *upstream, [True, False, True], 0, "cpu"))
-    torch.library.opcheck(autograd._cross_entropy, (*head, torch.rand(9), None, [True, True, True], 0, "cpu"))
+    for sign in (1, -1):  # of the loss, which is what opcheck gives its backward
+        row_weight = sign * torch.rand(9)
+        torch.library.opcheck(autograd._cross_entropy, (*head, row_weight, None, [True, True, True], 0, "cpu"))
 
 
 @skip_interpreted

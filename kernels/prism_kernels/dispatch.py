@@ -74,6 +74,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def on_device_of(tensor: torch.Tensor) -> torch.cuda.device_of:
+    """Makes the GPU that holds ``tensor`` the current one: Triton launches on the current device, wherever its
+    arguments lie. Nothing for a CPU's."""
+    return torch.cuda.device_of(tensor)
+
+
 _OPS: dict[str, Op] = {}
 
 

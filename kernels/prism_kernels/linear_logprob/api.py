@@ -106,8 +106,6 @@ def linear_cross_entropy(
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
     check_head(hidden, weight, targets, bias, 1.0, softcap)
-    if isinstance(row_weight, Tensor) and row_weight.requires_grad:
-        raise ValueError("row_weight: got a tensor that requires grad, expected a constant; detach() it")
     row_weight = constant_rows("row_weight", row_weight, hidden, host=True)
     normalizer = constant_scalar("normalizer", normalizer, hidden)
     arguments = (hidden, weight, targets, row_weight, normalizer, bias, softcap)
@@ -185,7 +183,7 @@ def linear_policy_loss(
         advantages: (S,), or (T,) where T differs from S. A constant.
         sequence_start: (S + 1,) int32: rows [sequence_start[i], sequence_start[i + 1]) are sequence i; from 0 to T.
         objective: a :class:`PolicyObjective`.
-        old_logprob: (T,) of the policy that sampled; None: on-policy, the ratio is 1.
+        old_logprob: (T,) of the policy that sampled, like the next two a constant; None: on-policy, the ratio is 1.
         ref_logprob: (T,) of the reference policy; needed where kl_coef is not 0, else only a statistic.
         rollout_logprob: (T,) as the sampler reported them; needed by importance_cap, else only a statistic.
         normalizer: number or 0-d tensor: replaces the number of rows (token_mean) or of sequences (other aggregates).
@@ -206,7 +204,7 @@ def linear_policy_loss(
     rollout = constant_rows("rollout_logprob", rollout_logprob, hidden)
     normalizer = constant_scalar("normalizer", normalizer, hidden)
     arguments = (
-        hidden, weight, targets, advantages.detach(), sequence_start, objective, old, ref, rollout, normalizer, bias,
+        hidden, weight, targets, advantages, sequence_start, objective, old, ref, rollout, normalizer, bias,
         float(temperature), softcap, with_entropy, with_logprob,
     )  # fmt: skip
     chunk_bytes = chunk_size(chunk_bytes)

@@ -1,7 +1,7 @@
 """The chunk engine as operators that autograd, torch.compile and opcheck know, and linear_objective as a Function.
 
 An operator is opaque to torch.compile; what it needs to know of the outputs is in the ``fake`` functions. Gradients
-made in the forward are outputs of the operator; autograd saves them and multiplies them by the loss's gradient.
+made in the forward are outputs of the operator; autograd saves them, multiplies them by the loss's gradient and rounds.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
-from prism_kernels.dispatch import Impl
+from prism_kernels.dispatch import Impl, on_device_of
 from prism_kernels.linear_logprob import engine
 from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
-from prism_kernels.linear_logprob.engine import Head, Needs, RowKernels, Upstream
+from prism_kernels.linear_logprob.engine import GradientDtypes, Head, Needs, RowKernels, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
 from prism_kernels.linear_logprob.plan import Plan, make_plan
@@ -35,7 +36,7 @@ def _operator(name: str, schema: str) -> Callable:
 
     def register(run: Callable) -> OpOverload:
         def run_as_given(hidden, *rest):
-            with _as_given(hidden):
+            with on_device_of(hidden), _as_given(hidden):
                 return run(hidden, *rest)
 
         torch.library.impl(name, "CompositeExplicitAutograd", run_as_given)
@@ -75,6 +76,16 @@ def _once_differentiable() -> None:
         )
 
 
+def _check_reverse_mode(*tensors: Tensor | None) -> None:
+    """Torch would take the tangent of an operator without a forward-mode rule for 0, and say nothing."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "the LM-head ops have no forward-mode derivative (torch.func.jvp); use impl='reference' for one"
+        )
+
+
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
@@ -89,6 +100,7 @@ def linear_logprob(
     chunk_bytes: int,
     impl: str,
 ) -> LinearLogprob:
+    _check_reverse_mode(hidden, weight, bias)
     logprob, logsumexp, entropy = _logprob(
         hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl
     )
@@ -137,13 +149,13 @@ def _logprob_backward(
 @torch.library.register_fake(_logprob_backward)
 def _(hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp,
       d_entropy, needs, chunk_bytes, impl):  # fmt: skip
-    return _fake_gradients(hidden, weight, bias, needs)
+    return _fake_gradients(hidden, weight, bias, needs, GradientDtypes.final(hidden, weight, bias))
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(hidden, weight, bias, needs, dtypes: GradientDtypes) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
-        for tensor, need in zip((hidden, weight, bias), needs)
+        torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
+        for tensor, dtype, need in zip((hidden, weight, bias), dtypes, needs)
     )
 
 
@@ -173,36 +185,24 @@ torch.library.register_autograd(_logprob, _backward_logprob, setup_context=_setu
 # -------------------------------------------------------------------------------- losses: gradients in the forward
 
 
-def _times(gradient: Tensor, d_loss: Tensor) -> Tensor:
-    """gradient * d_loss for a saved gradient: in its own memory, unless a later backward reads it (retain_graph=True).
-
-    dW is larger than a chunk; a copy of it would be the peak of a step. Under tracing it is a copy, which the compiler
-    places as it likes, and for a batch of d_loss (is_grads_batched=True).
-    """
-    traced = torch.compiler.is_compiling() or type(gradient) is not Tensor
-    batched = any(
-        is_batch(d_loss)
-        for is_batch in (torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor)
-    )
-    if traced or batched or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * d_loss
-    return gradient.mul_(d_loss)
-
-
 def _setup_loss(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
     ctx.num_inputs = len(inputs)
+    ctx.dtypes = GradientDtypes.final(*inputs[:3])
     ctx.save_for_backward(*output[-3:])
 
 
 def _backward_loss(ctx, d_loss, *_):
+    return (*_scaled(ctx, d_loss), *[None] * (ctx.num_inputs - 3))
+
+
+def _scaled(ctx, d_loss: Tensor) -> list[Tensor | None]:
+    """[dX, dW, db] times the loss's gradient, in their final dtypes. Copies: what an operator gave is not ours to
+    change, and a later backward may read it (retain_graph=True)."""
     _once_differentiable()
-    gradients = [None] * ctx.num_inputs
-    for i, gradient in enumerate(ctx.saved_tensors):
-        if ctx.needs_input_grad[i]:
-            gradients[i] = _times(gradient, d_loss)
-    return tuple(gradients)
+    saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
+    return [(gradient * d_loss).to(dtype) if need else None for gradient, dtype, need in saved]
 
 
 def linear_cross_entropy(
@@ -216,6 +216,7 @@ def linear_cross_entropy(
     chunk_bytes: int,
     impl: str,
 ) -> Tensor:
+    _check_reverse_mode(hidden, weight, bias)
     needs = list(_needs(hidden, weight, bias))
     return _cross_entropy(
         hidden, weight, bias, targets, 1.0, softcap, row_weight, normalizer, needs, chunk_bytes, impl
@@ -244,7 +245,8 @@ def _cross_entropy(
 @torch.library.register_fake(_cross_entropy)
 def _(hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl):
     loss = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
-    return loss, *_fake_gradients(hidden, weight, bias, needs)
+    dtypes = GradientDtypes.before_scaling(hidden, weight, bias)
+    return loss, *_fake_gradients(hidden, weight, bias, needs, dtypes)
 
 
 torch.library.register_autograd(_cross_entropy, _backward_loss, setup_context=_setup_loss)
@@ -269,6 +271,7 @@ def linear_policy_loss(
     chunk_bytes: int,
     impl: str,
 ) -> PolicyLoss:
+    _check_reverse_mode(hidden, weight, bias)
     need_entropy = with_entropy or objective.entropy_coef != 0
     loss, logprob, entropy, means, *_ = _policy_loss(
         hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
@@ -344,7 +347,8 @@ def _(hidden, weight, bias, targets, temperature, softcap, advantages, sequence_
     loss = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
     logprob = loss.new_empty(hidden.shape[0] if with_logprob else 0)
     entropy = loss.new_empty(hidden.shape[0] if with_entropy else 0)
-    return loss, logprob, entropy, loss.new_empty(len(names)), *_fake_gradients(hidden, weight, bias, needs)
+    gradients = _fake_gradients(hidden, weight, bias, needs, GradientDtypes.before_scaling(hidden, weight, bias))
+    return loss, logprob, entropy, loss.new_empty(len(names)), *gradients
 
 
 torch.library.register_autograd(_policy_loss, _backward_loss, setup_context=_setup_loss)
@@ -365,6 +369,7 @@ def linear_objective(
     chunk_bytes: int,
     impl: str,
 ) -> Tensor:
+    _check_reverse_mode(hidden, weight, bias)
     check_targets(targets, weight.shape[0])
     plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, compact=True)
     options = (temperature, softcap, with_entropy, glue, plan, _row_kernels(impl))
@@ -387,13 +392,12 @@ class _Objective(torch.autograd.Function):
         kernels: RowKernels,
     ) -> Tensor:
         head = Head(hidden, weight, bias, temperature, softcap)
-        with _as_given(hidden):
+        with on_device_of(hidden), _as_given(hidden):
             loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
+        ctx.dtypes = GradientDtypes.final(hidden, weight, bias)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        _once_differentiable()
-        gradients = (_times(g, d_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad))
-        return (*gradients, *[None] * 7)
+        return (*_scaled(ctx, d_loss), *[None] * 7)

@@ -50,6 +50,7 @@ def check_policy(
     rollout_logprob: Tensor | None,
 ) -> None:
     _check_tensor("advantages", advantages)
+    _check_constant("advantages", advantages)
     _check_tensor("sequence_start", sequence_start)
     if not isinstance(objective, PolicyObjective):
         raise ValueError(f"objective: got {type(objective).__name__}, expected a PolicyObjective, e.g. .grpo()")
@@ -73,14 +74,15 @@ def check_policy(
 
 
 def constant_rows(name: str, rows: Tensor | None, hidden: Tensor, host: bool = False) -> Tensor | None:
-    """A constant per row, detached."""
+    """A constant per row."""
     if rows is None:
         return None
     _check_tensor(name, rows)
+    _check_constant(name, rows)
     if rows.shape != hidden.shape[:1] or not rows.is_floating_point():
         raise ValueError(f"{name}: got {_got(rows)}, expected a floating (T,) with T = {hidden.shape[0]}")
     _check_device(name, rows, hidden, host)
-    return rows.detach()
+    return rows
 
 
 def constant_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> Tensor | None:
@@ -91,7 +93,8 @@ def constant_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> 
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: got {_got(value)}, expected a number or a 0-d tensor; take its [0] or .sum()")
-        return value.detach().to(hidden.device, dtype, non_blocking=True)
+        _check_constant(name, value)
+        return value.to(hidden.device, dtype, non_blocking=True)
     if not is_number(value) or not 0 <= value < INFINITY:
         raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0, or a 0-d tensor")
     return torch.full((), float(value), dtype=dtype, device=hidden.device)
@@ -101,7 +104,7 @@ def chunk_size(chunk_bytes: int | None) -> int:
     """Bytes, or 0 for the device's default."""
     if chunk_bytes is None:
         return 0
-    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+    if not isinstance(chunk_bytes, int) or isinstance(chunk_bytes, bool) or chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: got {chunk_bytes!r}, expected None or a number of bytes >= 1")
     return chunk_bytes
 
@@ -165,6 +168,11 @@ _OFFSETS = (torch.int32, torch.int64)
 def _check_tensor(name: str, value: object, optional: bool = False) -> None:
     if not isinstance(value, Tensor) and not (optional and value is None):
         raise ValueError(f"{name}: got a {type(value).__name__}, expected a tensor{' or None' if optional else ''}")
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: got a tensor that requires grad, expected a constant; detach() it")
 
 
 def _check_device(name: str, tensor: Tensor, hidden: Tensor, host: bool = False) -> None:

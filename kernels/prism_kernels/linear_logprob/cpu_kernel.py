@@ -90,4 +90,4 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
     return z
 
 
-ROW_KERNELS = RowKernels(prepare, statistics, gradient)
+ROW_KERNELS = RowKernels(False, prepare, statistics, gradient)

@@ -16,7 +16,7 @@ from torch import Tensor
 from prism_kernels.linear_logprob import products
 from prism_kernels.linear_logprob.checks import check_glue
 from prism_kernels.linear_logprob.glue import Glue
-from prism_kernels.linear_logprob.objectives import LinearLogprob
+from prism_kernels.linear_logprob.objectives import IGNORE, LinearLogprob
 from prism_kernels.linear_logprob.plan import Plan, padded
 
 FP16_TARGET = 1024.0  # dZ in fp16 is scaled so that its largest coefficient is about this: fp16 ends at 65504 and 6e-8
@@ -50,9 +50,10 @@ class RowKernels(NamedTuple):
 
     prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy) -> LinearLogprob.
     gradient(z, targets, head, statistics, upstream) -> dZ by the raw products (rows, V), in place of z; in the dtype of
-    hidden or of z. Rows with a negative target give 0 everywhere.
+    hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere.
     """
 
+    narrows: bool
     prepare: Callable[[Tensor, Head], None]
     statistics: Callable[[Tensor, Tensor, Head, bool], LinearLogprob]
     gradient: Callable[[Tensor, Tensor, Head, LinearLogprob, Upstream], Tensor]
@@ -66,8 +67,29 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class GradientDtypes(NamedTuple):
+    hidden: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype
+
+    @classmethod
+    def final(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> GradientDtypes:
+        """Those of the tensors themselves."""
+        return cls(hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+
+    @classmethod
+    def before_scaling(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> GradientDtypes:
+        """Of gradients that the loss's own gradient will multiply: rounded after that, and so once.
+
+        dW in bf16 is the exception, for its size: it is rounded twice where the factor is no power of two. In fp16,
+        whose range a loss scaler shifts by that very factor, it is fp32 until then.
+        """
+        wide = products.accumulator_dtype(hidden.dtype)
+        return cls(wide, weight.dtype if weight.dtype is torch.bfloat16 else wide, wide)
+
+
 class Gradients:
-    """dX, dW and db of one pass, added up chunk by chunk; dW in fp32 across chunks."""
+    """dX, dW and db of one pass, added up chunk by chunk; dX and db wide, dW in fp32 across chunks."""
 
     def __init__(self, head: Head, plan: Plan, needs: Needs):
         self.head, self.plan, self.needs = head, plan, needs
@@ -76,7 +98,7 @@ class Gradients:
         if needs.hidden:
             # Rows that are not computed keep 0, else every row is written. Contiguous, as the operators' fakes say.
             allocate = torch.empty if plan.rows is None else torch.zeros
-            self.hidden = allocate(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            self.hidden = allocate(hidden.shape, dtype=head.wide, device=hidden.device)
         if needs.weight:
             single = len(plan.chunks) == 1 and weight.dtype is not torch.float16
             dtype = weight.dtype if single else head.wide
@@ -89,13 +111,19 @@ class Gradients:
     def add(self, dz: Tensor, x: Tensor, start: int, stop: int, scale: float) -> None:
         """``dz`` (rows, V) is 1 / scale times the gradient of rows [start, stop)."""
         if self.needs.hidden:
-            part = products.hidden_gradient(dz, self.head.weight)
-            part = part if scale == 1 else part.mul_(scale)
             if self.plan.rows is None:
-                self.hidden[start:stop] = part
+                part = self.hidden[start:stop]
+                products.hidden_gradient_into(part, dz, self.head.weight)
+                if scale != 1:
+                    part.mul_(scale)
             else:
-                self.hidden[self.plan.rows[start:stop]] = part.to(self.hidden.dtype)
+                part = self.hidden.new_empty(stop - start, self.hidden.shape[1])
+                products.hidden_gradient_into(part, dz, self.head.weight)
+                self.hidden.index_copy_(0, self.plan.rows[start:stop], part if scale == 1 else part.mul_(scale))
         if self.needs.weight:
+            if self.plan.maybe_skipped:
+                # Its dZ is 0, and 0 * NaN would be NaN in all of dW: what a skipped row holds is nobody's business.
+                x = x.masked_fill((self.plan.targets[start:stop] == IGNORE)[:, None], 0.0)
             if self.weight is None:
                 self.weight = products.weight_gradient(dz, x)
             else:
@@ -103,14 +131,11 @@ class Gradients:
         if self.needs.bias:
             self.bias.add_(dz.sum(0, dtype=self.bias.dtype), alpha=scale)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(dX, dW, db) in the dtypes of hidden, weight and bias; an empty tensor where nobody reads one."""
-        like = self.head.hidden
-        wanted = (self.hidden, like.dtype), (self.weight, self.head.weight.dtype), (self.bias, self._bias_dtype())
-        return tuple(like.new_empty(0) if part is None else part.to(dtype) for part, dtype in wanted)
-
-    def _bias_dtype(self) -> torch.dtype:
-        return self.head.wide if self.head.bias is None else self.head.bias.dtype
+    def result(self, dtypes: GradientDtypes) -> tuple[Tensor, Tensor, Tensor]:
+        """(dX, dW, db) in these dtypes; an empty tensor where nobody reads one."""
+        found = (self.hidden, self.weight, self.bias)
+        empty = self.head.hidden.new_empty
+        return tuple(empty(0) if part is None else part.to(dtype) for part, dtype in zip(found, dtypes))
 
 
 def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> LinearLogprob:
@@ -131,15 +156,16 @@ def backward(
         _gradients_of_chunk(
             gradients, kernels, z, x, start, stop, _cut(statistics, start, stop), _cut(upstream, start, stop)
         )
-    return gradients.result()
+    return gradients.result(GradientDtypes.final(head.hidden, head.weight, head.bias))
 
 
 def objective(
     head: Head, plan: Plan, kernels: RowKernels, glue: Glue, with_entropy: bool, needs: Needs
 ) -> tuple[Tensor, LinearLogprob, tuple[Tensor, Tensor, Tensor]]:
-    """(loss, statistics (R,), gradients of the loss): three products, no logits kept."""
+    """(loss, statistics (R,), gradients of the loss, not rounded yet): three products, no logits kept."""
     loss = torch.zeros((), dtype=head.wide, device=head.hidden.device)
     gradients = Gradients(head, plan, needs)
+    dtypes = GradientDtypes.before_scaling(head.hidden, head.weight, head.bias)
     parts = []
     for start, stop, x, z in _products(head, plan, kernels):
         part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
@@ -150,7 +176,7 @@ def objective(
         if any(needs):
             upstream = Upstream(d_logprob.to(head.wide), None, None if d_entropy is None else d_entropy.to(head.wide))
             _gradients_of_chunk(gradients, kernels, z, x, start, stop, part, upstream)
-    return loss, _concatenate(head, parts, with_entropy), gradients.result()
+    return loss, _concatenate(head, parts, with_entropy), gradients.result(dtypes)
 
 
 def _products(head: Head, plan: Plan, kernels: RowKernels) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -176,17 +202,18 @@ def _gradients_of_chunk(
     statistics: LinearLogprob,
     upstream: Upstream,
 ) -> None:
-    scale = _fp16_scale(upstream) if x.dtype is torch.float16 and x.is_cuda else 1.0
+    narrow = x.dtype is torch.float16 and kernels.narrows
+    scale = _fp16_scale(upstream, gradients.head.temperature) if narrow else 1.0
     # Kernels walk over rows by pointer, and the gradient of a sum is one number expanded.
     upstream = Upstream(*(None if part is None else (part / scale).contiguous() for part in upstream))
     dz = kernels.gradient(z, gradients.plan.targets[start:stop], gradients.head, statistics, upstream)
     gradients.add(dz, x, start, stop, scale)
 
 
-def _fp16_scale(upstream: Upstream) -> float:
+def _fp16_scale(upstream: Upstream, temperature: float) -> float:
     """A power of two that brings a chunk's coefficients into fp16's range. Reads one number from the GPU: the price of
     fp16, which nothing else pays."""
-    largest = float(torch.stack([part.abs().max() for part in upstream if part is not None]).max())
+    largest = float(torch.stack([part.abs().max() for part in upstream if part is not None]).max()) / temperature
     if not 0 < largest < float("inf"):
         return 1.0
     return 2.0 ** round(torch.tensor(largest / FP16_TARGET).log2().item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from prism_kernels.compile_gate import Configuration
@@ -16,13 +17,15 @@ def _named(prefix: str, **flags: bool) -> str:
 
 
 def configurations() -> list[Configuration]:
-    """hidden and bias in the first type, logits in the second; V (151,936) and strides are multiples of 16."""
+    """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as strides are; for some
+    also one that is not."""
     rows = []
     for dtype, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
         blocks = {name: block_options(name, TOKEN_SIZE[wide]) for name in ("statistics", "gradient")}
         warps = {name: options.pop("num_warps") for name, options in blocks.items()}
         lengths = {"row_stride": "i32", "num_words": "i32", **SCALARS}
-        aligned = {"divisible_by_16": ("row_stride", "dz_row_stride", "num_words")}
+        strides = ("row_stride", "dz_row_stride")
+        aligned, odd = {"divisible_by_16": (*strides, "num_words")}, {"divisible_by_16": strides}
         for bias, softcap, entropy in product((False, True), repeat=3):
             names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr")
             signature = {"z_ptr": f"*{wide}", "target_ptr": "*i64", "bias_ptr": f"*{dtype if bias else wide}"}
@@ -32,6 +35,8 @@ def configurations() -> list[Configuration]:
             rows.append(
                 Configuration(name, statistics_kernel, {**signature, **lengths}, flags, warps["statistics"], **aligned)
             )
+            if bias == softcap == entropy:
+                rows.append(replace(rows[-1], name=f"{name} odd V", **odd))
         for bias, softcap, d_logsumexp, d_entropy in product((False, True), repeat=4):
             names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr", "d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
             signature = {"z_ptr": f"*{wide}", "dz_ptr": f"*{dtype}", "target_ptr": "*i64"}
@@ -48,4 +53,6 @@ def configurations() -> list[Configuration]:
             name = _named(f"gradient {dtype}", bias=bias, softcap=softcap, d_logsumexp=d_logsumexp, d_entropy=d_entropy)
             signature.update(lengths, dz_row_stride="i32")
             rows.append(Configuration(name, gradient_kernel, signature, flags, warps["gradient"], **aligned))
+            if bias == softcap == d_logsumexp == d_entropy:
+                rows.append(replace(rows[-1], name=f"{name} odd V", **odd))
     return rows

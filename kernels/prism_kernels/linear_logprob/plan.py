@@ -16,7 +16,7 @@ from prism_kernels.linear_logprob.objectives import IGNORE
 
 CPU_CHUNK_BYTES = 48 << 20  # 384 rows at V 32,768: the product for z takes 8 % longer at 256 rows; 512 gain nothing
 GPU_CHUNK_DIVISOR = 30  # of the GPU's memory: 5.0 GB on an H200, whose 8192 rows x 151,936 words are 4.98 GB
-ROW_ALIGNMENT = 8  # words: rows of a GPU's chunk start at a multiple of 32 bytes, also in the bf16 view (16 bytes)
+ROW_ALIGNMENT = 16  # words between the starts of a GPU's rows: what Triton's loads of 16 bytes ask of a stride
 TILE_ROWS, TILE_COLUMNS = 128, 256  # output tile of the library's fastest bf16 product on Hopper
 CHUNK_COST = 0.5  # of one wave: reading and writing the fp32 dW once more per chunk
 
@@ -24,13 +24,15 @@ CHUNK_COST = 0.5  # of one wave: reading and writing the fp32 dW once more per c
 @dataclass(frozen=True)
 class Plan:
     """``rows`` (R,) int64 beside hidden, or None for all T; ``targets`` (R,) beside hidden; ``chunks`` [(start, stop)]
-    of the R rows. ``whole_sequences``: no sequence is cut by a chunk."""
+    of the R rows. ``whole_sequences``: no sequence is cut by a chunk. ``maybe_skipped``: the host could not see
+    whether skipped rows are among the R."""
 
     num_rows: int
     rows: Tensor | None
     targets: Tensor
     chunks: list[tuple[int, int]]
     whole_sequences: bool
+    maybe_skipped: bool
 
     @property
     def longest(self) -> int:
@@ -71,7 +73,8 @@ def make_plan(
     """
     num_rows = hidden.shape[0]
     rows = None
-    if compact or targets.device.type == "cpu":
+    seen = compact or targets.device.type == "cpu"
+    if seen:
         kept = targets != IGNORE
         if unread is not None:
             kept &= ~unread.to(kept.device)
@@ -97,7 +100,7 @@ def make_plan(
 
     targets = targets.contiguous() if rows is None else targets[rows]
     move = {"device": hidden.device, "non_blocking": True}
-    return Plan(num_rows, None if rows is None else rows.to(**move), targets.to(**move), chunks, whole)
+    return Plan(num_rows, None if rows is None else rows.to(**move), targets.to(**move), chunks, whole, not seen)
 
 
 def chunk_row_limit(num_words: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int = 0) -> int:

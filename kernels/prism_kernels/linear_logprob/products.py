@@ -41,17 +41,16 @@ def logits_into(z: Tensor, x: Tensor, weight: Tensor) -> None:
             torch.mm(x, weight[words].to(z.dtype).T, out=z[:, words])
 
 
-def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
-    """(R, H) = dz (R, V) @ weight (V, H), in the accumulator's dtype."""
-    wide = accumulator_dtype(weight.dtype)
-    if weight.dtype == wide:
-        return torch.mm(dz, weight)
-    if _mixed_library(dz):
-        return torch.mm(dz, weight, out_dtype=wide)
-    out = torch.zeros(dz.shape[0], weight.shape[1], dtype=wide, device=dz.device)
-    for words in _word_blocks(weight):
-        out.addmm_(dz[:, words].to(wide), weight[words].to(wide))
-    return out
+def hidden_gradient_into(out: Tensor, dz: Tensor, weight: Tensor) -> None:
+    """out (R, H) = dz (R, V) @ weight (V, H), in the accumulator's dtype."""
+    if weight.dtype == out.dtype:
+        torch.mm(dz, weight, out=out)
+    elif _mixed_library(dz):
+        torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for words in _word_blocks(weight):
+            out.addmm_(dz[:, words].to(out.dtype), weight[words].to(out.dtype))
 
 
 def weight_gradient(dz: Tensor, x: Tensor) -> Tensor:

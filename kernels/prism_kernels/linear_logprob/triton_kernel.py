@@ -1,7 +1,8 @@
 """Row kernels in Triton: one program per row of the chunk, streaming over the words.
 
 Legend: R rows of the chunk, V words (columns past V are never read or written), BLOCK words a step.
-z (R, V) fp32 or fp64: raw products; row stride >= V. target (R,) int64, negative: skipped row, 0 everywhere.
+z (R, V) fp32 or fp64: raw products; row stride >= V. target (R,) int64, -100: skipped row, 0 everywhere; others
+outside [0, V), which the host could not see, make their row NaN.
 Memory-bound: the first kernel reads z once, the second reads it once and writes dZ over it.
 """
 
@@ -13,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.linear_logprob.engine import Head, RowKernels, Upstream
-from prism_kernels.linear_logprob.objectives import LinearLogprob
+from prism_kernels.linear_logprob.objectives import IGNORE, LinearLogprob
 from prism_kernels.tables import tuned
 
 # (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 2 fp64 a thread and step; more fp64 spills on sm_80.
 BLOCKS = {4: (4096, 8), 8: (512, 8)}
+_IGNORE = tl.constexpr(IGNORE)
 
 
 def block_options(kernel: str, itemsize: int) -> dict[str, int]:
@@ -33,11 +35,18 @@ def _logits(z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS: tl.conste
         z += tl.load(bias_ptr + column, mask=inside, other=0.0).to(z.dtype)
     slope = 1.0
     if HAS_SOFTCAP:
-        # tanh by exp of a negative number: no overflow, and no library that the interpreter lacks.
-        decay = tl.exp(-2.0 * tl.abs(z / softcap))
+        # tanh by exp of a negative number: no overflow, and no library that the interpreter lacks. slope = 1 - tanh^2.
+        x = tl.abs(z / softcap)
+        decay = tl.exp(-2.0 * x)
         size = (1.0 - decay) / (1.0 + decay)
+        if z.dtype == tl.float32:
+            # 1 - decay of a small x loses its digits, and softcap multiplies what is lost: a polynomial (Chebyshev fit
+            # of (tanh(x) / x - 1) / x^2 by x^2, relative error 8e-8).
+            u = x * x
+            tail = (((-0.00627638759 * u + 0.021116214) * u - 0.0538751382) * u + 0.13332924) * u - 0.333333304
+            size = tl.where(x < 0.6, x + x * (u * tail), size)
         z = tl.where(z < 0, -softcap, softcap) * size
-        slope = 1.0 - size * size
+        slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
     return z * sharpness, slope
 
 
@@ -62,11 +71,12 @@ def statistics_kernel(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_row)
-    if target < 0:
-        tl.store(logprob_ptr + i_row, 0.0)
-        tl.store(logsumexp_ptr + i_row, 0.0)
+    if (target < 0) | (target >= num_words):
+        nothing = tl.where(target == _IGNORE, 0.0, float("nan"))
+        tl.store(logprob_ptr + i_row, nothing)
+        tl.store(logsumexp_ptr + i_row, nothing)
         if WITH_ENTROPY:
-            tl.store(entropy_ptr + i_row, 0.0)
+            tl.store(entropy_ptr + i_row, nothing)
         return
     p_row = z_ptr + i_row * row_stride
     # A scalar argument is fp32: fp64 needs its second half too.
@@ -130,7 +140,10 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + i_row).to(tl.int32)  # as columns are: int64 comparisons would spill
+    target = tl.load(target_ptr + i_row)
+    skipped = target == _IGNORE
+    target = tl.where((target < 0) | (target >= num_words), 0, target)  # beyond V: its log-prob is NaN, as all dZ will be
+    target = target.to(tl.int32)  # as columns are: int64 comparisons would spill
     p_row = z_ptr + i_row * row_stride
     p_out = dz_ptr + i_row * dz_row_stride
     logprob = tl.load(logprob_ptr + i_row)
@@ -142,9 +155,8 @@ def gradient_kernel(
     if HAS_D_LOGSUMEXP:
         common += tl.load(d_logsumexp_ptr + i_row) * sharpness
     # log p = (z - z_y) + logprob, or z - logsumexp where that is the smaller number, whose rounding p inherits.
-    i_target = tl.maximum(target, 0)
-    target_logit = tl.load(p_row + i_target)
-    target_logit = _logits(target_logit, bias_ptr, i_target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
+    target_logit = tl.load(p_row + target)
+    target_logit = _logits(target_logit, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
     near = tl.abs(logprob) < tl.abs(logsumexp)
     anchor = tl.where(near, target_logit, logsumexp)
     rest = tl.where(near, logprob, 0.0)
@@ -163,7 +175,7 @@ def gradient_kernel(
         if HAS_D_ENTROPY:
             b_dz -= tl.where(b_p > 0, b_p * d_entropy * (b_log_p + entropy), 0.0)
         b_dz = tl.where(column == target, b_dz + g, b_dz) * b_slope
-        b_dz = tl.where(target < 0, 0.0, b_dz)
+        b_dz = tl.where(skipped, 0.0, b_dz)
         if NARROW:
             # Row start + 2 c overwrites word c / 2: every thread must have read this step before any writes it.
             # Later steps read words that no earlier step writes, so one barrier a step is enough.
@@ -236,4 +248,4 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
     return dz
 
 
-ROW_KERNELS = RowKernels(prepare, statistics, gradient)
+ROW_KERNELS = RowKernels(True, prepare, statistics, gradient)
