@@ -197,12 +197,32 @@ def _backward_loss(ctx, d_loss, *_):
     return (*_scaled(ctx, d_loss), *[None] * (ctx.num_inputs - 3))
 
 
-def _scaled(ctx, d_loss: Tensor) -> list[Tensor | None]:
-    """[dX, dW, db] times the loss's gradient, in their final dtypes. Copies: what an operator gave is not ours to
-    change, and a later backward may read it (retain_graph=True)."""
+def _scaled(ctx, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
+    """[dX, dW, db] times the loss's gradient, in their final dtypes.
+
+    New tensors: what an operator gave is not ours to change, and a later backward may read it. But dW may be larger
+    than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and on a
+    CPU, where looking waits for nothing, a factor of 1 is none.
+    """
     _once_differentiable()
+    last = _is_last_backward(d_loss)
+
+    def times(gradient: Tensor) -> Tensor:
+        if last and own:
+            return gradient.mul_(d_loss)
+        return gradient if last and d_loss.device.type == "cpu" and d_loss.item() == 1 else gradient * d_loss
+
     saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
-    return [(gradient * d_loss).to(dtype) if need else None for gradient, dtype, need in saved]
+    return [times(gradient).to(dtype) if need else None for gradient, dtype, need in saved]
+
+
+def _is_last_backward(d_loss: Tensor) -> bool:
+    """Whether nothing reads the saved tensors afterwards: no retain_graph=True, no tracing, no batch of d_loss
+    (is_grads_batched=True)."""
+    if torch.compiler.is_compiling() or type(d_loss) is not Tensor:
+        return False
+    is_batch = (torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor)
+    return not any(test(d_loss) for test in is_batch) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def linear_cross_entropy(
@@ -400,4 +420,4 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss: Tensor):
-        return (*_scaled(ctx, d_loss), *[None] * 7)
+        return (*_scaled(ctx, d_loss, own=True), *[None] * 7)
