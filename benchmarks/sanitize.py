@@ -57,7 +57,8 @@ def _implementations(op: str) -> list[str]:
     return [str(name) for name in _OPS[op].table] if op in _OPS else []
 
 
-WORDS = 9001  # three steps of the row kernels' loop, where dZ overwrites the logits it was made from; the last one partial
+# Three steps of the row kernels' loop, in which dZ overwrites the logits it was made from; the last one partial.
+WORDS = 9001
 
 
 def _random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -145,6 +145,13 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.response_ids)
 
+    def fault(self) -> str | None:
+        """Names the first response whose log-probs are not finite: the policy that sampled it is broken."""
+        for i, logprob in enumerate(self.logprob):
+            if not logprob.isfinite().all():
+                return f"a log-prob of response {i} is not finite"
+        return None
+
 
 @dataclass(frozen=True)
 class Scores:

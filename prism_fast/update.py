@@ -65,10 +65,14 @@ class Updater:
                     if master is not parameter:
                         parameter.copy_(master)
                         master.grad = None
+        self.next_step()
+        return norm
+
+    def next_step(self) -> None:
+        """Clears the gradients and moves the schedule on; by itself it skips an update."""
         for parameter in self.parameters:
             parameter.grad = None
         self.steps += 1
-        return norm
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters."""

@@ -258,6 +258,16 @@ def test_what_is_only_a_statistic_cannot_spoil_the_loss(impl, device, value):
         assert oracle.relative_error(a, t) < 1e-11
 
 
+@pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_nan_advantage_is_nan_in_the_gradients(impl, device, on_policy):
+    """Not 0: whoever looks at gradients alone must see it."""
+    inputs = Inputs(device)
+    inputs.advantages[2] = float("nan")
+    out = inputs(OBJECTIVES["dapo"], impl, on_policy)
+    assert out.loss.isnan() and gradients(out.loss, inputs.case.leaves)[1].isnan().all()
+
+
 @pytest.mark.parametrize("impl,device", ENGINES)
 def test_without_grad_nothing_but_the_log_probs_is_computed(impl, device, monkeypatch):
     monkeypatch.setattr(engine, "_gradients_of_chunk", None)

@@ -191,9 +191,11 @@ def test_loss_and_gradients_under_checkpointing(model, when):
     )
 
 
+@pytest.mark.parametrize("where", ["model", "inner"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recompute_keeps_the_experts(model, monkeypatch, reentrant):
-    """The recompute is handed the experts and kinds of the first pass, whatever the router would choose then."""
+def test_recompute_keeps_the_experts(model, monkeypatch, reentrant, where):
+    """Wherever it was switched on: the recompute is handed the experts and kinds of the first pass, whatever the router
+    would choose then."""
     import prism_kernels.integrations.transformers as integration
 
     calls = []
@@ -205,7 +207,7 @@ def test_recompute_keeps_the_experts(model, monkeypatch, reentrant):
 
     monkeypatch.setattr(integration, "moe_route", spy)
     patch = patch_moe(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    (model if where == "model" else model.model).gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     with patch.kinds(torch.arange(IDS.numel()).view_as(IDS) % 3, 3):
         loss = model(IDS, labels=IDS).loss
@@ -230,7 +232,10 @@ def test_reentrant_checkpointing_is_refused_with_the_loss(model):
     patch = patch_moe(model, load_balancing=True)
     with pytest.raises(RuntimeError, match="use_reentrant"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model.model.gradient_checkpointing_enable({"use_reentrant": True})
     patch.remove()
+    assert not any("_set_gradient_checkpointing" in vars(module) for module in model.modules())
     patch = patch_moe(model, load_balancing=False)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(RuntimeError, match="output_router_logits"):

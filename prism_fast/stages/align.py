@@ -97,33 +97,37 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                     scores, judged, judged_tokens = discriminator_gradient(
                         discriminator, lessons, rollout, parts, config, load
                     )
-                    norm_discriminator = judge_updater.step()
-                metrics.update(judged)
-                with clock("advantage"):
-                    accuracy = answer_accuracy(lessons, rollout)
-                    advantages = alignment_advantage(
-                        scores, rollout.group, config.advantage, config.score_clamp, accuracy
-                    )
-                with clock("update_policy"):
-                    learned, policy_tokens = policy_gradient(
-                        policy,
-                        rollout,
-                        advantages,
-                        objective,
-                        temperature=config.rollout.temperature,
-                        tokens_per_pack=config.run.tokens_per_pack,
-                    )
-                    lr = updater.lr
-                    norm_policy = updater.step()
-                metrics.update(learned)
+                    fault = not_finite(scores, rollout, lessons)
+                    if fault is None:
+                        metrics["grad_norm/discriminator"] = judge_updater.step()
+                    else:
+                        judge_updater.next_step()
+                metrics.update(judged, lr=updater.lr)
+                accuracy, policy_tokens = answer_accuracy(lessons, rollout), 0
+                if fault is None:
+                    with clock("advantage"):
+                        advantages = alignment_advantage(
+                            scores, rollout.group, config.advantage, config.score_clamp, accuracy
+                        )
+                    with clock("update_policy"):
+                        learned, policy_tokens = policy_gradient(
+                            policy,
+                            rollout,
+                            advantages,
+                            objective,
+                            temperature=config.rollout.temperature,
+                            tokens_per_pack=config.run.tokens_per_pack,
+                        )
+                        metrics["grad_norm/policy"] = updater.step()
+                    metrics.update(learned)
+                    metrics["advantage/std"] = float(advantages.std()) if len(advantages) > 1 else 0.0
+                else:
+                    updater.next_step()
                 metrics.update(
-                    lr=lr,
                     format_valid=float(scores.format_valid.float().mean()),
                     response_length=response_lengths(rollout.response_ids),
                 )
                 metrics.update(part_lengths(rollout, chat))
-                metrics["grad_norm/policy"], metrics["grad_norm/discriminator"] = norm_policy, norm_discriminator
-                metrics["advantage/std"] = float(advantages.std()) if len(advantages) > 1 else 0.0
                 if accuracy is not None:
                     metrics["accuracy"] = float(accuracy.mean())
                 metrics.update(load.fractions())
@@ -136,10 +140,13 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                 monitor.step(stats)
                 for line in watch.observe(stats):
                     monitor.warn(line)
-                if not policy_tokens:
+                if fault is not None:
+                    monitor.warn(f"step {step + 1}: {fault}; nothing was updated")
+                elif not policy_tokens:
                     monitor.warn(f"step {step + 1}: every advantage is 0; the policy was not updated")
-                if not (math.isfinite(norm_policy) and math.isfinite(norm_discriminator)):
-                    monitor.warn(f"step {step + 1}: {not_finite(scores, rollout, lessons)}; that update was skipped")
+                for name in ("policy", "discriminator"):
+                    if not math.isfinite(metrics.get(f"grad_norm/{name}", 0.0)):
+                        monitor.warn(f"step {step + 1}: a gradient of the {name} is not finite; it was not updated")
                 if held_out and is_time(step + 1, config.run.eval_every, config.steps):
                     result = evaluate(policy, chat, held_out, config.eval, seed=config.run.seed)
                     figures = result.figures()
@@ -337,14 +344,17 @@ def answer_accuracy(lessons: list[Lesson], rollout: Rollout) -> Tensor | None:
     return torch.tensor([r.accuracy for r in rewards])
 
 
-def not_finite(scores: Scores, rollout: Rollout, lessons: list[Lesson]) -> str:
-    """Names the response whose score is not finite, or says that a gradient was."""
+def not_finite(scores: Scores, rollout: Rollout, lessons: list[Lesson]) -> str | None:
+    """Names the first response or teacher whose score, or log-prob, is not finite. Scores are looked at before they
+    are clamped, which would make a number of an infinite one."""
     for side in SIDES:
-        bad = (~getattr(scores, side).isfinite()).nonzero().flatten().tolist()
-        if bad:
-            place = lessons[int(rollout.group[bad[0]])].sample.place
-            return f"the {side} score of response {bad[0]} ({place}) is not finite"
-    return "a gradient is not finite"
+        for i, score in enumerate(getattr(scores, side).tolist()):
+            if not math.isfinite(score):
+                return f"the {side} score of response {i} ({lessons[int(rollout.group[i])].sample.place}) is not finite"
+        for item, score in zip(lessons, getattr(scores, f"teacher_{side}").tolist()):
+            if not math.isfinite(score):
+                return f"the {side} score of the teacher ({item.sample.place}) is not finite"
+    return rollout.fault()
 
 
 def _named(name: str, updater: Updater) -> dict[str, Tensor]:

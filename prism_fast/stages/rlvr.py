@@ -77,7 +77,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, Any]:
                 trained = 0
                 if batch is None:
                     monitor.warn(f"step {step + 1}: every group had equal accuracies; no update was made")
-                    updater.steps += 1
+                    updater.next_step()
                 else:
                     with clock("advantage"):
                         advantages = reward_advantage(batch.reward, batch.rollout.group, config.objective.name)
@@ -103,7 +103,8 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, Any]:
                     if not trained:
                         monitor.warn(f"step {step + 1}: every advantage is 0; no update was made")
                     if not math.isfinite(metrics["grad_norm"]):
-                        monitor.warn(f"step {step + 1}: a gradient is not finite; that update was skipped")
+                        fault = batch.rollout.fault() or "a gradient is not finite"
+                        monitor.warn(f"step {step + 1}: {fault}; that update was skipped")
                 tokens = {"rollout": int(metrics.pop("sampled_tokens")), "update_policy": trained}
                 stats = StepStats(step + 1, metrics, clock.seconds, tokens)
                 monitor.step(stats)

@@ -39,6 +39,7 @@ SIDES = ("perception", "reasoning")
 class PairRecord:
     """The tokens of one warm-up record: teacher and student, perception and reasoning."""
 
+    place: str  # file and record, for messages
     prompt: Prompt
     teacher: tuple[Tensor, Tensor]
     student: tuple[Tensor, Tensor]
@@ -90,6 +91,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
                 with clock("update"):
                     metrics = {"loss": 0.0, **{f"loss/pair_{name}": 0.0 for name in SIDES}}
                     better: list[list[Tensor]] = [[], []]
+                    fault = None
                     for packed in packs:
                         packed = packed.to(discriminator.head.device)
                         judgement = discriminator(packed, balance=config.balance_coef > 0)
@@ -106,6 +108,8 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
                             metrics["loss/balance"] = metrics.get("loss/balance", 0.0) + float(balance.detach())
                         loss.backward()
                         metrics["loss"] += float(loss.detach())
+                        if not math.isfinite(metrics["loss"]):
+                            fault = fault or not_finite(judgement.score, packed, pairs, records)
                         load.add(judgement.stats)
                     metrics["lr"] = updater.lr
                     metrics["grad_norm"] = updater.step()
@@ -117,7 +121,8 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
                 for line in watch.observe(stats):
                     monitor.warn(line)
                 if not math.isfinite(metrics["grad_norm"]):
-                    monitor.warn(f"step {step + 1}: a gradient is not finite; that update was skipped")
+                    fault = fault or "a gradient is not finite"
+                    monitor.warn(f"step {step + 1}: {fault}; that update was skipped")
                 if is_time(step + 1, config.run.eval_every, total):
                     figures = pair_accuracy(discriminator, held_out, config)
                     monitor.evaluation(step + 1, figures)
@@ -143,6 +148,7 @@ def pair_record(sample: Sample, chat: Chat, config: WarmupConfig) -> PairRecord:
                 )
             parts[voice, part] = ids
     return PairRecord(
+        sample.place,
         prompt,
         (parts["teacher", "caption"], parts["teacher", "reasoning"]),
         (parts["student", "caption"], parts["student", "reasoning"]),
@@ -194,6 +200,17 @@ def pair_scores(score: Tensor, packed: PackedTree, pairs: Pairs, side: int) -> t
     ]
     index = torch.tensor(here, dtype=torch.int64, device=score.device).view(-1, 2)
     return score.index_select(0, index[:, 0]), score.index_select(0, index[:, 1])
+
+
+def not_finite(score: Tensor, packed: PackedTree, pairs: Pairs, records: list[PairRecord]) -> str | None:
+    """Names the first record a score of which, in this pack, is not finite."""
+    bad = {packed.branch[i] for i in (~score.detach().isfinite()).nonzero().flatten().tolist()}
+    for record, (tree, *voices) in zip(records, pairs):
+        for voice, branches in zip(("teacher", "student"), voices):
+            for side, branch in zip(SIDES, branches):
+                if (tree, branch) in bad:
+                    return f"the {side} score of the {voice} of {record.place} is not finite"
+    return None
 
 
 @torch.no_grad()

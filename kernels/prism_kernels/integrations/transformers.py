@@ -160,7 +160,7 @@ class MoePatch:
             wrapped = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(wrapped, _KeepExperts):
                 module._gradient_checkpointing_func = wrapped.checkpoint
-        vars(self.model).pop("_set_gradient_checkpointing", None)
+            vars(module).pop("_set_gradient_checkpointing", None)
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -179,8 +179,8 @@ class MoePatch:
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module._gradient_checkpointing_func = self._keep_experts(module._gradient_checkpointing_func)
-        if hasattr(self.model, "_set_gradient_checkpointing"):
-            self.model._set_gradient_checkpointing = functools.partial(self._set_checkpointing)
+            if hasattr(module, "_set_gradient_checkpointing"):  # the models inside it have the switch too
+                module._set_gradient_checkpointing = functools.partial(self._set_checkpointing, module)
         self._hooks = [
             module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             for name, module in self.model.named_modules()
@@ -188,12 +188,12 @@ class MoePatch:
         ]
 
     def _set_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others: Any
+        self, module: nn.Module, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others: Any
     ) -> Any:
-        """In place of the model's method that switches activation checkpointing."""
+        """In place of a model's method that switches activation checkpointing."""
         if gradient_checkpointing_func is not None:
             others["gradient_checkpointing_func"] = self._keep_experts(gradient_checkpointing_func)
-        return type(self.model)._set_gradient_checkpointing(self.model, enable, **others)
+        return type(module)._set_gradient_checkpointing(module, enable, **others)
 
     def _run_block(self, i: int, block: nn.Module, renormalize: bool, hidden_states: Tensor) -> Tensor:
         """(..., H) -> (..., H), in place of the block's forward."""

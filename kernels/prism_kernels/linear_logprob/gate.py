@@ -17,8 +17,8 @@ def _named(prefix: str, **flags: bool) -> str:
 
 
 def configurations() -> list[Configuration]:
-    """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as strides are; for some
-    also one that is not."""
+    """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as strides are; "odd V"
+    is none."""
     rows = []
     for dtype, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
         blocks = {name: block_options(name, TOKEN_SIZE[wide]) for name in ("statistics", "gradient")}

@@ -155,7 +155,8 @@ class Policy:
         low, high = 1 - objective.clip_low, 1 + objective.clip_high
         free = ratio * advantage
         clipped = ratio.clamp(low, high) * advantage
-        loss, d_logprob = -torch.minimum(free, clipped), torch.where(free <= clipped, -free * slope, 0.0)
+        # Not where(free <= clipped, ...), which would give the loss NaN of a NaN advantage the gradient 0.
+        loss, d_logprob = -torch.minimum(free, clipped), torch.where(free > clipped, 0.0, -free * slope)
         self._add("rows", kept)
         self._add("ratio_mean", torch.where(kept, ratio, 0.0))
         self._add("clip_low_fraction", (ratio < low) & (advantage < 0))

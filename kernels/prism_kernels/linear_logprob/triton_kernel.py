@@ -142,8 +142,8 @@ def gradient_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_row)
     skipped = target == _IGNORE
-    target = tl.where((target < 0) | (target >= num_words), 0, target)  # beyond V: its log-prob is NaN, as all dZ will be
-    target = target.to(tl.int32)  # as columns are: int64 comparisons would spill
+    # Outside [0, V) the log-prob is NaN, and so all dZ. int32 as columns are: int64 comparisons would spill.
+    target = tl.where((target < 0) | (target >= num_words), 0, target).to(tl.int32)
     p_row = z_ptr + i_row * row_stride
     p_out = dz_ptr + i_row * dz_row_stride
     logprob = tl.load(logprob_ptr + i_row)
