@@ -17,6 +17,8 @@ from prism_fast.records import Prompt, Rollout
 from prism_kernels import TreeLayout, tree_attention
 
 CACHE_BLOCK = 64  # the cache of generated tokens grows by so many
+# Logits at a time, as numbers: 34 and 268 MB in fp32, and in draw up to ten times that.
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
 COMPACT_AT = 8  # finished rows leave the batch as soon as they are one in so many
 
 
@@ -195,8 +197,7 @@ def _generate(
     row = torch.arange(total, device=device)  # which response each row of the batch is
     done = torch.zeros(total, dtype=torch.bool, device=device)
     for step in range(limit):
-        logits = _product(state, policy.head) + policy.bias
-        token, chosen_logprob = draw(logits, uniform[row, step], temperature)
+        token, chosen_logprob = _next_token(policy, state, uniform[row, step], temperature)
         going = ~done
         tokens[row[going], step] = token[going]
         logprob[row[going], step] = chosen_logprob[going]
@@ -216,6 +217,17 @@ def _generate(
     lengths = (tokens >= 0).sum(1).tolist()
     tokens, logprob = tokens.cpu(), logprob.cpu()
     return [t[:n] for t, n in zip(tokens, lengths)], [p[:n] for p, n in zip(logprob, lengths)]
+
+
+def _next_token(policy: Policy, state: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(tokens, log-probs) after hidden states (B, H), a block of rows at a time."""
+    rows = max(1, LOGITS[state.device.type] // policy.head.shape[0])
+    parts = [
+        draw(_product(some, policy.head) + policy.bias, u, temperature)
+        for some, u in zip(state.split(rows), uniform.split(rows))
+    ]
+    token, logprob = map(torch.cat, zip(*parts))
+    return token, logprob
 
 
 def _product(state: Tensor, head: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import prism_fast.rollout as rollout_module
 from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
 from prism_fast.policy import Policy, use_tree_attention
 from prism_fast.rollout import draw, generate
@@ -62,6 +63,18 @@ def test_forbidden_tokens_are_never_sampled_and_rows_stop_at_end_of_turn():
         assert bool(finished) == (int(ids[-1]) == EOS)
         assert not (ids[:-1] == EOS).any()
         assert finished or len(ids) == 12
+
+
+def test_logits_come_in_blocks(monkeypatch):
+    p = policy(eos_bias=1.0)
+    shapes, product = [], rollout_module._product
+    monkeypatch.setattr(rollout_module, "_product", lambda x, head: shapes.append(len(x)) or product(x, head))
+    whole = generate(p, Chat, [prompt(2)], samples=7, max_tokens=9, seed=7)
+    assert shapes[0] == 7
+    monkeypatch.setitem(rollout_module.LOGITS, "cpu", 3 * p.head.shape[0])
+    shapes.clear()
+    assert generate(p, Chat, [prompt(2)], samples=7, max_tokens=9, seed=7).text == whole.text
+    assert shapes[:3] == [3, 3, 1] and max(shapes) == 3
 
 
 def test_responses_do_not_depend_on_the_batch():
