@@ -106,6 +106,23 @@ def test_logits_shifted_to_ten_thousand(impl, device, scale):
 
 
 @pytest.mark.parametrize("impl,device", IMPLS)
+@pytest.mark.parametrize("deviation", [10, 30])
+def test_peaked_rows(impl, device, deviation):
+    """Log-prob and log-sum-exp are both large, and round: p must not inherit it."""
+    case = make(9, 1003, device, skipped=0)
+    with torch.no_grad():
+        for t in case.leaves:  # logits that fp32 holds exactly
+            t.mul_(8).round_().div_(8)
+        case.hidden.mul_(round(deviation / 4))
+    out = linear_logprob(case.hidden, case.weight, case.targets, with_entropy=True, impl=impl)
+    exact = oracle.double(*case.leaves)
+    truth = oracle.log_probs(*exact, case.targets)
+    for ours, true in ((out.logprob, truth[0]), (out.entropy, truth[2])):
+        for a, t in zip(gradients(ours.sum(), case.leaves), gradients(true.sum(), exact)):
+            assert oracle.relative_error(a, t) < 8e-7
+
+
+@pytest.mark.parametrize("impl,device", IMPLS)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_word_with_probability_0_9999(impl, device, dtype):
     """1 - p keeps its digits in the log-prob and in the gradient."""
@@ -198,7 +215,7 @@ def test_padded_columns_are_neither_read_nor_written(impl, device):
     )
     kernels.prepare(z, head)
     out = kernels.statistics(z, case.targets, head, True)
-    for a, t in zip(out, truth):
+    for a, t in zip((out.logprob, out.logsumexp, out.entropy), truth):
         assert oracle.relative_error(a, t) < 1e-6
     dz = kernels.gradient(z, case.targets, head, out, autograd.Upstream(*torch.ones(3, 5, device=device)))
     assert dz.shape == (5, 1003) and dz.isfinite().all() and buffer[:, 1003:].isnan().all()
@@ -568,7 +585,7 @@ def test_operators_pass_opcheck():
     with torch.no_grad():
         out = autograd._logprob(*head, True, 0, "cpu")
     constant = [t.detach() if isinstance(t, torch.Tensor) else t for t in (*head, *out)]
-    upstream = (torch.ones(9), None, torch.ones(9))
+    upstream = (torch.ones(9), None, torch.ones(9))  # of log-prob, log-sum-exp, entropy
     torch.library.opcheck(autograd._logprob_backward, (*constant, *upstream, [True, False, True], 0, "cpu"))
     for sign in (1, -1):  # of the loss, which is what opcheck gives its backward
         row_weight = sign * torch.rand(9)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # All that launches the row kernels in a way of its own; the objectives' arithmetic is the same on every device.
 LAUNCHES = (
     "(test_linear_logprob and not (cross_entropy and True)) or everything or (over_chunks and 7) or dtypes or unseen "
-    "or fp16 or softcap"
+    "or fp16 or softcap or peaked"
 )
 
 

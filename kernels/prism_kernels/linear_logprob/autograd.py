@@ -101,7 +101,7 @@ def linear_logprob(
     impl: str,
 ) -> LinearLogprob:
     _check_reverse_mode(hidden, weight, bias)
-    logprob, logsumexp, entropy = _logprob(
+    logprob, logsumexp, _, entropy = _logprob(
         hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl
     )
     return LinearLogprob(logprob, logsumexp, entropy if with_entropy else None)
@@ -109,7 +109,7 @@ def linear_logprob(
 
 @_operator(
     "linear_logprob",
-    f"({_HEAD}, bool with_entropy, SymInt chunk_bytes, str impl) -> (Tensor, Tensor, Tensor)",
+    f"({_HEAD}, bool with_entropy, SymInt chunk_bytes, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _logprob(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
     check_targets(targets, weight.shape[0])
@@ -117,23 +117,24 @@ def _logprob(hidden, weight, bias, targets, temperature, softcap, with_entropy, 
     plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes)
     out = engine.log_probs(head, plan, _row_kernels(impl), with_entropy)
     entropy = plan.spread(out.entropy) if with_entropy else out.logprob.new_empty(0)
-    return plan.spread(out.logprob), plan.spread(out.logsumexp), entropy
+    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), entropy
 
 
 @torch.library.register_fake(_logprob)
 def _(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
     rows = hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    return rows, torch.empty_like(rows), torch.empty_like(rows) if with_entropy else rows.new_empty(0)
+    entropy = torch.empty_like(rows) if with_entropy else rows.new_empty(0)
+    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy
 
 
 @_operator(
     "linear_logprob_backward",
-    f"({_HEAD}, Tensor logprob, Tensor logsumexp, Tensor entropy, Tensor d_logprob, Tensor? d_logsumexp, "
-    f"Tensor? d_entropy, bool[] needs, SymInt chunk_bytes, str impl) -> ({_GRADIENTS})",
+    f"({_HEAD}, Tensor logprob, Tensor logsumexp, Tensor lost, Tensor entropy, Tensor d_logprob, "
+    f"Tensor? d_logsumexp, Tensor? d_entropy, bool[] needs, SymInt chunk_bytes, str impl) -> ({_GRADIENTS})",
 )
 def _logprob_backward(
-    hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp, d_entropy,
-    needs, chunk_bytes, impl,
+    hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, lost, entropy, d_logprob, d_logsumexp,
+    d_entropy, needs, chunk_bytes, impl,
 ):  # fmt: skip
     head = Head(hidden, weight, bias, temperature, softcap)
     plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes)
@@ -141,13 +142,14 @@ def _logprob_backward(
     def take(values):
         return None if values is None else values if plan.rows is None else values[plan.rows]
 
-    statistics = LinearLogprob(take(logprob), take(logsumexp), take(entropy) if entropy.numel() else None)
+    entropy = take(entropy) if entropy.numel() else None
+    statistics = engine.Statistics(take(logprob), take(logsumexp), take(lost), entropy)
     upstream = Upstream(take(d_logprob), take(d_logsumexp), take(d_entropy))
     return engine.backward(head, plan, _row_kernels(impl), statistics, upstream, Needs(*needs))
 
 
 @torch.library.register_fake(_logprob_backward)
-def _(hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp,
+def _(hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, lost, entropy, d_logprob, d_logsumexp,
       d_entropy, needs, chunk_bytes, impl):  # fmt: skip
     return _fake_gradients(hidden, weight, bias, needs, GradientDtypes.final(hidden, weight, bias))
 
@@ -161,19 +163,20 @@ def _fake_gradients(hidden, weight, bias, needs, dtypes: GradientDtypes) -> tupl
 
 def _setup_logprob(ctx, inputs, output):
     hidden, weight, bias, targets, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, targets, *output)
 
 
-def _backward_logprob(ctx, d_logprob, d_logsumexp, d_entropy):
+def _backward_logprob(ctx, d_logprob, d_logsumexp, _, d_entropy):
     _once_differentiable()
-    hidden, weight, bias, targets, logprob, logsumexp, entropy = ctx.saved_tensors
+    hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
     temperature, softcap, with_entropy, chunk_bytes, impl = ctx.options
     needs = list(ctx.needs_input_grad[:3])
     if d_logprob is None:
         d_logprob = torch.zeros_like(logprob)
     gradients = _logprob_backward(
-        hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, entropy, d_logprob, d_logsumexp,
+        hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, lost, entropy, d_logprob, d_logsumexp,
         d_entropy if with_entropy else None, needs, chunk_bytes, impl,
     )  # fmt: skip
     return (*(g if need else None for g, need in zip(gradients, needs)), *[None] * 6)

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.engine import Head, RowKernels, Upstream
-from prism_kernels.linear_logprob.objectives import LinearLogprob
+from prism_kernels.linear_logprob.engine import Head, RowKernels, Statistics, Upstream
 
 BLOCK_ELEMENTS = 1 << 17  # 512 KB of fp32: a block and its temporaries fit a core's L2 of 2 MB
 # A word this far (in nats) below the rest counts as p = 0: it is lost in their rounding, while the denormal numbers it
@@ -36,8 +35,8 @@ def prepare(z: Tensor, head: Head) -> None:
         z.div_(head.temperature)
 
 
-def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> LinearLogprob:
-    logprob, logsumexp = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
+def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Statistics:
+    logprob, logsumexp, lost = (z.new_empty(z.shape[0]) for _ in range(3))
     entropy = z.new_empty(z.shape[0]) if with_entropy else None
     for rows in _blocks(z):
         block = z[rows]
@@ -48,13 +47,16 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Li
         total = e.sum(1)
         log_total = total.log()
         logprob[rows] = target - log_total  # not z - logsumexp, which would round at the size of the logits
-        logsumexp[rows] = top.squeeze(1) + log_total
+        top = top.squeeze(1)
+        total_logit = logsumexp[rows] = top + log_total
+        grown = total_logit - top  # exactly what the sum took up of log_total, and then of top
+        lost[rows] = (top - (total_logit - grown)) + (log_total - grown)
         if with_entropy:
             entropy[rows] = log_total - e.mul_(shifted).sum(1) / total
-    return LinearLogprob(logprob, logsumexp, entropy)
+    return Statistics(logprob, logsumexp, lost, entropy)
 
 
-def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, upstream: Upstream) -> Tensor:
+def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, upstream: Upstream) -> Tensor:
     """dz[j] = g (1[j = y] - p[j]) + h p[j] - e p[j] (log p[j] + entropy), times the slopes of softcap, temperature."""
     g = upstream.logprob / head.temperature
     h = torch.zeros_like(g) if upstream.logsumexp is None else upstream.logsumexp / head.temperature
@@ -72,11 +74,7 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
         slope = None
         if head.softcap is not None:
             slope = 1 - (block * (head.temperature / head.softcap)).square_()
-        # log p = (z - z_y) + logprob, or z - logsumexp where that is the smaller number, whose rounding p inherits.
-        logprob, logsumexp = statistics.logprob[rows, None], statistics.logsumexp[rows, None]
-        near = logprob.abs() < logsumexp.abs()
-        anchor = torch.where(near, block.gather(1, targets[rows, None]), logsumexp)
-        log_p = block.sub_(anchor).add_(torch.where(near, logprob, 0.0))
+        log_p = block.sub_(statistics.logsumexp[rows, None]).sub_(statistics.lost[rows, None])
         log_p.clamp_(min=floor)  # finite where a bias forbids a word
         if e is None:
             torch.threshold_(log_p.exp_(), least, 0.0).mul_((h - g)[rows, None])

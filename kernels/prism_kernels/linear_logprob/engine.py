@@ -16,7 +16,7 @@ from torch import Tensor
 from prism_kernels.linear_logprob import products
 from prism_kernels.linear_logprob.checks import check_glue
 from prism_kernels.linear_logprob.glue import Glue
-from prism_kernels.linear_logprob.objectives import IGNORE, LinearLogprob
+from prism_kernels.linear_logprob.objectives import IGNORE
 from prism_kernels.linear_logprob.plan import Plan, padded
 
 FP16_TARGET = 1024.0  # dZ in fp16 is scaled so that its largest coefficient is about this: fp16 ends at 65504 and 6e-8
@@ -37,6 +37,18 @@ class Head:
         return products.accumulator_dtype(self.hidden.dtype)
 
 
+class Statistics(NamedTuple):
+    """Of some rows, each (rows,) in the accumulator's dtype.
+
+    ``lost``: what rounding took from logsumexp, so that z - logsumexp - lost keeps its digits where both are large.
+    """
+
+    logprob: Tensor
+    logsumexp: Tensor
+    lost: Tensor
+    entropy: Tensor | None
+
+
 class Upstream(NamedTuple):
     """dLoss by a row's statistics, each (rows,) in the accumulator's dtype; None is 0."""
 
@@ -48,15 +60,15 @@ class Upstream(NamedTuple):
 class RowKernels(NamedTuple):
     """What an implementation brings. ``z`` (rows, V) is the chunk of raw products, rows maybe padded past V.
 
-    prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy) -> LinearLogprob.
+    prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy) -> Statistics.
     gradient(z, targets, head, statistics, upstream) -> dZ by the raw products (rows, V), in place of z; in the dtype of
     hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere.
     """
 
     narrows: bool
     prepare: Callable[[Tensor, Head], None]
-    statistics: Callable[[Tensor, Tensor, Head, bool], LinearLogprob]
-    gradient: Callable[[Tensor, Tensor, Head, LinearLogprob, Upstream], Tensor]
+    statistics: Callable[[Tensor, Tensor, Head, bool], Statistics]
+    gradient: Callable[[Tensor, Tensor, Head, Statistics, Upstream], Tensor]
 
 
 class Needs(NamedTuple):
@@ -138,7 +150,7 @@ class Gradients:
         return tuple(empty(0) if part is None else part.to(dtype) for part, dtype in zip(found, dtypes))
 
 
-def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> LinearLogprob:
+def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> Statistics:
     """Statistics of the plan's rows, each (R,): one product."""
     parts = [
         kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
@@ -148,7 +160,7 @@ def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -
 
 
 def backward(
-    head: Head, plan: Plan, kernels: RowKernels, statistics: LinearLogprob, upstream: Upstream, needs: Needs
+    head: Head, plan: Plan, kernels: RowKernels, statistics: Statistics, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for given upstream gradients of the statistics, all (R,): logits once more, and up to two products."""
     gradients = Gradients(head, plan, needs)
@@ -161,7 +173,7 @@ def backward(
 
 def objective(
     head: Head, plan: Plan, kernels: RowKernels, glue: Glue, with_entropy: bool, needs: Needs
-) -> tuple[Tensor, LinearLogprob, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Statistics, tuple[Tensor, Tensor, Tensor]]:
     """(loss, statistics (R,), gradients of the loss, not rounded yet): three products, no logits kept."""
     loss = torch.zeros((), dtype=head.wide, device=head.hidden.device)
     gradients = Gradients(head, plan, needs)
@@ -199,7 +211,7 @@ def _gradients_of_chunk(
     x: Tensor,
     start: int,
     stop: int,
-    statistics: LinearLogprob,
+    statistics: Statistics,
     upstream: Upstream,
 ) -> None:
     narrow = x.dtype is torch.float16 and kernels.narrows
@@ -219,11 +231,11 @@ def _fp16_scale(upstream: Upstream, temperature: float) -> float:
     return 2.0 ** round(torch.tensor(largest / FP16_TARGET).log2().item())
 
 
-def _concatenate(head: Head, parts: list[LinearLogprob], with_entropy: bool) -> LinearLogprob:
+def _concatenate(head: Head, parts: list[Statistics], with_entropy: bool) -> Statistics:
     empty = torch.empty(0, dtype=head.wide, device=head.hidden.device)
-    columns = list(zip(*parts)) or [(), (), ()]
-    logprob, logsumexp = (torch.cat([empty, *column]) for column in columns[:2])
-    return LinearLogprob(logprob, logsumexp, torch.cat([empty, *columns[2]]) if with_entropy else None)
+    *columns, entropy = list(zip(*parts)) or [()] * 4
+    entropy = torch.cat([empty, *entropy]) if with_entropy else None
+    return Statistics(*(torch.cat([empty, *column]) for column in columns), entropy)
 
 
 def _cut(columns, start: int, stop: int):

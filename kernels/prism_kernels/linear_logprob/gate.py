@@ -27,7 +27,7 @@ def configurations() -> list[Configuration]:
         strides = ("row_stride", "dz_row_stride")
         aligned, odd = {"divisible_by_16": (*strides, "num_words")}, {"divisible_by_16": strides}
         for bias, softcap, entropy in product((False, True), repeat=3):
-            names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr")
+            names = ("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr")
             signature = {"z_ptr": f"*{wide}", "target_ptr": "*i64", "bias_ptr": f"*{dtype if bias else wide}"}
             signature.update(dict.fromkeys(names, f"*{wide}"))
             flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, **blocks["statistics"]}
@@ -38,7 +38,8 @@ def configurations() -> list[Configuration]:
             if bias == softcap == entropy:
                 rows.append(replace(rows[-1], name=f"{name} odd V", **odd))
         for bias, softcap, d_logsumexp, d_entropy in product((False, True), repeat=4):
-            names = ("logprob_ptr", "logsumexp_ptr", "entropy_ptr", "d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
+            names = ("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr")
+            names += ("d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
             signature = {"z_ptr": f"*{wide}", "dz_ptr": f"*{dtype}", "target_ptr": "*i64"}
             signature["bias_ptr"] = f"*{dtype if bias else wide}"
             signature.update(dict.fromkeys(names, f"*{wide}"))

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.linear_logprob.engine import Head, RowKernels, Upstream
-from prism_kernels.linear_logprob.objectives import IGNORE, LinearLogprob
+from prism_kernels.linear_logprob.engine import Head, RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.objectives import IGNORE
 from prism_kernels.tables import tuned
 
 # (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 2 fp64 a thread and step; more fp64 spills on sm_80.
@@ -55,8 +55,9 @@ def statistics_kernel(
     z_ptr,  # (R, V)
     target_ptr,  # (R,) int64
     bias_ptr,  # (V,) or z_ptr
-    logprob_ptr,  # (R,), as the next two
+    logprob_ptr,  # (R,), as the next three
     logsumexp_ptr,
+    lost_ptr,
     entropy_ptr,
     row_stride,
     num_words,
@@ -75,6 +76,7 @@ def statistics_kernel(
         nothing = tl.where(target == _IGNORE, 0.0, float("nan"))
         tl.store(logprob_ptr + i_row, nothing)
         tl.store(logsumexp_ptr + i_row, nothing)
+        tl.store(lost_ptr + i_row, nothing)
         if WITH_ENTROPY:
             tl.store(entropy_ptr + i_row, nothing)
         return
@@ -108,7 +110,10 @@ def statistics_kernel(
     log_total = tl.log(total)
     # Not target_logit - logsumexp, which would round at the size of the logits.
     tl.store(logprob_ptr + i_row, (target_logit - top) - log_total)
-    tl.store(logsumexp_ptr + i_row, top + log_total)
+    logsumexp = top + log_total
+    grown = logsumexp - top  # exactly what the sum took up of log_total, and then of top
+    tl.store(logsumexp_ptr + i_row, logsumexp)
+    tl.store(lost_ptr + i_row, (top - (logsumexp - grown)) + (log_total - grown))
     if WITH_ENTROPY:
         tl.store(entropy_ptr + i_row, log_total - tl.sum(b_mean, 0) / total)
 
@@ -121,6 +126,7 @@ def gradient_kernel(
     bias_ptr,  # (V,) or z_ptr
     logprob_ptr,  # (R,), as all below
     logsumexp_ptr,
+    lost_ptr,
     entropy_ptr,
     d_logprob_ptr,
     d_logsumexp_ptr,
@@ -147,19 +153,13 @@ def gradient_kernel(
     p_row = z_ptr + i_row * row_stride
     p_out = dz_ptr + i_row * dz_row_stride
     logprob = tl.load(logprob_ptr + i_row)
-    logsumexp = tl.load(logsumexp_ptr + i_row)
+    logsumexp, lost = tl.load(logsumexp_ptr + i_row), tl.load(lost_ptr + i_row)
     sharpness = tl.full((), 0.0, logprob.dtype) + sharpness_high + sharpness_low
     softcap = tl.full((), 0.0, logprob.dtype) + softcap_high + softcap_low
     g = tl.load(d_logprob_ptr + i_row) * sharpness
     common = -g  # coefficient of p in every word
     if HAS_D_LOGSUMEXP:
         common += tl.load(d_logsumexp_ptr + i_row) * sharpness
-    # log p = (z - z_y) + logprob, or z - logsumexp where that is the smaller number, whose rounding p inherits.
-    target_logit = tl.load(p_row + target)
-    target_logit = _logits(target_logit, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
-    near = tl.abs(logprob) < tl.abs(logsumexp)
-    anchor = tl.where(near, target_logit, logsumexp)
-    rest = tl.where(near, logprob, 0.0)
     if HAS_D_ENTROPY:
         d_entropy = tl.load(d_entropy_ptr + i_row) * sharpness
         entropy = tl.load(entropy_ptr + i_row)
@@ -169,7 +169,7 @@ def gradient_kernel(
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
         b_z, b_slope = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)
         # The target's own entry from its exact log-prob: where p is near 1, 1 - p would lose its digits.
-        b_log_p = tl.where(column == target, logprob, (b_z - anchor) + rest)
+        b_log_p = tl.where(column == target, logprob, (b_z - logsumexp) - lost)
         b_p = tl.exp(b_log_p)
         b_dz = b_p * common
         if HAS_D_ENTROPY:
@@ -196,9 +196,9 @@ def prepare(z: Tensor, head: Head) -> None:
     """Nothing: both kernels apply bias, softcap and temperature as they read."""
 
 
-def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> LinearLogprob:
+def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Statistics:
     num_rows, num_words = z.shape
-    logprob, logsumexp = z.new_empty(num_rows), z.new_empty(num_rows)
+    logprob, logsumexp, lost = (z.new_empty(num_rows) for _ in range(3))
     entropy = z.new_empty(num_rows) if with_entropy else None
     statistics_kernel[(num_rows,)](
         z,
@@ -206,6 +206,7 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Li
         z if head.bias is None else head.bias.contiguous(),
         logprob,
         logsumexp,
+        lost,
         entropy if with_entropy else logprob,
         z.stride(0),
         num_words,
@@ -215,10 +216,10 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Li
         WITH_ENTROPY=with_entropy,
         **block_options("statistics", z.element_size()),
     )
-    return LinearLogprob(logprob, logsumexp, entropy)
+    return Statistics(logprob, logsumexp, lost, entropy)
 
 
-def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, upstream: Upstream) -> Tensor:
+def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, upstream: Upstream) -> Tensor:
     num_rows, num_words = z.shape
     # The same rows in the dtype of the products that follow: dZ starts where its row of logits starts.
     dz = z.view(head.hidden.dtype)[:, :num_words] if head.hidden.dtype != z.dtype else z
@@ -230,6 +231,7 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: LinearLogprob, 
         z if head.bias is None else head.bias.contiguous(),
         statistics.logprob,
         statistics.logsumexp,
+        statistics.lost,
         given if statistics.entropy is None else statistics.entropy,
         given,
         given if upstream.logsumexp is None else upstream.logsumexp,
