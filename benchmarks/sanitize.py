@@ -1,4 +1,4 @@
-"""Every Triton kernel once at small, awkward sizes, forward and backward: what compute-sanitizer watches.
+"""Every Triton kernel at small, awkward sizes, forward and backward: what compute-sanitizer watches.
 
     python -m benchmarks.sanitize --tool memcheck
     python -m benchmarks.sanitize --tool racecheck
@@ -17,7 +17,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from benchmarks.measure import short
 from prism_kernels import compile_gate
 from prism_kernels.dispatch import interpreting
 from prism_kernels.group_advantage.rules import RULES
+from prism_kernels.moe import plan_routing, products
 
 TOOLS = ("memcheck", "racecheck")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -34,7 +37,8 @@ Outputs = list[Tensor]
 
 
 def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
-    """{name: call of an implementation}; run for "triton" and for "reference"."""
+    """{name: call of an implementation}; run for "triton" and for "reference". A name holds that of its op's parts in
+    `make gpu`."""
     on_gpu = device.type == "cuda"
     dtypes = [torch.float32, torch.bfloat16, torch.float16] if on_gpu else [torch.float32]
     found: dict[str, Callable[[str], Outputs]] = {}
@@ -42,12 +46,16 @@ def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
         label = str(dtype).removeprefix("torch.")
         found[f"linear_logprob {label}"] = lambda impl, dtype=dtype: _logprob(impl, dtype, device)
         found[f"linear_policy_loss {label}"] = lambda impl, dtype=dtype: _policy(impl, dtype, device)
-        found[f"moe {label}"] = lambda impl, dtype=dtype: _moe(impl, dtype, device)
+        for backend in _backends(dtype, device):
+            options = {"dtype": dtype, "device": device, "backend": backend}
+            found[f"moe routed {label} {backend}"] = partial(_routed, **options)
+            found[f"moe planned {label} {backend}"] = partial(_planned, **options)
+        found[f"moe clear {label}"] = lambda impl, dtype=dtype: _clear(impl, dtype, device)
         if "triton" in _implementations("tree_attention"):
             found[f"tree_attention {label}"] = lambda impl, dtype=dtype: _attention(impl, dtype, device)
     for rule in RULES:
-        found[f"multi_reward_advantage {rule}"] = lambda impl, rule=rule: _advantage(impl, rule, device)
-    found["group_normalize"] = lambda impl: _normalize(impl, device)
+        found[f"advantage {rule}"] = lambda impl, rule=rule: _advantage(impl, rule, device)
+    found["advantage, group_normalize"] = lambda impl: _normalize(impl, device)
     return found
 
 
@@ -99,19 +107,69 @@ def _policy(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     return [out.loss, *torch.autograd.grad(out.loss, [hidden, weight, bias])]
 
 
-def _moe(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
-    hidden = _random(37, 48, device=device, dtype=dtype, seed=1).requires_grad_()
+def _backends(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Who can compute the grouped products of these checks here."""
+    hidden, _, gate_up, down = _experts(dtype, device)
+    return [name for name in products.BACKENDS if products.why_not(name, hidden, gate_up, down) is None]
+
+
+@contextmanager
+def _pinned(backend: str) -> Iterator[None]:
+    """These grouped products: measuring them all, as production does, takes long under a sanitizer."""
+    before = os.environ.get("PRISM_GROUPED_MM", "")
+    os.environ["PRISM_GROUPED_MM"] = backend
+    try:
+        yield
+    finally:
+        os.environ["PRISM_GROUPED_MM"] = before
+
+
+def _experts(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """(T, H), (E, H), (E, 2I, H), (E, H, I)."""
+    hidden = _random(37, 48, device=device, dtype=dtype, seed=1)
     router = _random(5, 48, device=device, dtype=dtype, seed=2)
     router[3] -= 4  # an expert that nobody chooses, or few
-    router.requires_grad_()
-    gate_up = (_random(5, 64, 48, device=device, seed=3) / 7).to(dtype).requires_grad_()
-    down = (_random(5, 48, 32, device=device, seed=4) / 6).to(dtype).requires_grad_()
+    gate_up = (_random(5, 64, 48, device=device, seed=3) / 7).to(dtype)
+    down = (_random(5, 48, 32, device=device, seed=4) / 6).to(dtype)
+    return [tensor.requires_grad_() for tensor in (hidden, router, gate_up, down)]
+
+
+def _routed(impl: str, dtype: torch.dtype, device: torch.device, backend: str) -> Outputs:
+    """The fused router, top-2, with statistics of three kinds."""
+    hidden, router, gate_up, down = _experts(dtype, device)
     kind = (torch.arange(37) % 3).to(device)
     routing = prism_kernels.moe_route(hidden, router, 2, segment_kind=kind, num_kinds=3, impl=impl)
-    out = prism_kernels.moe_mlp(hidden, gate_up, down, routing, impl=impl)
+    with _pinned(backend):
+        out = prism_kernels.moe_mlp(hidden, gate_up, down, routing, impl=impl)
     total = (out * _random(37, 48, device=device, dtype=dtype, seed=5)).sum() + 0.1 * routing.stats.prob_sum[0].sum()
     gradients = torch.autograd.grad(total, [hidden, router, gate_up, down])
     return [out, routing.weight, routing.stats.counts, *gradients]
+
+
+def _planned(impl: str, dtype: torch.dtype, device: torch.device, backend: str) -> Outputs:
+    """Experts of an earlier call, top-3: weights by the router, the plan from the indices; transformers 4's layout."""
+    hidden, router, gate_up, down = _experts(dtype, device)
+    index = (torch.arange(37)[:, None] + torch.arange(3)) % 4  # the last expert has no rows
+    index = index.int().to(device)
+    routing = prism_kernels.moe_route(hidden, router, 3, expert_index=index, renormalize=False, impl=impl)
+    plan = plan_routing(index, routing.weight, 5, impl=impl)
+    gate_up, down = (w.detach().transpose(1, 2).contiguous().requires_grad_() for w in (gate_up, down))
+    with _pinned(backend):
+        out = prism_kernels.moe_mlp(hidden, gate_up, down, plan, layout="v4", impl=impl)
+    total = (out * _random(37, 48, device=device, dtype=dtype, seed=5)).sum()
+    return [out, plan.token_order, plan.expert_offset, *torch.autograd.grad(total, [hidden, router, gate_up, down])]
+
+
+def _clear(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    """What the library's grouped product leaves open, zeroed: experts 0 and 3 have no rows."""
+    out = torch.ones(4, 33, 65, dtype=dtype, device=device)
+    if impl == "reference":
+        out[[0, 3]] = 0
+    else:
+        from prism_kernels.moe.triton_products import clear_empty
+
+        clear_empty(out, torch.tensor([0, 0, 2, 7, 7], dtype=torch.int32, device=device))
+    return [out]
 
 
 def _attention(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
