@@ -196,8 +196,8 @@ def problem(
         return
     yield result
     for way, row in zip(ways, rows):
-        if given.memory and "median_s" in row:
-            add_memory(step, name, case, way, row, result)
+        if given.memory and device.type == "cpu" and "median_s" in row:
+            add_memory(step, name, way, row, result)
             yield result
 
 
@@ -292,7 +292,9 @@ def fastest_experts(case: Any, way: Way) -> str:
 def add_times(
     case: Any, ways: Sequence[Way], ours: int, rows: list[dict[str, Any]], flops: list[float], given: argparse.Namespace
 ) -> None:
-    calls = {way.name: lambda way=way: run(case, way) for way in ways}
+    # On a GPU memory comes with the times, as a step more of every way is half a minute of them.
+    step = with_peak if given.memory and next(case.module.parameters()).is_cuda else lambda case, way, _: run(case, way)
+    calls = {way.name: lambda way=way, row=row: step(case, way, row) for way, row in zip(ways, rows)}
     measure.say(f"timing {len(ways)} ways in turn")
     timer = measure.Timer(next(case.module.parameters()).device)
     samples, failed = measure.interleave(calls, timer, given.seconds, given.rounds, warmups=1)
@@ -314,25 +316,28 @@ def add_times(
             row["times_ours"], row["times_ours_low"], row["times_ours_high"] = ratios.median, ratios.low, ratios.high
 
 
-def add_memory(step: Step, name: str, case: Any, way: Way, row: dict[str, Any], result: dict[str, Any]) -> None:
-    """Peak over weights and data; the gradients are its outputs. On a CPU in a process of its own."""
-    if next(case.module.parameters()).device.type == "cuda":
-        for parameter in case.module.parameters():
-            parameter.grad = None
-        try:
-            peak, outputs = measure.cuda_peak_bytes(lambda: with_gradients(case, way))
-        except RuntimeError as error:  # out of memory, where the timed runs just fitted
-            row["memory_reason"] = measure.short(error)
-            return
-    else:
-        request = {"op": step.op, "shape": name, "way": way.name, "experts": result.get("experts")}
-        request |= {key: result["shape"][key] for key in ("dtype", "recompute")}
-        try:
-            peak, outputs = harness.child_memory(request)
-        except measure.Unavailable as error:
-            row["memory_reason"] = str(error)
-            return
-    row.update(peak_bytes=peak, output_bytes=outputs)
+def with_peak(case: Any, way: Way, row: dict[str, Any]) -> Outcome:
+    """The step on a GPU, with the peak over weights and data in ``row``. It reads torch's counters and waits for
+    nothing, so that it may be timed."""
+    for parameter in case.module.parameters():
+        parameter.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outcome = way.run(case)
+    outputs = measure.tensors_of({**outcome, **gradients(case)})
+    row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    row["output_bytes"] = sum(tensor.untyped_storage().nbytes() for tensor in outputs)
+    return outcome
+
+
+def add_memory(step: Step, name: str, way: Way, row: dict[str, Any], result: dict[str, Any]) -> None:
+    """Peak over weights and data on a CPU, in a process of its own; the gradients are its outputs."""
+    request = {"op": step.op, "shape": name, "way": way.name, "experts": result.get("experts")}
+    request |= {key: result["shape"][key] for key in ("dtype", "recompute")}
+    try:
+        row["peak_bytes"], row["output_bytes"] = harness.child_memory(request)
+    except measure.Unavailable as error:
+        row["memory_reason"] = str(error)
 
 
 def with_gradients(case: Any, way: Way) -> Outcome:

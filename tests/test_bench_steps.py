@@ -149,6 +149,24 @@ def test_data_with_a_near_tie_of_the_router_is_passed_over(monkeypatch):
     assert seeds == [0, 1, 2]
 
 
+def test_peak_memory_on_a_gpu_is_over_weights_without_earlier_gradients(monkeypatch):
+    """torch's counters, played: what is allocated is the gradients, and the peak 100 bytes more."""
+    case = case_of(bench_policy.STEP)
+
+    def allocated():
+        return 1000 + sum(grad.nbytes for grad in waterfall.gradients(case).values())
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated() + 100)
+    row = {}
+    for _ in range(2):
+        outcome = waterfall.with_peak(case, policy_ways.WAYS[-1], row)
+        size = sum(grad.nbytes for grad in waterfall.gradients(case).values())
+        outputs = sum(value.untyped_storage().nbytes() for value in outcome.values())
+        assert row == {"peak_bytes": size + 100, "output_bytes": size + outputs}
+
+
 def test_peak_memory_of_a_step_holds_its_gradients():
     request = {"op": "policy", "shape": "mini", "way": "ours (+ fused head)", "dtype": "float32"}
     request |= {"recompute": False, "experts": None}
