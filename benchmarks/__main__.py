@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = top.parse_args(words)
     if given.device == "cuda" and not torch.cuda.is_available():
         top.error("--device cuda: there is no CUDA device; use --device cpu")
+    if given.save and (given.no_tests or given.dry_run or given.base):
+        why = "--base compares commits" if given.base else "--no-tests and --dry-run leave the op's tests out"
+        top.error(f"--save: RESULTS.md is made from tested results, and {why}; write elsewhere with --json")
     module = load(given.op)
     try:
         chosen = shapes(module, given.shape, given.device)
@@ -92,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=given.seconds,
         rounds=1 if given.dry_run else given.rounds,
         memory=not given.no_memory,
-        run_tests=not (given.no_tests or given.dry_run or given.base),
+        run_tests=not (given.no_tests or given.dry_run),
         json_path=given.json or (result_path(given.op, torch.device(given.device)) if given.save else None),
         small=given.dry_run,
     )

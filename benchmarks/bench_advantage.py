@@ -25,8 +25,8 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "cpu": [{"B": 512, "N": 16}],
     "tiny": [dict(TINY)],
 }
-GPU_PART = ("advantage", 60)
-GPU_ARGUMENTS = ["--seconds", "4", "--no-tests"]  # they are a part of their own
+GPU_PART = ("advantage", 20, "moe")
+GPU_ARGUMENTS = ["--seconds", "3"]
 EPS = 1e-6
 
 

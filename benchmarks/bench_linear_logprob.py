@@ -19,15 +19,20 @@ from benchmarks.linear_data import CLIP, Head, make_head, truth_logprob, truth_l
 from benchmarks.linear_peers import cross_entropy_peers, entropy_peers, logprob_peers, policy_peers, with_gradients
 from benchmarks.peers import need_gpu
 
-TESTS = [f"tests/test_linear_{name}.py" for name in ("logprob", "policy_loss", "triton")]
+TESTS = [
+    "tests/test_linear_logprob.py",
+    "tests/test_linear_policy_loss.py",
+    "tests/test_linear_triton.py",
+    "tests/test_linear_gpu.py",
+]
 TINY = {"T": 48, "H": 16, "V": 509}
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "published": [{"T": 8192, "H": 2560, "V": 151936, "dtype": "bf16"}],
     "cpu": [{"T": 4096, "H": 512, "V": 32768, "dtype": "fp32"}],
     "tiny": [{**TINY, "dtype": "fp32"}],
 }
-GPU_PART = ("linear", 200)  # its name in `make gpu`, and its seconds
-GPU_ARGUMENTS = ["--seconds", "6", "--no-tests"]  # they are a part of their own
+GPU_PART = ("linear", 95)  # its name in `make gpu`, and its seconds
+GPU_ARGUMENTS = ["--seconds", "4"]
 SMALL_CHUNK = 512 << 20
 
 # (ours, peers): ours rounds its results to the dtype once; peers round logits too, which shows as an error.

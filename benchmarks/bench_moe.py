@@ -39,8 +39,8 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "cpu": [{**_BASE, "T": 4096, "H": 256, "I": 768, "dtype": "fp32"}],
     "tiny": [{**_BASE, **TINY, "dtype": "fp32"}],
 }
-GPU_PART = ("moe", 260)
-GPU_ARGUMENTS = ["--seconds", "4", "--no-tests"]  # they are a part of their own
+GPU_PART = ("moe", 110)
+GPU_ARGUMENTS = ["--seconds", "3"]
 
 LIGER = "Liger fused MoE"
 _precompiled: set[tuple[int, int]] = set()  # (H, I)

@@ -13,7 +13,7 @@ from functools import partial
 from benchmarks import policy_ways, waterfall
 from benchmarks.step_case import GPU, MINI, TINY
 
-GPU_PART = ("policy", 120)  # its name in `make gpu`, and its seconds
+GPU_PART = ("policy", 50, "linear")  # its name in `make gpu`, its seconds, the group of its kernels
 GPU_ARGUMENTS = ["--rounds", "2"]
 
 STEP = waterfall.Step(

@@ -77,7 +77,10 @@ class Worker:
 
 
 def compare(op: str, revision: str, options: Options) -> dict[str, Any]:
-    """The document of harness.run with two rows a problem: this work tree ("ours") and the base ("peer")."""
+    """The document of harness.run with two rows a problem: this work tree ("ours") and the base ("peer").
+
+    The tests are this work tree's; the base is held to float64 alone, like every row.
+    """
     from benchmarks import harness, machine
 
     document = {
@@ -87,10 +90,15 @@ def compare(op: str, revision: str, options: Options) -> dict[str, Any]:
         "commit": machine.commit(),
         "base": revision,
         "environment": machine.environment(options.device),
-        "tests": None,
+        "tests": harness.run_tests(importlib.import_module(f"benchmarks.bench_{op}").TESTS)
+        if options.run_tests
+        else None,
         "limits": {},
         "problems": [],
     }
+    if harness.exit_status(document):
+        harness.save(document, options.json_path)
+        return document
     with checkout(revision, machine.ROOT) as tree, tempfile.TemporaryDirectory() as logs:
         workers = [
             Worker(name, root, Path(logs) / f"{index}.log")

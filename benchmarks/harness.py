@@ -120,7 +120,7 @@ def run(op: str, module: ModuleType, options: Options) -> dict[str, Any]:
         "limits": {},
         "problems": [],
     }
-    if document["tests"] is not None and document["tests"]["status"] != "passed":
+    if exit_status(document):
         save(document, options.json_path)
         return document
     timer = Timer(options.device)

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import harness, table
 from benchmarks.targets import TARGETS, Target, look_up, number
+from benchmarks.tested import FAILED, PASSED, REFUSED, tests_of
 
 HERE = Path(__file__).resolve().parent
 EMPTY = "not yet measured"
@@ -66,10 +67,14 @@ def _target(target: Target, documents: Sequence[dict[str, Any]]) -> str:
     if found is None:
         return f"| {target.quantity} | {target.bound(target.must)} | {stretch} | {EMPTY} | | |"
     value, document = found
+    where = f"{document['environment']['device']}, {document['date'][:10]}, {document['commit']}"
+    if tests_of(document, documents)[0] not in (PASSED, FAILED):
+        where += "; tests: not run"
+    if value is None:
+        return f"| {target.quantity} | {target.bound(target.must)} | {stretch} | {REFUSED} | | {where} |"
     met = "yes" if target.met(value, target.must) else "no"
     if target.stretch is not None and target.met(value, target.stretch):
         met = "stretch"
-    where = f"{document['environment']['device']}, {document['date'][:10]}, {document['commit']}"
     shown = number(value, target.unit)
     return f"| {target.quantity} | {target.bound(target.must)} | {stretch} | {shown} | {met} | {where} |"
 
@@ -82,12 +87,16 @@ def _by_device(documents: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, 
 
 
 def _device(documents: list[dict[str, Any]]) -> list[str]:
-    """The newest result of every op and part on one device."""
+    """The newest result of every op on one device, and of every part of `make gpu` that measures nothing."""
     newest: dict[str, dict[str, Any]] = {}
     for document in sorted(documents, key=lambda d: d["date"]):
         newest[document["op"]] = document
     lines: list[str] = []
+    checks: list[str] = []
     for op, document in sorted(newest.items()):
+        if "part" in document and not document["problems"]:
+            checks += _check(document)
+            continue
         facts = document["environment"]
         packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
         more = f"CUDA {facts['cuda']}, " if facts.get("cuda") else f"{facts['threads']} threads, "
@@ -98,20 +107,35 @@ def _device(documents: list[dict[str, Any]]) -> list[str]:
             lines.append(
                 f"Limits in {name}: product {limits['matmul_tflops']:.3g} TFLOP/s, copy {limits['copy_gbps']:.4g} GB/s."
             )
-        if "part" in document:
-            lines += _part(document["part"])
+        status, summary = tests_of(document, documents)
+        lines.append(f"tests: {status}{f' ({summary})' if summary else ''}")
+        if "part" in document and document["part"]["status"] != "ok":
+            lines.append(f"{document['part']['status']} after {document['part']['seconds']} s: what it had by then.")
         for problem in document["problems"]:
-            lines += _problem(problem)
+            lines += _refused(problem) if status == FAILED else _problem(problem)
+    if checks:
+        head = "| part | status | | date | commit |"
+        lines += ["", "### tests, sanitizer and what measured nothing", "", head, "|---|---|---|---|---|"]
+        lines += [line for line in checks if line.startswith("|")]
+        lines += ["", *(line for line in checks if not line.startswith("|"))]
     return lines
 
 
-def _part(part: dict[str, Any]) -> list[str]:
-    lines = [f"Part {part['name']}: {part['status']} after {part['seconds']} s."]
+def _check(document: dict[str, Any]) -> list[str]:
+    """A row of the table, then what failed."""
+    part = document["part"]
+    counts, named = "", []
     if "tests" in part:
-        tests = part["tests"]
-        lines.append(f"Tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.")
-        lines += [f"- {name}" for name in [*tests["failures"], *tests["not collected"]]]
-    return ["", *lines]
+        counts = ", ".join(f"{part['tests'][key]} {key}" for key in ("passed", "failed", "skipped", "unfinished"))
+        named = [f"- {part['name']}: {name}" for name in [*part["tests"]["failures"], *part["tests"]["not collected"]]]
+    elif part["status"] != "ok":
+        counts = next((line for line in reversed(part["tail"]) if line.strip()), "").replace("|", "/")
+    status = f"{part['status']}, {part['seconds']} s"
+    return [f"| {part['name']} | {status} | {counts} | {document['date'][:10]} | {document['commit']} |", *named]
+
+
+def _refused(problem: dict[str, Any]) -> list[str]:
+    return ["", f"**{problem['title']}** ({table.shape(problem['shape'], problem.get('sizes'))})", REFUSED]
 
 
 def _problem(problem: dict[str, Any]) -> list[str]:

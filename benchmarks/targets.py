@@ -5,9 +5,11 @@ A figure is looked up in the newest result that holds it: an op, a problem, a sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from benchmarks.tested import refused
 
 Row = dict[str, Any]
 Problem = dict[str, Any]
@@ -221,8 +223,8 @@ def _whole() -> Iterator[Target]:
 TARGETS: list[Target] = [*_head(), *_advantage(), *_moe(), *_whole()]
 
 
-def look_up(target: Target, documents: Iterable[dict[str, Any]]) -> tuple[float, dict[str, Any]] | None:
-    """(figure, the document that holds it) of the newest document that does."""
+def look_up(target: Target, documents: Sequence[dict[str, Any]]) -> tuple[float | None, dict[str, Any]] | None:
+    """(figure, the document that holds it) of the newest document that does; no figure where the op's tests failed."""
     for document in sorted(documents, key=lambda d: d["date"], reverse=True):
         if document["op"] != target.op or document["environment"]["kind"] != target.kind:
             continue
@@ -231,5 +233,5 @@ def look_up(target: Target, documents: Iterable[dict[str, Any]]) -> tuple[float,
             if problem["name"] == target.problem and problem["status"] == "ok" and fits:
                 value = target.value(problem)
                 if value is not None:
-                    return value, document
+                    return None if refused(document, documents) else value, document
     return None

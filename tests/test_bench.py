@@ -1,17 +1,15 @@
-"""The benchmark harness: its statistics, what it refuses, what it writes, and the GPU driver without a GPU."""
+"""The benchmark harness: its statistics, what it refuses, what it writes, and RESULTS.md."""
 
 import json
-import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, gpu, harness, make_results, measure, peers, targets
+from benchmarks import compare, harness, make_results, measure, peers, targets, tested
 from benchmarks.harness import Contender, Options, Problem, Tolerance
 from benchmarks.measure import Summary, Timer, Unavailable
 from prism_kernels import tables
@@ -140,6 +138,9 @@ def test_command_line_ends_with_json(capsys, tmp_path):
         (["advantage", "--shape", "Q=1"], "expected one of published"),
         (["advantage", "--shape", "B=x"], "expected int"),
         (["nothing"], "invalid choice"),
+        (["advantage", "--save", "--no-tests"], "made from tested results"),
+        (["advantage", "--save", "--dry-run"], "made from tested results"),
+        (["advantage", "--save", "--base", "HEAD"], "compares commits"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
@@ -215,10 +216,13 @@ def test_results_without_measurements_say_so():
 def test_results_are_read_from_files(tmp_path):
     folder = tmp_path / "results" / "nvidia-h200"
     folder.mkdir(parents=True)
-    (folder / "a.json").write_text(json.dumps(document()))
-    older = document(date="2025-01-01T00:00:00Z", commit="old")
+    (folder / "a.json").write_text(json.dumps(document(**BENCH)))
+    older = document(date="2025-01-01T00:00:00Z", commit="old", **BENCH)
     older["problems"][0]["rows"][0]["times_limit"] = 9.0
     (folder / "b.json").write_text(json.dumps(older))
+    for found in (document(), older):
+        tests = {**checked("ok"), "commit": found["commit"]}
+        (folder / f"tests-{found['commit']}.json").write_text(json.dumps(tests))
     make_results.write(tmp_path / "results", tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| verl: its time over ours | >= 2.30x |  | 2.40x | yes | NVIDIA H200, 2026-01-02, abc |" in text
@@ -226,6 +230,70 @@ def test_results_are_read_from_files(tmp_path):
     assert "1.10x | yes" in line  # must 1.15, stretch 1.05; the newest result counts
     assert f"| {make_results.EMPTY} |" in text
     assert "policy loss" in text and "torch 2.11" in text
+
+
+def checked(status="failed", **counts):
+    """What `make gpu` writes of the tests beside document()."""
+    counts = {"passed": 7, "failed": 0, "skipped": 0, "unfinished": 0, "failures": [], "not collected": []} | counts
+    part = {"name": "tests-linear", "status": status, "seconds": 9.0, "tail": [], "tests": counts}
+    return document(op="tests-linear", problems=[], part=part)
+
+
+BENCH = {"part": {"name": "bench-linear", "status": "ok", "seconds": 9.0, "tail": []}}
+TARGET = next(
+    target for target in targets.TARGETS if target.quantity.startswith("policy loss forward + backward, over F3")
+)
+
+
+def test_no_speed_is_shown_of_an_op_whose_tests_failed():
+    red = checked(failed=1, failures=["tests.test_linear_logprob::test_a: no"])
+    text = make_results.render([document(**BENCH), red])
+    line = next(line for line in text.splitlines() if line.startswith(f"| {TARGET.quantity}"))
+    assert f"| {tested.REFUSED} | |" in line and "| prism |" not in text and "4.8 s" not in text
+    assert f"dtype bf16)\n{tested.REFUSED}\n" in text
+    assert "tests: failed (7 passed, 1 failed)" in text and "test_linear_logprob::test_a" in text
+    assert targets.look_up(TARGET, [document(**BENCH), red])[0] is None
+
+
+def test_tests_count_that_ran_on_the_same_commit_and_device_last():
+    red, green = checked(failed=1), checked("ok")
+    bench = document(**BENCH)
+    elsewhere = {**red, "environment": {**red["environment"], "device": "NVIDIA H100"}}
+    later = {**green, "date": "2026-02-02T00:00:00Z"}
+    for beside, status in (
+        ([red], "failed"),
+        ([green], "passed"),
+        ([red, later], "passed"),
+        ([{**red, "commit": "abd"}, elsewhere], "not run"),
+        ([], "not run"),
+        ([checked("timeout")], "not finished"),
+        ([checked("timeout", passed=0)], "not run"),
+        (
+            [checked("failed", passed=3, **{"not collected": ["tests.test_x: No module named 'hypothesis'"]})],
+            "not finished",
+        ),
+    ):
+        assert tested.tests_of(bench, [bench, *beside])[0] == status, beside
+    crashed = checked()
+    del crashed["part"]["tests"]
+    assert tested.refused(bench, [crashed])
+    own = document(tests={"status": "passed", "summary": "9 passed"})
+    assert tested.tests_of(own, [red]) == ("passed", "9 passed")
+    step = document(problems=[{**document()["problems"][0], "checked": {"layers": 4}}], **BENCH)
+    assert tested.tests_of(step, [])[0] == "passed"
+
+
+def test_results_say_where_the_tests_were_not_run():
+    text = make_results.render([document()])
+    assert "\ntests: not run\n" in text and "abc; tests: not run |" in text
+
+
+def test_results_in_this_tree_are_made_from_its_measurements():
+    folder = Path(make_results.__file__).parent
+    written = (folder / "RESULTS.md").read_text()
+    assert written == make_results.render(make_results.read(folder / "results")), (
+        "run python -m benchmarks.make_results"
+    )
 
 
 def test_results_refuse_a_speed_that_was_refused(tmp_path):
@@ -236,78 +304,6 @@ def test_results_refuse_a_speed_that_was_refused(tmp_path):
     (folder / "bad.json").write_text(json.dumps(bad))
     with pytest.raises(ValueError, match=r"bad\.json.*shows a speed"):
         make_results.read(tmp_path)
-
-
-def test_gpu_driver_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert gpu.main(["--dry-run", "--part", "nothing"]) == 2
-    assert "expected some of" in capsys.readouterr().err
-
-
-def test_gpu_parts_fit_the_time():
-    every = gpu.parts(dry_run=False)
-    default = gpu.chosen(every, [])
-    assert {"build", "tests-gpu", "linear", "moe", "advantage", "memcheck", "racecheck"} <= {p.name for p in default}
-    assert all(part.seconds <= gpu.TOTAL_SECONDS / 2 for part in default)
-    assert {part.name for part in gpu.chosen(every, ["sanitizer"])} == {"memcheck", "racecheck"}
-    assert [(part.name, part.seconds) for part in gpu.chosen(every, ["moe=300"])] == [("moe", 300.0)]
-    with pytest.raises(ValueError, match="moe=fast"):
-        gpu.chosen(every, ["moe=fast"])
-
-
-def test_dry_run_of_one_part(tmp_path):
-    assert gpu.main(["--dry-run", "--part", "advantage", "--results", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("*-advantage.json")
-    found = json.loads(path.read_text())
-    harness.validate(found)
-    assert found["part"]["status"] == "ok" and found["problems"][0]["status"] == "ok"
-
-
-@pytest.mark.parametrize(
-    ("code", "status"), [("import time; time.sleep(60)", "timeout"), ("raise SystemExit(3)", "failed")]
-)
-def test_a_part_that_fails_leaves_a_result(code, status, tmp_path):
-    path = tmp_path / "r.json"
-    outcome = gpu.run_part(
-        gpu.Part("p", (sys.executable, "-c", f"print('begun', flush=True); {code}"), 9), path, 2, "abc"
-    )
-    found = json.loads(path.read_text())
-    harness.validate(found)
-    assert outcome["status"] == found["part"]["status"] == status and outcome["tail"][0] == "begun"
-
-
-def test_tests_out_of_time_leave_their_counts(tmp_path):
-    """pytest writes its report when it is interrupted."""
-    (tmp_path / "test_slow.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    command = (
-        sys.executable,
-        "-m",
-        "pytest",
-        str(tmp_path),
-        "-c",
-        str(tmp_path / "pytest.ini"),
-        "-p",
-        "no:cacheprovider",
-    )
-    part = gpu.Part("p", (*command, "--junitxml", "{xml}"), 9, "tests")
-    outcome = gpu.run_part(part, tmp_path / "r.json", 6, "abc")
-    assert outcome["status"] == "timeout" and outcome["tests"]["passed"] == 1
-
-
-def test_junit_tells_failures_from_what_was_not_collected(tmp_path):
-    path = tmp_path / "j.xml"
-    path.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="ok"/>'
-        '<testcase classname="a" name="red"><failure message="no">x</failure></testcase>'
-        '<testcase classname="" name="tests.test_x"><error message="collection failure">'
-        "E   ModuleNotFoundError: No module named 'pydantic'\n</error></testcase></testsuite></testsuites>"
-    )
-    counts = gpu._junit(path)
-    assert (counts["passed"], counts["failed"]) == (1, 1)
-    assert counts["not collected"] == ["tests.test_x: No module named 'pydantic'"]
 
 
 def test_tables(tmp_path, monkeypatch):
@@ -336,6 +332,32 @@ def test_checked_in_tables_fit_their_gpu():
         assert all({"options", "us", "default_us"} <= set(entry) for entry in table["entries"].values())
 
 
+def test_a_comparison_is_refused_where_the_tests_fail(monkeypatch, capsys):
+    asked = []
+    verdict = {"status": "failed", "summary": "1 failed"}
+    monkeypatch.setattr(harness, "run_tests", lambda paths: (asked.append(paths), verdict)[1])
+    monkeypatch.setattr(compare, "checkout", lambda *_: pytest.fail("nothing is checked out"))
+    assert command.main(["advantage", "--base", "HEAD", "--device", "cpu"]) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["problems"] == [] and found["tests"] == verdict and asked == [command.load("advantage").TESTS]
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_comparison_is_refused_where_a_commit_is_wrong(wrong):
+    class Worker:
+        def __init__(self, name, right):
+            self.name, self.right = name, right
+
+        def ask(self, do, **_):
+            assert do == "prepare"  # nothing is timed
+            about = {"name": "p", "title": "P", "shape": {}, "flops": 1.0, "bytes": 1.0}
+            reason = "" if self.right else "differs from float64"
+            return {"status": "ok" if self.right else "wrong", "reason": reason, "errors": {}, "problem": about}
+
+    found = compare._problem([Worker("tree", wrong != 0), Worker("base", wrong != 1)], "op", "p", {}, QUICK)
+    assert found["status"] == "refused" and ("tree", "base")[wrong] in found["reason"]
+
+
 @pytest.mark.slow
 def test_comparing_with_a_commit(tmp_path):
     with pytest.raises(ValueError, match="knows no commit"), compare.checkout("no-such-revision", harness.machine.ROOT):
@@ -347,21 +369,3 @@ def test_comparing_with_a_commit(tmp_path):
     harness.validate(found)
     ours, base = found["problems"][0]["rows"]
     assert ours["samples"] == base["samples"] == 2 and base["name"] == "base HEAD" and base["times_ours"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "printed"),
-    [
-        (["benchmarks.sanitize", "--device", "cpu", "--only", "linear_policy_loss"], "0 failed"),
-        (["benchmarks.tune", "--dry-run", "--op", "linear_logprob"], "linear_logprob, gradient 4: default"),
-    ],
-)
-def test_scripts_of_a_gpu_in_the_interpreter(script, printed):
-    pytest.importorskip("triton")
-    root = harness.machine.ROOT
-    paths = os.pathsep.join([str(root), str(root / "kernels")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-m", *script], env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert printed in done.stdout
