@@ -44,14 +44,13 @@ def test_all_ways_agree_and_the_waterfall_is_printed(bench, module, outputs, tmp
     assert [row["name"] for row in problem["rows"]] == [way.name for way in module.WAYS]
     for row in problem["rows"]:
         assert outputs == row["errors"].keys()
-        assert all(error["value"] <= 5e-5 for error in row["errors"].values()), row
-        assert max(row["errors"][name]["value"] for name in outputs - {"worst parameter"}) <= 1e-5, row
+        assert all(error["value"] <= 1e-5 for error in row["errors"].values()), row
         assert row["median_s"] > 0
         assert any(line.startswith(f"  {row['name']} ") for line in printed)
     assert problem["flops"] < problem["reference_flops"] / 2
 
 
-@pytest.mark.parametrize("part", ["student", "gradient"])
+@pytest.mark.parametrize("part", ["student", "gradient", "worst parameter"])
 def test_a_wrong_way_is_refused(monkeypatch, capsys, part):
     ways = discriminator_ways.WAYS
     right = ways[-1].run
@@ -60,6 +59,9 @@ def test_a_wrong_way_is_refused(monkeypatch, capsys, part):
         outcome = right(case)
         if part == "student":
             return {**outcome, "student": outcome["student"] * 1.001}
+        if part == "worst parameter":  # too small a part of all gradients to show there
+            min(waterfall.gradients(case).values(), key=lambda grad: grad.norm()).mul_(1 + 3e-5)
+            return outcome
         next(p for p in case.discriminator.parameters() if p.grad is not None).grad.mul_(1.001)
         return outcome
 
@@ -68,7 +70,7 @@ def test_a_wrong_way_is_refused(monkeypatch, capsys, part):
     out = capsys.readouterr()
     (problem,) = json.loads(out.out.splitlines()[-1])["problems"]
     assert problem["status"] == "refused"
-    assert part in problem["reason"]
+    assert part in problem["reason"] and (part != "worst parameter" or "gradient" not in problem["reason"])
     assert not any("median_s" in row for row in problem["rows"])
     assert "refused" in out.err
 
