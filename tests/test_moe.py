@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_kernels import Routing, RoutingStats, load_balancing_loss, moe_mlp, moe_route
-from prism_kernels.moe import plan_routing, products
+from prism_kernels.moe import plan_routing
 from tests.linear_cases import INTERPRETED, skip_interpreted
 from tests.oracle import assert_as_exact, relative_error
 
@@ -495,40 +495,3 @@ def routed(**changes):
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@skip_interpreted
-class TestProducts:
-    """The backend table: what can be checked without a GPU."""
-
-    def test_library_grouped_product_equals_the_loop(self, monkeypatch):
-        """Empty experts and both layouts, on a CPU; what an empty expert's gradient holds is not relied on."""
-        offset = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
-        a, c = normal(12, 16, dtype=torch.bfloat16), normal(12, 24, dtype=torch.bfloat16, seed=1)
-        for b in (normal(3, 16, 24, dtype=torch.bfloat16), normal(3, 24, 16, dtype=torch.bfloat16).transpose(1, 2)):
-            torch.testing.assert_close(products._torch_rows(a, b, offset), products._loop_rows(a, b, offset))
-        out = torch.full((3, 16, 24), float("nan"), dtype=torch.bfloat16)
-        expected = a.double()[5:].T @ c.double()[5:]
-        for target in (out, out.transpose(1, 2).contiguous().transpose(1, 2)):
-            got = products._loop_outer(a, c, offset, target)
-            assert not got[1].any()
-            torch.testing.assert_close(got[2].double(), expected, rtol=1e-2, atol=1e-2)
-
-    def test_the_choice_is_fixed_on_a_cpu_and_can_be_pinned(self, monkeypatch):
-        monkeypatch.delenv("PRISM_GROUPED_MM", raising=False)
-        assert products.choose(X, GU, D, 2).name == "loop"
-        monkeypatch.setenv("PRISM_GROUPED_MM", "loop")
-        assert products.choose(X, GU, D, 2).name == "loop"
-        monkeypatch.setenv("PRISM_GROUPED_MM", "torch")
-        with pytest.raises(RuntimeError, match=r"PRISM_GROUPED_MM=torch cannot run: it is for CUDA.*'loop'"):
-            products.choose(X, GU, D, 2)
-        monkeypatch.setenv("PRISM_GROUPED_MM", "cublas")
-        with pytest.raises(ValueError, match="PRISM_GROUPED_MM: got 'cublas', expected one of torch, triton, loop"):
-            products.choose(X, GU, D, 2)
-
-    def test_choices_travel(self, monkeypatch):
-        monkeypatch.setattr(products, "_choices", {})
-        products.load_product_choices({"H200 bfloat16 E4 H2048 I6144 v5": "torch"})
-        assert products.product_choices() == {"H200 bfloat16 E4 H2048 I6144 v5": "torch"}
-        with pytest.raises(ValueError, match=r"choices: unknown backend 'fast'"):
-            products.load_product_choices({"x": "fast"})

@@ -30,7 +30,7 @@ def run(*command, **environment):
     reason="triton 3.6's interpreter takes int() of an array of one element, which numpy 2.4 refuses",
 )
 def test_interpreter():
-    files = ["tests/test_group_advantage.py", "tests/test_moe.py"]
+    files = ["tests/test_group_advantage.py", "tests/test_moe.py", "tests/test_moe_products.py"]
     code, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert code == 0, output
     assert " passed" in output, output

@@ -151,7 +151,7 @@ class _Experts(torch.autograd.Function):
             ctx.save_for_backward(hidden, gate_up, down, weight)
             return torch.empty_like(hidden)
         weight_rows = weight.contiguous()
-        products = choose(hidden, gate_up, down, weight.shape[1])
+        products = choose(gate_up, down)
         x, position = _permute(hidden, token_order, weight.shape[1], with_position=True)
         product = products.rows(x, gate_up.transpose(1, 2), expert_offset)
         activation = _swiglu(product)
@@ -177,14 +177,14 @@ class _Experts(torch.autograd.Function):
         d_activation = products.rows(dy, down, expert_offset)
         d_product, activation, d_weight = _swiglu_backward(product, d_activation, weight.contiguous(), token_order)
         del d_activation
-        d_down = products.outer(dy, activation, expert_offset, torch.empty_like(down)) if want_down else None
+        d_down = products.outer(dy, activation, expert_offset, down) if want_down else None
         del dy, activation
         d_hidden = d_gate_up = None
         if want_hidden:
             d_hidden = _combine(products.rows(d_product, gate_up, expert_offset), position, None, top_k)
         if want_gate_up:
             x, _ = _permute(hidden, token_order, top_k)
-            d_gate_up = products.outer(d_product, x, expert_offset, torch.empty_like(gate_up))
+            d_gate_up = products.outer(d_product, x, expert_offset, gate_up)
         return d_hidden, d_gate_up, d_down, d_weight, None, None, None
 
 

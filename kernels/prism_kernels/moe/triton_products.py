@@ -156,8 +156,9 @@ def rows(a: Tensor, b: Tensor, offset: Tensor) -> Tensor:
     return out
 
 
-def outer(a: Tensor, b: Tensor, offset: Tensor, out: Tensor) -> Tensor:
-    """a (S, M), b (S, N), grouped by expert -> out (E, M, N)."""
+def outer(a: Tensor, b: Tensor, offset: Tensor, like: Tensor) -> Tensor:
+    """a (S, M), b (S, N), grouped by expert -> (E, M, N), strided as ``like``."""
+    out = torch.empty_like(like)
     experts, m, n = out.shape
     options = tile_options(a.dtype)
     grid = (triton.cdiv(m, options["BLOCK_M"]), triton.cdiv(n, options["BLOCK_N"]), experts)
