@@ -21,6 +21,7 @@ from prism_fast.data.formats import Dataset
 from prism_fast.discriminator import Discriminator
 from prism_fast.policy import Policy, local_directory
 from prism_fast.records import DataError, Sample
+from prism_kernels.moe import load_product_choices, product_choices
 
 T = TypeVar("T")
 Saved = dict[str, Callable[[Path], None]]
@@ -145,7 +146,12 @@ class Run:
         return config.model_copy(update={"path": path})
 
     def restore(self) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-        """(steps done, trainer tensors, trainer state); zeros and empty for a fresh start."""
+        """(steps done, trainer tensors, trainer state); zeros and empty for a fresh start.
+
+        Also puts back which library multiplied the experts on a GPU, so call it before the first forward: measured
+        again, the choice could fall otherwise, and other products give other bits. A trainer of several processes
+        then calls ``prism_kernels.moe.settle_products`` for its experts, which broadcasts rank 0's choices.
+        """
         found = self.checkpoint
         if found is None:
             return 0, {}, {}
@@ -156,6 +162,10 @@ class Run:
                 f"{found}: written with {threads} torch threads, now {torch.get_num_threads()}; "
                 f"set run.threads={threads} to continue bit for bit"
             )
+        try:
+            load_product_choices(state.get("product_choices", {}))
+        except ValueError as error:
+            raise DataError(f"{found}/trainer.json: product_choices: {error}") from None
         if state.get("best") is not None:
             self.best = (state["best"], state["best_value"])
         return state["step"], tensors, state
@@ -176,6 +186,7 @@ class Run:
         if (every and step % every == 0) or step == total or is_best or self._signum is not None:
             best, value = self.best if self.best is not None else (None, None)
             state = {**state, "best_value": value, "threads": torch.get_num_threads(), "stage": self.stage}
+            state["product_choices"] = product_choices()
             saved = checkpoint.save(self.folder, step, models, tensors(), state, self.config.keep_last, best)
             if self._signum is not None and step < total:
                 raise Stopped(self._signum, saved)

@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from prism_fast import checkpoint
+from prism_fast.config import RunConfig
 from prism_fast.metrics import read_metrics
 from prism_fast.records import DataError
+from prism_fast.run import Run
+from prism_kernels.moe import product_choices, products
 from tests.tiny_run import run_stage, settings
 
 ROOT = Path(__file__).parent.parent
@@ -150,3 +153,31 @@ def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
         checkpoint.save(base, 5, {"policy": broken}, {}, {}, keep_last=1)
     assert checkpoint.steps(base) == []
     assert checkpoint.latest(base) is None
+
+
+def test_measured_products_come_back_before_the_first_step(tmp_path, monkeypatch):
+    """A GPU's choice of who multiplies the experts changes bits; a resumed process must not make it again."""
+    config, saved = RunConfig(out=tmp_path, save_every=1), {"NVIDIA H200 bfloat16 E4 H2048 I6144 v5": "triton"}
+    monkeypatch.setattr(products, "_choices", dict(saved))
+    with Run("align", config, resume=False) as run:
+        assert run.restore() == (0, {}, {})
+        run.step_done(1, 2, {}, dict, {})
+    monkeypatch.setattr(products, "_choices", {})  # another process
+    with Run("align", config, resume=True) as run:
+        assert run.restore()[0] == 1
+        assert product_choices() == saved
+        run.step_done(2, 2, {}, dict, {})
+    file = tmp_path / "checkpoints/step-000002/trainer.json"
+    state = json.loads(file.read_text())
+    assert state["product_choices"] == saved
+
+    file.write_text(json.dumps({**state, "product_choices": {"here": "cublas"}}))
+    with (
+        Run("align", config, resume=True) as run,
+        pytest.raises(DataError, match=r"step-000002/trainer.json: product_choices: .*'cublas' of 'here'"),
+    ):
+        run.restore()
+    del state["product_choices"]  # written before choices were saved
+    file.write_text(json.dumps(state))
+    with Run("align", config, resume=True) as run:
+        assert run.restore()[0] == 2
