@@ -39,7 +39,7 @@ def tuned(op: str, key: str, default: Mapping[str, Any]) -> dict[str, Any]:
     _asked[op, key] = dict(default)
     entry = _forced.get((op, key))
     if entry is None:
-        gpu = _as_if[-1] if _as_if else torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        gpu = _as_if[-1] if _as_if else _name(torch.cuda.current_device()) if torch.cuda.is_available() else ""
         entry = _entries(op, gpu).get(key, {}) if gpu else {}
     if not set(entry) <= set(default):
         raise ValueError(
@@ -82,6 +82,11 @@ def forced(op: str, key: str, options: Mapping[str, Any]) -> Iterator[None]:
 def asked() -> dict[tuple[str, str], dict[str, Any]]:
     """{(op, key): default} of every launch so far: what can be tuned, and that the op reads its table."""
     return dict(_asked)
+
+
+@lru_cache
+def _name(device: int) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 @lru_cache(maxsize=64)

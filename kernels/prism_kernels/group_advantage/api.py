@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
+from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
 from prism_kernels.group_advantage.rules import RULES, Coefficients
 
 _PACKAGE = "prism_kernels.group_advantage"
@@ -71,7 +71,8 @@ def group_normalize(
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if scores.numel() == 0:
         return torch.zeros_like(scores, dtype=dtype)
-    return run(scores, group_ids, baseline=baseline, scale=scale, eps=eps).to(dtype)
+    with on_device_of(scores):
+        return run(scores, group_ids, baseline=baseline, scale=scale, eps=eps).to(dtype)
 
 
 @torch.no_grad()
@@ -157,7 +158,9 @@ def multi_reward_advantage(
     _, run = ADVANTAGE.select(impl, perception.device)
     if perception.numel() == 0:
         return torch.zeros_like(perception, dtype=torch.float32)
-    return run(perception, reasoning, group_ids, format_valid, accuracy, rule=rule, coefficients=coefficients).float()
+    with on_device_of(perception):
+        out = run(perception, reasoning, group_ids, format_valid, accuracy, rule=rule, coefficients=coefficients)
+        return out.float()
 
 
 def _is_floating(tensor: object) -> bool:

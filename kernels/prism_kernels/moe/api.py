@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
+from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
 from prism_kernels.moe.routing import Routing, as_integer
 
 _PACKAGE = "prism_kernels.moe"
@@ -88,7 +88,7 @@ def moe_route(
     if expert_index is not None:
         _check_integer("expert_index", expert_index, (tokens, top_k), "(T, top_k)", hidden, experts, "E")
     _, run = ROUTE.select(impl, hidden.device)
-    with _no_autocast(hidden.device):
+    with on_device_of(hidden), _no_autocast(hidden.device):
         return run(
             hidden,
             router_weight,
@@ -122,7 +122,8 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
     _check_matrix("weight", weight, "(T, k)")
     _check_integer("expert_index", expert_index, tuple(weight.shape), "(T, k)", weight, num_experts, "num_experts")
     _, run = PLAN.select(impl, weight.device)
-    return Routing(expert_index.int(), weight, *run(expert_index, num_experts), None)
+    with on_device_of(weight):
+        return Routing(expert_index.int(), weight, *run(expert_index, num_experts), None)
 
 
 def moe_mlp(
@@ -174,7 +175,7 @@ def moe_mlp(
         )
     _check_routing(routing, hidden, experts)
     _, run = MLP.select(impl, hidden.device)
-    with _no_autocast(hidden.device):
+    with on_device_of(hidden), _no_autocast(hidden.device):
         plan = {"token_order": routing.token_order.int(), "expert_offset": routing.expert_offset.int()}
         return run(hidden, gate_up, down, routing._replace(**plan)).to(result)
 
