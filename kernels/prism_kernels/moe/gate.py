@@ -13,12 +13,19 @@ from prism_kernels.compile_gate import Configuration
 from prism_kernels.moe import triton_mlp, triton_products, triton_route
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}  # fp16 compiles as bf16 does
-EXPERTS = ((4, 2), (64, 8), (128, 8))  # (E, k); the last is Qwen3-VL-30B-A3B's
+# (E, k) of every padding of E, 16 to 128; of E that 16 divides and does not, as Triton compiles these apart; of few and
+# many choices. The last is Qwen3-VL-30B-A3B's.
+EXPERTS = ((4, 2), (12, 8), (16, 8), (24, 8), (32, 2), (32, 8), (40, 1), (64, 1), (64, 8), (128, 8))
 
 
 def configurations() -> list[Configuration]:
     """H 2048 and I 6144 are multiples of 16; T and the number of blocks are any."""
     return [*_route(), *_plan(), *_memory_bound(), *_products()]
+
+
+def _aligned(experts: int, *names: str) -> tuple[str, ...]:
+    """``names``, and the number of experts where 16 divides it."""
+    return (*names, "num_experts") if experts % 16 == 0 else names
 
 
 def _wide(dtype: str) -> str:
@@ -37,7 +44,7 @@ def _route() -> list[Configuration]:
     for (dtype, router), (experts, k), kind in product(dtypes, EXPERTS, (False, True)):
         wide = f"*{_wide(router)}"
         size, wide_size = DTYPES[router].itemsize, DTYPES[_wide(router)].itemsize
-        blocks, launch = _split(triton_route.route_options(experts, size))
+        blocks, launch = _split(triton_route.route_options(experts, k, size))
         common = {"K": k, "E_PAD": triton_route.padded(experts)}
         name = f"{dtype}{'' if router == dtype else f'/{router}'} E{experts} k{k}{' kinds' if kind else ''}"
         for forced in (False, True):
@@ -53,7 +60,7 @@ def _route() -> list[Configuration]:
                     triton_route.route_kernel,
                     {**signature, **{length: "i32" for length in lengths if kind or length != "num_kinds"}},
                     {**common, **flags, "K_PAD": triton.next_power_of_2(k), **({} if kind else {"num_kinds": 1})},
-                    divisible_by_16=("hidden", "x_stride"),
+                    divisible_by_16=_aligned(experts, "hidden", "x_stride"),
                     **launch,
                 )
             )
@@ -66,10 +73,11 @@ def _route() -> list[Configuration]:
                 triton_route.d_logits_kernel,
                 signature | dict.fromkeys(("num_tokens", "num_experts", "num_kinds"), "i32"),
                 {**common, **blocks, "HAS_KIND": kind, "RENORMALIZE": True},
+                divisible_by_16=_aligned(experts),
                 **launch,
             )
         )
-        if not kind:
+        if not kind and (experts, k) == next(row for row in EXPERTS if row[0] == experts):  # k does not change it
             rows.append(_d_router(name, dtype, router, experts))
     return rows
 
@@ -85,7 +93,7 @@ def _d_router(name: str, dtype: str, router: str, experts: int) -> Configuration
         triton_route.d_router_kernel,
         signature | dict.fromkeys(lengths, "i32"),
         {"E_PAD": triton_route.padded(experts), **blocks, "WITH_D_X": True},
-        divisible_by_16=("hidden", "x_stride", "tokens_per_split"),
+        divisible_by_16=_aligned(experts, "hidden", "x_stride", "tokens_per_split"),
         **launch,
     )
 
@@ -95,6 +103,7 @@ def _plan() -> list[Configuration]:
     for experts, k in EXPERTS:
         blocks, launch = _split(triton_route.order_options(experts))
         common = {"K": k, "E_PAD": triton_route.padded(experts), **blocks}
+        launch["divisible_by_16"] = _aligned(experts)
         lengths = dict.fromkeys(("num_tokens", "num_experts", "num_blocks"), "i32")
         pointers = dict.fromkeys(("index_ptr", "before_ptr", "total_ptr", "order_ptr", "offset_ptr"), "*i32")
         name = f"E{experts} k{k}"
@@ -179,17 +188,18 @@ def _products() -> list[Configuration]:
         fixed = {("b_stride_r", "b_stride_n")[unit]: 1}  # Triton makes a stride of 1 a constant
         aligned = tuple(name for name in (*strides, "inner", "columns", "a_stride") if name not in fixed)
         signature = {"a_ptr": own, "b_ptr": own, "offset_ptr": "*i32", "out_ptr": own, **lengths, **strides}
-        rows.append(
-            Configuration(
-                f"rows {dtype} {layout}",
-                triton_products.rows_kernel,
-                {name: kind for name, kind in signature.items() if name not in fixed},
-                {**blocks, "E_PAD": triton_route.padded(4), **fixed},
-                divisible_by_16=aligned,
-                wgmma=dtype == "bf16",
-                **launch,
+        for pad in sorted({triton_route.padded(experts) for experts, _ in EXPERTS}):
+            rows.append(
+                Configuration(
+                    f"rows {dtype} {layout} E{pad}",
+                    triton_products.rows_kernel,
+                    {name: kind for name, kind in signature.items() if name not in fixed},
+                    {**blocks, "E_PAD": pad, **fixed},
+                    divisible_by_16=aligned,
+                    wgmma=dtype == "bf16",
+                    **launch,
+                )
             )
-        )
         strides = dict.fromkeys(("out_stride_e", "out_stride_m", "out_stride_n"), "i32")
         lengths = dict.fromkeys(("rows", "columns", "a_stride", "b_stride"), "i32")
         fixed = {("out_stride_m", "out_stride_n")[unit]: 1}

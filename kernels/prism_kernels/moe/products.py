@@ -106,7 +106,11 @@ def choose(gate_up: Tensor, down: Tensor) -> Products:
             return _load(_able(gate_up, down)[0])  # a capture cannot be timed; not kept, so that a later call measures
         if _num_processes() > 1:
             _choices[case] = _able(gate_up, down)[0]
-            log.info("grouped products of %s: %s (several processes: not measured)", case, _choices[case])
+            log.info(
+                "grouped products of %s: %s (several processes: not measured, see settle_products)",
+                case,
+                _choices[case],
+            )
         else:
             _choices[case] = _fastest(case, gate_up, down)
     reason = why_not(_choices[case], gate_up, down)

@@ -36,13 +36,20 @@ def block_tokens(experts: int) -> int:
     return 32 if padded(experts) <= 64 else 16
 
 
-def route_options(experts: int, itemsize: int) -> dict[str, int]:
-    """Blocks of the fused router, by experts and bytes of an operand; larger ones spill (compile gate)."""
-    many = padded(experts) > 64
-    block_h = {2: 128, 4: 64 if many else 32, 8: 16}[itemsize]
-    few = not many and itemsize < 8
-    options = {"BLOCK_H": block_h, "num_warps": 4 if few else 8}
-    return {"BLOCK_T": block_tokens(experts), **tuned("moe", f"route {itemsize} E{padded(experts)}", options)}
+def route_options(experts: int, top_k: int, itemsize: int) -> dict[str, int]:
+    """Blocks of the fused router, by experts, choices and bytes of an operand; others spill (dev/LOG.md)."""
+    pad, few = padded(experts), top_k <= 4
+    if pad > 64:
+        block_h, warps = {2: 128, 4: 64, 8: 16}[itemsize], 8
+    elif itemsize == 2:
+        block_h, warps = 128 if pad == 16 and few else 64, 4
+    elif itemsize == 4:
+        block_h, warps = (16, 8) if pad == 32 or (pad == 64 and few) else (32, 4)
+    else:
+        block_h, warps = 16, 8 if few else 4
+    options = {"BLOCK_H": block_h, "num_warps": warps}
+    key = f"route {itemsize} E{pad}{'' if few else ' many'}"
+    return {"BLOCK_T": block_tokens(experts), **tuned("moe", key, options)}
 
 
 def order_options(experts: int) -> dict[str, int]:
@@ -61,7 +68,7 @@ def d_router_options(experts: int, itemsize: int) -> dict[str, int]:
         return {"BLOCK_T": 16, "BLOCK_H": 16, "num_warps": 4}
     pad = padded(experts)
     if pad <= 32:
-        return {"BLOCK_T": 32, "BLOCK_H": 64, "num_warps": 4}
+        return {"BLOCK_T": 32, "BLOCK_H": 64, "num_warps": 4 if pad == 16 else 8}
     return {"BLOCK_T": 32 if pad <= 64 else 16, "BLOCK_H": 32 if pad <= 64 else 16, "num_warps": 8}
 
 
@@ -393,7 +400,7 @@ class _Route(torch.autograd.Function):
         tokens, experts = hidden.shape[0], router_weight.shape[0]
         x, router = rows_of(hidden), router_weight.contiguous()
         kind = None if segment_kind is None else segment_kind.contiguous()
-        options = route_options(experts, torch.promote_types(hidden.dtype, router_weight.dtype).itemsize)
+        options = route_options(experts, top_k, torch.promote_types(hidden.dtype, router_weight.dtype).itemsize)
         blocks = triton.cdiv(tokens, options["BLOCK_T"])
         wide = {"dtype": torch.promote_types(hidden.dtype, torch.float32), "device": hidden.device}
         integer = {"dtype": torch.int32, "device": hidden.device}
