@@ -21,6 +21,7 @@ from benchmarks.peers import need_gpu
 
 TESTS = [
     "tests/test_linear_logprob.py",
+    "tests/test_linear_contract.py",
     "tests/test_linear_policy_loss.py",
     "tests/test_linear_triton.py",
     "tests/test_linear_gpu.py",

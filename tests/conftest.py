@@ -29,3 +29,12 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def torch_settings():
+    """Puts back what a stage sets for the process: threads and deterministic algorithms."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)

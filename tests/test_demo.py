@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from prism_fast import report_plots
 from prism_fast.demo import demo
@@ -20,13 +19,7 @@ FEW = {
     "rlvr": {"steps": 2, "rollout": {"prompts_per_step": 2, "samples": 4}},
 }
 
-
-@pytest.fixture(autouse=True)
-def torch_settings():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def test_demo_writes_what_it_promises(tmp_path):

@@ -14,13 +14,7 @@ from tests.tiny_run import run_stage, settings
 
 BROKEN = 2  # the step
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def break_score(monkeypatch, row, value):

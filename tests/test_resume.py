@@ -22,13 +22,7 @@ from tests.tiny_run import run_stage, settings
 
 ROOT = Path(__file__).parent.parent
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 def start(stage, tree, tmp_path):

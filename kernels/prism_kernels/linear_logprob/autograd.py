@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
 from prism_kernels.dispatch import Impl, on_device_of
 from prism_kernels.linear_logprob import engine
@@ -19,35 +17,12 @@ from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence
 from prism_kernels.linear_logprob.engine import GradientDtypes, Head, Needs, RowKernels, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
+from prism_kernels.linear_logprob.operators import as_given, check_once_differentiated, check_reverse_mode, operator
 from prism_kernels.linear_logprob.plan import Plan, make_plan
 from prism_kernels.linear_logprob.products import accumulator_dtype
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, float? softcap"
 _GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
-
-
-def _operator(name: str, schema: str) -> Callable:
-    """Define prism_kernels::<name>; the decorated function, whose first argument is hidden, runs it on any device.
-
-    Not torch.library.custom_op, which imports torch._dynamo: two seconds of every process that calls an op.
-    """
-    name = f"prism_kernels::{name}"
-    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    def register(run: Callable) -> OpOverload:
-        def run_as_given(hidden, *rest):
-            with on_device_of(hidden), _as_given(hidden):
-                return run(hidden, *rest)
-
-        torch.library.impl(name, "CompositeExplicitAutograd", run_as_given)
-        return getattr(torch.ops.prism_kernels, name.partition("::")[2]).default
-
-    return register
-
-
-def _as_given(hidden: Tensor) -> torch.autocast:
-    """Products in the dtypes chosen here: under autocast, those of the gradients would be bf16, for fp32 inputs too."""
-    return torch.autocast(hidden.device.type, enabled=False)
 
 
 def _row_kernels(impl: str) -> RowKernels:
@@ -68,24 +43,6 @@ def _beside(hidden: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(hidden.device, non_blocking=True) for t in tensors]
 
 
-def _once_differentiable() -> None:
-    """For a backward that autograd could not differentiate again: with create_graph=True it runs with grad enabled."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the LM-head ops have no second derivative (create_graph=True); use impl='reference' for one"
-        )
-
-
-def _check_reverse_mode(*tensors: Tensor | None) -> None:
-    """Torch would take the tangent of an operator without a forward-mode rule for 0, and say nothing."""
-    if forward_ad._current_level < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "the LM-head ops have no forward-mode derivative (torch.func.jvp); use impl='reference' for one"
-        )
-
-
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
@@ -100,14 +57,14 @@ def linear_logprob(
     chunk_bytes: int,
     impl: str,
 ) -> LinearLogprob:
-    _check_reverse_mode(hidden, weight, bias)
+    check_reverse_mode(hidden, weight, bias)
     logprob, logsumexp, _, entropy = _logprob(
         hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl
     )
     return LinearLogprob(logprob, logsumexp, entropy if with_entropy else None)
 
 
-@_operator(
+@operator(
     "linear_logprob",
     f"({_HEAD}, bool with_entropy, SymInt chunk_bytes, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -127,7 +84,7 @@ def _(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_b
     return rows, torch.empty_like(rows), torch.empty_like(rows), entropy
 
 
-@_operator(
+@operator(
     "linear_logprob_backward",
     f"({_HEAD}, Tensor logprob, Tensor logsumexp, Tensor lost, Tensor entropy, Tensor d_logprob, "
     f"Tensor? d_logsumexp, Tensor? d_entropy, bool[] needs, SymInt chunk_bytes, str impl) -> ({_GRADIENTS})",
@@ -169,7 +126,7 @@ def _setup_logprob(ctx, inputs, output):
 
 
 def _backward_logprob(ctx, d_logprob, d_logsumexp, _, d_entropy):
-    _once_differentiable()
+    check_once_differentiated()
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
     temperature, softcap, with_entropy, chunk_bytes, impl = ctx.options
     needs = list(ctx.needs_input_grad[:3])
@@ -207,7 +164,7 @@ def _scaled(ctx, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
     than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and on a
     CPU, where looking waits for nothing, a factor of 1 is none.
     """
-    _once_differentiable()
+    check_once_differentiated()
     last = _is_last_backward(d_loss)
 
     def times(gradient: Tensor) -> Tensor:
@@ -239,14 +196,14 @@ def linear_cross_entropy(
     chunk_bytes: int,
     impl: str,
 ) -> Tensor:
-    _check_reverse_mode(hidden, weight, bias)
+    check_reverse_mode(hidden, weight, bias)
     needs = list(_needs(hidden, weight, bias))
     return _cross_entropy(
         hidden, weight, bias, targets, 1.0, softcap, row_weight, normalizer, needs, chunk_bytes, impl
     )[0]
 
 
-@_operator(
+@operator(
     "linear_cross_entropy",
     f"({_HEAD}, Tensor? row_weight, Tensor? normalizer, bool[] needs, SymInt chunk_bytes, str impl) "
     f"-> (Tensor loss, {_GRADIENTS})",
@@ -294,7 +251,7 @@ def linear_policy_loss(
     chunk_bytes: int,
     impl: str,
 ) -> PolicyLoss:
-    _check_reverse_mode(hidden, weight, bias)
+    check_reverse_mode(hidden, weight, bias)
     need_entropy = with_entropy or objective.entropy_coef != 0
     loss, logprob, entropy, means, *_ = _policy_loss(
         hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
@@ -310,7 +267,7 @@ def linear_policy_loss(
     )
 
 
-@_operator(
+@operator(
     "linear_policy_loss",
     f"({_HEAD}, Tensor advantages, Tensor sequence_start, Tensor? old_logprob, Tensor? ref_logprob, "
     "Tensor? rollout_logprob, Tensor? normalizer, str objective, bool with_entropy, bool with_logprob, bool[] needs, "
@@ -392,7 +349,7 @@ def linear_objective(
     chunk_bytes: int,
     impl: str,
 ) -> Tensor:
-    _check_reverse_mode(hidden, weight, bias)
+    check_reverse_mode(hidden, weight, bias)
     check_targets(targets, weight.shape[0])
     plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, compact=True)
     options = (temperature, softcap, with_entropy, glue, plan, _row_kernels(impl))
@@ -415,7 +372,7 @@ class _Objective(torch.autograd.Function):
         kernels: RowKernels,
     ) -> Tensor:
         head = Head(hidden, weight, bias, temperature, softcap)
-        with on_device_of(hidden), _as_given(hidden):
+        with on_device_of(hidden), as_given(hidden):
             loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
         ctx.dtypes = GradientDtypes.final(hidden, weight, bias)
         ctx.save_for_backward(*gradients)

@@ -26,7 +26,7 @@ def _op(name: str, triton_module: str) -> Op:
 
 
 ROUTE = _op("moe_route", "triton_route")
-PLAN = _op("plan_routing", "triton_route")
+PLAN = _op("plan_routing", "triton_plan")
 MLP = _op("moe_mlp", "triton_mlp")
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from prism_kernels.compile_gate import Configuration
-from prism_kernels.moe import triton_mlp, triton_products, triton_route
+from prism_kernels.moe import triton_mlp, triton_plan, triton_products, triton_route
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}  # fp16 compiles as bf16 does
 # (E, k) of every padding of E, 16 to 128; of E that 16 divides and does not, as Triton compiles these apart; of few and
@@ -45,7 +45,7 @@ def _route() -> list[Configuration]:
         wide = f"*{_wide(router)}"
         size, wide_size = DTYPES[router].itemsize, DTYPES[_wide(router)].itemsize
         blocks, launch = _split(triton_route.route_options(experts, k, size))
-        common = {"K": k, "E_PAD": triton_route.padded(experts)}
+        common = {"K": k, "E_PAD": triton_plan.padded(experts)}
         name = f"{dtype}{'' if router == dtype else f'/{router}'} E{experts} k{k}{' kinds' if kind else ''}"
         for forced in (False, True):
             signature = {"x_ptr": f"*{dtype}", "router_ptr": f"*{router}"}
@@ -92,7 +92,7 @@ def _d_router(name: str, dtype: str, router: str, experts: int) -> Configuration
         f"d_router {name}",
         triton_route.d_router_kernel,
         signature | dict.fromkeys(lengths, "i32"),
-        {"E_PAD": triton_route.padded(experts), **blocks, "WITH_D_X": True},
+        {"E_PAD": triton_plan.padded(experts), **blocks, "WITH_D_X": True},
         divisible_by_16=_aligned(experts, "hidden", "x_stride", "tokens_per_split"),
         **launch,
     )
@@ -101,21 +101,21 @@ def _d_router(name: str, dtype: str, router: str, experts: int) -> Configuration
 def _plan() -> list[Configuration]:
     rows = []
     for experts, k in EXPERTS:
-        blocks, launch = _split(triton_route.order_options(experts))
-        common = {"K": k, "E_PAD": triton_route.padded(experts), **blocks}
+        blocks, launch = _split(triton_plan.order_options(experts))
+        common = {"K": k, "E_PAD": triton_plan.padded(experts), **blocks}
         launch["divisible_by_16"] = _aligned(experts)
         lengths = dict.fromkeys(("num_tokens", "num_experts", "num_blocks"), "i32")
         pointers = dict.fromkeys(("index_ptr", "before_ptr", "total_ptr", "order_ptr", "offset_ptr"), "*i32")
         name = f"E{experts} k{k}"
-        rows.append(Configuration(f"order {name}", triton_route.order_kernel, pointers | lengths, common, **launch))
+        rows.append(Configuration(f"order {name}", triton_plan.order_kernel, pointers | lengths, common, **launch))
         pointers = dict.fromkeys(("index_ptr", "block_count_ptr"), "*i32")
-        rows.append(Configuration(f"count {name}", triton_route.count_kernel, pointers | lengths, common, **launch))
+        rows.append(Configuration(f"count {name}", triton_plan.count_kernel, pointers | lengths, common, **launch))
     for wide in ("*fp32", "*fp64"):
         signature = dict.fromkeys(("block_count_ptr", "total_ptr", "kind_count_ptr"), "*i32")
         signature |= {"kind_probability_ptr": wide, "counts_ptr": "*fp32", "prob_sum_ptr": wide}
         signature |= dict.fromkeys(("num_experts", "num_kinds", "num_blocks"), "i32")
-        block = {"SCAN_BLOCK": triton_route.SCAN_BLOCK}
-        rows.append(Configuration(f"scan {wide[1:]}", triton_route.scan_kernel, signature, block))
+        block = {"SCAN_BLOCK": triton_plan.SCAN_BLOCK}
+        rows.append(Configuration(f"scan {wide[1:]}", triton_plan.scan_kernel, signature, block))
     return rows
 
 
@@ -188,7 +188,7 @@ def _products() -> list[Configuration]:
         fixed = {("b_stride_r", "b_stride_n")[unit]: 1}  # Triton makes a stride of 1 a constant
         aligned = tuple(name for name in (*strides, "inner", "columns", "a_stride") if name not in fixed)
         signature = {"a_ptr": own, "b_ptr": own, "offset_ptr": "*i32", "out_ptr": own, **lengths, **strides}
-        for pad in sorted({triton_route.padded(experts) for experts, _ in EXPERTS}):
+        for pad in sorted({triton_plan.padded(experts) for experts, _ in EXPERTS}):
             rows.append(
                 Configuration(
                     f"rows {dtype} {layout} E{pad}",

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.moe.triton_route import padded
+from prism_kernels.moe.triton_plan import padded
 from prism_kernels.tables import tuned
 
 # (BLOCK_M, BLOCK_N, BLOCK_R, warps, stages) by bytes of an element.
