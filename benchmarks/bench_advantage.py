@@ -18,7 +18,7 @@ from benchmarks.harness import Contender, Problem, Tolerance
 from benchmarks.measure import Unavailable, graphed
 from benchmarks.peers import function_alone
 
-TESTS = ["tests/test_group_advantage.py"]
+TESTS = ["tests/kernels/group_advantage/test_group_advantage.py"]
 TINY = {"B": 64, "N": 16}
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "published": [{"B": 512, "N": 16}, {"B": 65536, "N": 16}],

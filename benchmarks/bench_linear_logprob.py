@@ -20,11 +20,11 @@ from benchmarks.linear_peers import cross_entropy_peers, entropy_peers, logprob_
 from benchmarks.peers import need_gpu
 
 TESTS = [
-    "tests/test_linear_logprob.py",
-    "tests/test_linear_contract.py",
-    "tests/test_linear_policy_loss.py",
-    "tests/test_linear_triton.py",
-    "tests/test_linear_gpu.py",
+    "tests/kernels/linear_logprob/test_linear_logprob.py",
+    "tests/kernels/linear_logprob/test_contract.py",
+    "tests/kernels/linear_logprob/test_linear_policy_loss.py",
+    "tests/kernels/linear_logprob/test_triton.py",
+    "tests/kernels/linear_logprob/test_gpu.py",
 ]
 TINY = {"T": 48, "H": 16, "V": 509}
 SHAPES: dict[str, list[dict[str, Any]]] = {

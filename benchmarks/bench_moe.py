@@ -25,7 +25,7 @@ from benchmarks.peers import attribute, need
 from benchmarks.precompile import PRECOMPILED, precompile
 from prism_kernels.moe import plan_routing
 
-TESTS = ["tests/test_moe.py", "tests/test_moe_products.py", "tests/test_moe_triton.py"]
+TESTS = ["tests/kernels/moe/test_moe.py", "tests/kernels/moe/test_products.py", "tests/kernels/moe/test_triton.py"]
 TINY = {"T": 32, "H": 32, "I": 48}
 _BASE = {"T": 8192, "H": 2048, "I": 6144, "E": 4, "k": 2, "skew": 0.0, "dtype": "bf16"}
 SHAPES: dict[str, list[dict[str, Any]]] = {

@@ -10,9 +10,9 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from benchmarks.step_case import Parts, Shape, draw, model_settings, moved, rollout_of, spread_weights
 from prism_fast.config import AlignConfig
-from prism_fast.discriminator import Discriminator
+from prism_fast.models.discriminator import Discriminator
 from prism_fast.records import Prompt, Rollout, Sample
-from prism_fast.stages.align import Lesson
+from prism_fast.steps.discriminator_step import Lesson
 
 
 @dataclass

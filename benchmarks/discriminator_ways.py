@@ -20,10 +20,10 @@ from benchmarks import step_flops
 from benchmarks.discriminator_case import Case
 from benchmarks.step_flops import Work
 from benchmarks.waterfall import Outcome, Way
+from prism_fast.models.backbone import ATTENTION, embed
 from prism_fast.pack import build_pack, mrope_positions
-from prism_fast.policy import ATTENTION, embed
-from prism_fast.routing_metrics import ExpertLoad
-from prism_fast.stages.align import discriminator_gradient, discriminator_trees
+from prism_fast.steps.discriminator_step import discriminator_gradient, discriminator_trees
+from prism_fast.steps.expert_load import ExpertLoad
 from prism_kernels import tree_attention
 
 # (caption, reasoning) of one response -> its two scores.

@@ -328,7 +328,7 @@ def _tests_key(paths: Sequence[str]) -> str:
     chosen = sorted((name, value) for name, value in os.environ.items() if name.startswith(("PRISM_", "TRITON_")))
     packages = [machine.version(name) for name in ("torch", "triton", "numpy", "transformers")]
     digest = hashlib.sha256(f"{sys.version} {packages} {torch.cuda.is_available()} {chosen} {paths}".encode())
-    shared = [path for path in (machine.ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
+    shared = [path for path in (machine.ROOT / "tests").rglob("*.py") if not path.name.startswith("test_")]
     sources = [path for path in (machine.ROOT / "kernels").rglob("*") if path.suffix in (".py", ".so")]
     sources += [*(machine.ROOT / "prism_fast").rglob("*.py"), *shared]
     for path in sorted([*sources, *(machine.ROOT / path for path in paths)]):

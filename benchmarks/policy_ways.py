@@ -20,10 +20,11 @@ from benchmarks import step_flops
 from benchmarks.step_case import Shape, draw, model_settings, moved, rollout_of, spread_weights
 from benchmarks.step_flops import Work
 from benchmarks.waterfall import Outcome, Way
-from prism_fast.loss import policy_gradient, response_trees
+from prism_fast.models.backbone import ATTENTION
+from prism_fast.models.policy import Policy
 from prism_fast.pack import pack
-from prism_fast.policy import ATTENTION, Policy
 from prism_fast.records import Rollout
+from prism_fast.steps.policy_step import policy_gradient, response_trees
 from prism_kernels import PolicyObjective
 
 OBJECTIVE = PolicyObjective.grpo()

@@ -42,7 +42,7 @@ def _quiet_transformers() -> None:
 
 def _stage(run, cls, config: Path | None, overrides: list[str] | None, resume: bool) -> None:
     from prism_fast.config import load_config
-    from prism_fast.run import Stopped
+    from prism_fast.run.session import Stopped
 
     _quiet_transformers()
     settings = load_config(cls, config, overrides or ())
@@ -68,8 +68,8 @@ def demo(
 ) -> None:
     """PRISM in miniature on real images: all stages, summary.json and report.html."""
     from prism_fast.config import parse_overrides
-    from prism_fast.demo import demo as run
-    from prism_fast.run import Stopped
+    from prism_fast.demo.demo import demo as run
+    from prism_fast.run.session import Stopped
 
     _quiet_transformers()
     try:
@@ -100,7 +100,7 @@ def sft(config: ConfigFile = None, resume: Resume = False, overrides: Overrides 
 def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Stage 2a: a dense model becomes a mixture-of-experts discriminator."""
     from prism_fast.config import UpcycleConfig, load_config
-    from prism_fast.upcycle import upcycle_directory
+    from prism_fast.stages.upcycle import upcycle_directory
 
     _quiet_transformers()
     path = upcycle_directory(load_config(UpcycleConfig, config, overrides or ()))
@@ -139,9 +139,9 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
     from prism_fast.config import EvaluateConfig, load_config
     from prism_fast.data.chat import Chat
-    from prism_fast.evaluate import EvalSet, evaluate
-    from prism_fast.policy import local_directory
-    from prism_fast.run import load_policy
+    from prism_fast.models.backbone import local_directory
+    from prism_fast.models.load import load_policy
+    from prism_fast.steps.evaluate import EvalSet, evaluate
 
     _quiet_transformers()
     settings = load_config(EvaluateConfig, config, overrides or ())
@@ -239,7 +239,7 @@ def bench(
 @app.command()
 def doctor() -> None:
     """Hardware, versions, and which implementation each op uses and why."""
-    from prism_fast.doctor import environment, implementations
+    from prism_fast.run.environment import environment, implementations
 
     console = Console()
     facts = environment()

@@ -78,7 +78,7 @@ class RolloutConfig(Node):
 
 
 class WatchConfig(Node):
-    """When to warn (prism_fast/watch.py): a condition that holds for ``patience`` steps in a row."""
+    """When to warn (prism_fast/run/alerts.py): a condition that holds for ``patience`` steps in a row."""
 
     patience: int = Field(20, gt=0)
     entropy_floor: float = Field(0.1, ge=0, le=1)  # fraction of the entropy of the first steps

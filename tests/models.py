@@ -89,7 +89,7 @@ def moe(seed: int = 0, experts: int = 4, top_k: int = 2, **kwargs):
     """A random Qwen3-VL-MoE of the same dimensions (stock attention)."""
     from transformers import Qwen3VLMoeForConditionalGeneration
 
-    from prism_fast.upcycle import moe_config
+    from prism_fast.models.upcycle import moe_config
 
     torch.manual_seed(seed)
     model = Qwen3VLMoeForConditionalGeneration(moe_config(qwen_config(**kwargs), experts, top_k)).eval()

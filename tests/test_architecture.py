@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import prism_kernels
-from prism_fast.advantage import alignment_advantage
 from prism_fast.config import AdvantageConfig, OptimizerConfig
 from prism_fast.pack import KIND_RESPONSE, ImageTokens, Tree, pack
 from prism_fast.records import Prompt, Scores
-from prism_fast.update import Updater
+from prism_fast.steps.advantage import alignment_advantage
+from prism_fast.steps.update import Updater
 from prism_kernels import PolicyObjective, dispatch, group_normalize, linear_policy_loss, pack_trees
 
 DOCUMENT = Path(__file__).parent.parent / "ARCHITECTURE.md"
@@ -79,9 +79,9 @@ def test_the_example_in_the_document():
 def test_files_and_tests_that_the_document_names_exist():
     text = DOCUMENT.read_text()
     root = DOCUMENT.parent
-    for name in set(re.findall(r"tests/\w+\.py", text)):
+    for name in set(re.findall(r"tests/[\w/]+\.py", text)):
         assert (root / name).is_file(), name
-    for name, test in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
+    for name, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
         assert f"def {test}(" in (root / name).read_text(), f"{name}::{test}"
     boxes = text.split("## Boxes")[1].split("```")[1]
     for name in re.findall(r"[\w/]+\.py", boxes):

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from prism_fast.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, load_config
-from prism_fast.data.digits import DemoSizes, write_demo_data
 from prism_fast.data.formats import read_align, read_sft, write_warmup
-from prism_fast.data.tiny import make_tiny_model
+from prism_fast.demo.digits import DemoSizes, write_demo_data
+from prism_fast.demo.tiny import make_tiny_model
+from prism_fast.models.upcycle import upcycle
 from prism_fast.stages.align import align
 from prism_fast.stages.rlvr import rlvr
 from prism_fast.stages.sft import sft
 from prism_fast.stages.warmup import warmup
-from prism_fast.upcycle import upcycle
 
 STAGES = {
     "sft": (sft, SFTConfig),
@@ -28,7 +28,7 @@ def prepare(folder: Path) -> Path:
     from dataclasses import replace
 
     from prism_fast.data.chat import Chat
-    from prism_fast.run import with_chat
+    from prism_fast.models.load import with_chat
 
     files = write_demo_data(folder / "data", 0, DemoSizes(sft=48, align=12, rlvr=12, eval=6))
     samples = read_sft(files.sft)
@@ -88,7 +88,7 @@ def run_stage(stage: str, tree: dict, *, resume: bool = False) -> dict:
 if __name__ == "__main__":  # python -m tests.tiny_run STAGE SETTINGS.json: a stage in a process that a test can kill
     import sys
 
-    from prism_fast.run import Stopped
+    from prism_fast.run.session import Stopped
 
     try:
         run_stage(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), resume="--resume" in sys.argv)

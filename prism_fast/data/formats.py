@@ -24,7 +24,7 @@ from prism_fast.data.images import image_ref, open_image
 from prism_fast.data.source import Source, open_source
 from prism_fast.data.writers import write_align, write_rlvr, write_sft, write_warmup
 from prism_fast.records import DataError, Message, Sample
-from prism_fast.reward.format import Parts, split_parts
+from prism_fast.response_format import Parts, split_parts
 
 __all__ = [
     "Dataset",

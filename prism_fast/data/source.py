@@ -8,11 +8,9 @@ from __future__ import annotations
 import codecs
 import json
 import mmap
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import pyarrow.parquet as pq
 from prism_fast.records import DataError
 
 ROW_GROUP_CACHE_BYTES = 2 << 30
+
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
@@ -149,21 +148,6 @@ def open_source(path: str | Path) -> Source:
     if not len(source):
         raise DataError(f"{path}: holds no record; write at least one")
     return source
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, renamed to ``path`` on success and removed on failure: readers never see half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _map(path: Path) -> mmap.mmap:

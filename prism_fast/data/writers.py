@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_fast.data.images import store_image
-from prism_fast.data.source import replacing
+from prism_fast.files import replacing
 from prism_fast.records import Message, Sample
 
 ROWS_PER_GROUP = 256  # keeps random access to large images cheap

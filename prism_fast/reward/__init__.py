@@ -8,14 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prism_fast.reward.format import (
-    Parts,
-    count_caption_items,
-    count_reasoning_steps,
-    is_valid,
-    split_parts,
-)
-from prism_fast.reward.judge import is_right
+from prism_fast.response_format import Parts, count_caption_items, count_reasoning_steps, is_valid, split_parts
+from prism_fast.reward.answer.judge import is_right
 
 __all__ = [
     "Parts",

@@ -9,12 +9,13 @@ import torch
 
 from prism_fast.config import FilterConfig, PairsConfig
 from prism_fast.data.chat import Chat
+from prism_fast.data.encode import encode_all
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
-from prism_fast.policy import local_directory
+from prism_fast.models.backbone import local_directory
+from prism_fast.models.load import load_policy
 from prism_fast.records import DataError, Rollout, Sample
 from prism_fast.reward import split_parts, verifiable_reward
-from prism_fast.rollout import generate
-from prism_fast.run import encode_all, load_policy
+from prism_fast.steps.sampler import generate
 
 Progress = Callable[[int, int], None]  # (responses done, responses in total)
 

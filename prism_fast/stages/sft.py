@@ -6,17 +6,19 @@ import math
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from prism_fast.config import SFTConfig
 from prism_fast.data.chat import Chat
+from prism_fast.data.encode import encode_all
 from prism_fast.data.formats import read_sft
-from prism_fast.evaluate import EvalSet, evaluate
-from prism_fast.metrics import Monitor
-from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
-from prism_fast.records import DataError, Prompt, Sample, StepStats
-from prism_fast.run import Clock, Run, encode_all, is_time, load_policy, order, with_chat
-from prism_fast.update import Updater
+from prism_fast.data.order import order
+from prism_fast.models.load import load_policy, with_chat
+from prism_fast.pack import pack
+from prism_fast.records import StepStats
+from prism_fast.run.monitor import Monitor
+from prism_fast.run.session import Clock, Run, is_time
+from prism_fast.steps.evaluate import EvalSet, evaluate
+from prism_fast.steps.sft_step import demonstration, demonstration_trees
+from prism_fast.steps.update import Updater
 from prism_kernels import linear_cross_entropy
 
 
@@ -75,24 +77,3 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
                 monitor.warn(f"skipped: {line}")
         run.finish(models)
         return figures
-
-
-def demonstration(sample: Sample, chat: Chat, config: SFTConfig) -> tuple[Prompt, Tensor]:
-    """(prompt, response tokens) of one sample. Raises DataError where it is too long."""
-    prompt = chat.encode_prompt(sample, config.data.max_prompt_tokens)
-    response = chat.encode_response(sample.response)
-    if len(prompt) + len(response) > config.max_tokens:
-        raise DataError(
-            f"{sample.place}: {len(prompt) + len(response)} tokens are over max_tokens = {config.max_tokens}; "
-            "raise it, or shorten the record"
-        )
-    return prompt, response
-
-
-def demonstration_trees(demonstrations: list[tuple[Prompt, Tensor]]) -> list[Tree]:
-    """Prompt -> demonstrations; samples with the same prompt and image share one root."""
-    distinct, which = merge_prompts([prompt for prompt, _ in demonstrations])
-    branches: list[list[Tensor]] = [[] for _ in distinct]
-    for (_, response), root in zip(demonstrations, which):
-        branches[root].append(response)
-    return [Tree(p, b, [KIND_RESPONSE] * len(b)) for p, b in zip(distinct, branches)]

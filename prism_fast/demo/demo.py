@@ -1,0 +1,340 @@
+"""The whole of PRISM in miniature: SFT -> discriminator warm-up -> adversarial alignment -> RLVR on real images.
+
+The demo is a user: it writes the published file formats to disk, and calls the stages on them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from prism_fast.config import (
+    RECIPES,
+    AlignConfig,
+    DataConfig,
+    EvalConfig,
+    FilterConfig,
+    ModelConfig,
+    Node,
+    PairsConfig,
+    RLVRConfig,
+    SFTConfig,
+    UpcycleConfig,
+    WarmupConfig,
+    load_config,
+    merge,
+    read_yaml,
+)
+from prism_fast.data.chat import Chat
+from prism_fast.data.formats import read_sft
+from prism_fast.demo.digits import DemoFiles, DemoSizes, write_demo_data
+from prism_fast.demo.tiny import make_tiny_model
+from prism_fast.models.load import load_policy
+from prism_fast.records import DataError
+from prism_fast.report.build import build_report
+from prism_fast.run.environment import environment
+from prism_fast.run.monitor import breakdown, read_metrics, tokens_per_second
+from prism_fast.run.session import set_up_torch
+from prism_fast.stages.align import align
+from prism_fast.stages.prepare import filter_prompts, pairs
+from prism_fast.stages.rlvr import rlvr
+from prism_fast.stages.sft import sft
+from prism_fast.stages.upcycle import upcycle_directory
+from prism_fast.stages.warmup import warmup
+from prism_fast.steps.evaluate import EvalSet, Evaluation, drift, evaluate, judge_teacher
+
+MARK = "demo.json"  # what the demo in this folder was started with
+
+
+class DemoSettings(Node):
+    """The demo's own keys; the other sections of recipes/demo.yaml are the stages' settings without their paths."""
+
+    preset: Literal["easy", "full"] = "easy"
+    sizes: dict[str, int] = Field(default_factory=dict)
+
+
+class Demo:
+    """The folder of one demo, and its stages."""
+
+    def __init__(self, out: Path, seed: int, recipe: dict[str, Any], console: Console, resume: bool):
+        self.out, self.seed, self.console, self.resume = out, seed, console, resume
+        self.recipe = dict(recipe)
+        self.settings = load_config(DemoSettings, None, base=self.recipe.pop("demo", {}))
+        unknown = set(self.recipe) - {"run", "eval", "sft", "upcycle", "pairs", "warmup", "align", "filter", "rlvr"}
+        if unknown:
+            raise DataError(f"demo recipe: unknown section {sorted(unknown)[0]}")
+        self.files = DemoFiles(
+            *(out / "data" / n for n in ("sft.json", "align.parquet", "rlvr.parquet", "eval.parquet"))
+        )
+        self.teacher: Evaluation | None = None
+        self.evaluations: dict[str, Evaluation] = {}
+        self.seconds: dict[str, float] = {}
+
+    def config(self, cls, section: str, stage: str | None = None, **paths: Any):
+        """The stage's settings of the recipe with this demo's paths, seed and shared settings."""
+        tree = merge(self.recipe.get(section, {}), paths)
+        if "run" in cls.model_fields:
+            tree = merge({"run": {**self.recipe.get("run", {}), "seed": self.seed}}, tree)
+            tree = merge(tree, {"run": {"out": self.out / (stage or section)}})
+        elif "seed" in cls.model_fields:
+            tree["seed"] = self.seed
+        if "eval" in cls.model_fields:
+            tree = merge({"eval": self.recipe.get("eval", {})}, tree)
+        return load_config(cls, None, base=tree)
+
+    def prepare(self) -> None:
+        """Data files and the random base model."""
+        if not (self.out / "base").exists():
+            self.console.print(
+                f"[bold]data[/]  digit scenes ({self.settings.preset}) and a tiny Qwen3-VL -> {self.out}"
+            )
+            write_demo_data(self.out / "data", self.seed, DemoSizes(**self.settings.sizes), self.settings.preset)
+            texts = [t for s in read_sft(self.files.sft) for t in (*(m.content for m in s.messages), s.response)]
+            make_tiny_model(self.out / "base", texts, seed=self.seed)
+        set_up_torch(
+            self.config(SFTConfig, "sft", model={"path": self.out / "base"}, data={"files": [self.files.sft]}).run
+        )
+        self.console.print(f"threads {torch.get_num_threads()}, seed {self.seed}")
+
+    def finished(self, stage: str) -> bool:
+        return (self.out / stage / "final").exists()
+
+    def measure(self, name: str, model: Path) -> Evaluation:
+        """Held-out figures of a model directory, written for the report."""
+        chat = Chat.load(model)
+        settings = load_config(EvalConfig, None, base=self.recipe.get("eval", {}))
+        data = DataConfig(files=(self.files.eval,))
+        held_out = EvalSet.read(data, data.files, settings.limit, chat)
+        if self.teacher is None:
+            self.teacher = judge_teacher(data.files, settings.limit, chat)
+            self.teacher.write(self.out / "evaluations" / "teacher.json")
+        policy = load_policy(ModelConfig(path=model), chat)
+        result = evaluate(policy, chat, held_out, settings, name=name, seed=self.seed)
+        result.write(self.out / "evaluations" / f"{name}.json")
+        self.evaluations[name] = result
+        distance = drift(result, self.teacher)
+        self.console.print(
+            f"[bold]{name}[/]  accuracy {result.accuracy:.1%}, valid format {result.format_valid:.1%}, "
+            f"drift: caption items {distance['caption_items']:.2f}, reasoning steps {distance['reasoning_steps']:.2f}"
+        )
+        return result
+
+    def run_sft(self) -> Path:
+        config = self.config(
+            SFTConfig, "sft", model={"path": self.out / "base"}, data=self._data(self.files.sft, evaluated=True)
+        )
+        return self._stage("sft", sft, config) / "policy"
+
+    def run_warmup(self, policy: Path) -> Path:
+        """Upcycles the SFT policy, rolls it out on the teacher's prompts and trains on the pairs."""
+        dense, moe, records = {"path": policy}, self.out / "discriminator", self.out / "data" / "pairs.jsonl"
+        began = time.perf_counter()
+        if not moe.exists():
+            upcycle_directory(self.config(UpcycleConfig, "upcycle", model=dense, out=moe))
+        if not records.exists():
+            counts = pairs(
+                self.config(PairsConfig, "pairs", model=dense, data=self._data(self.files.align), out=records)
+            )
+            self.console.print(f"[bold]pairs[/]  {counts['written']} records from {counts['prompts']} prompts")
+        self.seconds["pairs"] = time.perf_counter() - began
+        config = self.config(WarmupConfig, "warmup", discriminator={"path": moe}, data=self._data(records))
+        return self._stage("warmup", warmup, config) / "discriminator"
+
+    def run_align(self, policy: Path, discriminator: Path) -> Path:
+        config = self.config(
+            AlignConfig,
+            "align",
+            policy={"path": policy},
+            discriminator={"path": discriminator},
+            data=self._data(self.files.align, evaluated=True),
+        )
+        return self._stage("align", align, config) / "policy"
+
+    def run_rlvr(self, policy: Path, stage: str = "rlvr", extra_steps: int = 0) -> Path:
+        """``extra_steps``: what a run without alignment gets on top, for the same number of policy updates."""
+        prompts = self.out / "data" / f"{stage}-kept.parquet"
+        if "filter" in self.recipe and not prompts.exists():
+            data = self._data(self.files.rlvr)
+            counts = filter_prompts(self.config(FilterConfig, "filter", model={"path": policy}, data=data, out=prompts))
+            self.console.print(f"[bold]filter[/]  {counts['kept']} of {counts['prompts']} prompts kept by pass rate")
+        files = prompts if prompts.exists() else self.files.rlvr
+        config = self.config(RLVRConfig, "rlvr", stage, policy={"path": policy}, data=self._data(files, evaluated=True))
+        if extra_steps:
+            config = config.model_copy(update={"steps": config.steps + extra_steps})
+        return self._stage(stage, rlvr, config) / "policy"
+
+    def _data(self, file: Path, evaluated: bool = False) -> dict[str, Any]:
+        return {"files": [file], "eval_files": [self.files.eval] if evaluated else []}
+
+    def _stage(self, name: str, run, config) -> Path:
+        final = self.out / name / "final"
+        if not self.finished(name):
+            began = time.perf_counter()
+            run(config, resume=self.resume)
+            self.seconds[name] = time.perf_counter() - began
+        return final
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """The figures of summary.json."""
+        stages: dict[str, dict[str, Any]] = {}
+        for name, result in self.evaluations.items():
+            stages[name] = {**result.figures(), "by_type": result.by_type}
+        for name in ("sft", "warmup", "align", "rlvr"):
+            lines = read_metrics(self.out / name / "metrics.jsonl")
+            parts, tokens = breakdown(lines)
+            entry = stages.setdefault(name, {})
+            entry["seconds"] = self.seconds.get(name, sum(parts.values()))
+            entry["tokens_per_second"] = tokens_per_second(parts, tokens)
+            entry["steps"] = max(line["step"] for line in lines)
+            if name == "warmup":
+                last = [line for line in lines if "eval/pair_accuracy_perception" in line][-1]
+                for side in ("perception", "reasoning"):
+                    entry[f"pair_accuracy_{side}"] = last[f"eval/pair_accuracy_{side}"]
+        return {
+            "stages": stages,
+            "drift": {name: drift(result, self.teacher) for name, result in self.evaluations.items()},
+            "seed": self.seed,
+            "preset": self.settings.preset,
+            "seconds": seconds,
+            "environment": environment(),
+        }
+
+
+def demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    smoke: bool = False,
+    compare: int = 0,
+    preset: str | None = None,
+    resume: bool = False,
+    overrides: dict[str, Any] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Runs the demo in ``out`` and returns what it wrote to ``out/summary.json``; ``out/report.html`` lies beside it.
+
+    ``compare``: number of seeds for which SFT -> RLVR, with as many policy updates, is run too (the other seeds' demos
+    lie in ``out/seeds``); 0: none.
+    """
+    console = console or Console()
+    recipe = read_yaml(RECIPES / "demo.yaml")
+    if smoke:
+        recipe = merge(recipe, read_yaml(RECIPES / "smoke.yaml"))
+    recipe = merge(recipe, overrides or {})
+    if preset is not None:
+        recipe = merge(recipe, {"demo": {"preset": preset}})
+    _claim(out, {"seed": seed, "recipe": recipe, "compare": compare}, resume)
+    run = Demo(out, seed, recipe, console, resume)
+    summary = _pipeline(run)
+    if compare:
+        pairs_of_seeds = [_against_direct(run)]
+        for other in range(seed + 1, seed + compare):
+            console.rule(f"seed {other}")
+            again = Demo(out / "seeds" / str(other), other, recipe, console, resume)
+            _pipeline(again)
+            pairs_of_seeds.append(_against_direct(again))
+        summary["compare"] = _comparison(pairs_of_seeds)
+        _write_json(out / "summary.json", summary)
+    report = build_report(out)
+    _show(console, summary)
+    console.print(f"summary {out / 'summary.json'}   report {report}   {summary['seconds']:.0f} s", soft_wrap=True)
+    return summary
+
+
+def _pipeline(run: Demo) -> dict[str, Any]:
+    began = time.perf_counter()
+    run.prepare()
+    run.measure("base", run.out / "base")
+    supervised = run.run_sft()
+    run.measure("sft", supervised)
+    discriminator = run.run_warmup(supervised)
+    aligned = run.run_align(supervised, discriminator)
+    run.measure("align", aligned)
+    run.measure("rlvr", run.run_rlvr(aligned))
+    summary = run.summary(time.perf_counter() - began)
+    _write_json(run.out / "summary.json", summary)
+    return summary
+
+
+def _against_direct(run: Demo) -> dict[str, Any]:
+    """SFT -> RLVR with the policy updates of alignment added to those of RLVR, beside PRISM's result."""
+    began = time.perf_counter()
+    steps = max(line["step"] for line in read_metrics(run.out / "align" / "metrics.jsonl"))
+    direct = run.run_rlvr(run.out / "sft" / "final" / "policy", stage="direct", extra_steps=steps)
+    result = run.measure("direct", direct)
+    prism = run.evaluations["rlvr"].accuracy
+    return {"seed": run.seed, "prism": prism, "sft_rlvr": result.accuracy, "seconds": time.perf_counter() - began}
+
+
+def _comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    difference = [row["prism"] - row["sft_rlvr"] for row in rows]
+    return {
+        "seeds": [row["seed"] for row in rows],
+        "prism": [row["prism"] for row in rows],
+        "sft_rlvr": [row["sft_rlvr"] for row in rows],
+        "difference": difference,
+        "mean": statistics.mean(difference),
+        **({"std": statistics.stdev(difference)} if len(rows) > 1 else {}),
+        "seconds": [row["seconds"] for row in rows],
+    }
+
+
+def _claim(out: Path, started_with: dict[str, Any], resume: bool) -> None:
+    """Marks the folder as this demo's. Nothing of an earlier run is overwritten."""
+    mark = out / MARK
+    started_with = json.loads(json.dumps(started_with, default=str))
+    if mark.exists():
+        if not resume:
+            raise DataError(f"{out}: holds an earlier demo; add --resume to go on, or choose another --out")
+        if json.loads(mark.read_text()) != started_with:
+            raise DataError(
+                f"{mark}: was started with other settings; resume with the same ones, or choose another --out"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: is not empty; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(mark, started_with)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(content, indent=1, default=str))
+    aside.replace(path)
+
+
+def _show(console: Console, summary: dict[str, Any]) -> None:
+    table = Table("stage", "accuracy", "valid format", "drift: caption", "drift: reasoning", "seconds", "tokens/s")
+    for name in ("base", "sft", "align", "rlvr"):
+        stage, distance = summary["stages"][name], summary["drift"][name]
+        rate, seconds = stage.get("tokens_per_second"), stage.get("seconds")
+        table.add_row(
+            name,
+            f"{stage['accuracy']:.1%}",
+            f"{stage['format_valid']:.1%}",
+            f"{distance['caption_items']:.2f}",
+            f"{distance['reasoning_steps']:.2f}",
+            "" if seconds is None else f"{seconds:.0f}",
+            "" if rate is None else f"{rate:,.0f}",
+        )
+    console.print(table)
+    warm = summary["stages"]["warmup"]
+    console.print(
+        f"discriminator after warm-up: the teacher's caption scores higher in {warm['pair_accuracy_perception']:.1%} "
+        f"of held-out pairs, its reasoning in {warm['pair_accuracy_reasoning']:.1%}"
+    )
+    if "compare" in summary:
+        compared = summary["compare"]
+        spread = f" +- {compared['std']:.1%}" if "std" in compared else ""
+        console.print(
+            f"PRISM against SFT -> RLVR with as many policy updates, seeds {compared['seeds']}: "
+            f"{compared['mean']:+.1%}{spread} (mean +- standard deviation)"
+        )

@@ -1,0 +1,59 @@
+"""What differs between the released layouts of a discriminator: its scalar head, its experts' orientation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prism_fast.records import DataError
+
+HEAD_FILE = "value_head.safetensors"
+
+HEAD_KEYS = ("v_head.summary.weight", "v_head.1.weight", "v_head.weight")
+
+
+def read_head(path: Path) -> Tensor:
+    """The scalar head of a discriminator directory, (1, H) or (H,). Only safetensors files are opened."""
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in HEAD_KEYS:
+                    if key in tensors.keys():  # noqa: SIM118 (safe_open has no __contains__)
+                        found[key] = tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise DataError(f"{file}: not a readable safetensors file ({error})") from None
+    for key in HEAD_KEYS:
+        if key in found:
+            return found[key]
+    raise DataError(f"{path}: no value head ({' or '.join(HEAD_KEYS)}) in its safetensors; is it a discriminator?")
+
+
+def settle_square_experts(model: nn.Module, path: Path) -> None:
+    """Transposes what the loader could not decide by shape: one of the two expert weights where 2I = H or I = H.
+
+    The loader compares each tensor's shape with the model's; a square one passes in either layout, so the other tensor
+    of the same layer, which cannot be square too, tells which layout the file has.
+    """
+    text = model.config.text_config
+    hidden, inner = text.hidden_size, text.moe_intermediate_size
+    square = {"gate_up_proj": 2 * inner == hidden, "down_proj": inner == hidden}
+    if not any(square.values()):
+        return
+    known, unknown = ("down_proj", "gate_up_proj") if square["gate_up_proj"] else ("gate_up_proj", "down_proj")
+    now = (hidden, inner) if known == "down_proj" else (2 * inner, hidden)
+    old = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                if key.endswith(f"experts.{known}"):
+                    layer = int(key.split(".layers.")[1].split(".")[0])
+                    old[layer] = tuple(tensors.get_slice(key).get_shape()[1:]) != now
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.language_model.layers):
+            if old.get(i, False):
+                weight = getattr(layer.mlp.experts, unknown)
+                weight.copy_(weight.transpose(1, 2).clone())

@@ -1,0 +1,141 @@
+"""What report.html is made of: the files that a run has left, all of them optional."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prism_fast.records import DataError
+from prism_fast.run.monitor import FILE_NAME, read_metrics
+
+TRAINED = ("sft", "warmup", "align", "rlvr")  # stages that leave metrics
+JUDGED = ("base", "sft", "align", "rlvr")  # stages that leave a policy to evaluate
+LABEL = {
+    "teacher": "Teacher",
+    "base": "Base",
+    "sft": "SFT",
+    "warmup": "Warm-up",
+    "align": "Aligned",
+    "rlvr": "RLVR (final)",
+}
+RUNNING = {"sft": "SFT", "warmup": "Warm-up", "align": "Alignment", "rlvr": "RLVR"}  # while it trains
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything known of a run. What is not there is empty, and named in ``missing``."""
+
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)  # by stage, sorted by step
+    evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by teacher, base, sft, align, rlvr
+    # by stage: the metric that holds the load of a (layer, kind, expert)
+    experts: Mapping[str, Mapping[tuple[int, str, int], str]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()  # files, relative to the run's folder
+
+
+def load_run(out: Path) -> Run:
+    """Reads what is in ``out``. Raises DataError, with file and place, for a file that is there and damaged."""
+    missing: list[str] = []
+
+    def wanted(name: str) -> Path | None:
+        path = out / name
+        if not path.is_file():
+            missing.append(name)
+            return None
+        return path
+
+    summary_path = wanted("summary.json")
+    summary = _object(summary_path) if summary_path else {}
+    metrics = {stage: _sorted(read_metrics(path)) for stage in TRAINED if (path := wanted(f"{stage}/{FILE_NAME}"))}
+    evaluations = {
+        name: _object(path) for name in ("teacher", *JUDGED) if (path := wanted(f"evaluations/{name}.json")) is not None
+    }
+    experts = {stage: keys for stage, lines in metrics.items() if (keys := expert_keys(lines))}
+    return Run(summary, metrics, evaluations, experts, tuple(missing))
+
+
+def stage_figures(run: Run, stage: str) -> dict[str, float]:
+    """The finite figures of one stage in summary.json; accuracy and format validity also from its evaluation."""
+    figures = dict(entries(entries(run.summary, "stages"), stage))
+    for name in ("accuracy", "format_valid"):
+        figures.setdefault(name, run.evaluations.get(stage, {}).get(name))
+    return {name: number for name, value in figures.items() if (number := finite(value)) is not None}
+
+
+def entries(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """``source[name]`` where it is an object, else an empty one."""
+    value = source.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def finite(value: Any) -> float | None:
+    """``value`` as a float, or None where it is absent, not a number, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def numbers(values: Any) -> list[float]:
+    """The finite numbers of a list, or an empty list where there is none."""
+    found = values if isinstance(values, list) else []
+    return [number for value in found if (number := finite(value)) is not None]
+
+
+def series(lines: Iterable[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """(steps, values) of one metric, where it was measured and finite."""
+    points = [(finite(line.get("step")), finite(line.get(name))) for line in lines if name in line]
+    kept = [(step, value) for step, value in points if step is not None and value is not None]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def expert_keys(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str, int], str]:
+    """Metric name of every (layer, kind, expert) of which a load was recorded."""
+    found: dict[tuple[int, str, int], str] = {}
+    seen: set[str] = set()
+    for line in lines:
+        if line.keys() <= seen:  # nearly always: a stage repeats its names
+            continue
+        for name in line:
+            parts = name.split("/")
+            if len(parts) != 4 or parts[0] != "expert_load" or not (parts[1].isdecimal() and parts[3].isdecimal()):
+                seen.add(name)
+            elif finite(line[name]) is not None:
+                seen.add(name)
+                found[int(parts[1]), parts[2], int(parts[3])] = name
+    return found
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested objects as (dotted name, text) rows."""
+    rows: list[tuple[str, str]] = []
+    for name, entry in value.items():
+        if isinstance(entry, Mapping):
+            rows += flatten(entry, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", ", ".join(map(str, entry)) if isinstance(entry, list) else str(entry)))
+    return rows
+
+
+def visible(text: str) -> str:
+    """``text`` with what cannot be printed (control and direction marks, lone surrogates) as replacement characters."""
+    return "".join(c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else "\ufffd" for c in text)
+
+
+def _sorted(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(lines, key=lambda line: line["step"])
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: does not hold readable JSON ({reason}); evaluate again or remove it") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}; evaluate again or remove it")
+    return value

@@ -1,0 +1,272 @@
+"""The plots of report.html: one function per figure, None where nothing was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from prism_fast.report.data import JUDGED, LABEL, RUNNING, TRAINED, Run, entries, finite, numbers, series, stage_figures
+from prism_fast.report.draw import COLOUR, CYCLE, SIDE, curve, decades, finish, label_of, panels, wilson
+from prism_fast.run.monitor import breakdown
+
+PARTS = ("data", "rollout", "score", "advantage", "update_policy", "update_discriminator")  # order within a step
+
+
+def accuracy_by_stage(run: Run) -> Figure | None:
+    """Held-out accuracy of every stage's policy, in all and by question type."""
+    accuracy = {stage: stage_figures(run, stage).get("accuracy") for stage in JUDGED}
+    known = [stage for stage in JUDGED if accuracy[stage] is not None]
+    if not known:
+        return None
+    by_type = {stage: entries(run.evaluations.get(stage, {}), "by_type") for stage in known}
+    names = list(dict.fromkeys(name for stage in known for name in by_type[stage]))
+    figure, axes = panels(2, 3.3, width_ratios=(1, max(1.0, min(2.2, 0.55 * len(names)))))
+    left, right = axes[0]
+    for place, stage in enumerate(known):
+        count = sum(int(finite(entry.get("count")) or 0) for entry in by_type[stage].values())
+        _bar(left, place, 0.68, accuracy[stage], count, COLOUR[stage], label=None, value=True)
+    teacher = finite(run.evaluations.get("teacher", {}).get("accuracy"))
+    if teacher is not None:
+        left.axhline(teacher, color=COLOUR["teacher"], linestyle="--", linewidth=1.2, label="teacher")
+    finish(left, "All questions", "accuracy", share=True, x="")
+    left.set_xticks(range(len(known)), [LABEL[stage].replace(" (final)", "") for stage in known])
+    width = 0.8 / len(known)
+    for offset, stage in enumerate(known):
+        for place, name in enumerate(names):
+            entry = by_type[stage].get(name, {})
+            value, count = finite(entry.get("accuracy")), int(finite(entry.get("count")) or 0)
+            where = place + (offset - (len(known) - 1) / 2) * width
+            _bar(right, where, width * 0.92, value, count, COLOUR[stage], label=LABEL[stage] if not place else None)
+    finish(right, "By question type", "accuracy", share=True, legend=False, x="")
+    if names:
+        right.set_xticks(range(len(names)), [label_of(kind) for kind in names])
+        right.legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=len(known), borderaxespad=0.2)
+    for panel in (left, right):
+        panel.set_ylim(0, 1.12)
+        panel.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    return figure
+
+
+def _bar(
+    axes: Axes, where: float, width: float, share: float | None, count: int, colour: str, *,
+    label: str | None, value: bool = False,
+) -> None:  # fmt: skip
+    if share is None:
+        return
+    axes.bar(where, share, width, color=colour, label=label)
+    top = share
+    if count and 0 <= share <= 1:
+        low, top = wilson(share, count)
+        axes.vlines(where, low, top, color="#222222", linewidth=1)
+    if value:
+        axes.text(where, top + 0.02, f"{share:.1%}", ha="center", va="bottom", fontweight="bold")
+
+
+def held_out_curves(run: Run) -> Figure | None:
+    """Held-out accuracy and format validity while a stage trains."""
+    stages = [s for s in ("sft", "align", "rlvr") if series(run.metrics.get(s, ()), "eval/accuracy")[0]]
+    if not stages:
+        return None
+    figure, axes = panels(len(stages), 2.7, sharey=True)
+    for axis, stage in zip(axes[0], stages):
+        lines = run.metrics[stage]
+        curve(axis, lines, "eval/accuracy", smooth=False, color=COLOUR[stage], label="accuracy")
+        curve(axis, lines, "eval/format_valid", smooth=False, color=COLOUR[stage], linestyle=":", label="format valid")
+        finish(
+            axis, f"During {RUNNING[stage]}", "share of held-out responses" if axis is axes[0, 0] else "", share=True
+        )
+    return figure
+
+
+def reward_and_format(run: Run) -> Figure | None:
+    """Reward, accuracy and format validity of the sampled responses."""
+    align, rlvr = run.metrics.get("align", ()), run.metrics.get("rlvr", ())
+    figure, axes = panels(2, 2.8)
+    curve(axes[0, 0], align, "format_valid", color=COLOUR["align"], label="format valid")
+    finish(axes[0, 0], "Alignment", "share of responses", share=True)
+    if low := min(series(align, "format_valid")[1], default=0.0):
+        axes[0, 0].set_ylim(math.floor(10 * low - 0.5) / 10, 1.01)
+    for name, label, style in (
+        ("reward", "reward", "-"),
+        ("accuracy", "accuracy", "--"),
+        ("format_valid", "format valid", ":"),
+    ):
+        curve(axes[0, 1], rlvr, name, color=COLOUR["rlvr"], linestyle=style, label=label)
+    finish(axes[0, 1], "RLVR", "reward, share of responses", share=True)
+    low = min(series(rlvr, "reward")[1], default=0.0)
+    if low < -0.02:  # the overlong penalty can make a reward negative
+        axes[0, 1].set_ylim(low - 0.05, 1.03)
+    return _if_any(figure, axes)
+
+
+def scores(run: Run) -> Figure | None:
+    """The discriminator's scores of student and teacher, and how often it tells them apart."""
+    align, warmup = run.metrics.get("align", ()), run.metrics.get("warmup", ())
+    figure, axes = panels(4, 2.9)
+    for axis, (side, colour) in zip(axes[0], SIDE.items()):
+        curve(axis, align, f"score/student_{side}", color=colour, label="student")
+        curve(axis, align, f"score/teacher_{side}", color=colour, linestyle="--", label="teacher")
+        finish(axis, f"{side.capitalize()} score", "mean score (logit)")
+    for axis, lines, prefix, title in (
+        (axes[0, 2], warmup, "pair_accuracy", "Warm-up"),
+        (axes[0, 3], align, "discriminator_accuracy", "Alignment"),
+    ):
+        for side, colour in SIDE.items():
+            curve(axis, lines, f"{prefix}/{side}", color=colour, label=side)
+        finish(axis, f"{title}: told apart", "pairs ranked right", share=True)
+        if axis.has_data():
+            axis.axhline(0.5, color="#888888", linestyle=":", linewidth=1)
+    return _if_any(figure, axes)
+
+
+def losses(run: Run) -> Figure | None:
+    """The losses of every stage."""
+    names = {
+        "sft": (("loss", "cross-entropy", "-"),),
+        "warmup": (("loss/pair_perception", "perception pairs", SIDE["perception"]),
+                   ("loss/pair_reasoning", "reasoning pairs", SIDE["reasoning"])),
+        "align": (("loss", "policy", "-"), ("loss/discriminator", "discriminator", "--")),
+        "rlvr": (("loss", "policy", "-"),),
+    }  # fmt: skip
+    stages = [s for s in TRAINED if any(series(run.metrics.get(s, ()), name)[0] for name, _, _ in names[s])]
+    if not stages:
+        return None
+    figure, axes = panels(len(stages), 2.7)
+    for axis, stage in zip(axes[0], stages):
+        for name, label, look in names[stage]:
+            style = {"color": look} if look.startswith("#") else {"color": COLOUR[stage], "linestyle": look}
+            curve(axis, run.metrics[stage], name, label=label, **style)
+        unit = {"sft": "nats a token", "warmup": "nats a pair"}.get(stage, "loss")
+        finish(axis, RUNNING[stage], unit)
+    return figure
+
+
+def lengths_and_entropy(run: Run) -> Figure | None:
+    """Response length, entropy, gradient norm and the gap between sampler and trainer, alignment and RLVR together."""
+    figure, axes = panels(4, 2.7)
+    for stage in ("align", "rlvr"):
+        lines, label = run.metrics.get(stage, ()), {"align": "alignment", "rlvr": "RLVR"}[stage]
+        curve(axes[0, 0], lines, "response_length", color=COLOUR[stage], label=label)
+        curve(axes[0, 1], lines, "entropy", color=COLOUR[stage], label=label)
+        norm = "grad_norm" if series(lines, "grad_norm")[0] else "grad_norm/policy"
+        curve(axes[0, 2], lines, norm, color=COLOUR[stage], label=label)
+        for name, style in (("mean", "-"), ("max", ":")):
+            steps, values = series(lines, f"sampler_gap/{name}")
+            if any(value > 0 for value in values):
+                axes[0, 3].plot(steps, values, style, color=COLOUR[stage], label=f"{label}, {name}")
+    finish(axes[0, 0], "Response length", "tokens")
+    finish(axes[0, 1], "Entropy", "nats a token")
+    finish(axes[0, 2], "Policy gradient norm", "before clipping")
+    finish(axes[0, 3], "Sampler against trainer", "|difference of log-prob|, nats", legend=False)
+    if axes[0, 3].has_data():
+        decades(axes[0, 3])
+        axes[0, 3].legend(loc="best", fontsize=7.5)
+    return _if_any(figure, axes)
+
+
+def drift(run: Run) -> Figure | None:
+    """Caption items and reasoning steps per held-out response, as distributions, each beside the teacher's."""
+    kinds = {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
+    known = [n for n in ("teacher", *JUDGED) if any(numbers(run.evaluations.get(n, {}).get(k)) for k in kinds)]
+    if not known:
+        return None
+    figure, axes = panels(len(known), 4.6, rows=2, sharey="row", sharex="row")
+    for index, (kind, label) in enumerate(kinds.items()):
+        counts = {name: numbers(run.evaluations.get(name, {}).get(kind)) for name in known}
+        edges = _edges([value for values in counts.values() for value in values])
+        for axis, name in zip(axes[index], known):
+            _histogram(axis, counts[name], edges, color=COLOUR[name], alpha=0.85)
+            if name != "teacher":
+                _histogram(axis, counts.get("teacher", []), edges, outline=True)
+            unit = "share of responses" if name == known[0] else ""
+            finish(axis, LABEL[name] if not index else "", unit, legend=False, x=label)
+            if axis.has_data():
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+                axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.set_title(axis.get_title("left"), pad=17 if not index else 8)  # room for the line below it
+            axis.text(0, 1.03, _location(counts[name], run, name, kind), transform=axis.transAxes, fontsize=8)
+    return figure
+
+
+def _location(counts: Sequence[float], run: Run, name: str, kind: str) -> str:
+    distance = finite(entries(entries(run.summary, "drift"), name).get(kind))
+    parts = [f"mean {np.mean(counts):.1f}"] if counts else []
+    return ", ".join(parts if distance is None else [*parts, f"$W_1$ {distance:.2f}"])
+
+
+def _edges(values: Sequence[float]) -> np.ndarray:
+    """Bins of whole numbers from 0, at most about 30, that reach the 99.5th percentile."""
+    top = int(np.ceil(np.quantile(values, 0.995))) if len(values) else 1
+    width = max(1, math.ceil((top + 1) / 30))
+    return np.arange(0, top + width + 1, width) - 0.5
+
+
+def _histogram(axes: Axes, values: Sequence[float], edges: np.ndarray, *, outline: bool = False, **style: Any) -> None:
+    if not values:
+        return
+    heights = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)  # the last bin holds the rest
+    if outline:
+        axes.stairs(heights, edges, color=COLOUR["teacher"], linewidth=1.3, linestyle="--")
+    else:
+        axes.stairs(heights, edges, fill=True, **style)
+
+
+def time_and_tokens(run: Run) -> Figure | None:
+    """Seconds and tokens of every stage by part."""
+    totals = {stage: breakdown(run.metrics[stage]) for stage in TRAINED if stage in run.metrics}
+    stages = [stage for stage, (seconds, tokens) in totals.items() if seconds or tokens]
+    if not stages:
+        return None
+    named = dict.fromkeys(part for stage in stages for sums in totals[stage] for part in sums)
+    parts = [part for part in PARTS if part in named] + [part for part in named if part not in PARTS]
+    figure, axes = panels(2, 1.3 + 0.42 * len(stages), sharey=True)
+    for axis, which, title, unit in ((axes[0, 0], 0, "Time", "seconds"), (axes[0, 1], 1, "Tokens", "tokens")):
+        start = np.zeros(len(stages))
+        for index, part in enumerate(parts):
+            values = np.array([totals[stage][which].get(part, 0) for stage in stages], dtype=float)
+            axis.barh(range(len(stages)), values, left=start, height=0.62, color=CYCLE[index % len(CYCLE)],
+                      label=label_of(part), edgecolor="white", linewidth=0.6)  # fmt: skip
+            start += values
+        for place, total in enumerate(start):
+            axis.text(total, place, f" {total:,.0f}", va="center", ha="left")
+        finish(axis, title, "", legend=False, x=unit)
+        axis.set_xlim(0, max(float(start.max()), 1e-9) * 1.16)
+        axis.grid(True, axis="x")
+        axis.grid(False, axis="y")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes[0, 0].set_yticks(range(len(stages)), [RUNNING[stage] for stage in stages])
+    axes[0, 0].invert_yaxis()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9))
+    return figure
+
+
+def compare(run: Run) -> Figure | None:
+    """Final accuracy with and without alignment, one line per seed."""
+    entry = entries(run.summary, "compare")
+    plain, prism = numbers(entry.get("sft_rlvr")), numbers(entry.get("prism"))
+    if not plain or len(plain) != len(prism):
+        return None
+    figure = Figure(figsize=(4.6, 2.9))
+    axis = figure.subplots()
+    for pair in zip(plain, prism):
+        axis.plot([0, 1], pair, color="#999999", linewidth=1.2)
+    axis.scatter([0] * len(plain), plain, color=COLOUR["sft"], zorder=3)
+    axis.scatter([1] * len(prism), prism, color=COLOUR["rlvr"], zorder=3)
+    finish(axis, "Final held-out accuracy", "accuracy", x="")
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axis.set_xticks([0, 1], ["SFT then RLVR", "PRISM"])
+    axis.set_xlim(-0.4, 1.4)
+    return figure
+
+
+def _if_any(figure: Figure, axes: np.ndarray) -> Figure | None:
+    return figure if any(axis.has_data() for axis in axes.flat) else None

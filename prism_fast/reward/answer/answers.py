@@ -1,0 +1,314 @@
+"""An answer as a person reads it: every reading that its text allows, found once and cached.
+
+"1,234" is a number, and also the list 1, 234; "5 m" is a length; "(B) 12 cm" is choice B and its text. The judge calls
+two answers equal if one reading of each agrees.
+"""
+
+# ruff: noqa: SIM905 (a table of words reads best as words)
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from prism_fast.reward.answer import exact_number as constants
+from prism_fast.reward.answer.moments import Clock, Date, read_clock, read_date
+from prism_fast.reward.answer.plain import FUNCTIONS, Unreadable, to_latex, to_plain
+from prism_fast.reward.answer.quantities import Pair, Quantity, read_pair, read_quantities
+
+MAX_ITEMS = 64
+MAX_LIST_DEPTH = 4
+MAX_SYMBOLIC = 300  # characters that a symbolic comparison may be asked about
+
+
+@dataclass(frozen=True)
+class Listing:
+    """``brackets`` is "" for a bare list, else the outer pair: "()", "[]", "{}", "[)", "(]"."""
+
+    items: tuple[Answer, ...]
+    brackets: str
+    unordered: bool  # a set, "and", "or", "±", a union
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str  # as written, stripped
+    plain: str = ""  # without LaTeX, delimiters and opening phrases; "" where the text is unreadable
+    label: str = ""  # "x" of "x = 5"
+    choice: tuple[str, str] | None = None  # (letter, text after it)
+    quantities: tuple[Quantity, ...] = ()
+    listings: tuple[Listing, ...] = ()
+    pair: Pair | None = None
+    clock: Clock | None = None
+    date: Date | None = None
+    truth: bool | None = None  # yes / no / true / false
+    compact: str = ""  # plain, without spaces and needless signs of multiplication
+    key: str = ""  # for a comparison of texts
+    latex: str | None = None  # for a symbolic comparison, where the text looks like mathematics
+    too_big: bool = False  # a number beyond all bounds stands in it
+
+
+# Spaces that part neither two words nor two numbers, and signs of multiplication beside what is no digit.
+_SPARE = re.compile(
+    r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) |(?<=[A-Za-z]) (?=[0-9])|(?<=[0-9]) (?=[A-Za-z])|(?<![0-9 ]) ?\*|\*(?! ?[0-9])"
+)
+
+
+@lru_cache(maxsize=4096)
+def read(text: str, depth: int = 0) -> Answer:
+    """All readings of ``text`` (at most a few thousand characters)."""
+    text = text.strip()
+    try:
+        plain = _without_opening(to_plain(text))
+    except Unreadable:
+        return Answer(text, too_big=True)
+    label, body = _label(plain)
+    answer = Answer(
+        text,
+        plain,
+        label,
+        choice=read_choice(plain),
+        pair=read_pair(body),
+        clock=read_clock(body),
+        date=read_date(body),
+        truth=_truth(body),
+        compact=_SPARE.sub("", plain),
+        key=text_key(plain),
+    )
+    try:
+        answer = replace(answer, quantities=read_quantities(body))
+    except constants.TooBig:
+        answer = replace(answer, too_big=True)
+    if depth < MAX_LIST_DEPTH and r"\begin" not in text:
+        answer = replace(answer, listings=_listings(body, depth))
+        if not label and re.fullmatch(r"[A-H]{2,8}", body) and list(body) == sorted(set(body)):  # choices: "AC"
+            letters = tuple(read(letter, depth + 1) for letter in body)
+            answer = replace(answer, listings=(*answer.listings, Listing(letters, "", True)))
+    if not answer.quantities and re.fullmatch(r"[0-9 ./-]+", body):  # a date, a range, not mathematics
+        return answer
+    return replace(answer, latex=_symbolic(text))
+
+
+# ---- the frame of an answer: opening phrases and labels
+
+_OPENING = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then),? )?(?:the |my )?(?:(?:final|correct|right|best) )*"
+    r"(?:answer|result|solution|option|choice)(?: is| was| would be| should be|:| =)+ ?:? ?"
+    r"|ans ?[:=] ?|=> ?|(?:i think|both|it is|it's|this is|that is|that's|there is|there are|they are|we get|we have) "
+    r"|(?:in |in the year |year |the year )(?=[0-9]{4}$)"
+    r"|(?:about|approximately|approx\.?|roughly|around|exactly|only|~|=|:) ?(?=[-+.$€£¥]?[0-9])",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(
+    r"(?P<subject>[A-Za-z][A-Za-z' ]{0,60}) (?:is|are|was|were|equals|has|have)(?: equal to| about| approximately)? "
+    r"(?=[-+$€£¥(]?[0-9.])",
+)
+_REVERSING = frozenset(
+    "not no never neither nor less more fewer than least most over under above below nearly if".split()
+)
+_SYMBOL_LABEL = re.compile(r"(?P<label>[A-Za-z](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z0-9]{1,3}\))?) ?[=~∈] ?")
+_WORD_LABEL = re.compile(r"[A-Za-z∠△][A-Za-z0-9_' ]{0,40} ?[=~] ?")
+_POINT = re.compile(r"(?P<label>[A-Z]'?) ?(?=\([^()]*,[^()]*\)$)")
+
+
+def _without_opening(plain: str) -> str:
+    for _ in range(3):
+        match = _OPENING.match(plain)
+        if match is None or match.end() == len(plain):
+            break
+        plain = plain[match.end() :].strip()
+    sentence = _SENTENCE.match(plain)
+    if sentence and _REVERSING.isdisjoint(sentence["subject"].lower().replace("n't", " not").split()):
+        plain = plain[sentence.end() :]
+    return (plain if plain.endswith("...") else plain.rstrip(" .,;:")) or plain
+
+
+def _label(plain: str) -> tuple[str, str]:
+    """("x", "5") for "x = 5", "5 = x" and "x = 2+3 = 5"; ("", "5") for "2+3 = 5"."""
+    match = _SYMBOL_LABEL.match(plain) or _POINT.match(plain)
+    label, body = (match["label"], plain[match.end() :]) if match else ("", plain)
+    if match is None and (words := _WORD_LABEL.match(plain)):
+        body = plain[words.end() :]
+    left, equals, right = body.rpartition("=")
+    if not equals:
+        return (label, body.strip()) if "<" not in body and ">" not in body else ("", plain)
+    if left[-1:] not in ("<", ">", "!"):
+        if re.fullmatch(r" ?[A-Za-z]", right) and _is_constant(left):
+            return right.strip(), left.strip()
+        if all(_is_constant(part) for part in left.split("=")):
+            return label, right.strip()
+    return "", plain
+
+
+def _is_constant(text: str) -> bool:
+    text = text.strip()
+    try:
+        return constants.parse(text)[1] == len(text)
+    except (constants.NotConstant, constants.TooBig):
+        return False
+
+
+# ---- choices, truth and plain text
+
+_CHOICE = re.compile(
+    r"(?:(?:the )?(?:option|choice|letter|alternative|answer)s? ?:? ?)?"
+    r"(?P<open>[(\[{\"']?)(?P<letter>[A-Za-z])(?P<close>[)\]}\"']?)(?P<rest>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_CHOICE_MARK = re.compile(r"(?:^|[\s,;])\(?(?:[A-Za-z]|[ivx]{2,4})(?:[.:](?:\s|$)|\))")
+_VERDICT = re.compile(
+    r" (?:is|seems|looks) (?:the )?(?:correct|right|best|true|answer)[a-z ]*|,? (?:because|since|as)\b.*", re.DOTALL
+)
+
+
+def read_choice(plain: str) -> tuple[str, str] | None:
+    """(letter, text) of a multiple-choice answer: "B", "(B)", "B.", "option B", "B) 12 cm", "B, because ..."."""
+    match = _CHOICE.fullmatch(plain)
+    if match is None:
+        return None
+    letter, rest = match["letter"].upper(), match["rest"]
+    if rest.strip(" .):") == "" or _VERDICT.fullmatch(rest):
+        return letter, ""
+    mark = re.match(r"[.:] (?=\S)|\) ?(?=\S)" if not match["close"] else r"[.:]? ", rest)
+    if mark is None and letter == match["letter"]:
+        mark = re.match(r" - (?=[A-Za-z]{2})| (?=[$]?[0-9])", rest)
+    if mark is None:
+        return None
+    text = rest[mark.end() :].strip()
+    if not text or text[0] in "+*/^=<>,-&" or (len(text) == 1 and text.isalpha()) or _CHOICE_MARK.search(text):
+        return None
+    return letter, text
+
+
+_TRUTH = re.compile(r"(yes|true|no|false)(?:[.,;:!]| -|$)", re.IGNORECASE)
+
+
+def _truth(body: str) -> bool | None:
+    match = _TRUTH.match(body)
+    words = set(re.findall(r"[a-z]+", body.lower()))
+    if match is None or (words & {"yes", "true"} and words & {"no", "false"}):
+        return None
+    return match[1].lower() in ("yes", "true")
+
+
+_SAME_TEXT = {
+    **dict.fromkeys(
+        ("no solution", "no solutions", "no real solution", "no real solutions", "∅", "{}", "empty set"), "∅"
+    ),
+    **dict.fromkeys(("does not exist", "dne", "undefined"), "does not exist"),
+    **dict.fromkeys(("+inf", "infinity", "inf", "+infinity"), "inf"),
+    **dict.fromkeys(("-infinity", "-inf"), "-inf"),
+}
+
+
+def text_key(plain: str) -> str:
+    """``plain`` without case, articles, quotes and the punctuation of sentences; signs and operators stay."""
+    key = re.sub(r"[\"`“”]|(?<=[^\W\d_])'(?=[a-z])|(?<=[^\W\d_])[.](?=[a-z]|\s|$)", "", plain.casefold())
+    key = re.sub(r",(?![0-9])|(?<=[^\W\d_])[;:!?]+(?=\s|$)|(?<=[a-z]{2})-(?=[a-z]{2})", " ", key)
+    key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r"(?<=[a-z])_", "", key))  # Ca^{2+}, CO_2
+    key = re.sub(r"\b(?:a|an|the)\b(?= [a-z]{2})", " ", key)
+    key = " ".join(key.split())
+    return _SAME_TEXT.get(key, key)
+
+
+# ---- lists
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+_SEPARATORS = re.compile(r"[()\[\]{}]|, ?(?:and|or)\b ?|,|;| (?:and|or) | ?[&∪] ?")
+_THOUSANDS = re.compile(r",(?=[0-9]{3}(?![0-9]))")
+_PART = re.compile(r"(?:^|[\s,;])(?:part )?\(?(?P<label>[a-hA-H]|[ivx]{1,4}|[1-9])[).:]+(?=\s)\s*", re.IGNORECASE)
+_NUMBERS = re.compile(r"[-+]?[0-9][0-9.,/%]*(?: [-+]?[0-9][0-9.,/%]*)+")
+
+
+def _listings(body: str, depth: int) -> tuple[Listing, ...]:
+    found: list[Listing] = []
+
+    def add(texts: list[str], brackets: str, unordered: bool, labels: list[str] | None = None) -> None:
+        if 2 <= len(texts) <= MAX_ITEMS and all(text.strip() for text in texts):
+            items = [read(text, depth + 1) for text in texts]
+            if labels:
+                items = [replace(item, label=label) for item, label in zip(items, labels)]
+            found.append(Listing(tuple(items), brackets, unordered))
+
+    if body.count("±") == 1:
+        add([body.replace("±", "+").removeprefix("+"), body.replace("±", "-")], "", True)
+    parts = list(_PART.finditer(body))
+    if len(parts) > 1 and parts[0].start() == 0 and len({part["label"].lower() for part in parts}) == len(parts):
+        ends = [*(part.start() for part in parts[1:]), len(body)]
+        texts = [body[part.end() : end].strip(" ,;") for part, end in zip(parts, ends)]
+        add(texts, "", False, ["part " + part["label"].lower() for part in parts])
+        return tuple(found)
+    brackets, inside = _outer_brackets(body)
+    for thousands in (True, False) if _THOUSANDS.search(inside) else (False,):
+        texts, unordered = _split(inside, thousands)
+        add(texts, brackets, unordered or brackets == "{}")
+    if not brackets and not found and _NUMBERS.fullmatch(body):
+        add(body.replace(", ", " ").split(" "), "", False)
+    return tuple(found)
+
+
+def _outer_brackets(body: str) -> tuple[str, str]:
+    """("()", inside) where the first bracket of ``body`` closes with its last character, else ("", body)."""
+    if body[:1] not in _CLOSING or body[-1:] not in ")]}" or len(body) < 2:
+        return "", body
+    depth = 0
+    for at, character in enumerate(body):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return (body[0] + body[-1], body[1:-1].strip()) if at == len(body) - 1 else ("", body)
+    return "", body
+
+
+def _split(body: str, thousands: bool) -> tuple[list[str], bool]:
+    """Items at the separators outside brackets (at ";" alone where there is one), and whether order does not matter."""
+    cuts: list[tuple[int, int, str]] = []
+    depth = 0
+    for match in _SEPARATORS.finditer(body):
+        mark = match.group().strip(" ,") or match.group().strip()
+        if mark in "([{":
+            depth += 1
+        elif mark in ")]}":
+            depth -= 1
+        elif depth == 0 and not (thousands and mark == "," and _THOUSANDS.match(body, match.start())):
+            cuts.append((match.start(), match.end(), mark))
+    if any(mark == ";" for *_, mark in cuts):
+        cuts = [cut for cut in cuts if cut[2] == ";"]
+    texts, start = [], 0
+    for begin, end, _ in cuts:
+        texts.append(body[start:begin].strip())
+        start = end
+    texts.append(body[start:].strip())
+    if len(texts) > 1 and not texts[-1]:
+        texts.pop()
+    return texts, any(mark in ("and", "or", "&", "∪") for *_, mark in cuts)
+
+
+# ---- mathematics for the symbolic comparison
+
+_SYMBOLIC = re.compile(r"[0-9A-Za-z\\{}()\[\]^_+\-*/=<>|.,!'&;:% ]+")
+_RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
+_NOT_ALGEBRA = re.compile(r"(?<![\\_^A-Za-z])[A-Za-z]+[0-9]")  # CO2, A4: algebra writes 2x, not x2
+_ORDINARY = frozenset("frac dfrac tfrac cdot times left right text mathrm div pi sqrt circ degree boxed quad".split())
+
+
+def _symbolic(text: str) -> str | None:
+    """``text`` in LaTeX, where it looks like mathematics; None for words and for what is too long."""
+    try:
+        latex = to_latex(text)
+    except Unreadable:
+        return None
+    if len(latex) > MAX_SYMBOLIC or not _SYMBOLIC.fullmatch(latex) or _NOT_ALGEBRA.search(latex):
+        return None
+    if not re.search(r"[0-9A-Za-z]", latex) or not re.search(r"[0-9+\-*/^=<>\\|!]", latex):  # bare letters: a word
+        return None
+    brackets, inside = _outer_brackets(latex)
+    if brackets == "()" and "," not in inside:  # math-verify's grammar is slow at nested parentheses
+        latex = inside
+    letters = re.sub(r"\\(?:begin|end|text|mathrm|operatorname)\{[a-z]*\}|\\[A-Za-z]+", " ", latex)
+    return latex if all(len(run) <= 3 for run in _RUN.findall(letters)) else None
+
+
+def needs_algebra(latex: str) -> bool:
+    """Whether it takes more than arithmetic, powers and roots to know the value of ``latex``."""
+    commands = re.findall(r"\\([A-Za-z]+)", latex)
+    return "!" in latex or any(command in FUNCTIONS or command not in _ORDINARY for command in commands)

@@ -1,0 +1,86 @@
+"""Checkpoints: Hugging Face directories for the models, safetensors and JSON for the trainer's state.
+
+    OUT/checkpoints/step-000100/{policy/, discriminator/, trainer.safetensors, trainer.json}
+
+Each is written aside and renamed, so that a directory of that name is always whole. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prism_fast.files import write_aside
+from prism_fast.records import DataError
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+VERSION = 1
+
+
+def save(
+    folder: Path,
+    step: int,
+    models: dict[str, Callable[[Path], None]],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep_last: int,
+    best: int | None = None,
+) -> Path:
+    """Writes ``folder/step-NNNNNN`` and removes all but the last ``keep_last`` and the best."""
+
+    def write(aside: Path) -> None:
+        for name, save_model in models.items():
+            save_model(aside / name)
+        generator = {"torch_rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generator["cuda_rng"] = torch.cuda.get_rng_state()
+        flat = {name: value.detach().cpu().contiguous() for name, value in {**tensors, **generator}.items()}
+        save_file(flat, aside / "trainer.safetensors")
+        (aside / "trainer.json").write_text(json.dumps({"version": VERSION, "step": step, "best": best, **state}))
+
+    target = folder / f"step-{step:06d}"
+    write_aside(target, write)
+    kept = steps(folder)
+    for old in kept[:-keep_last]:
+        if old != best:
+            shutil.rmtree(folder / f"step-{old:06d}")
+    return target
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending."""
+    found = [_NAME.fullmatch(path.name) for path in folder.glob("step-*")] if folder.is_dir() else []
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def latest(folder: Path) -> Path | None:
+    found = steps(folder)
+    return folder / f"step-{found[-1]:06d}" if found else None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state) of a checkpoint; the random states are put back. Raises DataError where it is not readable."""
+    try:
+        state = json.loads((path / "trainer.json").read_text())
+        tensors = load_file(path / "trainer.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise DataError(
+            f"{path}: not a readable checkpoint ({error}); remove it to resume from an earlier one"
+        ) from None
+    if state.get("version") != VERSION:
+        raise DataError(f"{path}/trainer.json: version {state.get('version')}, expected {VERSION}")
+    torch.set_rng_state(tensors.pop("torch_rng"))
+    cuda = tensors.pop("cuda_rng", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    return tensors, state

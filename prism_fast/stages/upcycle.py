@@ -1,0 +1,32 @@
+"""Stage 2a: a dense Qwen3-VL directory becomes a discriminator's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prism_fast.config import UpcycleConfig
+from prism_fast.data.chat import Chat
+from prism_fast.files import write_aside
+from prism_fast.models.backbone import local_directory
+from prism_fast.models.load import pick_device, pick_dtype, with_chat
+from prism_fast.models.upcycle import upcycle
+from prism_fast.records import DataError
+
+
+def upcycle_directory(config: UpcycleConfig) -> Path:
+    """Reads config.model.path, writes the discriminator with its tokenizer to config.out."""
+    if config.out.exists():
+        raise DataError(f"{config.out}: exists already; choose another out, or remove it")
+    chat = Chat.load(local_directory(config.model.path))
+    made = upcycle(
+        config.model.path,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        expert_noise=config.expert_noise,
+        router_std=config.router_std,
+        seed=config.seed,
+        dtype=pick_dtype(config.model.dtype, pick_device()),
+    )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(config.out, with_chat(made, chat))
+    return config.out

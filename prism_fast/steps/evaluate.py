@@ -1,0 +1,169 @@
+"""A policy on held-out prompts: accuracy, format validity, and how its responses are built."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import wasserstein_distance
+
+from prism_fast.config import DataConfig, EvalConfig
+from prism_fast.data.chat import Chat
+from prism_fast.data.formats import read_align, read_rlvr
+from prism_fast.data.images import open_image
+from prism_fast.models.policy import Policy
+from prism_fast.records import DataError, ImageRef, Prompt, Sample
+from prism_fast.reward import count_caption_items, count_reasoning_steps, verifiable_reward
+from prism_fast.steps.sampler import generate
+
+SHOWN = 12  # responses kept with their images
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out prompts with gold answers, encoded once."""
+
+    samples: list[Sample]
+    prompts: list[Prompt]
+
+    @classmethod
+    def read(cls, data: DataConfig, files: Sequence[Path], limit: int | None, chat: Chat) -> EvalSet | None:
+        """From alignment or RLVR files; None where there are none."""
+        if not files:
+            return None
+        dataset = read_rlvr(files, skip_bad=data.skip_bad_records, system_prompt=data.system_prompt)
+        samples = [dataset[i] for i in range(min(len(dataset), limit or len(dataset)))]
+        for sample in samples:
+            if sample.gold is None:
+                raise DataError(f"{sample.place}: reward_model.ground_truth: missing; evaluation needs a gold answer")
+        return cls(samples, [chat.encode_prompt(s, data.max_prompt_tokens) for s in samples])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass
+class Evaluation:
+    """Figures of one model (or of the teacher) on an EvalSet; counts are per response, an invalid one counting 0."""
+
+    name: str
+    accuracy: float  # pass@1 of one greedy or sampled response; with k samples, the mean of k
+    format_valid: float
+    by_type: dict[str, dict[str, float]]
+    caption_items: list[int]
+    reasoning_steps: list[int]
+    response_length: list[int]  # tokens
+    responses: list[dict[str, Any]] = field(default_factory=list)
+    samples: int = 1
+    pass_at_k: float | None = None  # some response of k is right; only with k > 1
+
+    def figures(self) -> dict[str, float]:
+        out = {"accuracy": self.accuracy, "format_valid": self.format_valid}
+        if self.response_length:
+            out["response_length"] = sum(self.response_length) / len(self.response_length)
+        if self.pass_at_k is not None:
+            out[f"pass_at_{self.samples}"] = self.pass_at_k
+        return out
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps(vars(self)))
+        aside.replace(path)
+
+
+def evaluate(
+    policy: Policy,
+    chat: Chat,
+    held_out: EvalSet,
+    config: EvalConfig,
+    *,
+    name: str = "policy",
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Samples ``config.samples`` responses per prompt and judges them."""
+    rollout = generate(
+        policy,
+        chat,
+        held_out.prompts,
+        samples=config.samples,
+        max_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        seed=seed,
+        rows_at_once=config.rows_at_once,
+        progress=progress,
+    )
+    samples = [held_out.samples[g] for g in rollout.group.tolist()]
+    lengths = [len(ids) for ids in rollout.response_ids]
+    return judge(name, samples, list(rollout.text), lengths, config.samples)
+
+
+def judge(name: str, samples: list[Sample], texts: list[str], lengths: list[int], k: int = 1) -> Evaluation:
+    """Figures of given responses, k in a row for each prompt."""
+    rewards = [verifiable_reward(t, s.gold, equivalents=s.equivalents) for t, s in zip(texts, samples)]
+    right = [r.accuracy for r in rewards]
+    by_type: dict[str, list[float]] = {}
+    for sample, accuracy in zip(samples, right):
+        by_type.setdefault(sample.question_type, []).append(accuracy)
+    return Evaluation(
+        name=name,
+        accuracy=_mean(right),
+        format_valid=_mean([float(r.format_valid) for r in rewards]),
+        by_type={t: {"accuracy": _mean(v), "count": len(v)} for t, v in sorted(by_type.items())},
+        caption_items=[count_caption_items(t) for t in texts],
+        reasoning_steps=[count_reasoning_steps(t) for t in texts],
+        response_length=lengths,
+        responses=[_shown(i, samples[i], texts[i], rewards[i]) for i in range(0, min(len(texts), SHOWN * k), k)],
+        samples=k,
+        pass_at_k=_mean([max(right[i : i + k]) for i in range(0, len(right), k)]) if k > 1 else None,
+    )
+
+
+def judge_teacher(files: Sequence[Path], limit: int | None, chat: Chat) -> Evaluation:
+    """The teacher's own responses to the held-out prompts, from an alignment file."""
+    dataset = read_align(files)
+    samples = [dataset[i] for i in range(min(len(dataset), limit or len(dataset)))]
+    texts = [f"{s.teacher_caption}\n{s.teacher_reasoning}" for s in samples]
+    return judge("teacher", samples, texts, [len(chat.encode_response(t)) for t in texts])
+
+
+def drift(evaluation: Evaluation, teacher: Evaluation) -> dict[str, float]:
+    """Wasserstein-1 distance of the counts per response to the teacher's."""
+    return {
+        "caption_items": float(wasserstein_distance(evaluation.caption_items, teacher.caption_items)),
+        "reasoning_steps": float(wasserstein_distance(evaluation.reasoning_steps, teacher.reasoning_steps)),
+    }
+
+
+def _shown(index: int, sample: Sample, text: str, reward) -> dict[str, Any]:
+    question = next((m.content for m in reversed(sample.messages) if m.role == "user"), "")
+    return {
+        "index": index,
+        "question": question.replace("<image>", "").strip(),
+        "gold": sample.gold,
+        "image": image_uri(sample.images[0], sample.place) if sample.images else None,
+        "response": text,
+        "accuracy": reward.accuracy,
+        "format_valid": reward.format_valid,
+    }
+
+
+def image_uri(ref: ImageRef, place: str) -> str:
+    """The image as a PNG data URI, at most 320 pixels wide."""
+    image = open_image(ref, place)
+    image.thumbnail((320, 320))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not values:
+        raise DataError("evaluation: no responses to measure; give evaluation files with records")
+    return sum(values) / len(values)

@@ -1,0 +1,338 @@
+"""group_normalize and multi_reward_advantage: golden vectors, truth by a loop over groups, exact zeros, NaN, bad input.
+
+Runs the Triton kernels where there is a GPU; elsewhere test_moe_triton.py runs this file in Triton's interpreter.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prism_kernels import group_normalize, multi_reward_advantage
+from prism_kernels.group_advantage import api
+from prism_kernels.group_advantage.rules import RULES
+from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
+
+IMPLS = (
+    [("triton", "cpu")]
+    if INTERPRETED
+    else [("reference", "cpu"), ("cpu", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
+)
+GOLDEN = json.loads((Path(__file__).parent / "data" / "advantage.json").read_text())
+MODES = {
+    "default": "align",
+    "acc_gating": "penalised",
+    "gated_align": "gated",
+    "rlvr": "verified",
+    "rlvr_v2": "verified_penalised",
+    "sign_align": "signed",
+}
+COEFFICIENTS = {
+    "caption_weight": "perception_weight",
+    "cot_weight": "reasoning_weight",
+    "w_acc": "accuracy_weight",
+    "w_fmt": "format_weight",
+}
+EXAMPLES = 5 if INTERPRETED else 40
+
+pytestmark = pytest.mark.parametrize(("impl", "device"), IMPLS)
+
+
+if INTERPRETED:  # milliseconds a program: more responses in one, and steps short enough to need several
+    from prism_kernels.group_advantage import triton_kernel
+
+    triton_kernel.I_BLOCK = triton_kernel.J_BLOCK = 16
+
+
+@pytest.mark.parametrize("number", range(len(GOLDEN)))
+def test_golden_vectors(impl, device, number):
+    """Vectors of the reference implementation, which ran in fp32: 1e-5."""
+    given_ = GOLDEN[number]
+    perception, reasoning, accuracy, valid = (
+        torch.tensor(given_[name], device=device) for name in ("caption", "cot", "acc", "fmt")
+    )
+    group = torch.tensor(given_["group"], device=device)
+    for case in given_["expected"]:
+        got = multi_reward_advantage(
+            perception,
+            reasoning,
+            group,
+            format_valid=valid,
+            accuracy=accuracy,
+            rule=MODES[case["mode"]],
+            impl=impl,
+            **{COEFFICIENTS.get(name, name): value for name, value in case["coef"].items()},
+        )
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(
+            got.cpu(), torch.tensor(case["adv"]), rtol=0, atol=1e-5, msg=lambda m, c=case: f"{c}: {m}"
+        )
+
+
+def truth(scores, groups, baseline="mean", scale="std", eps=1e-6):
+    """One row of scores, in Python floats."""
+    out = [0.0] * len(scores)
+    for group in set(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
+        n = len(members)
+        values = [scores[i] for i in members]
+        if n == 1:
+            mean = {members[0]: 0.0}
+            std = 1.0
+        else:
+            centre = math.fsum(values) / n
+            std = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1))
+            mean = {i: centre for i in members}
+            if baseline == "leave_one_out":
+                mean = {i: (math.fsum(values) - scores[i]) / (n - 1) for i in members}
+        for i in members:
+            out[i] = (scores[i] - mean[i]) / (std + eps if scale == "std" else 1.0)
+    return out
+
+
+@st.composite
+def batches(draw):
+    """(scores, group ids): few distinct ids of any value in any order, so that sizes from 1 up occur."""
+    ids = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5))
+    size = draw(st.integers(1, 40))
+    group = draw(st.lists(st.sampled_from(ids), min_size=size, max_size=size))
+    seed = draw(st.integers(0, 2**31))
+    return torch.randn(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), group
+
+
+@given(batches(), st.sampled_from(["mean", "leave_one_out"]), st.sampled_from(["std", "none"]))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_normalize_equals_the_formula(impl, device, batch, baseline, scale):
+    scores, group = batch
+    ids = torch.tensor(group, device=device)
+    got = group_normalize(scores.to(device), ids, baseline=baseline, scale=scale, impl=impl)
+    expected = torch.tensor([truth(row, group, baseline, scale) for row in scores.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
+    one = group_normalize(scores[0].float().to(device), ids, baseline=baseline, scale=scale, impl=impl)
+    assert one.shape == (len(group),) and one.dtype == torch.float32
+
+
+@given(batches(), st.sampled_from(RULES), st.integers(0, 2**31))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_rules_equal_their_formulas(impl, device, batch, rule, seed):
+    """PRISM.md 4, one response at a time, with invalid responses whose scores are NaN."""
+    scores, group = batch
+    random = torch.Generator().manual_seed(seed)
+    valid = torch.rand(len(group), generator=random) < 0.6
+    accuracy = (torch.rand(len(group), generator=random) < 0.5).float()
+    names = ("perception_weight", "reasoning_weight", "align_coef", "wrong_penalty", "format_penalty")
+    names += ("accuracy_weight", "format_weight")
+    c = dict(zip(names, torch.rand(7, generator=random).tolist()))
+
+    filled = []
+    for row in scores.tolist():
+        low = {g: min((v for v, h, ok in zip(row, group, valid) if h == g and ok), default=0.0) for g in group}
+        filled.append([v if ok else low[g] - 1 for v, g, ok in zip(row, group, valid)])
+    z_perception, z_reasoning = (truth(row, group) for row in filled)
+    align = [c["perception_weight"] * v + c["reasoning_weight"] * r for v, r in zip(z_perception, z_reasoning)]
+    F = [float(not ok) for ok in valid]
+    W = [float(bool(ok) and a == 0) for ok, a in zip(valid, accuracy.tolist())]
+    gate = [(1 - f) * (1 - w) for f, w in zip(F, W)]
+    k, p_w, p_f = c["align_coef"], c["wrong_penalty"], c["format_penalty"]
+    base = [c["accuracy_weight"] * a + c["format_weight"] * (1 - f) for a, f in zip(accuracy.tolist(), F)]
+    rewards = {
+        "verified": base,
+        "verified_penalised": [b - p_w * w - p_f * f for b, w, f in zip(base, W, F)],
+        "signed": [(1 - f) * (b - p_w * w) - p_f * f for b, w, f in zip(base, W, F)],
+    }
+    if rule == "align":
+        expected = [a - p_f * f for a, f in zip(align, F)]
+    elif rule == "penalised":
+        expected = [k * a - p_w * w - p_f * f for a, w, f in zip(align, W, F)]
+    elif rule == "gated":
+        expected = [k * a * g - p_w * w - p_f * f for a, g, w, f in zip(align, gate, W, F)]
+    else:
+        factor = gate if rule != "signed" else [(1 - f) * (1 - 2 * w) for f, w in zip(F, W)]
+        expected = [r + k * a * g for r, a, g in zip(truth(rewards[rule], group), align, factor)]
+
+    given_ = torch.where(valid, scores, float("nan")).to(device)
+    got = multi_reward_advantage(
+        given_[0],
+        given_[1],
+        torch.tensor(group, device=device),
+        format_valid=valid.to(device),
+        accuracy=accuracy.to(device),
+        rule=rule,
+        impl=impl,
+        **c,
+    )
+    assert got.shape == (len(group),) and got.dtype == torch.float32
+    torch.testing.assert_close(got.cpu().double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_scores_give_exactly_zero(impl, device, dtype):
+    group = torch.arange(28, device=device) % 4  # groups of seven, interleaved
+    for value in (0.1, -3.3333333, 1e8 + 1, 7e-12):
+        scores = torch.full((28,), value, dtype=dtype, device=device)
+        for baseline in ("mean", "leave_one_out"):
+            assert group_normalize(scores, group, baseline=baseline, impl=impl).eq(0).all()
+        valid = torch.ones(28, device=device, dtype=torch.bool)
+        got = multi_reward_advantage(
+            scores, scores, group, format_valid=valid, accuracy=valid, rule="verified", accuracy_weight=0.8,
+            format_weight=0.1, impl=impl,
+        )  # fmt: skip
+        assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int8])
+def test_rewards_do_not_depend_on_the_type_of_the_flags(impl, device, dtype):
+    """0.1 in fp16 is 0.09998; and two ways to the same reward, 0.2 - 0.5 and -0.3, must not differ by a rounding."""
+    scores, group = torch.randn(8, device=device), torch.arange(8, device=device) // 4
+    accuracy = torch.tensor([1, 0, 0, 1, 1, 0, 1, 1], device=device)
+    valid = torch.tensor([1, 0, 1, 1, 1, 1, 0, 0], device=device)
+    for rule in RULES:
+        got, exact = (
+            multi_reward_advantage(
+                scores, scores, group, format_valid=valid.to(d), accuracy=accuracy.to(d), rule=rule, impl=i,
+                accuracy_weight=0.1, format_weight=0.7, wrong_penalty=0.3, format_penalty=0.9,
+            )
+            for d, i in ((dtype, impl), (torch.float64, "reference"))
+        )  # fmt: skip
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+    options = {"rule": "verified_penalised", "align_coef": 0.0, "format_weight": 0.2, "wrong_penalty": 0.5}
+    wrong, half = torch.zeros(8, device=device, dtype=dtype), group.new_tensor([0, 1] * 4).to(dtype)
+    got = multi_reward_advantage(
+        scores, scores, group, format_valid=half, accuracy=wrong, format_penalty=0.3, impl=impl, **options
+    )
+    assert got.eq(0).all()
+    options = {"rule": "verified", "align_coef": 0.0, "accuracy_weight": 0.1, "format_weight": 0.1}
+    got = multi_reward_advantage(
+        scores, scores, group, format_valid=half, accuracy=1 - half.double(), impl=impl, **options
+    )
+    assert got.eq(0).all()
+    got = multi_reward_advantage(
+        scores, scores, group, format_valid=half, accuracy=(1 - half.double()).to(dtype), impl=impl, **options
+    )
+    assert got.eq(0).all()
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-25])
+def test_huge_and_tiny_scores(impl, device, size):
+    """Their variance is outside fp32. Where an invalid response cannot fall below a huge score, it equals it."""
+    scores = torch.tensor([1.0, 2.0, 4.0, -1.0], device=device) * size
+    group, eps = torch.zeros(4, dtype=torch.int64, device=device), 1e-6 if size > 1 else 0.0
+    expected = torch.tensor(truth([1.0, 2.0, 4.0, -1.0], [0] * 4, eps=0.0))
+    got = multi_reward_advantage(scores, 2 * scores, group, eps=eps, impl=impl)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(group_normalize(scores, group, eps=eps, impl=impl).cpu(), expected, rtol=1e-6, atol=1e-6)
+    if size > 1:
+        valid = torch.tensor([True, False, False, False], device=device)
+        assert not multi_reward_advantage(scores, scores, group, format_valid=valid, impl=impl).any()
+
+
+def test_equal_scores_give_zero_without_eps(impl, device):
+    scores, group = torch.full((6,), 0.1, device=device), torch.arange(6, device=device) // 3
+    assert group_normalize(scores, group, eps=0, impl=impl).eq(0).all()
+    assert multi_reward_advantage(scores, scores, group, eps=0, impl=impl).eq(0).all()
+
+
+def test_nan_stays_in_its_group(impl, device):
+    scores = torch.randn(24, device=device)
+    scores[5] = float("nan")
+    scores[10] = float("inf")
+    group = torch.arange(24, device=device) % 4
+    hit = (group == 1) | (group == 2)
+    assert torch.equal(group_normalize(scores, group, impl=impl).isnan(), hit)
+    accuracy = (torch.arange(24, device=device) % 3 == 0).float()
+    for rule in ("align", "verified"):
+        got = multi_reward_advantage(scores, scores, group, accuracy=accuracy, rule=rule, impl=impl)
+        assert torch.equal(got.isnan(), hit)
+    accuracy[3] = float("nan")
+    got = multi_reward_advantage(scores, scores, group, accuracy=accuracy, rule="verified", impl=impl)
+    assert torch.equal(got.isnan(), hit | (group == 3))
+
+
+def test_groups_of_one_and_groups_without_a_valid_response(impl, device):
+    scores = torch.tensor([2.0, 5.0, 6.0, -4.0], device=device)
+    group = torch.tensor([9, -1, -1, 3], device=device)
+    valid = torch.tensor([True, False, False, False], device=device)
+    got = multi_reward_advantage(scores, scores, group, format_valid=valid, format_penalty=1.5, impl=impl)
+    torch.testing.assert_close(got.cpu(), torch.tensor([2.0, -1.5, -1.5, -2.5]), rtol=0, atol=4e-6)
+    alone = torch.arange(4, device=device)
+    for baseline in ("mean", "leave_one_out"):
+        got = group_normalize(scores, alone, baseline=baseline, scale="none", impl=impl)
+        assert torch.equal(got, scores)
+
+
+def test_any_order_of_responses(impl, device):
+    scores, group = torch.randn(3, 33, device=device), torch.randint(0, 5, (33,), device=device)
+    perm = torch.randperm(33, device=device)
+    got = group_normalize(scores, group, impl=impl)
+    torch.testing.assert_close(group_normalize(scores[:, perm], group[perm], impl=impl), got[:, perm])
+    assert torch.equal(got, group_normalize(scores, group, impl=impl))  # the same bits again
+
+
+def test_strided_and_narrow_input(impl, device):
+    wide = torch.randn(40, 3, device=device)
+    group = torch.arange(80, device=device, dtype=torch.int32)[::2] // 10
+    got = group_normalize(wide.T, group, impl=impl)
+    torch.testing.assert_close(got, group_normalize(wide.T.contiguous(), group.long(), impl="reference"))
+    half = wide[:, 0].bfloat16()
+    torch.testing.assert_close(
+        group_normalize(half, group, impl=impl), group_normalize(half.float(), group, impl="reference")
+    )
+    assert not group_normalize(wide.T.requires_grad_(), group, impl=impl).requires_grad
+
+
+def test_nothing(impl, device):
+    empty, ids = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    assert group_normalize(empty.expand(2, 0), ids, impl=impl).shape == (2, 0)
+    assert multi_reward_advantage(empty, empty, ids, impl=impl).shape == (0,)
+
+
+S, G = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
+
+
+@skip_interpreted
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda i: group_normalize(G, G, impl=i), r"scores: expected floating .* got \(4,\) torch.int64"),
+        (lambda i: group_normalize(S.view(1, 2, 2), G, impl=i), r"scores: .*\(1, 2, 2\)"),
+        (lambda i: group_normalize(S, G[:3], impl=i), r"group_ids: expected \(4,\).* got \(3,\)"),
+        (lambda i: group_normalize(S, S, impl=i), "group_ids: expected int64 or int32, got .*float32"),
+        (lambda i: group_normalize(S, G, baseline="median", impl=i), "baseline: .*'median'"),
+        (lambda i: group_normalize(S, G, scale="var", impl=i), "scale: .*'var'"),
+        (lambda i: group_normalize(S, G, eps=-1.0, impl=i), "eps: .*-1.0"),
+        (lambda i: multi_reward_advantage(S, S[:2], G, impl=i), r"reasoning: expected \(4,\).* got \(2,\)"),
+        (lambda i: multi_reward_advantage(S, S, G[:1], impl=i), r"group_ids: expected \(4,\)"),
+        (lambda i: multi_reward_advantage(S, S, G, rule="sum", impl=i), "rule: expected one of align, .* got 'sum'"),
+        (lambda i: multi_reward_advantage(S, S, G, rule="gated", impl=i), "accuracy: rule 'gated' reads it"),
+        (lambda i: multi_reward_advantage(S, S, G, rule="gated", accuracy=S[:3], impl=i), r"accuracy: .*\(3,\)"),
+        (lambda i: multi_reward_advantage(S, S, G, format_valid=S.view(2, 2), impl=i), r"format_valid: .*\(2, 2\)"),
+        (lambda i: group_normalize([1.0], G, impl=i), r"scores: expected floating \(B,\) .* got no tensor but list"),
+        (lambda i: group_normalize(S, [0] * 4, impl=i), "group_ids: expected int64 or int32, got no tensor but list"),
+        (lambda i: group_normalize(S, G, eps="1", impl=i), "eps: expected a number >= 0, got '1'"),
+        (lambda i: group_normalize(S, G, eps=math.inf, impl=i), "eps: .* inf"),
+        (lambda i: multi_reward_advantage(None, S, G, impl=i), "perception: .*NoneType"),
+        (lambda i: multi_reward_advantage(S, None, G, impl=i), "reasoning: .*NoneType"),
+        (lambda i: multi_reward_advantage(S, S, G, format_valid=[1] * 4, impl=i), r"format_valid: .*\(4,\).* list"),
+        (lambda i: multi_reward_advantage(S, S, G, accuracy=S[:3], impl=i), r"accuracy: .*\(3,\)"),
+        (
+            lambda i: multi_reward_advantage(S, S, G, accuracy=S.to(torch.complex64), rule="gated", impl=i),
+            "accuracy: expected bool or real numbers .*complex64",
+        ),
+        (lambda i: multi_reward_advantage(S, S, G, align_coef=None, impl=i), "align_coef: expected a finite number"),
+        (lambda i: multi_reward_advantage(S, S, G, format_penalty=math.nan, impl=i), "format_penalty: .*nan"),
+        (lambda i: multi_reward_advantage(S.to("meta"), S, G, impl=i), "reasoning: expected .* on meta"),
+    ],
+)
+def test_bad_input_names_the_argument(impl, device, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(impl)
+
+
+@skip_interpreted
+def test_every_implementation_is_in_the_table(impl, device):
+    for op in (api.NORMALIZE, api.ADVANTAGE):
+        assert [str(name) for name in op.table] == ["triton", "cpu", "reference"]

@@ -1,0 +1,159 @@
+"""The laws of the house that can be read off the source (ARCHITECTURE.md, "Laws")."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "kernels" / "prism_kernels").rglob("*.py"))
+TRAINER = sorted((ROOT / "prism_fast").rglob("*.py"))
+SOURCES = [*KERNELS, *TRAINER]
+INSIDES = re.compile(  # of transformers: model code, and the registries and masks that model code uses
+    r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
+    r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
+)
+IMPLEMENTATIONS = re.compile(r"(reference|cpu|cpu_kernel|sdpa|native|triton|cuda|flash)(_\w+)?")
+
+
+@cache
+def imported(path):
+    """Modules that a file imports anywhere, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def importers(files, package):
+    return {
+        str(path.relative_to(ROOT))
+        for path in files
+        if any(name == package or name.startswith(f"{package}.") for name in imported(path))
+    }
+
+
+def test_the_files_that_the_laws_speak_of_are_found():
+    found = {str(path.relative_to(ROOT)) for path in SOURCES}
+    ops = ("linear_logprob", "group_advantage", "moe", "tree_attention", "packing", "spans")
+    assert {f"kernels/prism_kernels/{op}/{name}.py" for op in ops for name in ("api", "reference")} <= found
+    assert {"prism_fast/records.py", "prism_fast/models/policy.py", "prism_fast/models/discriminator.py"} <= found
+    assert len(list(jit_functions())) > 5
+    assert "torch" in imported(ROOT / "kernels/prism_kernels/dispatch.py")
+
+
+def test_imports_go_from_the_trainer_to_the_kernels_to_the_extension():
+    assert importers(KERNELS, "prism_fast") == set()
+    assert importers([*KERNELS, *TRAINER], "prism_kernels._C") == {"kernels/prism_kernels/native.py"}
+
+
+def test_prism_kernels_imports_with_torch_alone():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'transformers', 'pydantic', 'numpy', 'prism_kernels._C'): sys.modules[name] = None\n"
+        "import prism_kernels\n"
+        "assert {'moe_mlp', 'tree_attention', 'linear_policy_loss'} <= set(prism_kernels.which_impl())\n"
+        "assert not any(name.split('.')[0] == 'prism_fast' for name in sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_shadow_other_packages_do_not_exist():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    taken = {"kernels", "triton", "types", "select"}
+    assert [str(path) for path in [*KERNELS, *TRAINER] if path.stem in taken or path.parent.name in taken] == []
+
+
+def test_only_the_named_files_touch_transformers_insides_and_deepspeed():
+    insides = {
+        str(path.relative_to(ROOT)) for path in SOURCES if any(INSIDES.fullmatch(name) for name in imported(path))
+    }
+    assert "prism_fast/models/backbone.py" in insides
+    assert {name for name in insides if not name.startswith("prism_fast/models/")} <= {
+        "kernels/prism_kernels/integrations/transformers.py",
+    }
+    assert importers(SOURCES, "deepspeed") <= {"prism_fast/steps/update.py"}
+    assert importers(KERNELS, "transformers") <= {"kernels/prism_kernels/integrations/transformers.py"}
+
+
+def test_the_extension_knows_pointers_not_torch():
+    sources = sorted((ROOT / "csrc").iterdir())
+    assert ROOT / "csrc" / "bindings.cpp" in sources
+    included = {name for path in sources for name in re.findall(r"#include\s*[<\"](\S+)[>\"]", path.read_text())}
+    assert {"pybind11/pybind11.h", "packing.h"} <= included
+    assert not any(re.match(r"(torch|ATen|c10)/", name) for name in included)
+
+
+def test_no_error_is_swallowed():
+    """No bare except; one of Exception must raise or do something with it."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            place = f"{path.relative_to(ROOT)}:{node.lineno}"
+            assert node.type is not None, f"{place}: bare except"
+            idle = all(isinstance(line, (ast.Pass, ast.Continue)) or is_constant(line) for line in node.body)
+            broad = re.search(r"\b(Base)?Exception\b", ast.unparse(node.type))
+            assert not (broad and idle), f"{place}: swallows {ast.unparse(node.type)}"
+
+
+def is_constant(line):
+    """A lone literal, or a return of one."""
+    value = line.value if isinstance(line, (ast.Expr, ast.Return)) else line
+    return value is None or isinstance(value, ast.Constant)
+
+
+@pytest.mark.parametrize("op", sorted({path.parent for path in KERNELS if path.name == "api.py"}), ids=lambda p: p.name)
+def test_implementations_do_not_import_each_other(op):
+    families = {}
+    for path in op.glob("*.py"):
+        match = IMPLEMENTATIONS.fullmatch(path.stem)
+        if match:
+            families[path.stem] = "cpu" if match[1] == "cpu_kernel" else match[1]
+    assert "reference" in families.values()
+    for name, family in families.items():
+        for module in imported(op / f"{name}.py"):
+            other = module.removeprefix(f"prism_kernels.{op.name}.").split(".")[0]
+            assert families.get(other, family) == family, f"{op.name}/{name}.py imports {other}.py"
+
+
+def jit_functions():
+    for path in KERNELS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                yield f"{path.parent.name}/{path.name}:{node.name}", node
+
+
+@pytest.mark.parametrize(("name", "function"), [pytest.param(n, f, id=n) for n, f in jit_functions()])
+def test_no_length_is_a_compile_time_constant_and_offsets_are_wide(name, function):
+    """A length as constexpr compiles anew for every batch; 32k tokens x 152k words overflow int32."""
+    for argument in function.args.args:
+        if argument.annotation is not None and "constexpr" in ast.unparse(argument.annotation):
+            assert not re.search(r"(?i)^[TRSBNVLHMI]$|len|seq|tokens|rows|words|num_", argument.arg), argument.arg
+    wide, grew = set(), True
+    while grew:  # names that hold int64, through assignments
+        before = len(wide)
+        for node in ast.walk(function):
+            if isinstance(node, (ast.Assign, ast.AugAssign)) and is_wide(node.value, wide):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                wide |= {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        grew = len(wide) > before
+    for node in ast.walk(function):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            sides = [ast.unparse(side) for side in (node.left, node.right)]
+            if any(re.fullmatch(r"\w*stride\w*", side) for side in sides):
+                assert is_wide(node, wide), f"line {node.lineno}: {' * '.join(sides)} before a cast to int64"
+
+
+def is_wide(node, wide):
+    return "int64" in ast.unparse(node) or any(isinstance(n, ast.Name) and n.id in wide for n in ast.walk(node))

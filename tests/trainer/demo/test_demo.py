@@ -1,0 +1,64 @@
+"""The demo end to end with a few steps of everything: files, summary.json, report.html, resume, refusals."""
+
+import json
+
+import pytest
+
+from prism_fast.demo.demo import demo
+from prism_fast.records import DataError
+from prism_fast.report import plots as report_plots
+from prism_fast.report.data import load_run
+
+FEW = {
+    "demo": {"sizes": {"sft": 256, "align": 32, "rlvr": 32, "eval": 12}},
+    "run": {"threads": 1, "save_every": 2},
+    "sft": {"steps": 30, "batch_size": 16},
+    "pairs": {"limit": 32, "samples": 2},
+    "warmup": {"steps": 2, "batch_size": 4},
+    "align": {"steps": 2, "rollout": {"prompts_per_step": 2, "samples": 4}},
+    "rlvr": {"steps": 2, "rollout": {"prompts_per_step": 2, "samples": 4}},
+}
+
+pytestmark = pytest.mark.usefixtures("torch_settings")
+
+
+def test_demo_writes_what_it_promises(tmp_path):
+    out = tmp_path / "demo"
+    returned = demo(out, smoke=True, seed=1, overrides=FEW, compare=1)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seed"] == 1 and summary["environment"]["packages"]["torch"]
+    for stage in ("base", "sft", "align", "rlvr"):
+        assert 0 <= summary["stages"][stage]["accuracy"] <= 1
+        assert 0 <= summary["stages"][stage]["format_valid"] <= 1
+        assert summary["drift"][stage].keys() == {"caption_items", "reasoning_steps"}
+        if stage != "base":
+            assert summary["stages"][stage]["seconds"] > 0
+            assert summary["stages"][stage]["tokens_per_second"] > 0
+    for side in ("perception", "reasoning"):
+        assert 0 <= summary["stages"]["warmup"][f"pair_accuracy_{side}"] <= 1
+    assert summary["stages"]["warmup"]["seconds"] > 0
+    compared = summary["compare"]
+    assert compared["difference"] == [pytest.approx(compared["prism"][0] - compared["sft_rlvr"][0])]
+    direct = (out / "direct" / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["step"] for line in direct) == 4  # the updates of alignment and of RLVR
+    drawn = [axis.get_title() for axis in report_plots.losses(load_run(out)).axes if axis.has_data()]
+    assert len(drawn) == 4, drawn  # of every stage: the names that stages write are those that the report reads
+    page = (out / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and len(page) < 5_000_000
+    for file in ("sft.json", "align.parquet", "rlvr.parquet", "eval.parquet", "pairs.jsonl"):
+        assert (out / "data" / file).exists()
+    assert returned["stages"].keys() == summary["stages"].keys()
+    with pytest.raises(DataError, match="holds an earlier demo"):
+        demo(out, smoke=True, seed=1, overrides=FEW, compare=1)
+    with pytest.raises(DataError, match="other settings"):
+        demo(out, smoke=True, seed=2, overrides=FEW, compare=1, resume=True)
+    again = demo(out, smoke=True, seed=1, overrides=FEW, compare=1, resume=True)  # all stages are finished
+    assert again["stages"]["rlvr"]["accuracy"] == summary["stages"]["rlvr"]["accuracy"]
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(DataError, match="is not empty"):
+        demo(tmp_path, smoke=True)
+    with pytest.raises(DataError, match="unknown section"):
+        demo(tmp_path / "new", smoke=True, overrides={"rlhf": {}})

@@ -1,0 +1,102 @@
+"""A packed tree equals separate Hugging Face forwards: log-probs and gradients, with images and DeepStack."""
+
+import copy
+
+import pytest
+import torch
+
+from prism_fast.models.backbone import use_tree_attention
+from prism_fast.models.policy import Policy
+from prism_fast.pack import ImageTokens, Tree, build_pack, mrope_positions
+from tests.models import IMAGE_TOKEN, prompt, qwen, tokens
+
+IMAGE = ImageTokens(IMAGE_TOKEN, 2)
+
+
+def forest():
+    """Two images, text only, one wide image with two branches of which one token long."""
+    return [
+        Tree(prompt(1, images=((4, 4), (2, 6))), [tokens(1, 6), tokens(2, 3)], [2, 2]),
+        Tree(prompt(2), [tokens(3, 4)], [2]),
+        Tree(prompt(3, images=((2, 8),)), [tokens(4, 1), tokens(5, 9)], [2, 2]),
+    ]
+
+
+def separate_logprobs(model, trees):
+    """Every (prompt, branch) as its own stock forward -> log-probs of the branch tokens, in pack order."""
+    out = []
+    for tree in trees:
+        for branch in tree.branches:
+            ids = torch.cat([tree.prompt.input_ids, branch])[None]
+            logits = model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=tree.prompt.pixel_values,
+                image_grid_thw=tree.prompt.image_grid_thw,
+                mm_token_type_ids=(ids == IMAGE_TOKEN).int(),
+            ).logits[0]
+            n = len(tree.prompt)
+            logprob = logits[n - 1 : -1].log_softmax(-1)
+            out.append(logprob.gather(1, branch[:, None])[:, 0])
+    return torch.cat(out)
+
+
+def packed_logprobs(policy, trees):
+    pack = build_pack(trees, [(i, range(len(t.branches))) for i, t in enumerate(trees)], IMAGE)
+    hidden = policy(pack)
+    logits = hidden[pack.predict_row] @ policy.head.T
+    return logits.log_softmax(-1).gather(1, pack.target_ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probs_and_gradients_equal_separate_forwards(checkpointing):
+    stock = qwen()
+    mine = copy.deepcopy(stock)
+    use_tree_attention(mine)
+    policy = Policy(mine)
+    if checkpointing:
+        policy.checkpoint_activations()
+        policy.train()
+    trees = forest()
+    expected = separate_logprobs(stock, trees)
+    got = packed_logprobs(policy, trees)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (got * weight).sum().backward()
+    for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_positions_equal_transformers():
+    model = qwen()
+    for p in (prompt(1, images=((4, 4), (2, 6))), prompt(2), prompt(3, images=((2, 8),))):
+        ids = p.input_ids[None]
+        want, _ = model.model.get_rope_index(ids, (ids == IMAGE_TOKEN).int(), p.image_grid_thw)
+        got, after = mrope_positions(p, IMAGE)
+        assert torch.equal(got, want[:, 0])
+        assert after == int(want.max()) + 1
+
+
+def test_placeholder_token_in_a_branch_is_not_an_image():
+    policy = Policy(copy.deepcopy(qwen()))
+    use_tree_attention(policy.model)
+    branch = tokens(1, 5)
+    branch[2] = IMAGE_TOKEN
+    tree = Tree(prompt(1, images=((4, 4),)), [branch], [2])
+    pack = build_pack([tree], [(0, [0])], IMAGE)
+    assert len(pack.image_row) == 4
+    assert torch.isfinite(policy(pack)).all()
+
+
+def test_text_only_pack_and_forbidden_tokens():
+    policy = Policy(copy.deepcopy(qwen()), forbidden=(IMAGE_TOKEN,))
+    use_tree_attention(policy.model)
+    pack = build_pack([Tree(prompt(2), [tokens(3, 4)], [2])], [(0, [0])], IMAGE)
+    logits = policy(pack) @ policy.head.T + policy.bias
+    assert logits.softmax(-1)[:, IMAGE_TOKEN].max() == 0
+
+
+def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_sampled():
+    policy = Policy(qwen(), forbidden=(3,), words=80)
+    assert (policy.bias < -1e8).nonzero().flatten().tolist() == [3, *range(80, 96)]

@@ -1,0 +1,301 @@
+"""The judge against a table of a person's verdicts, and against answers that mean harm."""
+
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prism_fast.reward import Reward, is_right, verifiable_reward
+from prism_fast.reward.answer import symbolic
+from prism_fast.reward.answer.answers import read
+from tests.trainer.reward.judged_pairs import RIGHT, WRONG
+
+
+def respond(answer):
+    return f"<caption>c</caption><think>t</think><answer>{answer}</answer>"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started():
+    symbolic.start()  # so that no test pays for it
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """What is right is not a matter of how busy this machine is."""
+    monkeypatch.setattr(symbolic, "SECONDS", 20.0)
+
+
+@pytest.mark.parametrize(("answer", "gold"), RIGHT)
+def test_right(answer, gold, patient):
+    assert is_right(answer, gold)
+
+
+@pytest.mark.parametrize(("answer", "gold"), WRONG)
+def test_wrong(answer, gold, patient):
+    assert not is_right(answer, gold)
+
+
+def test_the_table_is_large_and_consistent():
+    assert len(set(RIGHT)) >= 150 and len(set(WRONG)) >= 100
+    assert not set(RIGHT) & set(WRONG)
+
+
+# ---- the reward
+
+
+def test_reward():
+    assert verifiable_reward(respond(" 10 "), "10") == Reward(1.0, 1.0, True)
+    assert verifiable_reward(respond("11"), "10") == Reward(0.2, 0.0, True)
+    assert verifiable_reward("10", "10") == Reward(0.0, 0.0, False)
+    assert verifiable_reward(respond("10") + respond("10"), "10") == Reward(0.0, 0.0, False)
+    weighted = verifiable_reward(respond("10"), "10", accuracy_weight=0.5, format_weight=0.1)
+    assert weighted == Reward(0.6, 1.0, True)
+
+
+def test_equivalents_are_any_of():
+    assert verifiable_reward(respond("car"), "automobile", equivalents=("car", "auto")).accuracy == 1.0
+    assert verifiable_reward(respond("bus"), "automobile", equivalents=["car", "auto"]).accuracy == 0.0
+
+
+def test_length_limit():
+    for length, right in ((1023, 1.0), (1024, 0.0), (100_000, 0.0)):
+        assert verifiable_reward(respond("x" * length), "x" * length).accuracy == right
+    assert verifiable_reward(respond(""), "x").accuracy == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        ((None, "1"), {}, "response: expected a string, got NoneType"),
+        (("x", 1), {}, "gold: expected a string"),
+        (("x", " "), {}, "gold: expected a string that is not empty"),
+        (("x", "1"), {"equivalents": "12"}, "equivalents: expected a sequence of strings"),
+        (("x", "1"), {"equivalents": None}, "equivalents: expected a sequence of strings"),
+        (("x", "1"), {"equivalents": [1]}, "equivalents: expected a sequence of strings"),
+    ],
+)
+def test_bad_arguments(arguments, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        verifiable_reward(*arguments, **keywords)
+
+
+# ---- properties
+
+words = st.sampled_from(
+    [*"0123456789", "12", "1,234", ".5", "\\frac", "{", "}", "(", ")", "^", "/", "+", "-", "±", "%"]
+)
+words |= st.sampled_from(
+    ["kg", "B", ")", ":", "and", ",", ";", "x", "=", "\\text", "$", "sqrt", "√", "½", "pm", "five"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(words, min_size=1, max_size=12), st.sampled_from([answer for answer, _ in RIGHT]), st.booleans())
+def test_any_text_is_judged_without_an_error(pieces, gold, spaced):
+    text = (" " if spaced else "").join(pieces)
+    read(text)
+    assert is_right(text, text)
+    if not any(map(str.isalpha, gold)):  # no expression that math-verify would be asked about
+        assert is_right(text, gold) in (True, False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
+def test_integers(a, b):
+    assert is_right(f"{a:,}", str(b)) == (a == b)
+    assert is_right(f"${a}$ kg", f"{a} kg")
+    assert is_right(f"{a} kg", f"{b} kg") == (a == b)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-99, 99), st.integers(1, 99), st.integers(-99, 99), st.integers(1, 99), st.integers(1, 9))
+def test_fractions(a, b, c, d, k):
+    assert is_right(rf"\frac{{{a * k}}}{{{b * k}}}", f"{a}/{b}")
+    assert is_right(f"{a}/{b}", rf"\frac{{{c}}}{{{d}}}") == (Fraction(a, b) == Fraction(c, d))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=6))
+def test_lists_keep_their_order_and_sets_do_not(numbers):
+    text = ", ".join(map(str, numbers))
+    turned = ", ".join(map(str, reversed(numbers)))
+    assert is_right(turned, text) == (numbers == numbers[::-1])
+    assert is_right(f"{{{turned}}}", rf"\{{{text}\}}")
+
+
+# ---- hostile answers
+
+HOSTILE = [
+    "9**9**9**9",
+    "9^9^9^9",
+    "10^10^10",
+    r"10^{10^{10}}",
+    "1e999999999",
+    "9" * 1000,
+    "1/" * 400 + "1",
+    "(" * 1000,
+    "(" * 500 + "1" + ")" * 500,
+    "{" * 1000,
+    "-" * 1000,
+    "2^" * 400 + "2",
+    r"\frac{" * 150,
+    r"\frac{1}{" * 100 + "1" + "}" * 100,
+    r"\sqrt{" * 140 + "2" + "}" * 140,
+    "sqrt" * 250,
+    "1," * 500,
+    "1, " * 340,
+    "±" * 1000,
+    "A)" * 500,
+    "A. " * 340,
+    "x=" * 500,
+    "and " * 250,
+    "\ufdfa" * 1000,
+    "½" * 1000,
+    "\u202e" * 1000,
+    "\0" * 1000,
+    "five hundred " * 75,
+    "1 h " * 250,
+    "m^9" * 300,
+    "$" * 1001,
+    "\\" * 1000,
+    " " * 500 + "x" + " " * 500,
+    "x^{9^{9^{9^9}}}",
+    "(x+1)^{100000}",
+    "(999999999!)x",
+    r"\sum_{i=1}^{1000000000} i^x",
+    r"\int_0^1 \sin(x^x) dx",
+    "(" * 100 + "x" + ")" * 100,
+    "x!!!!!!!!!!",
+    r"\begin{pmatrix}" + "1&" * 100 + r"1\end{pmatrix}^{999}",
+]
+
+
+def test_hostile_answers_cost_at_most_a_second_and_are_wrong():
+    for answer in HOSTILE:
+        for gold in ("5", "x+1", r"\frac{1}{2}"):
+            begun = time.perf_counter()
+            assert verifiable_reward(respond(answer), gold).accuracy == 0.0, answer[:40]
+            assert time.perf_counter() - begun < 1.3, answer[:40]
+    assert is_right("y+1", "1+y")  # and the judge goes on
+
+
+def test_the_symbolic_parts_of_one_answer_share_the_limit():
+    answer = ", ".join(f"(x+{k})^{{100000}}" for k in range(8))
+    gold = ", ".join(f"(x+{k})^{{99999}}" for k in range(8))
+    begun = time.perf_counter()
+    assert not is_right(answer, gold)
+    assert time.perf_counter() - begun < 1.3
+
+
+def test_code_is_never_run(tmp_path):
+    spoil = tmp_path / "spoil"
+    for gold in ("5", "x+1", "Symbol('x')"):
+        for code in (
+            f"__import__('os').system('touch {spoil}')",
+            f"open('{spoil}', 'w')",
+            f"exec(\"open('{spoil}','w')\")",
+        ):
+            is_right(code, gold)
+            symbolic.equal(gold, code, symbolic.Allowance())
+            symbolic.equal(gold, rf"\text{{{code}}}", symbolic.Allowance())
+    assert not spoil.exists()
+
+
+# ---- the process of math-verify
+
+
+def test_plain_answers_never_start_the_process(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("math-verify was asked")
+
+    monkeypatch.setattr(symbolic, "equal", refuse)
+    answers = ["7", "12", "3+7", "x", "3;7", "-1", "", "1.5", "7 7", "the sum", "B", "((", "=", "7=", "+", "7 +"]
+    answers += ["2, 3", "7^", "\\frac{", "7 kg", "x+7", "max(3, 7)"]
+    for answer in answers:
+        for gold in ("7", "12", "2, 3, 7, 9", "B", "yes", "cat", "1/2"):
+            verifiable_reward(respond(answer), gold)
+
+
+def test_thousands_of_judgements_are_cheap():
+    golds = [str(number) for number in range(50)]
+    begun = time.process_time()
+    for number in range(4000):
+        verifiable_reward(respond(str(number % 97)), golds[number % 50])
+    assert time.process_time() - begun < 2.0
+
+
+def test_called_from_threads(patient):
+    pairs = [(f"{k}+y+z", f"z+y+{k}", True) for k in range(12)] + [(f"{k}+y", f"y-{k + 1}", False) for k in range(12)]
+    pairs += [(str(k), "3", k == 3) for k in range(12)]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        verdicts = list(pool.map(lambda pair: is_right(pair[0], pair[1]), pairs))
+    assert verdicts == [right for *_, right in pairs]
+
+
+def test_survives_the_death_of_the_process(patient):
+    symbolic.start()
+    os.kill(symbolic._client.process.pid, signal.SIGKILL)
+    assert is_right("k+2+1", "1+2+k")
+
+
+def test_a_forked_child_starts_its_own_process(patient):
+    symbolic.start()
+    ours = symbolic._client.process.pid
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            right = is_right("f+5", "5+f") and symbolic._client.process.pid != ours
+            symbolic._client.stop()
+            os.write(writer, b"y" if right else b"n")
+            status = 0
+        finally:
+            os._exit(status)
+    os.waitpid(child, 0)
+    assert os.read(reader, 1) == b"y"
+    os.close(reader)
+    os.close(writer)
+    assert symbolic._client.process.pid == ours and is_right("f+6", "6+f")
+
+
+def test_the_process_ends_with_ours():
+    code = """
+from prism_fast.reward import is_right
+from prism_fast.reward.answer import symbolic
+assert symbolic._client.process is None
+assert is_right("x+1", "1+x")
+print(symbolic._client.process.pid, flush=True)
+{end}
+"""
+    for end in ("", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"):
+        run = subprocess.run([sys.executable, "-c", code.format(end=end)], capture_output=True, text=True, timeout=60)
+        server = int(run.stdout)
+        deadline = time.monotonic() + 5
+        while _alive(server) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not _alive(server)
+
+
+def _alive(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_without_math_verify_it_says_so(monkeypatch):
+    monkeypatch.setattr(symbolic, "_client", symbolic._Client())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert verifiable_reward(respond("5"), "5").accuracy == 1.0
+    with pytest.raises(RuntimeError, match=r"pip install math-verify"):
+        verifiable_reward(respond("x+9"), "9+x")

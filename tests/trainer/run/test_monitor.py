@@ -1,0 +1,320 @@
+"""metrics.jsonl, the progress display, the warnings."""
+
+import importlib.machinery
+import importlib.util
+import io
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+from rich.console import Console
+
+from prism_fast.records import DataError, StepStats
+from prism_fast.run import monitor as metrics
+from prism_fast.run.monitor import Monitor, Watch, breakdown, read_metrics, tokens_per_second
+
+
+def console(terminal=False):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=140)
+
+
+def stats(step, **figures):
+    return StepStats(step, {"loss": 1.0 / step, **figures}, {"rollout": 0.5, "eval": 9.0}, {"rollout": 100})
+
+
+def strict(path):
+    """The lines as a strict JSON parser reads them: NaN is not JSON."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} in metrics.jsonl")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_a_line_per_step_on_disk_at_once(tmp_path):
+    with Monitor("sft", tmp_path / "sft", 3, quiet=True) as monitor:
+        for step in (1, 2, 3):
+            monitor.step(stats(step))
+            assert [line["step"] for line in read_metrics(monitor.path)] == list(range(1, step + 1))
+        monitor.evaluation(3, {"accuracy": 0.5, "eval/format_valid": 1.0})
+        monitor.note("done")
+    lines = read_metrics(tmp_path / "sft" / "metrics.jsonl")
+    assert lines[1]["loss"] == 0.5 and lines[1]["seconds/rollout"] == 0.5 and lines[1]["tokens/rollout"] == 100
+    assert lines[1]["tokens_per_second"] == 200.0  # evaluation is no part of a step
+    assert abs(lines[0]["time"] - lines[-1]["time"]) < 60
+    assert lines[3]["eval/accuracy"] == 0.5 and lines[3]["eval/format_valid"] == 1.0
+    assert lines[4]["note"] == "done" and lines[4]["step"] == 3
+
+
+def test_absent_metrics_stay_absent(tmp_path):
+    with Monitor("sft", tmp_path, 1, quiet=True) as monitor:
+        monitor.step(StepStats(1, {"loss": torch.tensor(2.0)}))
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert set(line) == {"step", "time", "loss"} and line["loss"] == 2.0
+
+
+def test_not_finite_is_null_warned_once_and_counted(tmp_path):
+    out = console()
+    with Monitor("sft", tmp_path, 4, console=out) as monitor:
+        for step, value in enumerate([math.nan, math.inf, -math.inf, 1.0], 1):
+            monitor.step(StepStats(step, {"loss": value, "grad_norm": value if step == 1 else 1.0}))
+    lines = strict(tmp_path / "metrics.jsonl")
+    assert [line["loss"] for line in lines if "loss" in line] == [None, None, None, 1.0]
+    warnings = [line["warning"] for line in lines if "warning" in line]
+    assert warnings[:2] == ["loss is nan, written as null", "grad_norm is nan, written as null"]
+    assert warnings[2:] == ["not finite, written as null: loss 3 times"]
+    assert "warning, sft step 1: loss is nan" in out.file.getvalue()
+
+
+def test_resume_drops_later_lines_and_a_torn_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Monitor("sft", tmp_path, 10, quiet=True) as monitor:
+        for step in range(1, 8):
+            monitor.step(stats(step))
+        monitor.evaluation(5, {"accuracy": 0.5})
+    before = path.read_bytes().splitlines()
+    with open(path, "ab") as file:
+        file.write(b'{"step": 8, "loss": 0.1')
+    with Monitor("sft", tmp_path, 10, quiet=True, start_step=5) as monitor:
+        assert path.read_bytes().splitlines() == [*before[:5], before[7]]  # the evaluation at step 5 stays
+        monitor.step(stats(6))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5, 5, 6]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]  # nothing left aside
+
+
+def test_a_new_run_sets_the_old_file_aside(tmp_path):
+    for loss in (1.0, 2.0):
+        with Monitor("sft", tmp_path, 1, quiet=True) as monitor:
+            monitor.step(StepStats(1, {"loss": loss}))
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
+    assert read_metrics(tmp_path / "metrics.previous.jsonl")[0]["loss"] == 1.0
+
+
+def test_resume_without_a_file_is_said(tmp_path):
+    with Monitor("sft", tmp_path, 9, quiet=True, start_step=4):
+        pass
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["step"] == 4 and "missing from the metrics" in line["warning"]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 2, "lo', b'{"step"', b"{", b"2", b'{"loss": 1}', b'{"step": 2, "a": "\xc3']
+)
+def test_only_a_torn_last_line_is_tolerated(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + torn)
+    assert read_metrics(path) == [{"step": 1, "loss": 1.0}]
+    path.write_bytes(torn + b'\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:1: "):
+        read_metrics(path)
+    with pytest.raises(DataError), Monitor("sft", tmp_path, 9, start_step=1, quiet=True):
+        pass
+    assert path.read_bytes() == torn + b'\n{"step": 3}\n'  # damaged input is not overwritten
+
+
+def test_a_whole_last_line_without_newline_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    with Monitor("sft", tmp_path, 9, start_step=2, quiet=True) as monitor:
+        monitor.step(stats(3))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read"):
+        read_metrics(tmp_path / "nowhere.jsonl")
+
+
+def test_plain_lines_come_now_and_then(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    out = console()
+    with Monitor("rlvr", tmp_path, 100, console=out) as monitor:
+        for step in range(1, 51):
+            now[0] += 0.1
+            monitor.step(stats(step, reward=0.25, format_valid=0.9))
+        assert len(out.file.getvalue().splitlines()) == 5  # 1, 11, 21, 31, 41: a tenth of the steps each
+        for step in range(51, 53):
+            now[0] += 11.0
+            monitor.step(stats(step, reward=0.25))
+    lines = out.file.getvalue().splitlines()
+    assert len(lines) == 7  # slow steps: every ten seconds
+    assert lines[0] == "rlvr 1/100  loss 1  reward 0.25  valid 90.0%  200 tok/s  10 s left"
+    assert "\x1b" not in out.file.getvalue()
+
+
+def test_the_last_step_is_always_shown(tmp_path):
+    out = console()
+    with Monitor("sft", tmp_path, 11, console=out) as monitor:
+        for step in range(1, 12):
+            monitor.step(stats(step))
+    assert out.file.getvalue().splitlines()[-1].startswith("sft 11/11 ")
+
+
+def test_bar_on_a_terminal_warnings_above_it(tmp_path):
+    out = console(terminal=True)
+    with Monitor("align", tmp_path, 20, console=out, start_step=0) as monitor:
+        monitor.step(stats(1, reward=0.5))
+        monitor.warn("[red]look[/red]")
+        monitor.evaluation(1, {"accuracy": 0.5, "mean_length": 12.0})
+    text = out.file.getvalue()
+    assert "1/20" in text and "reward 0.5" in text and "200 tok/s" in text
+    assert "[red]look[/red]" in text  # messages are text, not markup
+    assert "align step 1, held out: accuracy 50.0%  mean_length 12" in text
+
+
+def test_quiet_prints_nothing_and_inactive_writes_nothing(tmp_path):
+    out = console()
+    for name, options in (("quiet", {"quiet": True}), ("other_rank", {"active": False})):
+        with Monitor("sft", tmp_path / name, 2, console=out, **options) as monitor:
+            monitor.step(stats(1, entropy=math.nan))
+            monitor.warn("look")
+            monitor.evaluation(1, {"accuracy": 0.5})
+    assert out.file.getvalue() == ""
+    assert not (tmp_path / "other_rank").exists()
+
+
+def test_an_error_closes_the_file_and_passes(tmp_path):
+    with pytest.raises(KeyError), Monitor("sft", tmp_path, 2, quiet=True) as monitor:
+        monitor.step(stats(1))
+        raise KeyError
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    with pytest.raises(ValueError, match="start_step"):
+        Monitor("sft", tmp_path, 2, start_step=-1)
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(DataError, match=f"the package {name} is not installed: pip install {name}") as error:
+        Monitor("sft", tmp_path / "sft", 2, tracker=name)
+    assert "\n" not in str(error.value) and not (tmp_path / "sft").exists()
+    Monitor("sft", tmp_path, 2, tracker=name, active=False)  # other ranks need no tracker
+
+
+def test_a_folder_named_like_the_tracker_is_not_its_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    with pytest.raises(DataError, match="not installed"):
+        Monitor("sft", tmp_path, 2, tracker="wandb")
+    with pytest.raises(ValueError, match="tracker"):
+        Monitor("sft", tmp_path, 2, tracker="mlflow")
+
+
+def test_weights_and_biases_gets_the_figures_and_resumes_its_run(tmp_path, monkeypatch):
+    logged, opened = [], []
+
+    class FakeRun:
+        def log(self, figures, step):
+            logged.append((step, figures))
+
+        def finish(self):
+            logged.append("finished")
+
+    fake = types.ModuleType("wandb")
+    fake.Settings = lambda **options: options
+    fake.init = lambda **options: opened.append(options) or FakeRun()
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="fake")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 1, 0):
+        with Monitor("sft", tmp_path / "sft", 2, tracker="wandb", start_step=start, quiet=True) as monitor:
+            monitor.step(stats(start + 1, entropy=math.nan))
+    assert logged[0][0] == 1 and logged[0][1]["loss"] == 1.0
+    assert "entropy" not in logged[0][1] and "step" not in logged[0][1]
+    assert logged[1] == "finished" and len(logged) == 6
+    identities = [options["id"] for options in opened]
+    assert identities[0] == identities[1] != identities[2]  # resumed, then a new run
+
+
+def test_breakdown_and_rate():
+    lines = [stats(1).record(), stats(2).record(), {"step": 2, "eval/accuracy": 1.0}, {"step": 3, "seconds/eval": None}]
+    seconds, tokens = breakdown(lines)
+    assert seconds == {"rollout": 1.0, "eval": 18.0} and tokens == {"rollout": 200}
+    assert tokens_per_second(seconds, tokens) == 200.0
+    assert tokens_per_second({}, {"rollout": 3}) is None and tokens_per_second({"rollout": 1.0}, {}) is None
+
+
+def feed(watch, name, values, start=1):
+    """(step, warning) for every warning that the values of one metric give rise to."""
+    found = []
+    for step, value in enumerate(values, start):
+        found += [(step, text) for text in watch.observe(StepStats(step, {} if value is None else {name: value}))]
+    return found
+
+
+def steps(found):
+    return [step for step, _ in found]
+
+
+def test_watch_entropy():
+    watch = Watch(entropy_floor=0.5, patience=3)
+    values = [1.0, 1.2, 0.8, 0.6, 0.4, 0.4, 0.6, 0.4, 0.4, 0.4, 0.4, 0.4, 0.7, 0.1, 0.1, 0.1]
+    found = feed(watch, "entropy", values)  # early level 1.0
+    assert steps(found) == [10, 16]  # three in a row; not again until it has cleared
+    assert "entropy collapses: 0.4, for 3 steps below 50% of its early level 1" in found[0][1]
+    assert "\n" not in found[0][1]
+
+
+def test_watch_discriminator_sides_apart():
+    watch = Watch(saturation=0.98, patience=2)
+    assert feed(watch, "discriminator_accuracy/perception", [0.98, 0.98, 0.98]) == []  # above, not at
+    found = feed(watch, "discriminator_accuracy/perception", [1.0, 1.0, 1.0, 0.9, 0.99, 0.99])
+    assert steps(found) == [2, 6] and all("saturates on perception" in text for _, text in found)
+    both = {"discriminator_accuracy/perception": 1.0, "discriminator_accuracy/reasoning": 1.0}
+    assert watch.observe(StepStats(9, both)) == []
+    (text,) = watch.observe(StepStats(10, both))
+    assert "reasoning" in text
+
+
+def test_watch_format():
+    watch = Watch(format_floor=0.5, format_margin=0.2, patience=2)
+    assert steps(feed(watch, "format_valid", [0.4, 0.45, 0.6, 0.9, 0.75, 0.75])) == [2]  # under the floor
+    found = feed(watch, "format_valid", [0.65, 0.66, 0.6, 0.71, 0.3, 0.2])  # under the best, 0.9, by the margin
+    assert steps(found) == [2, 6] and "below 70.0% (best 90.0%)" in found[0][1]
+
+
+def test_watch_skips_what_was_not_measured():
+    watch = Watch(saturation=0.9, patience=3)
+    values = [1.0, None, 1.0, math.nan, None, 1.0]
+    assert steps(feed(watch, "discriminator_accuracy/reasoning", values)) == [6]
+    assert feed(Watch(patience=1), "loss", [1.0, 2.0]) == []
+
+
+def test_watch_state_round_trip_at_every_step():
+    generator = torch.Generator().manual_seed(3)
+    run = [
+        StepStats(
+            step,
+            {
+                "entropy": float(torch.rand((), generator=generator)),
+                "format_valid": float(torch.rand((), generator=generator)),
+                "discriminator_accuracy/perception": float(torch.rand((), generator=generator)),
+                "discriminator_accuracy/reasoning": float(torch.rand((), generator=generator)),
+            },
+        )
+        for step in range(1, 61)
+    ]
+    settings = {"entropy_floor": 0.8, "saturation": 0.4, "format_floor": 0.6, "format_margin": 0.1, "patience": 2}
+    whole = Watch(**settings)
+    expected = [whole.observe(step) for step in run]
+    assert sum(map(len, expected)) > 10
+    for cut in range(len(run)):
+        first, second = Watch(**settings), Watch(**settings)
+        for step in run[:cut]:
+            first.observe(step)
+        second.load(json.loads(json.dumps(first.state())))
+        assert [second.observe(step) for step in run[cut:]] == expected[cut:]
+        assert second.state() == whole.state()
+
+
+@pytest.mark.parametrize(
+    "setting", [{"patience": 0}, {"saturation": 1.5}, {"entropy_floor": -1.0}, {"format_margin": 2}]
+)
+def test_watch_settings_are_checked(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Watch(**setting)

@@ -1,0 +1,177 @@
+"""A killed stage, resumed, gives the same losses and the same final weights, bit for bit on a CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prism_fast.config import RunConfig
+from prism_fast.records import DataError
+from prism_fast.run import checkpoint
+from prism_fast.run.monitor import read_metrics
+from prism_fast.run.session import Run
+from prism_kernels.moe import product_choices, products
+from tests.tiny_run import run_stage, settings
+
+ROOT = Path(__file__).parents[3]
+
+pytestmark = pytest.mark.usefixtures("torch_settings")
+
+
+def start(stage, tree, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(tree))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.tiny_run", stage, str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(out, step, process):
+    """Returns once metrics.jsonl has the step and a checkpoint is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+        if any(json.loads(x)["step"] >= step for x in lines if x.endswith("}")) and checkpoint.steps(
+            out / "checkpoints"
+        ):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    raise AssertionError("the stage did not get far enough in time")
+
+
+def losses(out):
+    return [(line["step"], line["loss"]) for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def weights(out):
+    return {str(path.relative_to(out)): load_file(path) for path in sorted((out / "final").rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("stage", ["sft", "warmup", "align", "rlvr"])
+def test_killed_and_resumed_equals_uninterrupted(stage, tiny_folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_stage(stage, settings(tiny_folder, stage, whole))
+    process = start(stage, settings(tiny_folder, stage, cut), tmp_path)
+    wait_for_step(cut, 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "final").exists()
+    run_stage(stage, settings(tiny_folder, stage, cut), resume=True)
+    assert losses(cut) == losses(whole)
+    a, b = weights(whole), weights(cut)
+    assert a.keys() == b.keys() and a
+    for file, tensors in a.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, b[file][name]), (file, name)
+
+
+def test_bf16_weights_resume_with_their_fp32_masters(tiny_folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    model = {"path": str(tiny_folder / "base"), "dtype": "bfloat16"}
+    run_stage("sft", settings(tiny_folder, "sft", whole, model=model, steps=6))
+    run_stage("sft", settings(tiny_folder, "sft", cut, model=model, steps=4))
+    run_stage("sft", settings(tiny_folder, "sft", cut, model=model, steps=6), resume=True)
+    assert losses(cut) == losses(whole)
+    for file, tensors in weights(whole).items():
+        for name, value in tensors.items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value, weights(cut)[file][name]), name
+
+
+def test_sigterm_saves_says_so_and_resumes(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    process = start("sft", settings(tiny_folder, "sft", out, steps=400), tmp_path)
+    wait_for_step(out, 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in said and "--resume" in said
+    saved = checkpoint.steps(out / "checkpoints")[-1]
+    assert losses(out)[-1][0] == saved  # nothing that was computed is lost
+
+
+def test_an_earlier_run_is_not_overwritten(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    tree = settings(tiny_folder, "sft", out, steps=1)
+    run_stage("sft", tree)
+    with pytest.raises(DataError, match="--resume"):
+        run_stage("sft", tree)
+
+
+def test_only_the_last_and_the_best_checkpoints_are_kept(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    tree = settings(tiny_folder, "sft", out)
+    tree["run"]["keep_last"] = 2
+    run_stage("sft", tree)
+    assert checkpoint.steps(out / "checkpoints") == [6, 8]
+    assert {p.name for p in (out / "checkpoints" / "step-000008").iterdir()} == {
+        "policy",
+        "trainer.json",
+        "trainer.safetensors",
+    }
+
+
+def test_another_thread_count_is_refused(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    tree = settings(tiny_folder, "sft", out, steps=2)
+    run_stage("sft", tree)
+    state = json.loads((out / "checkpoints/step-000002/trainer.json").read_text())
+    (out / "checkpoints/step-000002/trainer.json").write_text(json.dumps({**state, "threads": 7}))
+    tree["steps"] = 4
+    with pytest.raises(DataError, match="threads=7"):
+        run_stage("sft", tree, resume=True)
+
+
+def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
+    """A kill while writing leaves a hidden partial folder, which is not a checkpoint."""
+    base = tmp_path / "checkpoints"
+
+    def broken(path):
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        checkpoint.save(base, 5, {"policy": broken}, {}, {}, keep_last=1)
+    assert checkpoint.steps(base) == []
+    assert checkpoint.latest(base) is None
+
+
+def test_measured_products_come_back_before_the_first_step(tmp_path, monkeypatch):
+    """A GPU's choice of who multiplies the experts changes bits; a resumed process must not make it again."""
+    config, saved = RunConfig(out=tmp_path, save_every=1), {"NVIDIA H200 bfloat16 E4 H2048 I6144 v5": "triton"}
+    monkeypatch.setattr(products, "_choices", dict(saved))
+    with Run("align", config, resume=False) as run:
+        assert run.restore() == (0, {}, {})
+        run.step_done(1, 2, {}, dict, {})
+    monkeypatch.setattr(products, "_choices", {})  # another process
+    with Run("align", config, resume=True) as run:
+        assert run.restore()[0] == 1
+        assert product_choices() == saved
+        run.step_done(2, 2, {}, dict, {})
+    file = tmp_path / "checkpoints/step-000002/trainer.json"
+    state = json.loads(file.read_text())
+    assert state["product_choices"] == saved
+
+    file.write_text(json.dumps({**state, "product_choices": {"here": "cublas"}}))
+    with (
+        Run("align", config, resume=True) as run,
+        pytest.raises(DataError, match=r"step-000002/trainer.json: product_choices: .*'cublas' of 'here'"),
+    ):
+        run.restore()
+    del state["product_choices"]  # written before choices were saved
+    file.write_text(json.dumps(state))
+    with Run("align", config, resume=True) as run:
+        assert run.restore()[0] == 2

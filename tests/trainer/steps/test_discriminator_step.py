@@ -1,0 +1,224 @@
+"""The alignment step against PRISM's definition, computed response by response on separate stock forwards."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prism_fast.config import AdvantageConfig, AlignConfig
+from prism_fast.models.backbone import use_tree_attention
+from prism_fast.models.discriminator import Discriminator
+from prism_fast.models.policy import Policy
+from prism_fast.pack import Tree
+from prism_fast.records import Rollout, Sample, Scores
+from prism_fast.steps.advantage import alignment_advantage
+from prism_fast.steps.discriminator_step import Lesson, discriminator_gradient, discriminator_trees
+from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.policy_step import policy_gradient
+from prism_kernels import PolicyObjective
+from tests.models import EOS, IMAGE_TOKEN, moe, prompt, qwen, tokens
+from tests.trainer.models.test_discriminator import separate_scores
+
+
+def config(tokens_per_pack=4096, **changes):
+    return AlignConfig.model_validate(
+        {
+            "policy": {"path": "p"},
+            "discriminator": {"path": "d"},
+            "data": {"files": ["f"]},
+            "rollout": {"prompts_per_step": 2},
+            "policy_optimizer": {"lr": 1e-3},
+            "discriminator_optimizer": {"lr": 1e-3},
+            "run": {"out": "o", "tokens_per_pack": tokens_per_pack},
+            "steps": 1,
+            **changes,
+        }
+    )
+
+
+def batch(valid=(True, True, False, True, True, False, True, True)):
+    """Two prompts with four responses each; two equal captions in the first group."""
+    lessons = [
+        Lesson(Sample("a:1", ()), prompt(1, images=((4, 4),)), (tokens(50, 7), tokens(51, 12))),
+        Lesson(Sample("a:2", ()), prompt(2), (tokens(52, 5), tokens(53, 9))),
+    ]
+    parts = [(tokens(i, 3 + i % 3), tokens(20 + i, 4 + i)) if ok else None for i, ok in enumerate(valid)]
+    if parts[0] is not None and parts[1] is not None:
+        parts[1] = (parts[0][0], parts[1][1])
+    rollout = Rollout(
+        prompts=[item.prompt for item in lessons],
+        group=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
+        response_ids=[tokens(70 + i, 5 + i) for i in range(8)],
+        logprob=[torch.zeros(5 + i) for i in range(8)],
+        text=[""] * 8,
+        finished=torch.ones(8, dtype=torch.bool),
+    )
+    return lessons, rollout, parts
+
+
+def definition(model, head, lessons, rollout, parts, beta=0.0, clamp=None):
+    """PRISM's discriminator loss, one stock forward per response and part, the teacher's repeated for each."""
+    total = {"pair": [[], []], "squares": [], "fallback": []}
+    for item in lessons:
+        plus = separate_scores(model, head, [Tree(item.prompt, item.teacher, ())])
+        total["fallback"].append(F.softplus(-plus).sum())
+    for i, part in enumerate(parts):
+        item = lessons[int(rollout.group[i])]
+        plus = separate_scores(model, head, [Tree(item.prompt, item.teacher, ())])
+        plus = plus if clamp is None else plus.clamp(-clamp, clamp)
+        if part is None:
+            total["squares"].append(plus.square().sum())
+            continue
+        mine = separate_scores(model, head, [Tree(item.prompt, part, ())])
+        mine = mine if clamp is None else mine.clamp(-clamp, clamp)
+        total["squares"].append(plus.square().sum() + mine.square().sum())
+        for side in range(2):
+            a = plus[side] - beta * torch.log1p(torch.tensor(float(len(item.teacher[side]))))
+            b = mine[side] - beta * torch.log1p(torch.tensor(float(len(part[side]))))
+            total["pair"][side].append(F.softplus(b - a))
+    loss = 0.001 * torch.stack(total["squares"]).sum() / (4 * len(parts))
+    if total["pair"][0]:
+        return loss + sum(torch.stack(side).mean() for side in total["pair"])
+    return loss + 0.01 * torch.stack(total["fallback"]).mean()
+
+
+def made(stock, head):
+    mine = copy.deepcopy(stock)
+    use_tree_attention(mine)
+    return Discriminator(mine, head)
+
+
+@pytest.mark.parametrize("tokens_per_pack", [4096, 60])  # 60: every tree is split, its root and teacher repeated
+@pytest.mark.parametrize(
+    ("valid", "beta"),
+    [((True, True, False, True, True, False, True, True), 0.0), ((True,) * 8, 0.3), ((False,) * 8, 0.0)],
+)
+def test_discriminator_step_equals_the_definition(tokens_per_pack, valid, beta):
+    stock, head = moe(), torch.randn(32)
+    lessons, rollout, parts = batch(valid)
+    mine = made(stock, head)
+    settings = config(tokens_per_pack, length_correction=beta)
+    scores, metrics, _ = discriminator_gradient(mine, lessons, rollout, parts, settings, ExpertLoad())
+    expected = definition(stock, head, lessons, rollout, parts, beta)
+    expected.backward()
+    assert metrics["loss/discriminator"] == pytest.approx(float(expected), rel=1e-5)
+    for (name, a), (_, b) in zip(mine.model.named_parameters(), stock.named_parameters()):
+        if b.grad is not None and not name.startswith("lm_head"):
+            assert (a.grad - b.grad).abs().max() <= 1e-5 * max(1.0, float(b.grad.abs().max())), name
+    for i, part in enumerate(parts):
+        item = lessons[int(rollout.group[i])]
+        if part is None:
+            assert scores.perception[i] == scores.reasoning[i] == 0
+            assert not scores.format_valid[i]
+            continue
+        want = separate_scores(stock, head, [Tree(item.prompt, part, ())]).detach()
+        want = want - beta * torch.log1p(torch.tensor([float(len(p)) for p in part]))
+        got = torch.stack([scores.perception[i], scores.reasoning[i]])
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert ("discriminator_accuracy/perception" in metrics) == any(valid)  # nothing to measure, nothing reported
+
+
+def test_compat_clamps_inside_the_loss():
+    stock, head = moe(), 30 * torch.randn(32)  # far past +-10
+    lessons, rollout, parts = batch()
+    settings = config(compat={"clamp_in_loss": True})
+    _, metrics, _ = discriminator_gradient(made(stock, head), lessons, rollout, parts, settings, ExpertLoad())
+    expected = definition(stock, head, lessons, rollout, parts, clamp=10.0)
+    assert metrics["loss/discriminator"] == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_equal_parts_stand_once_and_the_teacher_in_every_part():
+    lessons, rollout, parts = batch()
+    trees, where = discriminator_trees(lessons, rollout, parts)
+    assert where[0][0] == where[1][0]  # the shared caption
+    assert where[2] is None
+    assert len(trees[0].branches) == 2 + 5
+    assert all(tree.together == (0, 1) for tree in trees)
+
+
+def test_advantage_clamps_scores_and_only_there():
+    scores = Scores(
+        torch.tensor([50.0, 10.0, -3.0]),
+        torch.tensor([0.0, 1.0, 2.0]),
+        torch.zeros(1),
+        torch.zeros(1),
+        torch.tensor([True, True, True]),
+    )
+    got = alignment_advantage(scores, torch.zeros(3, dtype=torch.int64), AdvantageConfig(), 10.0)
+    assert got[0] - got[1] == pytest.approx(-0.5, abs=1e-5)  # perception ties at the clamp, reasoning differs by one z
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [PolicyObjective.grpo(), PolicyObjective.gspo(), PolicyObjective.dr_grpo(12), PolicyObjective(entropy_coef=0.1)],
+)
+@pytest.mark.parametrize("tokens_per_pack", [4096, 64])
+@pytest.mark.parametrize("without_advantage", [[], [0, 1, 2, 3, 6]])
+def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, without_advantage):
+    stock = qwen()
+    mine = copy.deepcopy(stock)
+    use_tree_attention(mine)
+    policy = Policy(mine)
+    _, rollout, _ = batch()
+    advantages = torch.randn(8)
+    advantages[without_advantage] = 0.0
+    metrics, computed = policy_gradient(
+        policy, rollout, advantages, objective, temperature=1.0, tokens_per_pack=tokens_per_pack
+    )
+    loss = 0.0
+    left_out = without_advantage if objective.entropy_coef == 0 else []
+    lengths = [len(ids) for ids in rollout.response_ids]
+    for i, ids in enumerate(rollout.response_ids):
+        root = rollout.prompts[int(rollout.group[i])]
+        whole = torch.cat([root.input_ids, ids])[None]
+        logits = stock(
+            input_ids=whole,
+            attention_mask=torch.ones_like(whole),
+            pixel_values=root.pixel_values,
+            image_grid_thw=root.image_grid_thw,
+            mm_token_type_ids=(whole == IMAGE_TOKEN).int(),
+        ).logits[0, len(root) - 1 : -1]
+        full = logits.log_softmax(-1)
+        logprob = full.gather(1, ids[:, None])[:, 0]
+        entropy = -(full.exp() * full).sum(-1)
+        row = -(logprob - logprob.detach()).exp() * advantages[i] - objective.entropy_coef * entropy
+        weight = {
+            "token_mean": 1 / sum(lengths),
+            "sequence_mean": 1 / (len(ids) * 8),
+            "fixed_length": 1 / (8 * 12),
+        }[objective.aggregate]
+        loss = loss + row.sum() * weight
+    loss.backward()
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert metrics["entropy"] == pytest.approx(-float(torch.cat(list(rollout.logprob)).mean()), rel=1e-5)
+    assert metrics["zero_advantage"] == len(without_advantage) / 8
+    for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
+        mine = torch.zeros_like(b) if a.grad is None else a.grad  # vision, where no image was computed
+        assert (mine - b.grad).abs().max() <= 2e-5 * max(1.0, float(b.grad.abs().max())), name
+    kept = [i for i in range(8) if i not in left_out]
+    roots = {int(rollout.group[i]) for i in kept}
+    least = sum(lengths[i] for i in kept) + sum(len(rollout.prompts[group]) for group in roots)
+    assert computed == least if tokens_per_pack == 4096 else computed >= least
+
+
+def test_without_any_advantage_nothing_is_computed():
+    stock = qwen()
+    use_tree_attention(stock)
+    policy = Policy(stock)
+    _, rollout, _ = batch()
+    settings = {"temperature": 1.0, "tokens_per_pack": 4096}
+    metrics, computed = policy_gradient(policy, rollout, torch.zeros(8), PolicyObjective.grpo(), **settings)
+    assert (metrics["loss"], metrics["zero_advantage"], computed) == (0.0, 1.0, 0)
+    assert not any(name.startswith("sampler_gap") for name in metrics)
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_end_of_turn_is_a_trained_token():
+    """The branch of a response holds its end-of-turn, and its first token is predicted by the prompt's last."""
+    from prism_fast.pack import build_pack
+
+    tree = Tree(prompt(2), [torch.tensor([4, 5, EOS])], [2])
+    pack = build_pack([tree], [(0, [0])], Policy(qwen()).image)
+    assert pack.target_ids.tolist() == [4, 5, EOS]
+    assert pack.predict_row.tolist() == [len(tree.prompt) - 1 + i for i in range(3)]
