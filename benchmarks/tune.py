@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, measure
-from prism_kernels import tables
+from prism_kernels import tuned_options as tables
 from prism_kernels.dispatch import interpreting
 
 GAIN = 0.02  # a candidate must be this much faster than the default to be written

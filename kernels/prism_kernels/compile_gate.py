@@ -5,7 +5,8 @@
 Fails on a spill to local memory, on more shared memory than the GPU has, on a missing ``wgmma`` where a kernel's own
 matrix product should use it (sm_90), and on anything that does not compile. Says nothing about speed or races.
 
-An op adds its kernels by a module ``gate.py`` in its package with ``configurations() -> list[Configuration]``. Needs
+An op adds its kernels by a module ``compile_cases.py`` in its package with
+``configurations() -> list[Configuration]``. Needs
 triton, whose wheel holds ptxas and cuobjdump; the interpreter must be off (a process of its own).
 """
 
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import prism_kernels
-from prism_kernels import tables
+from prism_kernels import tuned_options as tables
 
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may take, CUDA C++ Programming Guide
@@ -72,13 +73,15 @@ class Report:
 def ops() -> list[str]:
     """Op packages that have a ``gate`` module."""
     packages = (module.name for module in pkgutil.iter_modules(prism_kernels.__path__) if module.ispkg)
-    return sorted(name for name in packages if importlib.util.find_spec(f"prism_kernels.{name}.gate") is not None)
+    return sorted(
+        name for name in packages if importlib.util.find_spec(f"prism_kernels.{name}.compile_cases") is not None
+    )
 
 
 @lru_cache
 def configurations(op: str) -> list[Configuration]:
     """The op's defaults, and what its tables make of them for the GPUs they are for."""
-    module = importlib.import_module(f"prism_kernels.{op}.gate")
+    module = importlib.import_module(f"prism_kernels.{op}.compile_cases")
     with tables.as_if(""):
         rows = module.configurations()
     for gpu in tables.gpus(op):
@@ -87,7 +90,9 @@ def configurations(op: str) -> list[Configuration]:
         rows += [replace(row, name=f"{row.name}, {gpu}") for row in tuned]
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
-        raise ValueError(f"{op}/gate.py: names must be unique, got {sorted(n for n in names if names.count(n) > 1)}")
+        raise ValueError(
+            f"{op}/compile_cases.py: names must be unique, got {sorted(n for n in names if names.count(n) > 1)}"
+        )
     return rows
 
 

@@ -12,7 +12,7 @@ from benchmarks import __main__ as command
 from benchmarks import compare, harness, make_results, measure, peers, targets, tested
 from benchmarks.harness import Contender, Options, Problem, Tolerance
 from benchmarks.measure import Summary, Timer, Unavailable
-from prism_kernels import tables
+from prism_kernels import tuned_options as tables
 
 CPU = torch.device("cpu")
 QUICK = Options(device=CPU, rounds=3, memory=False)

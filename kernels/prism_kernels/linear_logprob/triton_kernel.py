@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prism_kernels.linear_logprob.engine import Head, RowKernels, Statistics, Upstream
 from prism_kernels.linear_logprob.objectives import IGNORE
-from prism_kernels.tables import tuned
+from prism_kernels.tuned_options import tuned
 
 # (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 2 fp64 a thread and step; more fp64 spills on sm_80.
 BLOCKS = {4: (4096, 8), 8: (512, 8)}

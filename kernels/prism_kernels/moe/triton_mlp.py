@@ -1,4 +1,4 @@
-"""Experts on a GPU: Triton between the six grouped products, which a backend of products.py computes.
+"""Experts on a GPU: Triton between the six grouped products, which a backend of grouped_gemm.py computes.
 
 Legend: T tokens, H hidden, E experts, K experts per token, I intermediate, S = T*K slots in grouped order (by expert),
 slot t*K+j. Forward: permute, product, SwiGLU, product, combine. Saved are the inputs and the (S, 2I) product; permuted
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-from prism_kernels.moe.products import choose
+from prism_kernels.moe.grouped_gemm import choose
 from prism_kernels.moe.routing import Routing
 from prism_kernels.moe.triton_route import rows_of
-from prism_kernels.tables import tuned
+from prism_kernels.tuned_options import tuned
 
 COPY_BLOCK = 1024  # columns a step of a memory-bound kernel
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.moe.triton_plan import padded
-from prism_kernels.tables import tuned
+from prism_kernels.tuned_options import tuned
 
 # (BLOCK_M, BLOCK_N, BLOCK_R, warps, stages) by bytes of an element.
 TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 4, 2), 8: (32, 32, 16, 4, 2)}

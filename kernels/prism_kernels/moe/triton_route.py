@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from prism_kernels.moe.routing import Routing, RoutingStats
 from prism_kernels.moe.triton_plan import block_tokens, finish_plan, padded
-from prism_kernels.tables import tuned
+from prism_kernels.tuned_options import tuned
 
 SPLITS = 32  # parts of T whose router gradients are summed last
 

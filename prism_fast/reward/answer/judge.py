@@ -23,8 +23,8 @@ def is_right(answer: str, gold: str, equivalents: Sequence[str] = ()) -> bool:
     """Whether ``answer`` means the same as ``gold`` or as one of ``equivalents``.
 
     The tables of `tests/trainer/reward/test_judge.py` show what counts as the same. An empty answer and one of
-    `MAX_ANSWER` characters or more is wrong. Takes microseconds where numbers, choices and texts are compared, and at most
-    `symbolic.SECONDS` plus the start of math-verify's process, once, where expressions are.
+    `MAX_ANSWER` characters or more is wrong. Takes microseconds where numbers, choices and texts are compared, and at
+    most `symbolic.SECONDS` plus the start of math-verify's process, once, where expressions are.
     Raises RuntimeError where math-verify is needed and not installed.
     """
     answer = answer.strip()

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from prism_kernels import moe_mlp
-from prism_kernels.moe import load_product_choices, product_choices, products, settle_products
+from prism_kernels.moe import grouped_gemm as products
+from prism_kernels.moe import load_product_choices, product_choices, settle_products
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
 from tests.kernels.moe.test_moe import HALF, LOADS, fixed_routing, mlp_truth, normal, weights
 from tests.oracle import assert_as_exact

@@ -17,7 +17,8 @@ from prism_fast.records import DataError
 from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
 from prism_fast.run.session import Run
-from prism_kernels.moe import product_choices, products
+from prism_kernels.moe import grouped_gemm as products
+from prism_kernels.moe import product_choices
 from tests.tiny_run import run_stage, settings
 
 ROOT = Path(__file__).parents[3]
