@@ -1,4 +1,4 @@
-"""The README's and docs/method.md's examples are run: python blocks, commands, records, links between documents."""
+"""The examples of README.md and docs/*.md are run: python blocks, commands, records, links between documents."""
 
 import contextlib
 import io
@@ -15,6 +15,7 @@ from prism_fast.data import formats
 
 ROOT = Path(__file__).parent.parent
 README, METHOD = (ROOT / "README.md").read_text(), (ROOT / "docs" / "method.md").read_text()
+GUIDES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 def blocks(text, language):
@@ -22,16 +23,24 @@ def blocks(text, language):
     return re.findall(rf"^```{language} ?(.*)\n((?:.*\n)*?)```$", text, re.M)
 
 
-@pytest.mark.parametrize("code", [code for _, code in blocks(README, "python")])
-def test_python_examples_print_what_they_say(code):
+EXAMPLES = [
+    pytest.param(code, name, id=f"{name}-{i}")
+    for name, text in GUIDES.items()
+    for i, (_, code) in enumerate(blocks(text, "python"))
+]
+
+
+@pytest.mark.parametrize(("code", "name"), EXAMPLES)
+def test_python_examples_print_what_they_say(code, name):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, name, "exec"), {})
     assert printed.getvalue().splitlines() == re.findall(r"^print.*# -> (.*)$", code, re.M)
 
 
 def commands():
-    lines = "".join(text for _, text in blocks(README, "sh")).replace("\\\n", " ").splitlines()
+    shell = "".join(block for text in GUIDES.values() for _, block in blocks(text, "sh"))
+    lines = dict.fromkeys(shell.replace("\\\n", " ").splitlines())  # some stand in two guides
     return [line for line in lines if line.startswith("prism-fast")]
 
 
@@ -62,7 +71,7 @@ def test_commands_parse_and_their_settings_are_valid(line):
         assert name in ("demo", "doctor", "data check")
 
 
-def test_every_stage_has_a_command_in_the_readme():
+def test_every_stage_has_a_command_in_the_guides():
     shown = {" ".join(line.split()[1:3]) for line in commands()}
     for name in CONFIGS:
         assert any(words == name or words.split()[0] == name for words in shown), name
@@ -97,7 +106,17 @@ def test_counts_of_tokens_are_right():
     assert f"{prompt + (responses + 1) * (caption + reasoning):,}" in README
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md"])
+def test_the_first_screen_says_what_and_where():
+    """What it is, its picture, where to start and how to install come within 45 lines."""
+    screen = "\n".join(README.splitlines()[:45])
+    for found in ("discriminator.png", "| you want to | start here |", "git clone", "pip install", "not yet measured"):
+        assert found in screen, found
+
+
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *(f"docs/{name}" for name in GUIDES if name != "README.md")])
 def test_links_and_named_files_exist(name):
     path = ROOT / name
     text = path.read_text()
