@@ -50,7 +50,11 @@ setup(
         *find_packages("kernels"),
     ],
     package_dir={"prism_fast": "prism_fast", "prism_kernels": "kernels/prism_kernels"},
-    package_data={"prism_fast.recipes": ["*.yaml"], "prism_kernels": ["*/tables/*.json"]},
+    package_data={
+        "prism_fast.recipes": ["*.yaml"],
+        "prism_fast.report": ["*.j2", "*.css"],
+        "prism_kernels": ["*/tables/*.json"],
+    },
     ext_modules=[
         Pybind11Extension(
             "prism_kernels._C",

@@ -93,8 +93,9 @@ def imported(path: Path, root: Path = ROOT) -> tuple[tuple[int, str], ...]:
             module = ".".join([*start, *([node.module] if node.module else [])])
             found += [(node.lineno, name) for name in (module, *(f"{module}.{alias.name}" for alias in node.names))]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module"):
-            if node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
-                found.append((node.lineno, node.args[0].value))
+            found += [
+                (node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            ]
     return tuple(found)
 
 

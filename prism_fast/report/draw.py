@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from scipy.stats import binomtest
 
 from prism_fast.report.data import Run, series, visible
 
@@ -122,10 +123,8 @@ def label_of(text: str) -> str:
 
 def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share of ``count`` independent trials (Wilson 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    interval = binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def decades(axes: Axes) -> None:

@@ -1,22 +1,21 @@
 """The table of sampled responses: the same held-out prompts, stage by stage.
 
-Responses, questions and images are untrusted: text is escaped, an image is shown only where it is a base64 data URI of
-a raster format, and a large one is made smaller.
+Responses, questions and images are untrusted: the page escapes text, an image is shown only where it is a base64 data
+URI of a raster format, and a large one is made smaller.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from prism_fast.report.data import JUDGED, LABEL, Run, finite
-from prism_fast.report.page import Markup, absent, escape, join, table, tag
 
 MAX_PROMPTS = 12
 MAX_CHARACTERS = 4000  # of a response
@@ -24,21 +23,40 @@ MAX_IMAGE_BYTES = 40_000  # a larger one is shown smaller
 MAX_PIXELS = 64_000_000
 SIDE = 320  # pixels, of an image made smaller
 _IMAGE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,([A-Za-z0-9+/]+={0,2})")
-_TAGS = re.compile(r"&lt;/?(?:caption|think|answer)&gt;")
+_TAGS = re.compile(r"(</?(?:caption|think|answer)>)")
 
 
-def samples_table(run: Run) -> Markup:
-    """Prompts as rows, the policy after each stage as columns, the teacher last."""
-    names = [name for name in (*JUDGED, "teacher") if _responses(run, name)]
-    if not names:
-        return absent(join(["no file ", tag("code", "evaluations/<name>.json"), " with responses"]))
-    found = {name: _responses(run, name) for name in names}
-    chosen = _chosen(found)
-    rows = []
-    for index in chosen:
-        entries = {name: found[name][index] for name in names if index in found[name]}
-        rows.append([_prompt(list(entries.values())), *(_cell(entries.get(name)) for name in names)])
-    return table(["Prompt", *(LABEL[name] for name in names)], rows, text_columns=len(names) + 1, class_="samples")
+@dataclass(frozen=True)
+class Response:
+    """One cell: ``pieces`` are the response's text, each with whether it is one of the format's tags."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    correct: bool | None
+    format_valid: bool | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: its image (a data URI), or a remark on why there is none; None for both: it has no image."""
+
+    image: str | None
+    remark: str | None
+    question: str
+    gold: str
+    responses: tuple[Response | None, ...]  # one per column
+
+
+@dataclass(frozen=True)
+class Samples:
+    columns: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+
+
+def samples_of(run: Run) -> Samples:
+    """Prompts as rows, the policy after each stage as columns, the teacher last; empty without responses."""
+    found = {name: responses for name in (*JUDGED, "teacher") if (responses := _responses(run, name))}
+    rows = [_row([responses.get(index) for responses in found.values()]) for index in _chosen(found)]
+    return Samples(tuple(LABEL[name] for name in found), tuple(rows))
 
 
 def _responses(run: Run, name: str) -> dict[Any, Mapping[str, Any]]:
@@ -59,35 +77,25 @@ def _chosen(found: Mapping[str, Mapping[Any, Any]]) -> list[Any]:
     return [index for index in order if index in kept]
 
 
-def _prompt(entries: list[Mapping[str, Any]]) -> Markup:
-    source = next((entry["image"] for entry in entries if entry.get("image")), None)
-    return join(
-        [
-            shown_image(source),
-            tag("div", _clip(str(entries[0].get("question", ""))), class_="question"),
-            tag("div", join(["gold: ", tag("code", _clip(str(entries[0].get("gold", ""))))]), class_="soft"),
-        ]
+def _row(cells: list[Mapping[str, Any] | None]) -> Row:
+    known = [cell for cell in cells if cell is not None]
+    source = next((cell["image"] for cell in known if cell.get("image")), None)
+    try:
+        image, remark = None if source is None else shown_image(source), None
+    except ValueError as error:
+        image, remark = None, str(error)
+    question, gold = (_clip(str(known[0].get(name, ""))) for name in ("question", "gold"))
+    return Row(image, remark, question, gold, tuple(None if cell is None else _response(cell) for cell in cells))
+
+
+def _response(cell: Mapping[str, Any]) -> Response:
+    accuracy, valid = finite(cell.get("accuracy")), cell.get("format_valid")
+    texts = _TAGS.split(_clip(str(cell.get("response", ""))))  # every second one is a tag
+    return Response(
+        tuple((text, at % 2 == 1) for at, text in enumerate(texts)),
+        None if accuracy is None else accuracy >= 0.5,
+        valid if isinstance(valid, bool) else None,
     )
-
-
-def _cell(entry: Mapping[str, Any] | None) -> object:
-    if entry is None:
-        return None
-    accuracy = finite(entry.get("accuracy"))
-    badges = []
-    if entry.get("format_valid") is False:
-        badges.append(tag("span", "invalid format", class_="badge warn"))
-    if accuracy is not None:
-        badges.append(
-            tag(
-                "span",
-                "correct" if accuracy >= 0.5 else "wrong",
-                class_=f"badge {'good' if accuracy >= 0.5 else 'bad'}",
-            )
-        )
-    text = escape(_clip(str(entry.get("response", ""))))
-    marked = Markup(_TAGS.sub(lambda found: f'<span class="mark">{found.group()}</span>', text))
-    return join([*badges, tag("div", marked, class_="response")])
 
 
 def _clip(text: str) -> str:
@@ -95,19 +103,17 @@ def _clip(text: str) -> str:
     return text if more <= 0 else f"{text[:MAX_CHARACTERS]}\n[... {more:,} more characters]"
 
 
-def shown_image(source: Any) -> Markup:
-    """An <img> for a data URI of a raster image, made smaller where it is large; a remark for anything else."""
-    if source is None:
-        return Markup("")
+def shown_image(source: Any) -> str:
+    """A data URI of a raster image, made smaller where it is large. Raises ValueError for anything else."""
     found = _IMAGE.fullmatch(source) if isinstance(source, str) else None
     if found is None:
-        return absent("the image is not a base64 data URI of a PNG, JPEG, GIF or WebP")
-    if len(source) > MAX_IMAGE_BYTES:
-        try:
-            source = _smaller(found.group(1))
-        except (OSError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
-            return absent(f"the image does not open ({error})")
-    return Markup(f'<img src="{source}" alt="the image of the prompt">')
+        raise ValueError("the image is not a base64 data URI of a PNG, JPEG, GIF or WebP")
+    if len(source) <= MAX_IMAGE_BYTES:
+        return source
+    try:
+        return _smaller(found.group(1))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image does not open ({error})") from error
 
 
 def _smaller(encoded: str) -> str:

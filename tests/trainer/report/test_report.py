@@ -6,16 +6,17 @@ import io
 import json
 import math
 import re
+import statistics
 import time
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from prism_fast.records import DataError, StepStats
 from prism_fast.report import experts as report_experts
-from prism_fast.report import plots as report_plots
-from prism_fast.report.build import build_report
+from prism_fast.report.build import PLOTS, Tile, build_report, report_html
 from prism_fast.report.data import TRAINED, Run, expert_keys
 from prism_fast.report.draw import curve, panels, render, wilson
 from prism_fast.report.experts import shown_layers
@@ -164,6 +165,9 @@ def test_whole_run(tmp_path):
     assert "Not shown" not in page.text
     for label in ("base says", "sft says", "align says", "rlvr says", "teacher says"):
         assert page.text.count(label) == 3
+    links = [a["href"].removeprefix("#") for tag, a in page.elements if tag == "a"]
+    assert links == [a["id"] for tag, a in page.elements if tag == "section"] and len(links) == 12
+    assert page.count("style") == 1 and ".tiles {" in (tmp_path / "report.html").read_text()  # the look is inlined
 
 
 def test_experts_apart():
@@ -210,12 +214,6 @@ METRICS = (
     "eval/accuracy", "reward", "format_valid", "score/student_perception", "pair_accuracy/perception",
     "loss/discriminator", "response_length", "sampler_gap/max", "seconds/rollout", "expert_load/1/prompt/2", "no/such",
 )  # fmt: skip
-PLOTS = [
-    report_plots.accuracy_by_stage, report_plots.held_out_curves, report_plots.reward_and_format, report_plots.scores,
-    report_plots.losses, report_plots.lengths_and_entropy, report_plots.drift, report_plots.time_and_tokens,
-    report_plots.compare, report_experts.expert_heat_map, report_experts.expert_curves,
-    report_experts.expert_split,
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -224,10 +222,10 @@ def test_plots_cope_with_absent_metrics(name):
         lines = [{"step": 1, "time": 1.0}, {"step": 2, name: value}, {"step": 2, "warning": "look"}]
         keys = expert_keys(lines)
         run = Run(metrics=dict.fromkeys(TRAINED, lines), experts=dict.fromkeys(TRAINED, keys) if keys else {})
-        drawn = [plot(run) is not None for plot in PLOTS]
-        assert not any(drawn[place] for place in (0, 6, 8))  # these need evaluations and the summary
+        drawn = {plot.__name__ for plot in PLOTS if plot(run) is not None}
+        assert not drawn & {"accuracy_by_stage", "drift", "compare"}  # these need evaluations and the summary
         measured = name != "no/such" and name != "sampler_gap/max" and value is not None
-        assert any(drawn) == measured
+        assert bool(drawn) == measured
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):
@@ -259,20 +257,25 @@ def test_hostile_text_is_shown_as_text(tmp_path):
         7,
     ],
 )
-def test_only_raster_data_uris_are_shown(source):
-    shown = shown_image(source)
-    assert "<img" not in shown and "Not shown" in shown and "onerror=" not in shown
+def test_only_raster_data_uris_are_shown(source, tmp_path):
+    row = {"index": 0, "question": "Q?", "gold": "g", "image": source, "response": "r"}
+    write_evaluation(tmp_path, "sft", responses=[row], accuracy=None, by_type=None, caption_items=None,
+                     reasoning_steps=None)  # fmt: skip
+    page = read(tmp_path)
+    assert page.count("img") == 0 and page.text.count("Not shown: the image") == 1
+    with pytest.raises(ValueError, match=r"the image (is not|does not open)"):
+        shown_image(source)
 
 
 def test_large_images_are_made_smaller():
     source = picture(900, 600, noise=True)
     assert len(source) > MAX_IMAGE_BYTES
     shown = shown_image(source)
-    encoded = re.search(r"base64,([^\"]*)", shown).group(1)
+    encoded = shown.removeprefix("data:image/jpeg;base64,")
     assert len(encoded) < MAX_IMAGE_BYTES * 3
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
         assert max(image.size) == 320
-    assert picture() in shown_image(picture())  # small ones stay as they are
+    assert shown_image(picture()) == picture()  # small ones stay as they are
 
 
 def test_many_and_long_responses_are_bounded(tmp_path):
@@ -333,15 +336,26 @@ def test_running_mean_is_centred():
     np.testing.assert_allclose(values[3:-3], steps[3:-3])  # a straight line is its own running mean
 
 
-@pytest.mark.parametrize("share, count", [(0.0, 20), (0.55, 100), (1.0, 20), (0.5, 1)])
+@pytest.mark.parametrize("share, count", [(0.0, 20), (0.55, 100), (0.29, 100), (1.0, 20), (2 / 3, 3), (1.0, 1)])
 def test_wilson_interval(share, count):
+    z = statistics.NormalDist().inv_cdf(0.975)
     for bound in wilson(share, count):  # where the share is 1.96 standard errors of the bound away from the bound
-        assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / count, abs=1e-12)
+        assert (share - bound) ** 2 == pytest.approx(z**2 * bound * (1 - bound) / count, abs=1e-12)
 
 
 def test_layers_of_a_deep_model():
     assert shown_layers([1, 0]) == [0, 1]
     assert shown_layers(range(28)) == [0, 5, 11, 16, 22, 27]
+
+
+def test_a_value_that_the_page_has_no_word_for_is_an_error(monkeypatch):
+    report_html(Run())
+    monkeypatch.setattr("prism_fast.report.build._tiles", lambda run: [Tile("name", None, "detail")])
+    with pytest.raises(ValueError, match="writes a value that is None"):
+        report_html(Run())
+    monkeypatch.setattr("prism_fast.report.build._tiles", lambda run: [("no", "attributes")])
+    with pytest.raises(UndefinedError, match="name"):
+        report_html(Run())
 
 
 def test_render_of_nothing():
