@@ -15,14 +15,14 @@ PACKAGES = (
     "prism-fast",
     "torch",
     "triton",
+    "numpy",
     "transformers",
-    "liger-kernel",
-    "flash-attn",
-    "deepspeed",
+    "tokenizers",
     "safetensors",
-    "datasets",
     "pyarrow",
+    "scipy",
     "math-verify",
+    "sympy",
 )
 
 
