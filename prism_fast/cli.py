@@ -239,7 +239,8 @@ def bench(
 @app.command()
 def doctor() -> None:
     """Hardware, versions, and which implementation each op uses and why."""
-    from prism_fast.run.environment import environment, implementations
+    from prism_fast.run.environment import environment
+    from prism_kernels import which_impl
 
     console = Console()
     facts = environment()
@@ -249,7 +250,7 @@ def doctor() -> None:
     for name, value in facts["packages"].items():
         console.print(f"{name:14} {value or 'not installed'}", highlight=False)
     table = Table("op", "implementation", "why")
-    for op, (impl, reason) in implementations().items():
+    for op, (impl, reason) in which_impl().items():
         table.add_row(op, impl, reason)
     console.print(table)
 

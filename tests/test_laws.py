@@ -1,36 +1,33 @@
-"""The laws of the house that can be read off the source (ARCHITECTURE.md, "Laws")."""
+"""The laws of the house that can be read off the source (ARCHITECTURE.md, "Laws"), and its rooms (`dev/house.py`)."""
 
 import ast
 import os
 import re
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from dev import house
+
+ROOT = house.ROOT
 KERNELS = sorted((ROOT / "kernels" / "prism_kernels").rglob("*.py"))
 TRAINER = sorted((ROOT / "prism_fast").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 SOURCES = [*KERNELS, *TRAINER]
+# What stands below every room of the trainer; each of these files imports, of the trainer, others of them at most.
+GROUND = {"records", "config", "files", "pack", "response_format", "ranks"}
 INSIDES = re.compile(  # of transformers: model code, and the registries and masks that model code uses
     r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
     r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
 )
+EDITS_THE_PATH = re.compile(r"sys\.path(\[[^\]]*\])? *\+?=(?!=)|sys\.path\.(insert|append|extend)")
 IMPLEMENTATIONS = re.compile(r"(reference|cpu|cpu_kernel|sdpa|native|triton|cuda|flash)(_\w+)?")
 
 
-@cache
 def imported(path):
     """Modules that a file imports anywhere, in functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    return {name for _, name in house.imported(path)}
 
 
 def importers(files, package):
@@ -48,6 +45,67 @@ def test_the_files_that_the_laws_speak_of_are_found():
     assert {"prism_fast/records.py", "prism_fast/models/policy.py", "prism_fast/models/discriminator.py"} <= found
     assert len(list(jit_functions())) > 5
     assert "torch" in imported(ROOT / "kernels/prism_kernels/dispatch.py")
+
+
+# ---- rooms and what they may know of each other
+
+
+def rooms_that(room):
+    """Rooms of the trainer that one of them imports."""
+    plan = house.Plan.of(ROOT / "prism_fast")
+    assert room in plan.rooms
+    return {target for source, target in plan.imports if source == room}
+
+
+def test_rooms_imports_and_sizes_are_within_their_limits():
+    done = subprocess.run([sys.executable, "dev/house.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_ground_imports_no_room_above():
+    assert rooms_that("response_format") == set()
+    for room in GROUND & set(house.Plan.of(ROOT / "prism_fast").rooms):
+        assert rooms_that(room) <= GROUND, room
+
+
+def test_the_run_kit_knows_no_model_no_kernel_no_data():
+    assert rooms_that("run") <= GROUND - {"pack", "response_format"}
+    assert importers((ROOT / "prism_fast" / "run").rglob("*.py"), "prism_kernels") == set()
+
+
+def test_a_benchmark_needs_steps_not_stages():
+    assert importers(BENCHMARKS, "prism_fast") != set()
+    assert importers(BENCHMARKS, "prism_fast.stages") == set()
+
+
+def test_reading_a_file_needs_no_judge():
+    assert "response_format" in rooms_that("data") and "reward" not in rooms_that("data")
+
+
+def test_what_ships_knows_nothing_of_what_does_not():
+    for name in ("benchmarks", "tests", "dev"):
+        assert importers(SOURCES, name) == set()
+    for path in SOURCES:
+        assert not EDITS_THE_PATH.search(path.read_text()), path
+
+
+def test_an_op_lives_in_prism_kernels():
+    for path in TRAINER:
+        for node in ast.walk(house.tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                bases = [ast.unparse(base) for base in node.bases]
+                assert not any(base.endswith("autograd.Function") for base in bases), f"{path}: {node.name}"
+    assert "torch.autograd.Function" not in set().union(*(imported(path) for path in TRAINER))
+    assert importers(TRAINER, "triton") == set()
+
+
+def test_a_loss_is_a_formula():
+    path = ROOT / "prism_fast" / "steps" / "pair_loss.py"
+    packages = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert packages == {"torch"}
+
+
+# ---- the laws of the kernels
 
 
 def test_imports_go_from_the_trainer_to_the_kernels_to_the_extension():
@@ -97,7 +155,7 @@ def test_the_extension_knows_pointers_not_torch():
 def test_no_error_is_swallowed():
     """No bare except; one of Exception must raise or do something with it."""
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(house.tree_of(path)):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             place = f"{path.relative_to(ROOT)}:{node.lineno}"
@@ -129,7 +187,7 @@ def test_implementations_do_not_import_each_other(op):
 
 def jit_functions():
     for path in KERNELS:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(house.tree_of(path)):
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
                 yield f"{path.parent.name}/{path.name}:{node.name}", node
 

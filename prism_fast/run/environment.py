@@ -1,4 +1,4 @@
-"""What this machine has: hardware, versions, and which implementation each op uses and why."""
+"""What this machine has: hardware and versions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import platform
 from typing import Any
 
 import torch
-
-from prism_kernels import which_impl
 
 PACKAGES = (
     "prism-fast",
@@ -56,8 +54,3 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "packages": {name: version(name) for name in PACKAGES},
     }
-
-
-def implementations() -> dict[str, tuple[str, str]]:
-    """{op: (implementation, reason)} as auto picks on this machine."""
-    return which_impl()
