@@ -82,6 +82,13 @@ def test_reading_a_file_needs_no_judge():
     assert "response_format" in rooms_that("data") and "reward" not in rooms_that("data")
 
 
+def test_the_judge_has_one_door():
+    inside = ROOT / "prism_fast" / "reward" / "answer"
+    others = [path for path in [*TRAINER, *BENCHMARKS] if not path.is_relative_to(inside)]
+    used = {name for path in others for name in imported(path) if name.startswith("prism_fast.reward.answer.")}
+    assert used == {"prism_fast.reward.answer.is_right"}
+
+
 def test_what_ships_knows_nothing_of_what_does_not():
     for name in ("benchmarks", "tests", "dev"):
         assert importers(SOURCES, name) == set()

@@ -1,7 +1,4 @@
-"""Rewards: the format of a response (`format.py`) and whether its answer is right (`judge.py`).
-
-A run whose golds hold expressions may call `symbolic.start()` first, to learn at once whether math-verify is there.
-"""
+"""Rewards: the format of a response (`response_format.py`) and whether its answer is right (`answer/`, `is_right`)."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_fast.response_format import Parts, count_caption_items, count_reasoning_steps, is_valid, split_parts
-from prism_fast.reward.answer.judge import is_right
+from prism_fast.reward.answer import is_right
 
 __all__ = [
     "Parts",

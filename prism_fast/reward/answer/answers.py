@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from prism_fast.reward.answer import exact_number as constants
+from prism_fast.reward.answer import exact_number
 from prism_fast.reward.answer.moments import Clock, Date, read_clock, read_date
 from prism_fast.reward.answer.plain import FUNCTIONS, Unreadable, to_latex, to_plain
 from prism_fast.reward.answer.quantities import Pair, Quantity, read_pair, read_quantities
@@ -77,7 +77,7 @@ def read(text: str, depth: int = 0) -> Answer:
     )
     try:
         answer = replace(answer, quantities=read_quantities(body))
-    except constants.TooBig:
+    except exact_number.TooBig:
         answer = replace(answer, too_big=True)
     if depth < MAX_LIST_DEPTH and r"\begin" not in text:
         answer = replace(answer, listings=_listings(body, depth))
@@ -143,8 +143,8 @@ def _label(plain: str) -> tuple[str, str]:
 def _is_constant(text: str) -> bool:
     text = text.strip()
     try:
-        return constants.parse(text)[1] == len(text)
-    except (constants.NotConstant, constants.TooBig):
+        return exact_number.parse(text)[1] == len(text)
+    except (exact_number.NoNumber, exact_number.TooBig):
         return False
 
 

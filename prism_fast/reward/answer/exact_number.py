@@ -1,4 +1,4 @@
-"""Constant expressions (numbers, fractions, powers, roots, pi, e) as values: exact where rational, else 60 digits.
+"""Numbers as a text states them (with fractions, powers, roots, pi, e): exact where rational, else to 60 digits.
 
 A recursive-descent parser over plain text; every step is bounded in depth, in bits and in digits, so that
 ``9**9**9**9`` costs microseconds. Nothing is evaluated by Python's ``eval`` or by sympy.
@@ -31,8 +31,8 @@ _E = Decimal("2.71828182845904523536028747135266249775724709369995957496696763")
 _SAME = Decimal("1e-40")
 
 
-class NotConstant(ValueError):
-    """The text at this place is not a constant expression."""
+class NoNumber(ValueError):
+    """The text at this place states no number."""
 
 
 class TooBig(ValueError):
@@ -40,11 +40,11 @@ class TooBig(ValueError):
 
 
 @dataclass(frozen=True)
-class Value:
+class Number:
     """A real constant.
 
-    >>> parse("1,234.50")[0]
-    Value(exact=Fraction(2469, 2), approx=Decimal('1234.5'), step=Fraction(1, 100), digits=6, decimals=2, pending=False)
+    >>> parse("12.50")[0]
+    Number(exact=Fraction(25, 2), approx=Decimal('12.5'), step=Fraction(1, 100), digits=4, decimals=2, pending=False)
     """
 
     exact: Fraction | None  # None where the value is irrational (or came from an irrational step)
@@ -54,7 +54,7 @@ class Value:
     decimals: int = 0  # of a decimal literal: digits after the point, as written
     pending: bool = False  # holds a sum or product of rationals that is not carried out, such as 3+7
 
-    def scaled(self, factor: Fraction) -> Value:
+    def scaled(self, factor: Fraction) -> Number:
         """This value times ``factor``, still a literal if it was one."""
         step = None if self.step is None else abs(self.step * factor)
         if self.exact is None:
@@ -62,7 +62,7 @@ class Value:
         value = _rational(self.exact * factor, self.pending)
         return replace(value, step=step, digits=self.digits, decimals=self.decimals)
 
-    def plus(self, offset: Fraction) -> Value:
+    def plus(self, offset: Fraction) -> Number:
         """This value plus ``offset`` (of a temperature scale), still a literal if it was one."""
         if self.exact is None:
             return replace(self, approx=_CONTEXT.add(self.approx, _decimal(offset)))
@@ -70,7 +70,7 @@ class Value:
         return replace(value, step=self.step, digits=self.digits, decimals=self.decimals)
 
 
-def same_value(answer: Value, gold: Value) -> bool:
+def same_number(answer: Number, gold: Number) -> bool:
     """Whether ``answer`` states the value of ``gold``.
 
     Rationals are compared exactly, irrationals to 40 digits. Rounding is admitted where a person would:
@@ -107,10 +107,10 @@ def same_value(answer: Value, gold: Value) -> bool:
     return answer.digits >= 9 and difference <= abs(Fraction(gold.approx)) / 10**9
 
 
-def parse(text: str) -> tuple[Value, int]:
+def parse(text: str) -> tuple[Number, int]:
     """The longest constant expression that ``text`` starts with, and the index after it.
 
-    Raises `NotConstant` where there is none, `TooBig` where its value is out of bounds.
+    Raises `NoNumber` where there is none, `TooBig` where its value is out of bounds.
     """
     parser = _Parser(text)
     try:
@@ -120,11 +120,11 @@ def parse(text: str) -> tuple[Value, int]:
     except (decimal.Overflow, decimal.InvalidOperation) as error:
         raise TooBig("a value out of the range of decimals") from error
     except (decimal.DivisionByZero, ZeroDivisionError) as error:
-        raise NotConstant("division by zero") from error
+        raise NoNumber("division by zero") from error
     return value, parser.at
 
 
-def number(literal: str) -> Value:
+def literal_number(literal: str) -> Number:
     """The value of an unsigned literal: digits with thousands separators, decimals and a decimal exponent."""
     mantissa, _, exponent = literal.lower().replace(",", "").replace(" ", "").partition("e")
     power = int(exponent) if exponent and len(exponent) <= 6 else 0
@@ -163,9 +163,9 @@ class _Parser:
     def __init__(self, text: str):
         self.text, self.at, self.depth = text, 0, 0
         if _NOT_ARITHMETIC.match(text):
-            raise NotConstant("a range, a date or the like")
+            raise NoNumber("a range, a date or the like")
 
-    def sum(self) -> Value:
+    def sum(self) -> Number:
         value = self.product()
         while self.peek() in ("+", "-"):
             value, done = self.continued(value)
@@ -173,18 +173,18 @@ class _Parser:
                 break
         return value
 
-    def continued(self, left: Value) -> tuple[Value, bool]:
+    def continued(self, left: Number) -> tuple[Number, bool]:
         """``left`` with the next "+ b" or "- b"; unchanged where no constant follows the sign."""
         start, sign = self.at, self.peek()
         self.at += 1
         try:
             right = self.product()
-        except NotConstant:
+        except NoNumber:
             self.at = start
             return left, True
         return _add(left, right if sign == "+" else _negative(right)), False
 
-    def product(self) -> Value:
+    def product(self) -> Number:
         value = self.power()
         while True:
             start, operator = self.at, self.peek()
@@ -194,17 +194,17 @@ class _Parser:
                 return value
             try:
                 right = self.power()
-            except NotConstant:
+            except NoNumber:
                 self.at = start
                 return value
             value = _divide(value, right) if operator == "/" else _multiply(value, right)
 
-    def power(self) -> Value:
+    def power(self) -> Number:
         sign = self.peek()
         if sign in ("+", "-"):
             self.at += 1
             if self.peek() in ("+", "-"):
-                raise NotConstant("two signs in a row")
+                raise NoNumber("two signs in a row")
             value = self.power()
             return _negative(value) if sign == "-" else value
         base = self.atom()
@@ -213,7 +213,7 @@ class _Parser:
             base = _power(base, self.nested(self.power))
         return base
 
-    def nested(self, rule: Callable[[], Value]) -> Value:
+    def nested(self, rule: Callable[[], Number]) -> Number:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooBig(f"nested deeper than {MAX_DEPTH}")
@@ -221,13 +221,13 @@ class _Parser:
         self.depth -= 1
         return value
 
-    def atom(self) -> Value:
+    def atom(self) -> Number:
         character = self.peek()
         if character == "(":
             self.at += 1
             value = self.nested(self.sum)
             if self.peek() != ")":
-                raise NotConstant("a parenthesis does not close")
+                raise NoNumber("a parenthesis does not close")
             self.at += 1
             return value
         mixed = _MIXED.match(self.text, self.at)
@@ -241,15 +241,15 @@ class _Parser:
         literal = _NUMBER.match(self.text, self.at)
         if literal:
             self.at = literal.end()
-            return number(literal.group())
+            return literal_number(literal.group())
         name = self.names_constant()
         if not name:
-            raise NotConstant("neither a number nor a known constant")
+            raise NoNumber("neither a number nor a known constant")
         self.at += len(name)
         if name == "pi":
-            return Value(None, PI)
+            return Number(None, PI)
         if name == "e":
-            return Value(None, _E)
+            return Number(None, _E)
         return _power(self.nested(self.atom), _rational(Fraction(1, 2 if name == "sqrt" else 3)))
 
     def peek(self) -> str:
@@ -261,7 +261,7 @@ class _Parser:
         return name.group() if name and name.group() in ("pi", "e", "sqrt", "cbrt") else ""
 
 
-def _repeating(*groups: str) -> Value:
+def _repeating(*groups: str) -> Number:
     """The value of 12.34(56...): whole "12", decimals "34", period "56"."""
     whole, decimals, period = (a or b for a, b in zip(groups[:3], groups[3:]))
     ones = Fraction(int(whole + decimals)) + Fraction(int(period), 10 ** len(period) - 1)
@@ -272,38 +272,38 @@ def _decimal(value: Fraction) -> Decimal:
     return _CONTEXT.divide(Decimal(value.numerator), Decimal(value.denominator))
 
 
-def _rational(value: Fraction | int, pending: bool = False) -> Value:
+def _rational(value: Fraction | int, pending: bool = False) -> Number:
     value = Fraction(value)
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
         raise TooBig(f"more than {MAX_BITS} bits")
-    return Value(value, _decimal(value), pending=pending)
+    return Number(value, _decimal(value), pending=pending)
 
 
-def _negative(value: Value) -> Value:
+def _negative(value: Number) -> Number:
     return value.scaled(Fraction(-1))
 
 
-def _add(a: Value, b: Value) -> Value:
+def _add(a: Number, b: Number) -> Number:
     if a.exact is not None and b.exact is not None:
         return _rational(a.exact + b.exact, pending=True)
-    return Value(None, _CONTEXT.add(a.approx, b.approx), pending=a.pending or b.pending)
+    return Number(None, _CONTEXT.add(a.approx, b.approx), pending=a.pending or b.pending)
 
 
-def _multiply(a: Value, b: Value) -> Value:
+def _multiply(a: Number, b: Number) -> Number:
     if a.exact is None or b.exact is None:
-        return Value(None, _CONTEXT.multiply(a.approx, b.approx), pending=a.pending or b.pending)
+        return Number(None, _CONTEXT.multiply(a.approx, b.approx), pending=a.pending or b.pending)
     if _power_of_ten(b.exact) and a.step is not None:  # 3.0*10^8 is one literal
         return a.scaled(b.exact)
     pending = a.pending or b.pending or not (_power_of_ten(b.exact) or abs(a.exact) == 1)
     return _rational(a.exact * b.exact, pending)
 
 
-def _divide(a: Value, b: Value) -> Value:
+def _divide(a: Number, b: Number) -> Number:
     if b.approx == 0:
-        raise NotConstant("division by zero")
+        raise NoNumber("division by zero")
     if a.exact is not None and b.exact is not None:
         return _rational(a.exact / b.exact, a.pending or b.pending)
-    return Value(None, _CONTEXT.divide(a.approx, b.approx), pending=a.pending or b.pending)
+    return Number(None, _CONTEXT.divide(a.approx, b.approx), pending=a.pending or b.pending)
 
 
 def _power_of_ten(value: Fraction) -> bool:
@@ -311,7 +311,7 @@ def _power_of_ten(value: Fraction) -> bool:
     return small == 1 and str(large).strip("0") == "1"
 
 
-def _power(base: Value, exponent: Value) -> Value:
+def _power(base: Number, exponent: Number) -> Number:
     pending = base.pending or exponent.pending
     if base.exact is not None and exponent.exact is not None and exponent.exact.denominator == 1:
         power = exponent.exact.numerator
@@ -319,7 +319,7 @@ def _power(base: Value, exponent: Value) -> Value:
         if abs(power) * (bits - 1) > MAX_BITS:
             raise TooBig(f"more than {MAX_BITS} bits")
         if base.exact == 0 and power < 0:
-            raise NotConstant("division by zero")
+            raise NoNumber("division by zero")
         return _rational(base.exact**power if abs(base.exact) != 1 else base.exact ** (power % 2), pending)
     if base.exact is not None and exponent.exact == Fraction(1, 2) and base.exact >= 0:
         above, below = math.isqrt(base.exact.numerator), math.isqrt(base.exact.denominator)
@@ -327,7 +327,7 @@ def _power(base: Value, exponent: Value) -> Value:
             return _rational(Fraction(above, below), pending)
     negative = base.approx < 0
     if negative and (exponent.exact is None or exponent.exact.denominator % 2 == 0):
-        raise NotConstant("a root of a negative number")
+        raise NoNumber("a root of a negative number")
     size = _CONTEXT.power(abs(base.approx), exponent.approx)
     odd = negative and exponent.exact.numerator % 2 == 1
-    return Value(None, -size if odd else size, pending=pending)
+    return Number(None, -size if odd else size, pending=pending)

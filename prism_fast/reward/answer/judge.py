@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from prism_fast.reward.answer import symbolic, units
 from prism_fast.reward.answer.answers import Answer, Listing, needs_algebra, read
-from prism_fast.reward.answer.exact_number import TooBig, same_value
+from prism_fast.reward.answer.exact_number import TooBig, same_number
 from prism_fast.reward.answer.quantities import Quantity
 
 MAX_ANSWER = 1024  # an answer of so many characters, or more, is wrong (docs/method.md 5)
@@ -22,9 +22,9 @@ MAX_ANSWER = 1024  # an answer of so many characters, or more, is wrong (docs/me
 def is_right(answer: str, gold: str, equivalents: Sequence[str] = ()) -> bool:
     """Whether ``answer`` means the same as ``gold`` or as one of ``equivalents``.
 
-    The tables of `tests/trainer/reward/test_judge.py` show what counts as the same. An empty answer and one of
-    `MAX_ANSWER` characters or more is wrong. Takes microseconds where numbers, choices and texts are compared, and at
-    most `symbolic.SECONDS` plus the start of math-verify's process, once, where expressions are.
+    README.md shows what counts as the same, `tests/trainer/reward/judged_pairs.py` all of it. An empty answer and one
+    of `MAX_ANSWER` characters or more is wrong. Takes microseconds where numbers, choices and texts are compared, and
+    at most `symbolic.SECONDS` plus the start of math-verify's process, once, where expressions are.
     Raises RuntimeError where math-verify is needed and not installed.
     """
     answer = answer.strip()
@@ -99,7 +99,7 @@ def _agree(answer: Quantity, gold: Quantity) -> bool:
             g = g.scaled(gold.unit.factor).plus(gold.unit.offset)
         except TooBig:
             return False
-    return same_value(a, g)
+    return same_number(a, g)
 
 
 def _same_listing(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool | None:

@@ -6,14 +6,13 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from prism_fast.reward.answer import exact_number as constants
-from prism_fast.reward.answer import units
+from prism_fast.reward.answer import exact_number, units
 from prism_fast.reward.answer.words import spelled_number
 
 
 @dataclass(frozen=True)
 class Quantity:
-    value: constants.Value
+    value: exact_number.Number
     unit: units.Unit | units.Noun | None
 
 
@@ -37,7 +36,7 @@ _DECIMAL_COMMA = re.compile(r"(?<![0-9,.])((?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+))
 
 
 def read_quantities(body: str) -> tuple[Quantity, ...]:
-    """Readings of ``body`` as a number with or without a unit; raises `constants.TooBig`."""
+    """Readings of ``body`` as a number with or without a unit; raises `exact_number.TooBig`."""
     texts = [body]
     if spelled := spelled_number(body):
         texts.append(spelled)
@@ -52,8 +51,8 @@ def _read_quantity(text: str) -> tuple[Quantity, ...]:
     if money:
         text = money["sign"] + text[money.end() :]
     try:
-        value, end = constants.parse(text)
-    except constants.NotConstant:
+        value, end = exact_number.parse(text)
+    except exact_number.NoNumber:
         return ()
     rest = text[end:]
     rest = re.sub(r"^(?:st|nd|rd|th)(?![A-Za-z])", "", rest)
@@ -73,7 +72,7 @@ def _read_quantity(text: str) -> tuple[Quantity, ...]:
     return readings or _compound(value, rest)
 
 
-def _money(value: constants.Value, symbol: str, rest: str) -> tuple[Quantity, ...]:
+def _money(value: exact_number.Number, symbol: str, rest: str) -> tuple[Quantity, ...]:
     currency = units.parse(symbol.replace("us$", "$"))
     if not rest:
         return (Quantity(value, currency[0]),)
@@ -89,7 +88,7 @@ def _money(value: constants.Value, symbol: str, rest: str) -> tuple[Quantity, ..
 _FIRST_UNIT = re.compile(r"(?P<unit>[A-Za-z°'\"]+),? ?(?:and )?(?=[0-9])")
 
 
-def _compound(value: constants.Value, rest: str) -> tuple[Quantity, ...]:
+def _compound(value: exact_number.Number, rest: str) -> tuple[Quantity, ...]:
     """ "2 h 30 min", "5 ft 3 in": a sum of units of one dimension, each smaller than the one before."""
     first = _FIRST_UNIT.match(rest)
     large = units.parse(first["unit"]) if first else ()

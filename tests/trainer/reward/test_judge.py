@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -46,6 +48,15 @@ def test_wrong(answer, gold, patient):
 def test_the_table_is_large_and_consistent():
     assert len(set(RIGHT)) >= 150 and len(set(WRONG)) >= 100
     assert not set(RIGHT) & set(WRONG)
+
+
+def test_readme_table_is_true_and_of_the_judged_pairs(patient):
+    text = Path(symbolic.__file__).with_name("README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]*\| `([^`|]+)` \| `([^`|]+)` \| (\w+) \|$", text, re.MULTILINE)
+    assert len(rows) == sum(line.endswith((" right |", " wrong |")) for line in text.splitlines()) >= 40
+    for answer, gold, verdict in rows:
+        assert (answer, gold) in {"right": RIGHT, "wrong": WRONG}[verdict]
+        assert is_right(answer, gold) == (verdict == "right")
 
 
 # ---- the reward
