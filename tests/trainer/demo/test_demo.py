@@ -6,7 +6,8 @@ import pytest
 
 from prism_fast.demo.demo import demo
 from prism_fast.records import DataError
-from prism_fast.report import plots as report_plots
+from prism_fast.report import draw, experts, plots
+from prism_fast.report.build import PLOTS
 from prism_fast.report.data import load_run
 
 FEW = {
@@ -22,7 +23,24 @@ FEW = {
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
-def test_demo_writes_what_it_promises(tmp_path):
+def assert_everything_is_drawn(run, monkeypatch):
+    """Every plot, every panel and every curve: the names that stages write are those that the report reads."""
+    absent = set()
+
+    def watched(axes, lines, name, **style):
+        drawn = draw.curve(axes, lines, name, **style)
+        absent.update([] if drawn else [name])
+        return drawn
+
+    for module in (plots, experts):
+        monkeypatch.setattr(module, "curve", watched)
+    for plot in PLOTS:
+        figure = plot(run)
+        assert figure is not None and all(axis.has_data() for axis in figure.axes), plot.__name__
+    assert absent == set()
+
+
+def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     out = tmp_path / "demo"
     returned = demo(out, smoke=True, seed=1, overrides=FEW, compare=1)
     summary = json.loads((out / "summary.json").read_text())
@@ -41,8 +59,7 @@ def test_demo_writes_what_it_promises(tmp_path):
     assert compared["difference"] == [pytest.approx(compared["prism"][0] - compared["sft_rlvr"][0])]
     direct = (out / "direct" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in direct) == 4  # the updates of alignment and of RLVR
-    drawn = [axis.get_title() for axis in report_plots.losses(load_run(out)).axes if axis.has_data()]
-    assert len(drawn) == 4, drawn  # of every stage: the names that stages write are those that the report reads
+    assert_everything_is_drawn(load_run(out), monkeypatch)
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and len(page) < 5_000_000
     for file in ("sft.json", "align.parquet", "rlvr.parquet", "eval.parquet", "pairs.jsonl"):
