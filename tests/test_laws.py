@@ -21,7 +21,6 @@ INSIDES = re.compile(  # of transformers: model code, and the registries and mas
     r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
     r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
 )
-EDITS_THE_PATH = re.compile(r"sys\.path(\[[^\]]*\])? *\+?=(?!=)|sys\.path\.(insert|append|extend)")
 IMPLEMENTATIONS = re.compile(r"(reference|cpu|cpu_kernel|sdpa|native|triton|cuda|flash)(_\w+)?")
 
 
@@ -50,8 +49,8 @@ def test_the_files_that_the_laws_speak_of_are_found():
 # ---- rooms and what they may know of each other
 
 
-def rooms_that(room):
-    """Rooms of the trainer that one of them imports."""
+def rooms_imported_by(room):
+    """Rooms of the trainer that ``room`` imports."""
     plan = house.Plan.of(ROOT / "prism_fast")
     assert room in plan.rooms
     return {target for source, target in plan.imports if source == room}
@@ -63,13 +62,13 @@ def test_rooms_imports_and_sizes_are_within_their_limits():
 
 
 def test_the_ground_imports_no_room_above():
-    assert rooms_that("response_format") == set()
+    assert rooms_imported_by("response_format") == set()
     for room in GROUND & set(house.Plan.of(ROOT / "prism_fast").rooms):
-        assert rooms_that(room) <= GROUND, room
+        assert rooms_imported_by(room) <= GROUND, room
 
 
 def test_the_run_kit_knows_no_model_no_kernel_no_data():
-    assert rooms_that("run") <= GROUND - {"pack", "response_format"}
+    assert rooms_imported_by("run") <= GROUND - {"pack", "response_format"}
     assert importers((ROOT / "prism_fast" / "run").rglob("*.py"), "prism_kernels") == set()
 
 
@@ -79,7 +78,7 @@ def test_a_benchmark_needs_steps_not_stages():
 
 
 def test_reading_a_file_needs_no_judge():
-    assert "response_format" in rooms_that("data") and "reward" not in rooms_that("data")
+    assert "response_format" in rooms_imported_by("data") and "reward" not in rooms_imported_by("data")
 
 
 def test_the_judge_has_one_door():
@@ -87,6 +86,9 @@ def test_the_judge_has_one_door():
     others = [path for path in [*TRAINER, *BENCHMARKS] if not path.is_relative_to(inside)]
     used = {name for path in others for name in imported(path) if name.startswith("prism_fast.reward.answer.")}
     assert used == {"prism_fast.reward.answer.is_right"}
+
+
+EDITS_THE_PATH = re.compile(r"sys\.path(\[[^\]]*\])? *\+?=(?!=)|sys\.path\.(insert|append|extend)")
 
 
 def test_what_ships_knows_nothing_of_what_does_not():
