@@ -61,20 +61,26 @@ class RunConfig(Node):
     deterministic: bool = True  # bit-for-bit repeatable on a CPU
 
 
-class EvalConfig(Node):
-    samples: int = Field(1, gt=0)  # k of "mean of k"
+class Sampling(Node):
+    """How a policy answers a prompt: what steps/sampler.py reads, in every place that samples."""
+
+    samples: int = Field(1, gt=0)  # responses per prompt
+    temperature: float = Field(1.0, ge=0)  # 0: the most probable token
+    max_response_tokens: int = Field(gt=0)
+    rows_at_once: int = Field(512, gt=0)  # responses that are sampled together
+
+
+class EvalConfig(Sampling):
     temperature: float = Field(0.0, ge=0)
     max_response_tokens: int = Field(2048, gt=0)
     limit: int | None = Field(None, gt=0)  # prompts; None: all
-    rows_at_once: int = Field(512, gt=0)
 
 
-class RolloutConfig(Node):
+class RolloutConfig(Sampling):
     prompts_per_step: int = Field(gt=0)
     samples: int = Field(16, gt=0)
     temperature: float = Field(1.0, gt=0)
     max_response_tokens: int = Field(6144, gt=0)
-    rows_at_once: int = Field(512, gt=0)
 
 
 class WatchConfig(Node):
@@ -160,7 +166,16 @@ class CompatConfig(Node):
     text_positions: bool = False  # 1-D positions in the discriminator
 
 
-class AlignConfig(Node):
+class DiscriminatorLoss(Node):
+    """What the discriminator's loss of the adversarial stage reads, beside scores."""
+
+    score_clamp: float = Field(10.0, gt=0)
+    score_penalty: float = Field(0.001, ge=0)  # times the mean square of the four scores
+    length_correction: float = Field(0.0, ge=0)  # score - this * log(1 + tokens of the part)
+    compat: CompatConfig = CompatConfig()
+
+
+class AlignConfig(DiscriminatorLoss):
     policy: ModelConfig
     discriminator: ModelConfig
     data: DataConfig
@@ -170,13 +185,9 @@ class AlignConfig(Node):
     run: RunConfig
     steps: int = Field(gt=0)
     advantage: AdvantageConfig = AdvantageConfig()
-    score_clamp: float = Field(10.0, gt=0)
-    score_penalty: float = Field(0.001, ge=0)  # times the mean square of the four scores
-    length_correction: float = Field(0.0, ge=0)  # score - this * log(1 + tokens of the part)
     max_part_tokens: int = Field(6144, gt=0)
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
-    compat: CompatConfig = CompatConfig()
 
 
 class ObjectiveConfig(Node):
@@ -211,7 +222,15 @@ class DynamicSamplingConfig(Node):
     max_tries: int = Field(10, gt=0)
 
 
-class RLVRConfig(Node):
+class RewardConfig(Node):
+    """The verifiable reward: what is right, what is well formed, and what is too long."""
+
+    accuracy_weight: float = Field(0.8, ge=0)
+    format_weight: float = Field(0.2, ge=0)
+    overlong: OverlongConfig | None = None
+
+
+class RLVRConfig(RewardConfig):
     policy: ModelConfig
     data: DataConfig
     rollout: RolloutConfig
@@ -220,10 +239,7 @@ class RLVRConfig(Node):
     steps: int = Field(gt=0)
     objective: ObjectiveConfig = ObjectiveConfig()
     dynamic_sampling: DynamicSamplingConfig | None = None
-    overlong: OverlongConfig | None = None
     reference: ModelConfig | None = None  # needed by objective.kl_coef
-    accuracy_weight: float = Field(0.8, ge=0)
-    format_weight: float = Field(0.2, ge=0)
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
 
@@ -234,21 +250,19 @@ class RLVRConfig(Node):
         return self
 
 
-class PairsConfig(Node):
+class PairsConfig(Sampling):
     """`prism-fast data pairs`: roll out a policy on the teacher's prompts and write warm-up pairs."""
 
     model: ModelConfig
     data: DataConfig  # alignment files
     out: Path
-    samples: int = Field(1, gt=0)  # responses per prompt
     limit: int | None = Field(None, gt=0)  # prompts
     temperature: float = Field(1.0, gt=0)
     max_response_tokens: int = Field(6144, gt=0)
-    rows_at_once: int = Field(512, gt=0)
     seed: int = 0
 
 
-class FilterConfig(Node):
+class FilterConfig(Sampling):
     """`prism-fast data filter`: keep the prompts whose pass rate over k rollouts lies in [low, high]."""
 
     model: ModelConfig
@@ -261,7 +275,6 @@ class FilterConfig(Node):
     limit: int | None = Field(None, gt=0)  # prompts tried
     temperature: float = Field(1.0, gt=0)
     max_response_tokens: int = Field(8192, gt=0)
-    rows_at_once: int = Field(512, gt=0)
     seed: int = 0
 
     @model_validator(mode="after")

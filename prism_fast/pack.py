@@ -39,12 +39,16 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt and what follows it. ``together``: branches that every part of a split tree must hold."""
+    """A prompt and what follows it.
+
+    >>> Tree(prompt, [ids_of_response_4, ids_of_response_5], [KIND_RESPONSE] * 2, labels=[4, 5])
+    """
 
     prompt: Prompt
     branches: Sequence[Tensor]  # each (L,) int64, L >= 1
     kinds: Sequence[int]  # KIND_* per branch
-    together: tuple[int, ...] = ()
+    labels: Sequence[int] | None = None  # the caller's number of each branch; None: its index in this tree
+    together: tuple[int, ...] = ()  # indices of the branches that every part of a split tree must hold
 
 
 def mrope_positions(prompt: Prompt, image: ImageTokens) -> tuple[Tensor, int]:
@@ -57,7 +61,10 @@ def mrope_positions(prompt: Prompt, image: ImageTokens) -> tuple[Tensor, int]:
     is_image = ids == image.token_id
     expected = 0 if prompt.image_grid_thw is None else int(prompt.image_grid_thw.prod(-1).sum()) // image.merge_size**2
     if int(is_image.sum()) != expected:
-        raise DataError(f"prompt: {int(is_image.sum())} image tokens, expected {expected} from its images' sizes")
+        raise DataError(
+            f"{prompt.place or 'prompt'}: {int(is_image.sum())} image tokens, expected {expected} from its images' "
+            "sizes; use the checkpoint's own tokenizer and image processor"
+        )
     columns, position, row = [], 0, 0
     starts = is_image.nonzero().flatten().tolist()
     taken = 0
@@ -77,7 +84,7 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
     """One pack out of ``parts``: [(index into trees, [branch, ...]), ...]."""
     ids, positions, kinds, lengths, prefix = [], [], [], [], []
     pixels, grids, image_rows = [], [], []
-    targets, predicts, starts, readouts, names = [], [], [0], [], []
+    targets, predicts, starts, readouts, labels = [], [], [0], [], []
     row = 0
     for tree_index, chosen in parts:
         tree = trees[tree_index]
@@ -105,7 +112,7 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
             predicts.append(torch.cat([torch.tensor([last_of_root]), torch.arange(row, row + length - 1)]))
             starts.append(starts[-1] + length)
             readouts.append(row + length - 1)
-            names.append((tree_index, b))
+            labels.append(b if tree.labels is None else tree.labels[b])
             lengths.append(length)
             prefix.append(root_segment)
             row += length
@@ -122,14 +129,14 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
         predict_row=torch.cat(predicts) if predicts else empty,
         sequence_start=torch.tensor(starts, dtype=torch.int32),
         readout_row=torch.tensor(readouts, dtype=torch.int64),
-        branch=tuple(names),
+        label=torch.tensor(labels, dtype=torch.int64),
     )
 
 
 def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> list[PackedTree]:
     """Packs of at most ``capacity`` tokens that hold every branch of every tree (a split tree repeats its root).
 
-    Raises DataError where one root with one branch does not fit.
+    Raises DataError, naming the prompt's file and record, where one root with one branch does not fit.
     """
     sizes = [(len(tree.prompt), [b.numel() for b in tree.branches]) for tree in trees]
     for i, (root, branches) in enumerate(sizes):
@@ -137,8 +144,9 @@ def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> list[Packe
         longest = max((length for b, length in enumerate(branches) if b not in trees[i].together), default=0)
         if root + kept + longest > capacity:
             raise DataError(
-                f"tree {i}: prompt of {root} and branches of {kept + longest} tokens do not fit in {capacity}; "
-                "raise tokens_per_pack, or lower the length limits"
+                f"{trees[i].prompt.place or f'tree {i}'}: prompt of {root} tokens and branches of {kept + longest} do "
+                f"not fit in a pack of {capacity}; raise run.tokens_per_pack, lower the limits of lengths, or remove "
+                "the record"
             )
     packs = pack_trees(sizes, capacity, together=[tree.together for tree in trees])
     return [build_pack(trees, parts, image) for parts in packs if parts]

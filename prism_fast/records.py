@@ -7,6 +7,7 @@ Dimensions: T tokens of a pack, P prompt tokens, S segments, R predicted tokens,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class Prompt:
     pixel_values: Tensor | None  # (patches, channels * temporal * patch * patch) fp32
     image_grid_thw: Tensor | None  # (images, 3) int64, in patches
     key: bytes = b""
+    place: str = ""  # "file:record" of the sample, for messages to a person
 
     def __len__(self) -> int:
         return self.input_ids.numel()
@@ -94,6 +96,10 @@ class PackedTree:
         predict_row             2 3   2         7 8          row whose hidden state predicts target_row's token
         sequence_start  [0, 2, 3, 5]                         branches, as offsets into the R predicted tokens
         readout_row     [4, 5, 9]                            last token of every branch
+        label           [0, 1, 2]                            the caller's number of every branch
+
+    What the caller has by label is had by branch as ``advantages[packed.label]``, and what a model gives by branch goes
+    back as ``score_of_part[packed.label] = score``; take the label before ``to(device)`` where these are on the host.
     """
 
     input_ids: Tensor  # (T,) int64
@@ -107,7 +113,7 @@ class PackedTree:
     predict_row: Tensor  # (R,) int64
     sequence_start: Tensor  # (branches + 1,) int32
     readout_row: Tensor  # (branches,) int64
-    branch: tuple[tuple[int, int], ...]  # (tree, branch) in the caller's numbering, in stream order
+    label: Tensor  # (branches,) int64: whose a branch is, as its tree says
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +123,12 @@ class PackedTree:
     def target_ids(self) -> Tensor:
         """(R,) int64: the predicted tokens."""
         return self.input_ids[self.target_row]
+
+    def branch_of(self, labels: int) -> Tensor:
+        """(labels,) int64: the branch that carries each label below ``labels``, -1 where none does."""
+        branch = torch.full((labels,), -1, device=self.label.device)
+        branch[self.label] = torch.arange(len(self.label), device=self.label.device)
+        return branch
 
     def to(self, device: torch.device | str) -> PackedTree:
         moved = {
@@ -145,12 +157,108 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.response_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens, end-of-turn included."""
+        return sum(len(ids) for ids in self.response_ids)
+
+    @property
+    def mean_length(self) -> float:
+        """Sampled tokens per response."""
+        return self.num_tokens / len(self)
+
+    def select_groups(self, groups: Sequence[int]) -> Rollout:
+        """These groups, renumbered in the order given."""
+        rows = self.rows_of_groups(groups)
+        counts = torch.tensor([int((self.group == g).sum()) for g in groups], dtype=torch.int64)
+        return Rollout(
+            prompts=[self.prompts[g] for g in groups],
+            group=torch.arange(len(groups)).repeat_interleave(counts),
+            response_ids=[self.response_ids[i] for i in rows],
+            logprob=[self.logprob[i] for i in rows],
+            text=[self.text[i] for i in rows],
+            finished=self.finished[rows],
+        )
+
+    def rows_of_groups(self, groups: Sequence[int]) -> list[int]:
+        """Indices of the responses of these groups, group by group."""
+        return [i for g in groups for i in (self.group == g).nonzero().flatten().tolist()]
+
+    @staticmethod
+    def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+        """Rollouts after one another, groups renumbered."""
+        offsets = itertools.accumulate((len(r.prompts) for r in rollouts[:-1]), initial=0)
+        return Rollout(
+            prompts=[p for r in rollouts for p in r.prompts],
+            group=torch.cat([r.group + offset for r, offset in zip(rollouts, offsets)]),
+            response_ids=[x for r in rollouts for x in r.response_ids],
+            logprob=[x for r in rollouts for x in r.logprob],
+            text=[x for r in rollouts for x in r.text],
+            finished=torch.cat([r.finished for r in rollouts]),
+        )
+
     def fault(self) -> str | None:
         """Names the first response whose log-probs are not finite: the policy that sampled it is broken."""
         for i, logprob in enumerate(self.logprob):
             if not logprob.isfinite().all():
                 return f"a log-prob of response {i} is not finite"
         return None
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Rewarded responses (B), by the verifiable reward.
+
+    >>> Experience(rollout, reward=torch.tensor([1.0, 0.2]), accuracy=torch.tensor([1.0, 0.0]),
+    ...            format_valid=torch.tensor([True, True]))
+    """
+
+    rollout: Rollout
+    reward: Tensor  # (B,) fp32, overlong penalty included
+    accuracy: Tensor  # (B,) fp32 in {0, 1}
+    format_valid: Tensor  # (B,) bool
+
+    def select_groups(self, groups: Sequence[int]) -> Experience:
+        """These groups, renumbered in the order given."""
+        rows = self.rollout.rows_of_groups(groups)
+        chosen = self.rollout.select_groups(groups)
+        return Experience(chosen, self.reward[rows], self.accuracy[rows], self.format_valid[rows])
+
+    @staticmethod
+    def concatenate(batches: Sequence[Experience]) -> Experience:
+        """Batches after one another, groups renumbered."""
+        return Experience(
+            Rollout.concatenate([b.rollout for b in batches]),
+            torch.cat([b.reward for b in batches]),
+            torch.cat([b.accuracy for b in batches]),
+            torch.cat([b.format_valid for b in batches]),
+        )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the adversarial stage knows of one prompt before a policy answers it: its record, and the teacher's parts.
+
+    >>> Lesson(sample, prompt, teacher=(chat.encode_part("<caption>3, 4</caption>"),
+    ...                                 chat.encode_part("<think>3 + 4 = 7</think><answer>7</answer>")))
+    """
+
+    sample: Sample
+    prompt: Prompt
+    teacher: tuple[Tensor, Tensor]  # tokens of the caption and of the reasoning, (L,) int64 each
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """One warm-up record, encoded: what the teacher and what a student said to a prompt.
+
+    >>> PairRecord(prompt, teacher=(torch.tensor([7, 8, 9]), torch.tensor([4, 5])),
+    ...            student=(torch.tensor([7, 9]), torch.tensor([4])))
+    """
+
+    prompt: Prompt
+    teacher: tuple[Tensor, Tensor]  # tokens of the caption and of the reasoning, (L,) int64 each
+    student: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)

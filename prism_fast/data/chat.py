@@ -118,7 +118,7 @@ class Chat:
                 f"{sample.place}: prompt: {len(ids)} tokens are over the limit of {max_tokens};"
                 " raise the limit, shorten the text or make the images smaller"
             )
-        return Prompt(ids, pixels, grid, _key(ids, pixels, grid))
+        return Prompt(ids, pixels, grid, _key(ids, pixels, grid), sample.place)
 
     def encode_part(self, text: str) -> Tensor:
         """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""

@@ -1,12 +1,15 @@
-"""Records -> what a step trains on."""
+"""Records -> what a step trains on: their texts as tokens, each within its limit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
+from torch import Tensor
+
+from prism_fast.data.chat import Chat
 from prism_fast.data.formats import Dataset
-from prism_fast.records import DataError, Sample
+from prism_fast.records import DataError, Lesson, PairRecord, Prompt, Sample
 
 T = TypeVar("T")
 
@@ -20,3 +23,63 @@ def encode_all(data: Dataset, picked: list[int], encode: Callable[[Sample], T]) 
         except DataError as error:
             data.skip(error)
     return made
+
+
+def question(sample: Sample, chat: Chat, *, max_prompt_tokens: int) -> tuple[Sample, Prompt]:
+    """A record with its prompt, for a policy to answer."""
+    return sample, chat.encode_prompt(sample, max_prompt_tokens)
+
+
+def demonstration(sample: Sample, chat: Chat, *, max_prompt_tokens: int, max_tokens: int) -> tuple[Prompt, Tensor]:
+    """(prompt, response tokens) of one sample. Raises DataError where it is too long."""
+    prompt = chat.encode_prompt(sample, max_prompt_tokens)
+    response = chat.encode_response(sample.response)
+    if len(prompt) + len(response) > max_tokens:
+        raise DataError(
+            f"{sample.place}: {len(prompt) + len(response)} tokens are over max_tokens = {max_tokens}; "
+            "raise it, or shorten the record"
+        )
+    return prompt, response
+
+
+def pair_record(sample: Sample, chat: Chat, *, max_prompt_tokens: int, max_tokens: int) -> PairRecord:
+    """Tokens of one record. Raises DataError where a part is too long: teacher and student have the same limit."""
+    prompt = chat.encode_prompt(sample, max_prompt_tokens)
+
+    def parts(voice: str) -> tuple[Tensor, Tensor]:
+        encoded = []
+        for part in ("caption", "reasoning"):
+            ids = chat.encode_part(getattr(sample, f"{voice}_{part}"))
+            if len(prompt) + len(ids) > max_tokens:
+                raise DataError(
+                    f"{sample.place}: {voice} {part}: {len(prompt) + len(ids)} tokens with the prompt are over "
+                    f"max_tokens = {max_tokens}; raise it, or shorten the record"
+                )
+            encoded.append(ids)
+        return encoded[0], encoded[1]
+
+    return PairRecord(prompt, parts("teacher"), parts("student"))
+
+
+def lesson(
+    sample: Sample,
+    chat: Chat,
+    *,
+    max_prompt_tokens: int,
+    max_part_tokens: int,
+    teacher_token_limit: int | None = None,
+) -> Lesson:
+    """Tokens of a prompt and its teacher's parts. A teacher that does not fit is an error, never cut in silence.
+
+    ``teacher_token_limit``: compat, where it is cut.
+    """
+    prompt = chat.encode_prompt(sample, max_prompt_tokens)
+    teacher = []
+    for name, text in (("teacher_caption", sample.teacher_caption), ("teacher_cot", sample.teacher_reasoning)):
+        ids = chat.encode_part(text)[:teacher_token_limit]
+        if len(ids) > max_part_tokens:
+            raise DataError(
+                f"{sample.place}: {name}: {len(ids)} tokens, max_part_tokens is {max_part_tokens}; raise it"
+            )
+        teacher.append(ids)
+    return Lesson(sample, prompt, (teacher[0], teacher[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from hashlib import blake2b
 from pathlib import Path
@@ -44,6 +45,15 @@ def open_image(ref: ImageRef, place: str) -> Image.Image:
         name = str(ref.path) if ref.data is None else f"{len(ref.data)} bytes"
         detail = " ".join(str(error).split())[:160]
         raise DataError(f"{place}: images: {name} does not open ({detail}); replace the image or remove it") from error
+
+
+def image_uri(ref: ImageRef, place: str) -> str:
+    """The image as a PNG data URI, at most 320 pixels wide and high."""
+    image = open_image(ref, place)
+    image.thumbnail((320, 320))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def store_image(ref: ImageRef, folder: Path, subfolder: str) -> str:

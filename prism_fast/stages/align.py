@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prism_fast.config import AlignConfig
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import encode_all
+from prism_fast.data.encode import encode_all, lesson
 from prism_fast.data.formats import read_align
 from prism_fast.data.order import order
 from prism_fast.models.load import load_discriminator, load_policy, with_chat
@@ -22,11 +22,11 @@ from prism_fast.run.alerts import Watch
 from prism_fast.run.monitor import Monitor
 from prism_fast.run.session import Clock, Run, is_time
 from prism_fast.steps.advantage import alignment_advantage
-from prism_fast.steps.discriminator_step import discriminator_gradient, lesson, not_finite, student_parts
+from prism_fast.steps.discriminator_step import discriminator_gradient, not_finite, part_lengths, student_parts
 from prism_fast.steps.evaluate import EvalSet, evaluate
+from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.policy_step import policy_gradient, response_lengths
-from prism_fast.steps.response_metrics import answer_accuracy, part_lengths
+from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import generate
 from prism_fast.steps.update import Updater
 from prism_kernels import PolicyObjective
@@ -43,7 +43,13 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
             config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt
         )
         held_out = EvalSet.read(config.data, config.data.eval_files, config.eval.limit, chat)
-        encode = partial(lesson, chat=chat, config=config)
+        encode = partial(
+            lesson,
+            chat=chat,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_part_tokens=config.max_part_tokens,
+            teacher_token_limit=config.compat.teacher_token_limit,
+        )
         updater = Updater(policy, config.policy_optimizer, config.steps)
         judge_updater = Updater(discriminator, config.discriminator_optimizer, config.steps)
         watch, load = Watch(**config.watch.model_dump()), ExpertLoad()
@@ -66,16 +72,21 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                         policy,
                         chat,
                         [item.prompt for item in lessons],
-                        samples=config.rollout.samples,
-                        max_tokens=config.rollout.max_response_tokens,
-                        temperature=config.rollout.temperature,
+                        config.rollout,
                         seed=config.run.seed * 1_000_003 + step,
-                        rows_at_once=config.rollout.rows_at_once,
                     )
                 with clock("update_discriminator"):
-                    parts = student_parts(rollout, chat, config)
+                    parts = student_parts(
+                        rollout, chat, max_part_tokens=config.max_part_tokens, mode=config.compat.format
+                    )
                     scores, judged, judged_tokens = discriminator_gradient(
-                        discriminator, lessons, rollout, parts, config, load
+                        discriminator,
+                        lessons,
+                        rollout,
+                        parts,
+                        config,
+                        tokens_per_pack=config.run.tokens_per_pack,
+                        load=load,
                     )
                     fault = not_finite(scores, rollout, lessons)
                     if fault is None:
@@ -83,7 +94,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                     else:
                         judge_updater.next_step()
                 metrics.update(judged, lr=updater.lr)
-                accuracy, policy_tokens = answer_accuracy(lessons, rollout), 0
+                accuracy, policy_tokens = answer_accuracy(rollout, [item.sample for item in lessons]), 0
                 if fault is None:
                     with clock("advantage"):
                         advantages = alignment_advantage(
@@ -105,14 +116,14 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                     updater.next_step()
                 metrics.update(
                     format_valid=float(scores.format_valid.float().mean()),
-                    response_length=response_lengths(rollout.response_ids),
+                    response_length=rollout.mean_length,
                 )
                 metrics.update(part_lengths(rollout, chat))
                 if accuracy is not None:
                     metrics["accuracy"] = float(accuracy.mean())
                 metrics.update(load.fractions())
                 tokens = {
-                    "rollout": sum(len(ids) for ids in rollout.response_ids),
+                    "rollout": rollout.num_tokens,
                     "update_discriminator": judged_tokens,
                     "update_policy": policy_tokens,
                 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from prism_fast.config import FilterConfig, PairsConfig
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import encode_all
+from prism_fast.data.encode import encode_all, question
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
 from prism_fast.models.backbone import local_directory
 from prism_fast.models.load import load_policy
@@ -76,17 +77,15 @@ def _roll_out(
     chat = Chat.load(local_directory(config.model.path))
     policy = load_policy(config.model, chat)
     picked = list(range(min(len(data), config.limit or len(data))))
-    encoded = encode_all(data, picked, lambda s: (s, chat.encode_prompt(s, config.data.max_prompt_tokens)))
+    encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
+    encoded = encode_all(data, picked, encode)
     total = len(encoded) * config.samples
     rollout = generate(
         policy,
         chat,
         [prompt for _, prompt in encoded],
-        samples=config.samples,
-        max_tokens=config.max_response_tokens,
-        temperature=config.temperature,
+        config,
         seed=config.seed,
-        rows_at_once=config.rows_at_once,
         progress=None if progress is None else lambda done: progress(done, total),
     )
     return [sample for sample, _ in encoded], rollout

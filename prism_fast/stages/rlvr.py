@@ -4,20 +4,23 @@ a prompt sampler (a function) given to one loop."""
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from prism_fast.config import RLVRConfig
 from prism_fast.data.chat import Chat
+from prism_fast.data.encode import encode_all, question
 from prism_fast.data.formats import read_rlvr
+from prism_fast.data.order import order
 from prism_fast.models.load import load_policy, with_chat
-from prism_fast.records import StepStats
+from prism_fast.records import Experience, StepStats
 from prism_fast.run.alerts import Watch
 from prism_fast.run.monitor import Monitor
 from prism_fast.run.session import Clock, Run, is_time
 from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.evaluate import EvalSet, evaluate
-from prism_fast.steps.experience import Experience, experience, mixed_groups, uniform_prompts
-from prism_fast.steps.policy_step import policy_gradient, response_lengths
+from prism_fast.steps.experience import experience, mixed_groups, uniform_prompts
+from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.update import Updater
 
 
@@ -35,7 +38,10 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, Any]:
         )
         held_out = EvalSet.read(config.data, config.data.eval_files, config.eval.limit, chat)
         objective = config.objective.build(config.rollout.max_response_tokens)
-        sampler = uniform_prompts if config.dynamic_sampling is None else mixed_groups
+        encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
+        sampler = uniform_prompts
+        if config.dynamic_sampling is not None:
+            sampler = partial(mixed_groups, config=config.dynamic_sampling)
         updater, watch = Updater(policy, config.optimizer, config.steps), Watch(**config.watch.model_dump())
         first, tensors, state = run.restore()
         position = state.get("position", 0)
@@ -50,10 +56,12 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, Any]:
 
                 def draw(start: int, number: int, attempt: int, step: int = step) -> Experience:
                     seed = (config.run.seed * 1_000_003 + step) * 101 + attempt
-                    return experience(policy, chat, data, start, number, seed, config)
+                    picked = order(len(data), config.run.seed, start, number)
+                    questions = encode_all(data, picked, encode)
+                    return experience(policy, chat, questions, config.rollout, config, seed=seed)
 
                 with clock("rollout"):
-                    batch, position, sampled = sampler(draw, position, config)
+                    batch, position, sampled = sampler(draw, position, config.rollout.prompts_per_step)
                 metrics: dict[str, float] = dict(sampled)
                 trained = 0
                 if batch is None:
@@ -79,7 +87,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, Any]:
                         reward=float(batch.reward.mean()),
                         accuracy=float(batch.accuracy.mean()),
                         format_valid=float(batch.format_valid.float().mean()),
-                        response_length=response_lengths(batch.rollout.response_ids),
+                        response_length=batch.rollout.mean_length,
                     )
                     if not trained:
                         monitor.warn(f"step {step + 1}: every advantage is 0; no update was made")

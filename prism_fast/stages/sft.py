@@ -8,7 +8,7 @@ from typing import Any
 
 from prism_fast.config import SFTConfig
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import encode_all
+from prism_fast.data.encode import demonstration, encode_all
 from prism_fast.data.formats import read_sft
 from prism_fast.data.order import order
 from prism_fast.models.load import load_policy, with_chat
@@ -17,9 +17,8 @@ from prism_fast.records import StepStats
 from prism_fast.run.monitor import Monitor
 from prism_fast.run.session import Clock, Run, is_time
 from prism_fast.steps.evaluate import EvalSet, evaluate
-from prism_fast.steps.sft_step import demonstration, demonstration_trees
+from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
 from prism_fast.steps.update import Updater
-from prism_kernels import linear_cross_entropy
 
 
 def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -37,7 +36,12 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         first, tensors, _ = run.restore()
         if first:
             updater.load(tensors, first)
-        encode = partial(demonstration, chat=chat, config=config)
+        encode = partial(
+            demonstration,
+            chat=chat,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_tokens=config.max_tokens,
+        )
         models = {"policy": with_chat(policy, chat)}
         figures: dict[str, Any] = {}
         with Monitor("sft", config.run.out, total, tracker=config.run.tracker, start_step=first) as monitor:
@@ -48,19 +52,12 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
                     trees = demonstration_trees(encode_all(data, picked, encode))
                     packs = pack(trees, config.run.tokens_per_pack, policy.image)
                 with clock("update"):
-                    rows = sum(p.target_row.numel() for p in packs)
-                    loss = 0.0
-                    for packed in packs:
-                        packed = packed.to(policy.head.device)
-                        hidden = policy(packed)[packed.predict_row]
-                        part = policy.through_head(linear_cross_entropy, hidden, packed.target_ids, normalizer=rows)
-                        part.backward()
-                        loss += part.detach()
+                    loss = supervised_gradient(policy, packs)
                     lr = updater.lr
                     norm = updater.step()
                 stats = StepStats(
                     step + 1,
-                    {"loss": float(loss), "lr": lr, "grad_norm": norm},
+                    {"loss": loss, "lr": lr, "grad_norm": norm},
                     clock.seconds,
                     {"update": sum(p.num_tokens for p in packs)},
                 )

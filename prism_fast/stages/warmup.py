@@ -6,29 +6,20 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from prism_fast.config import WarmupConfig
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import encode_all
+from prism_fast.data.encode import encode_all, pair_record
 from prism_fast.data.formats import read_warmup
 from prism_fast.data.order import order
 from prism_fast.models.load import load_discriminator, with_chat
-from prism_fast.pack import (
-    pack,
-)
+from prism_fast.pack import pack
 from prism_fast.records import DataError, StepStats
 from prism_fast.run.alerts import Watch
 from prism_fast.run.monitor import Monitor
 from prism_fast.run.session import Clock, Run, is_time
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.pair_loss import bradley_terry
-from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_record, pair_scores, pair_trees
+from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
 from prism_fast.steps.update import Updater
-from prism_kernels import load_balancing_loss
-
-SIDES = ("perception", "reasoning")
 
 
 def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -40,7 +31,12 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
         data = read_warmup(
             config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt
         )
-        encode = partial(pair_record, chat=chat, config=config)
+        encode = partial(
+            pair_record,
+            chat=chat,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_tokens=config.max_tokens,
+        )
         if config.data.eval_files:
             held_out_data, count = (
                 read_warmup(config.data.eval_files, system_prompt=config.data.system_prompt),
@@ -72,45 +68,24 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
                 with clock("data"):
                     picked = order(count, config.run.seed, step * config.batch_size, config.batch_size)
                     records = encode_all(data, picked, encode)
-                    trees, pairs = pair_trees(records)
+                    trees, labels = pair_trees(records)
                     packs = pack(trees, config.run.tokens_per_pack, discriminator.image)
                 with clock("update"):
-                    metrics = {"loss": 0.0, **{f"loss/pair_{name}": 0.0 for name in SIDES}}
-                    better: list[list[Tensor]] = [[], []]
-                    fault = None
-                    for packed in packs:
-                        packed = packed.to(discriminator.head.device)
-                        judgement = discriminator(packed, balance=config.balance_coef > 0)
-                        loss = judgement.score.new_zeros(())
-                        for side in range(2):
-                            teacher, student = pair_scores(judgement.score, packed, pairs, side)
-                            pair_loss = bradley_terry(teacher, student).sum() / len(records)
-                            loss = loss + pair_loss / 2
-                            metrics[f"loss/pair_{SIDES[side]}"] += float(pair_loss.detach())
-                            better[side].append((teacher > student).detach())
-                        if config.balance_coef > 0:
-                            balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
-                            loss = loss + config.balance_coef * balance
-                            metrics["loss/balance"] = metrics.get("loss/balance", 0.0) + float(balance.detach())
-                        loss.backward()
-                        metrics["loss"] += float(loss.detach())
-                        if not math.isfinite(metrics["loss"]):
-                            fault = fault or not_finite(judgement.score, packed, pairs, records)
-                        load.add(judgement.stats)
+                    metrics, broken = pair_gradient(
+                        discriminator, packs, labels, balance_coef=config.balance_coef, load=load
+                    )
                     metrics["lr"] = updater.lr
                     metrics["grad_norm"] = updater.step()
-                for side, name in enumerate(SIDES):
-                    metrics[f"pair_accuracy/{name}"] = float(torch.cat(better[side]).float().mean())
                 metrics.update(load.fractions())
                 stats = StepStats(step + 1, metrics, clock.seconds, {"update": sum(p.num_tokens for p in packs)})
                 monitor.step(stats)
                 for line in watch.observe(stats):
                     monitor.warn(line)
                 if not math.isfinite(metrics["grad_norm"]):
-                    fault = fault or "a gradient is not finite"
+                    fault = not_finite(broken, labels, records) or "a gradient is not finite"
                     monitor.warn(f"step {step + 1}: {fault}; that update was skipped")
                 if is_time(step + 1, config.run.eval_every, total):
-                    figures = pair_accuracy(discriminator, held_out, config)
+                    figures = pair_accuracy(discriminator, held_out, tokens_per_pack=config.run.tokens_per_pack)
                     monitor.evaluation(step + 1, figures)
                     run.improved(step + 1, sum(figures.values()))
                 run.step_done(step + 1, total, models, updater.tensors, {"watch": watch.state()})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +10,12 @@ from typing import Any
 
 from scipy.stats import wasserstein_distance
 
-from prism_fast.config import DataConfig, EvalConfig
+from prism_fast.config import DataConfig, Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import read_align, read_rlvr
-from prism_fast.data.images import open_image
+from prism_fast.data.images import image_uri
 from prism_fast.models.policy import Policy
-from prism_fast.records import DataError, ImageRef, Prompt, Sample
+from prism_fast.records import DataError, Prompt, Sample
 from prism_fast.reward import count_caption_items, count_reasoning_steps, verifiable_reward
 from prism_fast.steps.sampler import generate
 
@@ -81,27 +79,17 @@ def evaluate(
     policy: Policy,
     chat: Chat,
     held_out: EvalSet,
-    config: EvalConfig,
+    sampling: Sampling,
     *,
     name: str = "policy",
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Samples ``config.samples`` responses per prompt and judges them."""
-    rollout = generate(
-        policy,
-        chat,
-        held_out.prompts,
-        samples=config.samples,
-        max_tokens=config.max_response_tokens,
-        temperature=config.temperature,
-        seed=seed,
-        rows_at_once=config.rows_at_once,
-        progress=progress,
-    )
+    """Samples ``sampling.samples`` responses per prompt and judges them."""
+    rollout = generate(policy, chat, held_out.prompts, sampling, seed=seed, progress=progress)
     samples = [held_out.samples[g] for g in rollout.group.tolist()]
     lengths = [len(ids) for ids in rollout.response_ids]
-    return judge(name, samples, list(rollout.text), lengths, config.samples)
+    return judge(name, samples, list(rollout.text), lengths, sampling.samples)
 
 
 def judge(name: str, samples: list[Sample], texts: list[str], lengths: list[int], k: int = 1) -> Evaluation:
@@ -152,15 +140,6 @@ def _shown(index: int, sample: Sample, text: str, reward) -> dict[str, Any]:
         "accuracy": reward.accuracy,
         "format_valid": reward.format_valid,
     }
-
-
-def image_uri(ref: ImageRef, place: str) -> str:
-    """The image as a PNG data URI, at most 320 pixels wide."""
-    image = open_image(ref, place)
-    image.thumbnail((320, 320))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _mean(values: Sequence[float]) -> float:

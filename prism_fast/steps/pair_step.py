@@ -2,127 +2,110 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from prism_fast.config import WarmupConfig
-from prism_fast.data.chat import Chat
 from prism_fast.models.discriminator import Discriminator
-from prism_fast.pack import (
-    KIND_STUDENT_CAPTION,
-    KIND_STUDENT_REASONING,
-    KIND_TEACHER_CAPTION,
-    KIND_TEACHER_REASONING,
-    Tree,
-    merge_prompts,
-    pack,
-)
-from prism_fast.records import DataError, PackedTree, Prompt, Sample
-
-SIDES = ("perception", "reasoning")
+from prism_fast.pack import Tree, merge_prompts, pack
+from prism_fast.records import PackedTree, PairRecord
+from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.pair_loss import bradley_terry
+from prism_fast.steps.parts import SIDES, STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_kernels import load_balancing_loss
 
 
-@dataclass(frozen=True)
-class PairRecord:
-    """The tokens of one warm-up record: teacher and student, perception and reasoning."""
-
-    place: str  # file and record, for messages
-    prompt: Prompt
-    teacher: tuple[Tensor, Tensor]
-    student: tuple[Tensor, Tensor]
-
-
-def pair_record(sample: Sample, chat: Chat, config: WarmupConfig) -> PairRecord:
-    """Tokens of one record. Raises DataError where a part is too long: teacher and student have the same limit."""
-    prompt = chat.encode_prompt(sample, config.data.max_prompt_tokens)
-    parts = {}
-    for voice in ("teacher", "student"):
-        for part in ("caption", "reasoning"):
-            ids = chat.encode_part(getattr(sample, f"{voice}_{part}"))
-            if len(prompt) + len(ids) > config.max_tokens:
-                raise DataError(
-                    f"{sample.place}: {voice} {part}: {len(prompt) + len(ids)} tokens with the prompt are over "
-                    f"max_tokens = {config.max_tokens}; raise it, or shorten the record"
-                )
-            parts[voice, part] = ids
-    return PairRecord(
-        sample.place,
-        prompt,
-        (parts["teacher", "caption"], parts["teacher", "reasoning"]),
-        (parts["student", "caption"], parts["student", "reasoning"]),
-    )
-
-
-Pairs = list[tuple[int, tuple[int, int], tuple[int, int]]]  # (tree, teacher's branches, student's branches), by side
-
-
-def pair_trees(records: list[PairRecord]) -> tuple[list[Tree], Pairs]:
-    """One tree per distinct prompt; a branch that several records share stands once."""
+def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
+    """One tree per distinct prompt; a part that several records share stands once."""
     prompts, which = merge_prompts([r.prompt for r in records])
-    branches: list[list[Tensor]] = [[] for _ in prompts]
-    kinds: list[list[int]] = [[] for _ in prompts]
-    known: dict[tuple, int] = {}
-
-    def branch(tree: int, ids: Tensor, kind: int) -> int:
-        key = (tree, kind, tuple(ids.tolist()))
-        if key not in known:
-            known[key] = len(branches[tree])
-            branches[tree].append(ids)
-            kinds[tree].append(kind)
-        return known[key]
-
-    pairs: Pairs = []
-    for record, tree in zip(records, which):
-        teacher = (
-            branch(tree, record.teacher[0], KIND_TEACHER_CAPTION),
-            branch(tree, record.teacher[1], KIND_TEACHER_REASONING),
-        )
-        student = (
-            branch(tree, record.student[0], KIND_STUDENT_CAPTION),
-            branch(tree, record.student[1], KIND_STUDENT_REASONING),
-        )
-        pairs.append((tree, teacher, student))
-    teachers = (KIND_TEACHER_CAPTION, KIND_TEACHER_REASONING)
-    trees = [
-        Tree(p, b, k, together=tuple(i for i, kind in enumerate(k) if kind in teachers))
-        for p, b, k in zip(prompts, branches, kinds)
+    trees = PartTrees(prompts)
+    labels = [
+        (trees.add(tree, record.teacher, TEACHER_KINDS), trees.add(tree, record.student, STUDENT_KINDS))
+        for record, tree in zip(records, which)
     ]
-    return trees, pairs
+    teacher, student = torch.tensor(labels).permute(1, 2, 0)
+    return trees.trees(), PartLabels(teacher, student, len(trees))
 
 
-def pair_scores(score: Tensor, packed: PackedTree, pairs: Pairs, side: int) -> tuple[Tensor, Tensor]:
-    """(teacher, student) scores of the pairs of one side whose student branch lies in this pack."""
-    row = {name: i for i, name in enumerate(packed.branch)}
-    here = [
-        (row[t, teacher[side]], row[t, student[side]]) for t, teacher, student in pairs if (t, student[side]) in row
-    ]
-    index = torch.tensor(here, dtype=torch.int64, device=score.device).view(-1, 2)
-    return score.index_select(0, index[:, 0]), score.index_select(0, index[:, 1])
+def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int) -> tuple[Tensor, Tensor]:
+    """(teacher, student) scores of the pairs of one side whose student's part lies in this pack.
+
+    score (branches,) on any device; ``packed`` on the host.
+    """
+    branches = compared(packed.branch_of(labels.total), labels.teacher[side], labels.student[side])
+    teacher, student = (score.index_select(0, index.to(score.device)) for index in branches)
+    return teacher, student
 
 
-def not_finite(score: Tensor, packed: PackedTree, pairs: Pairs, records: list[PairRecord]) -> str | None:
-    """Names the first record a score of which, in this pack, is not finite."""
-    bad = {packed.branch[i] for i in (~score.detach().isfinite()).nonzero().flatten().tolist()}
-    for record, (tree, *voices) in zip(records, pairs):
-        for voice, branches in zip(("teacher", "student"), voices):
-            for side, branch in zip(SIDES, branches):
-                if (tree, branch) in bad:
-                    return f"the {side} score of the {voice} of {record.place} is not finite"
+def pair_gradient(
+    discriminator: Discriminator,
+    packs: Sequence[PackedTree],
+    labels: PartLabels,
+    *,
+    balance_coef: float,
+    load: ExpertLoad,
+) -> tuple[dict[str, float], set[int]]:
+    """One forward and backward over a batch of pairs: (metrics, labels of parts whose score broke the loss).
+
+    The loss is the mean over records and sides of -log sigmoid(D(y+) - D(y)), plus ``balance_coef`` times the
+    load-balancing loss, averaged over packs. The labels are those of scores that are not finite in the first pack after
+    which the loss is not.
+    """
+    records = labels.teacher.shape[1]
+    metrics = {"loss": 0.0, **{f"loss/pair_{name}": 0.0 for name in SIDES}}
+    right: list[list[Tensor]] = [[], []]
+    broken: set[int] = set()
+    for packed in packs:
+        judgement = discriminator(packed.to(discriminator.head.device), balance=balance_coef > 0)
+        loss = judgement.score.new_zeros(())
+        for side, name in enumerate(SIDES):
+            teacher, student = pair_scores(judgement.score, packed, labels, side)
+            pair_loss = bradley_terry(teacher, student).sum() / records
+            loss = loss + pair_loss / 2
+            metrics[f"loss/pair_{name}"] += float(pair_loss.detach())
+            right[side].append((teacher > student).detach())
+        if balance_coef > 0:
+            balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
+            loss = loss + balance_coef * balance
+            metrics["loss/balance"] = metrics.get("loss/balance", 0.0) + float(balance.detach())
+        loss.backward()
+        metrics["loss"] += float(loss.detach())
+        if not broken and not math.isfinite(metrics["loss"]):
+            broken = set(packed.label[~judgement.score.detach().isfinite().cpu()].tolist())
+        load.add(judgement.stats)
+    metrics.update({f"pair_accuracy/{name}": value for name, value in _fractions(right).items()})
+    return metrics, broken
+
+
+def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecord]) -> str | None:
+    """Names the first record that has one of these parts, whose scores are not finite."""
+    for i, record in enumerate(records):
+        for voice, parts in (("teacher", labels.teacher), ("student", labels.student)):
+            for name, label in zip(SIDES, parts[:, i].tolist()):
+                if label in broken:
+                    return f"the {name} score of the {voice} of {record.prompt.place} is not finite"
     return None
 
 
 @torch.no_grad()
-def pair_accuracy(discriminator: Discriminator, records: list[PairRecord], config: WarmupConfig) -> dict[str, float]:
+def pair_accuracy(
+    discriminator: Discriminator, records: Sequence[PairRecord], *, tokens_per_pack: int
+) -> dict[str, float]:
     """How often the teacher's part scores higher than the student's, on held-out records."""
     discriminator.eval()
-    trees, pairs = pair_trees(records)
+    trees, labels = pair_trees(records)
     right: list[list[Tensor]] = [[], []]
-    for packed in pack(trees, config.run.tokens_per_pack, discriminator.image):
+    for packed in pack(trees, tokens_per_pack, discriminator.image):
         score = discriminator(packed.to(discriminator.head.device)).score
         for side in range(2):
-            teacher, student = pair_scores(score, packed, pairs, side)
+            teacher, student = pair_scores(score, packed, labels, side)
             right[side].append(teacher > student)
     discriminator.train()
-    return {f"pair_accuracy_{name}": float(torch.cat(right[i]).float().mean()) for i, name in enumerate(SIDES)}
+    return {f"pair_accuracy_{name}": value for name, value in _fractions(right).items()}
+
+
+def _fractions(right: list[list[Tensor]]) -> dict[str, float]:
+    """By side's name, how many of the comparisons were right."""
+    return {name: float(torch.cat(of_side).float().mean()) for name, of_side in zip(SIDES, right)}

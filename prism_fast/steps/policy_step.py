@@ -9,8 +9,12 @@ from torch import Tensor
 
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
-from prism_fast.records import Rollout
+from prism_fast.records import PackedTree, Rollout
 from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
+
+# What the loss's op measures of a pack -> the metric's name.
+MEANS = {"rollout_diff_mean": "sampler_gap/mean", "kl_ref": "kl_ref"}
+LARGEST = {"rollout_diff_max": "sampler_gap/max"}
 
 
 def policy_gradient(
@@ -32,33 +36,23 @@ def policy_gradient(
     the sampler, by its own samples: the mean of -log p over all tokens. advantages (B,).
     """
     every = objective.kl_coef != 0 or objective.entropy_coef != 0
-    trees, members = response_trees(rollout, None if every else advantages != 0)
-    packs = pack(trees, tokens_per_pack, policy.image)
-    rows = sum(len(ids) for ids in rollout.response_ids)
-    normalizer = rows if objective.aggregate == "token_mean" else len(rollout)
-    measured: dict[str, list[tuple[float, float]]] = {}
-    loss = 0.0
+    packs = pack(response_trees(rollout, None if every else advantages != 0), tokens_per_pack, policy.image)
+    normalizer = rollout.num_tokens if objective.aggregate == "token_mean" else len(rollout)
     device = policy.head.device
+    loss, measured = 0.0, []
     for packed in packs:
-        response = torch.tensor([members[tree][branch] for tree, branch in packed.branch])
-        sampled = torch.cat([rollout.logprob[i] for i in response.tolist()]).to(device)
+        sampled = torch.cat([rollout.logprob[i] for i in packed.label.tolist()]).to(device)
+        advantage = advantages[packed.label].to(device)
         packed = packed.to(device)
-        ref_logprob = None
-        if reference is not None:
-            with torch.no_grad():
-                ref_hidden = reference(packed)[packed.predict_row]
-                ref_logprob = reference.through_head(
-                    linear_logprob, ref_hidden, packed.target_ids, bias=policy.bias, temperature=temperature
-                ).logprob
         out = policy.through_head(
             linear_policy_loss,
             policy(packed)[packed.predict_row],
             packed.target_ids,
-            advantages[response].to(device),
+            advantage,
             packed.sequence_start,
             objective,
             rollout_logprob=sampled,
-            ref_logprob=ref_logprob,
+            ref_logprob=None if reference is None else reference_logprob(reference, packed, policy.bias, temperature),
             normalizer=normalizer,
             bias=policy.bias,
             temperature=temperature,
@@ -66,34 +60,45 @@ def policy_gradient(
         )
         out.loss.backward()
         loss += out.loss.detach()
-        count = float(out.stats["rows"])
-        for name, value in out.stats.items():
-            measured.setdefault(name, []).append((float(value), count))
+        measured.append({name: float(value) for name, value in out.stats.items()})
     metrics = {"loss": float(loss), "zero_advantage": float((advantages == 0).float().mean())}
-    if rows:
-        metrics["entropy"] = -float(torch.cat(list(rollout.logprob)).sum()) / rows
-    for name, label in (("rollout_diff_mean", "sampler_gap/mean"), ("kl_ref", "kl_ref")):
-        weight = sum(count for _, count in measured.get(name, []))
-        if weight:
-            metrics[label] = sum(value * count for value, count in measured[name] if count) / weight
-    largest = [value for value, count in measured.get("rollout_diff_max", []) if count]
-    if largest:
-        metrics["sampler_gap/max"] = max(largest)
-    return metrics, sum(p.num_tokens for p in packs)
+    if rollout.num_tokens:
+        metrics["entropy"] = -float(torch.cat(list(rollout.logprob)).sum()) / rollout.num_tokens
+    return metrics | _over_packs(measured), sum(p.num_tokens for p in packs)
 
 
-def response_trees(rollout: Rollout, kept: Tensor | None = None) -> tuple[list[Tree], list[list[int]]]:
-    """One tree per distinct prompt, and for each tree the responses that are its branches; ``kept`` (B,) bool."""
+@torch.no_grad()
+def reference_logprob(reference: Policy, packed: PackedTree, bias: Tensor, temperature: float) -> Tensor:
+    """(R,) fp32: the reference policy's log-probs of the pack's predicted tokens, over the tokens of the policy."""
+    hidden = reference(packed)[packed.predict_row]
+    return reference.through_head(linear_logprob, hidden, packed.target_ids, bias=bias, temperature=temperature).logprob
+
+
+def _over_packs(measured: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over rows and largest values of what packs measured; absent where no row was measured."""
+    metrics = {}
+    counted = [stats for stats in measured if stats["rows"]]
+    for name, metric in MEANS.items():
+        found = [stats for stats in counted if name in stats]
+        if found:
+            rows = sum(stats["rows"] for stats in found)
+            metrics[metric] = sum(stats[name] * stats["rows"] for stats in found) / rows
+    for name, metric in LARGEST.items():
+        found = [stats[name] for stats in counted if name in stats]
+        if found:
+            metrics[metric] = max(found)
+    return metrics
+
+
+def response_trees(rollout: Rollout, kept: Tensor | None = None) -> list[Tree]:
+    """One tree per distinct prompt; a branch's label is its response's index in the batch. ``kept`` (B,) bool."""
     prompts, which = merge_prompts(rollout.prompts)
     members: list[list[int]] = [[] for _ in prompts]
     for i, group in enumerate(rollout.group.tolist()):
         if kept is None or kept[i]:
             members[which[group]].append(i)
-    found = [(prompt, ids) for prompt, ids in zip(prompts, members) if ids]
-    trees = [Tree(p, [rollout.response_ids[i] for i in ids], [KIND_RESPONSE] * len(ids)) for p, ids in found]
-    return trees, [ids for _, ids in found]
-
-
-def response_lengths(responses: Sequence[Tensor]) -> float:
-    """Mean tokens per response, end-of-turn included."""
-    return sum(len(r) for r in responses) / len(responses)
+    return [
+        Tree(prompt, [rollout.response_ids[i] for i in ids], [KIND_RESPONSE] * len(ids), labels=ids)
+        for prompt, ids in zip(prompts, members)
+        if ids
+    ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from prism_fast.config import Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree, build_pack, merge_prompts, mrope_positions
@@ -135,31 +136,28 @@ def generate(
     policy: Policy,
     chat: Chat,
     prompts: Sequence[Prompt],
+    sampling: Sampling,
     *,
-    samples: int,
-    max_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    rows_at_once: int = 512,
+    seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Samples ``samples`` responses of at most ``max_tokens`` tokens for each prompt; B = len(prompts) * samples.
+    """Samples ``sampling.samples`` responses for each prompt; B = len(prompts) * samples.
 
     The same seed gives the same responses whatever ``rows_at_once`` is, up to rounding. ``progress`` is told the number
     of finished responses.
     """
     was_training = policy.training
     policy.eval()
-    uniform = torch.rand(
-        (len(prompts) * samples, max_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    samples, limit = sampling.samples, sampling.max_response_tokens
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand((len(prompts) * samples, limit), generator=generator, dtype=torch.float64)
     ids: list[Tensor] = []
     logprobs: list[Tensor] = []
-    per_batch = max(1, rows_at_once // samples)
+    per_batch = max(1, sampling.rows_at_once // samples)
     for start in range(0, len(prompts), per_batch):
         batch = prompts[start : start + per_batch]
         rows = slice(start * samples, (start + len(batch)) * samples)
-        batch_ids, batch_logprobs = _generate(policy, chat, batch, samples, uniform[rows], temperature)
+        batch_ids, batch_logprobs = _generate(policy, chat, batch, samples, uniform[rows], sampling.temperature)
         ids += batch_ids
         logprobs += batch_logprobs
         if progress is not None:

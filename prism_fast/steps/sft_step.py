@@ -1,31 +1,37 @@
-"""The supervised step's trees."""
+"""The supervised step: cross-entropy on the tokens of demonstrations."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from prism_fast.config import SFTConfig
-from prism_fast.data.chat import Chat
+from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts
-from prism_fast.records import DataError, Prompt, Sample
+from prism_fast.records import PackedTree, Prompt
+from prism_kernels import linear_cross_entropy
 
 
-def demonstration(sample: Sample, chat: Chat, config: SFTConfig) -> tuple[Prompt, Tensor]:
-    """(prompt, response tokens) of one sample. Raises DataError where it is too long."""
-    prompt = chat.encode_prompt(sample, config.data.max_prompt_tokens)
-    response = chat.encode_response(sample.response)
-    if len(prompt) + len(response) > config.max_tokens:
-        raise DataError(
-            f"{sample.place}: {len(prompt) + len(response)} tokens are over max_tokens = {config.max_tokens}; "
-            "raise it, or shorten the record"
-        )
-    return prompt, response
-
-
-def demonstration_trees(demonstrations: list[tuple[Prompt, Tensor]]) -> list[Tree]:
-    """Prompt -> demonstrations; samples with the same prompt and image share one root."""
+def demonstration_trees(demonstrations: Sequence[tuple[Prompt, Tensor]]) -> list[Tree]:
+    """Prompt -> demonstrations, labelled by their number; those with the same prompt and image share one root."""
     distinct, which = merge_prompts([prompt for prompt, _ in demonstrations])
-    branches: list[list[Tensor]] = [[] for _ in distinct]
-    for (_, response), root in zip(demonstrations, which):
-        branches[root].append(response)
-    return [Tree(p, b, [KIND_RESPONSE] * len(b)) for p, b in zip(distinct, branches)]
+    members: list[list[int]] = [[] for _ in distinct]
+    for number, root in enumerate(which):
+        members[root].append(number)
+    return [
+        Tree(prompt, [demonstrations[i][1] for i in numbers], [KIND_RESPONSE] * len(numbers), numbers)
+        for prompt, numbers in zip(distinct, members)
+    ]
+
+
+def supervised_gradient(policy: Policy, packs: Sequence[PackedTree]) -> float:
+    """Adds the gradient of a batch's loss to the policy and returns the loss: the mean over its response tokens."""
+    rows = sum(p.target_row.numel() for p in packs)
+    loss = 0.0
+    for packed in packs:
+        packed = packed.to(policy.head.device)
+        hidden = policy(packed)[packed.predict_row]
+        part = policy.through_head(linear_cross_entropy, hidden, packed.target_ids, normalizer=rows)
+        part.backward()
+        loss += part.detach()
+    return float(loss)

@@ -6,35 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prism_fast.config import AdvantageConfig, AlignConfig
+from prism_fast.config import AdvantageConfig, CompatConfig, DiscriminatorLoss
 from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree
-from prism_fast.records import Rollout, Sample, Scores
+from prism_fast.records import Lesson, Rollout, Sample, Scores
 from prism_fast.steps.advantage import alignment_advantage
-from prism_fast.steps.discriminator_step import Lesson, discriminator_gradient, discriminator_trees
+from prism_fast.steps.discriminator_step import discriminator_gradient, discriminator_trees
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
 from prism_kernels import PolicyObjective
 from tests.models import EOS, IMAGE_TOKEN, moe, prompt, qwen, tokens
 from tests.trainer.models.test_discriminator import separate_scores
-
-
-def config(tokens_per_pack=4096, **changes):
-    return AlignConfig.model_validate(
-        {
-            "policy": {"path": "p"},
-            "discriminator": {"path": "d"},
-            "data": {"files": ["f"]},
-            "rollout": {"prompts_per_step": 2},
-            "policy_optimizer": {"lr": 1e-3},
-            "discriminator_optimizer": {"lr": 1e-3},
-            "run": {"out": "o", "tokens_per_pack": tokens_per_pack},
-            "steps": 1,
-            **changes,
-        }
-    )
 
 
 def batch(valid=(True, True, False, True, True, False, True, True)):
@@ -98,8 +82,10 @@ def test_discriminator_step_equals_the_definition(tokens_per_pack, valid, beta):
     stock, head = moe(), torch.randn(32)
     lessons, rollout, parts = batch(valid)
     mine = made(stock, head)
-    settings = config(tokens_per_pack, length_correction=beta)
-    scores, metrics, _ = discriminator_gradient(mine, lessons, rollout, parts, settings, ExpertLoad())
+    config = DiscriminatorLoss(length_correction=beta)
+    scores, metrics, _ = discriminator_gradient(
+        mine, lessons, rollout, parts, config, tokens_per_pack=tokens_per_pack, load=ExpertLoad()
+    )
     expected = definition(stock, head, lessons, rollout, parts, beta)
     expected.backward()
     assert metrics["loss/discriminator"] == pytest.approx(float(expected), rel=1e-5)
@@ -122,19 +108,28 @@ def test_discriminator_step_equals_the_definition(tokens_per_pack, valid, beta):
 def test_compat_clamps_inside_the_loss():
     stock, head = moe(), 30 * torch.randn(32)  # far past +-10
     lessons, rollout, parts = batch()
-    settings = config(compat={"clamp_in_loss": True})
-    _, metrics, _ = discriminator_gradient(made(stock, head), lessons, rollout, parts, settings, ExpertLoad())
+    config = DiscriminatorLoss(compat=CompatConfig(clamp_in_loss=True))
+    _, metrics, _ = discriminator_gradient(
+        made(stock, head), lessons, rollout, parts, config, tokens_per_pack=4096, load=ExpertLoad()
+    )
     expected = definition(stock, head, lessons, rollout, parts, clamp=10.0)
     assert metrics["loss/discriminator"] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_equal_parts_stand_once_and_the_teacher_in_every_part():
     lessons, rollout, parts = batch()
-    trees, where = discriminator_trees(lessons, rollout, parts)
-    assert where[0][0] == where[1][0]  # the shared caption
-    assert where[2] is None
+    trees, labels = discriminator_trees(lessons, rollout, parts)
+    caption, reasoning = labels.student
+    assert caption[0] == caption[1] and reasoning[0] != reasoning[1]  # the shared caption
+    assert caption[2] == reasoning[2] == -1
     assert len(trees[0].branches) == 2 + 5
     assert all(tree.together == (0, 1) for tree in trees)
+    told = {label: ids for tree in trees for label, ids in zip(tree.labels, tree.branches)}
+    assert sorted(told) == list(range(labels.total))
+    for i, pair in enumerate(parts):
+        assert pair is None or all(torch.equal(told[int(labels.student[side, i])], pair[side]) for side in range(2))
+    for i, item in enumerate(lessons):
+        assert all(torch.equal(told[int(labels.teacher[side, i])], item.teacher[side]) for side in range(2))
 
 
 def test_advantage_clamps_scores_and_only_there():

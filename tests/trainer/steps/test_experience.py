@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from prism_fast.config import DynamicSamplingConfig, ObjectiveConfig, OverlongConfig, RLVRConfig
-from prism_fast.records import Prompt, Rollout
+from prism_fast.config import DynamicSamplingConfig, ObjectiveConfig, OverlongConfig, RewardConfig, Sampling
+from prism_fast.records import Experience, Prompt, Rollout, Sample
+from prism_fast.steps import experience as experience_module
 from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.experience import (
-    Experience,
+    answer_accuracy,
+    experience,
     groups_with_mixed_accuracy,
     mixed_groups,
     overlong_penalty,
@@ -15,20 +17,7 @@ from prism_fast.steps.experience import (
 )
 from prism_kernels import PolicyObjective
 
-
-def config(prompts=2, tries=3, factor=2, **changes):
-    return RLVRConfig.model_validate(
-        {
-            "policy": {"path": "p"},
-            "data": {"files": ["f"]},
-            "rollout": {"prompts_per_step": prompts, "samples": 2},
-            "optimizer": {"lr": 1e-3},
-            "run": {"out": "o"},
-            "steps": 1,
-            "dynamic_sampling": DynamicSamplingConfig(generation_factor=factor, max_tries=tries).model_dump(),
-            **changes,
-        }
-    )
+DYNAMIC = DynamicSamplingConfig(generation_factor=2, max_tries=3)
 
 
 def source(outcomes):
@@ -54,14 +43,14 @@ def source(outcomes):
 
 def test_uniform_prompts_take_the_next_ones():
     draw, drawn = source([(0, 1)])
-    batch, position, metrics = uniform_prompts(draw, 6, config())
+    batch, position, metrics = uniform_prompts(draw, 6, 2)
     assert drawn == [(6, 2, 0)] and position == 8 and metrics == {"sampled_tokens": 8}
     assert [int(p.input_ids) for p in batch.rollout.prompts] == [6, 7]
 
 
 def test_mixed_groups_replace_equal_ones_and_count_them():
     draw, drawn = source([(0, 0), (0, 1), (1, 1), (0, 0), (1, 0), (1, 1), (0, 1), (0, 1)])
-    batch, position, metrics = mixed_groups(draw, 0, config())
+    batch, position, metrics = mixed_groups(draw, 0, 2, DYNAMIC)
     assert drawn == [(0, 4, 0), (4, 4, 1)] and position == 8
     assert [int(p.input_ids) for p in batch.rollout.prompts] == [1, 4]  # four were mixed, two are wanted
     assert batch.rollout.text == ["1", "1", "4", "4"]
@@ -72,17 +61,52 @@ def test_mixed_groups_replace_equal_ones_and_count_them():
 
 def test_mixed_groups_go_on_with_what_there_is_after_the_last_try():
     draw, drawn = source([(0, 0), (1, 1), (0, 0), (0, 0), (0, 1), *[(1, 1)] * 20])
-    batch, position, metrics = mixed_groups(draw, 0, config())
+    batch, position, metrics = mixed_groups(draw, 0, 2, DYNAMIC)
     assert len(drawn) == 3 and position == 12
     assert len(batch.rollout.prompts) == 1 and metrics["missing_groups"] == 1
     draw, _ = source([(1, 1)])
-    batch, _, metrics = mixed_groups(draw, 0, config())
+    batch, _, metrics = mixed_groups(draw, 0, 2, DYNAMIC)
     assert batch is None and metrics["missing_groups"] == 2
 
 
 def test_groups_with_mixed_accuracy():
     draw, _ = source([(0, 0), (0, 1), (1, 1)])
     assert groups_with_mixed_accuracy(draw(0, 3, 0)) == [1]
+
+
+RIGHT = "<caption>3</caption><think>3</think><answer>7</answer>"
+SAMPLES = [Sample("a:1", (), gold="7"), Sample("a:2", (), gold="8")]
+
+
+def answers():
+    """Two prompts, two responses each: right, no format; wrong, right but long."""
+    long = RIGHT.replace("7", "8")
+    return Rollout(
+        prompts=[Prompt(torch.tensor([i]), None, None, bytes([i])) for i in range(2)],
+        group=torch.tensor([0, 0, 1, 1]),
+        response_ids=[torch.zeros(n, dtype=torch.int64) for n in (3, 4, 5, 10)],
+        logprob=[torch.zeros(n) for n in (3, 4, 5, 10)],
+        text=[RIGHT, "7", RIGHT, long],
+        finished=torch.ones(4, dtype=torch.bool),
+    )
+
+
+def test_experience_rewards_every_response_by_its_own_gold(monkeypatch):
+    """An experience needs what it reads: no paths, no optimizer."""
+    asked = []
+    monkeypatch.setattr(experience_module, "generate", lambda *args, seed: asked.append((args, seed)) or answers())
+    sampling = Sampling(samples=2, max_response_tokens=10)
+    config = RewardConfig(accuracy_weight=0.6, format_weight=0.4, overlong=OverlongConfig(buffer=4, factor=0.5))
+    questions = list(zip(SAMPLES, answers().prompts))
+    batch = experience("policy", "chat", questions, sampling, config, seed=5)
+    assert asked == [(("policy", "chat", [prompt for _, prompt in questions], sampling), 5)]
+    assert batch.accuracy.tolist() == [1, 0, 0, 1] and batch.format_valid.tolist() == [True, False, True, True]
+    torch.testing.assert_close(batch.reward, torch.tensor([1.0, 0.0, 0.4, 0.5]))
+
+
+def test_answer_accuracy_needs_every_gold_answer():
+    assert answer_accuracy(answers(), SAMPLES).tolist() == [1, 0, 0, 1]
+    assert answer_accuracy(answers(), [SAMPLES[0], Sample("a:3", ())]) is None
 
 
 def test_overlong_penalty_is_linear_over_the_buffer():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import prism_fast.steps.sampler as rollout_module
+from prism_fast.config import Sampling
 from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
@@ -21,6 +22,10 @@ class Chat:
     @staticmethod
     def decode(ids):
         return " ".join(map(str, ids.tolist()))
+
+
+def sampling(samples, max_tokens, temperature=1.0, rows_at_once=512):
+    return Sampling(samples=samples, max_response_tokens=max_tokens, temperature=temperature, rows_at_once=rows_at_once)
 
 
 def policy(eos_bias=0.0):
@@ -45,7 +50,7 @@ def trainer_logprobs(p, rollout, temperature):
 def test_sampler_and_trainer_log_probs_agree(temperature):
     p = policy(eos_bias=2.0)
     prompts = [prompt(1, images=((4, 4),)), prompt(2), prompt(3, images=((2, 8), (4, 4)))]
-    rollout = generate(p, Chat, prompts, samples=5, max_tokens=70, temperature=temperature, seed=3)
+    rollout = generate(p, Chat, prompts, sampling(5, 70, temperature), seed=3)
     assert len(rollout) == 15
     lengths = [len(x) for x in rollout.response_ids]
     assert max(lengths) > 1  # and the rows do not all stop at once
@@ -57,7 +62,7 @@ def test_sampler_and_trainer_log_probs_agree(temperature):
 
 def test_forbidden_tokens_are_never_sampled_and_rows_stop_at_end_of_turn():
     p = policy()
-    rollout = generate(p, Chat, [prompt(2)] * 3, samples=40, max_tokens=12, seed=0)
+    rollout = generate(p, Chat, [prompt(2)] * 3, sampling(40, 12), seed=0)
     sampled = torch.cat(list(rollout.response_ids))
     assert not torch.isin(sampled, torch.tensor(FORBIDDEN)).any()
     for ids, finished in zip(rollout.response_ids, rollout.finished):
@@ -70,26 +75,26 @@ def test_logits_come_in_blocks(monkeypatch):
     p = policy(eos_bias=1.0)
     shapes, product = [], rollout_module._product
     monkeypatch.setattr(rollout_module, "_product", lambda x, head: shapes.append(len(x)) or product(x, head))
-    whole = generate(p, Chat, [prompt(2)], samples=7, max_tokens=9, seed=7)
+    whole = generate(p, Chat, [prompt(2)], sampling(7, 9), seed=7)
     assert shapes[0] == 7
     monkeypatch.setitem(rollout_module.LOGITS, "cpu", 3 * p.head.shape[0])
     shapes.clear()
-    assert generate(p, Chat, [prompt(2)], samples=7, max_tokens=9, seed=7).text == whole.text
+    assert generate(p, Chat, [prompt(2)], sampling(7, 9), seed=7).text == whole.text
     assert shapes[:3] == [3, 3, 1] and max(shapes) == 3
 
 
 def test_responses_do_not_depend_on_the_batch():
     p = policy(eos_bias=1.0)
     prompts = [prompt(1, images=((4, 4),)), prompt(2), prompt(4)]
-    whole = generate(p, Chat, prompts, samples=3, max_tokens=20, seed=7)
-    small = generate(p, Chat, prompts, samples=3, max_tokens=20, seed=7, rows_at_once=3)
+    whole = generate(p, Chat, prompts, sampling(3, 20), seed=7)
+    small = generate(p, Chat, prompts, sampling(3, 20, rows_at_once=3), seed=7)
     assert whole.text == small.text
-    assert whole.text != generate(p, Chat, prompts, samples=3, max_tokens=20, seed=8).text
+    assert whole.text != generate(p, Chat, prompts, sampling(3, 20), seed=8).text
 
 
 def test_greedy_is_the_argmax_of_the_full_forward():
     p = policy()
-    rollout = generate(p, Chat, [prompt(1, images=((4, 4),))], samples=1, max_tokens=6, temperature=0.0)
+    rollout = generate(p, Chat, [prompt(1, images=((4, 4),))], sampling(1, 6, 0.0), seed=0)
     pack = build_pack([Tree(rollout.prompts[0], rollout.response_ids, [2])], [(0, [0])], p.image)
     with torch.no_grad():
         best = (p(pack)[pack.predict_row] @ p.head.T + p.bias).argmax(-1)
