@@ -166,16 +166,17 @@ class CompatConfig(Node):
     text_positions: bool = False  # 1-D positions in the discriminator
 
 
-class DiscriminatorLoss(Node):
-    """What the discriminator's loss of the adversarial stage reads, beside scores."""
+class DiscriminatorStep(Node):
+    """What the discriminator's step of the adversarial stage reads: which parts it takes, and its loss."""
 
+    max_part_tokens: int = Field(6144, gt=0)
     score_clamp: float = Field(10.0, gt=0)
     score_penalty: float = Field(0.001, ge=0)  # times the mean square of the four scores
     length_correction: float = Field(0.0, ge=0)  # score - this * log(1 + tokens of the part)
     compat: CompatConfig = CompatConfig()
 
 
-class AlignConfig(DiscriminatorLoss):
+class AlignConfig(DiscriminatorStep):
     policy: ModelConfig
     discriminator: ModelConfig
     data: DataConfig
@@ -185,7 +186,6 @@ class AlignConfig(DiscriminatorLoss):
     run: RunConfig
     steps: int = Field(gt=0)
     advantage: AdvantageConfig = AdvantageConfig()
-    max_part_tokens: int = Field(6144, gt=0)
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
 

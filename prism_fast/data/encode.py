@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import Dataset
 from prism_fast.records import DataError, Lesson, PairRecord, Prompt, Sample
@@ -61,25 +62,15 @@ def pair_record(sample: Sample, chat: Chat, *, max_prompt_tokens: int, max_token
     return PairRecord(prompt, parts("teacher"), parts("student"))
 
 
-def lesson(
-    sample: Sample,
-    chat: Chat,
-    *,
-    max_prompt_tokens: int,
-    max_part_tokens: int,
-    teacher_token_limit: int | None = None,
-) -> Lesson:
-    """Tokens of a prompt and its teacher's parts. A teacher that does not fit is an error, never cut in silence.
-
-    ``teacher_token_limit``: compat, where it is cut.
-    """
+def lesson(sample: Sample, chat: Chat, *, max_prompt_tokens: int, config: DiscriminatorStep) -> Lesson:
+    """Tokens of a prompt and its teacher's parts. A teacher that does not fit is an error, never cut in silence."""
     prompt = chat.encode_prompt(sample, max_prompt_tokens)
     teacher = []
     for name, text in (("teacher_caption", sample.teacher_caption), ("teacher_cot", sample.teacher_reasoning)):
-        ids = chat.encode_part(text)[:teacher_token_limit]
-        if len(ids) > max_part_tokens:
+        ids = chat.encode_part(text)[: config.compat.teacher_token_limit]
+        if len(ids) > config.max_part_tokens:
             raise DataError(
-                f"{sample.place}: {name}: {len(ids)} tokens, max_part_tokens is {max_part_tokens}; raise it"
+                f"{sample.place}: {name}: {len(ids)} tokens, max_part_tokens is {config.max_part_tokens}; raise it"
             )
         teacher.append(ids)
     return Lesson(sample, prompt, (teacher[0], teacher[1]))

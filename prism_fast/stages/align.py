@@ -43,13 +43,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
             config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt
         )
         held_out = EvalSet.read(config.data, config.data.eval_files, config.eval.limit, chat)
-        encode = partial(
-            lesson,
-            chat=chat,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_part_tokens=config.max_part_tokens,
-            teacher_token_limit=config.compat.teacher_token_limit,
-        )
+        encode = partial(lesson, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, config=config)
         updater = Updater(policy, config.policy_optimizer, config.steps)
         judge_updater = Updater(discriminator, config.discriminator_optimizer, config.steps)
         watch, load = Watch(**config.watch.model_dump()), ExpertLoad()
@@ -76,9 +70,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, Any]:
                         seed=config.run.seed * 1_000_003 + step,
                     )
                 with clock("update_discriminator"):
-                    parts = student_parts(
-                        rollout, chat, max_part_tokens=config.max_part_tokens, mode=config.compat.format
-                    )
+                    parts = student_parts(rollout, chat, config)
                     scores, judged, judged_tokens = discriminator_gradient(
                         discriminator,
                         lessons,

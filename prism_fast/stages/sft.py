@@ -37,10 +37,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, Any]:
         if first:
             updater.load(tensors, first)
         encode = partial(
-            demonstration,
-            chat=chat,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_tokens=config.max_tokens,
+            demonstration, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )
         models = {"policy": with_chat(policy, chat)}
         figures: dict[str, Any] = {}

@@ -32,10 +32,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, Any]:
             config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt
         )
         encode = partial(
-            pair_record,
-            chat=chat,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_tokens=config.max_tokens,
+            pair_record, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )
         if config.data.eval_files:
             held_out_data, count = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prism_fast.config import DiscriminatorLoss
+from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.pack import Tree, pack
@@ -22,20 +22,19 @@ from prism_kernels import find_tag_spans
 Parts = tuple[Tensor, Tensor]  # tokens of a caption and of a reasoning
 
 
-def student_parts(rollout: Rollout, chat: Chat, *, max_part_tokens: int, mode: str = "fixed") -> list[Parts | None]:
+def student_parts(rollout: Rollout, chat: Chat, config: DiscriminatorStep) -> list[Parts | None]:
     """Tokens of every response's caption and reasoning, each tokenised on its own; None where the format is invalid.
 
     A part that is over max_part_tokens once re-tokenised, or a response that holds a placeholder token, is invalid too.
-    ``mode``: which format is valid, as in response_format.split_parts.
     """
     parts: list[Parts | None] = []
     for text, ids in zip(rollout.text, rollout.response_ids):
-        found = split_parts(text, mode)
+        found = split_parts(text, config.compat.format)
         if found is None or chat.holds_forbidden(ids.tolist()):
             parts.append(None)
             continue
         pair = (chat.encode_part(found.caption), chat.encode_part(found.reasoning))
-        parts.append(None if max(len(p) for p in pair) > max_part_tokens else pair)
+        parts.append(None if max(len(p) for p in pair) > config.max_part_tokens else pair)
     return parts
 
 
@@ -57,7 +56,7 @@ def discriminator_gradient(
     lessons: Sequence[Lesson],
     rollout: Rollout,
     parts: Sequence[Parts | None],
-    config: DiscriminatorLoss,
+    config: DiscriminatorStep,
     *,
     tokens_per_pack: int,
     load: ExpertLoad,
@@ -71,18 +70,14 @@ def discriminator_gradient(
     score_of_part = torch.zeros(labels.total)
     loss = 0.0
     for packed in packs:
-        there = packed.to(discriminator.head.device)
-        judgement = discriminator(there, text_positions=config.compat.text_positions)
+        on_device = packed.to(discriminator.head.device)
+        judgement = discriminator(on_device, text_positions=config.compat.text_positions)
         load.add(judgement.stats)
-        lengths = there.sequence_start.diff()
-        raw = judgement.score
-        if config.compat.clamp_in_loss:
-            raw = raw.clamp(-config.score_clamp, config.score_clamp)
-        branch = packed.branch_of(labels.total)
+        score, lengths, branch = judgement.score, on_device.sequence_start.diff(), packed.branch_of(labels.total)
+        raw = score.clamp(-config.score_clamp, config.score_clamp) if config.compat.clamp_in_loss else score
+        corrected = length_corrected(raw, lengths, config.length_correction)
         part = alignment_loss(
-            _pair_scores(
-                raw, length_corrected(raw, lengths, config.length_correction), branch, labels, rollout.group, uncounted
-            ),
+            _pair_scores(raw, corrected, branch, labels, rollout.group, uncounted),
             valid_total=valid_total,
             response_total=len(rollout),
             prompt_total=len(lessons),
@@ -91,9 +86,7 @@ def discriminator_gradient(
         part.backward()
         loss += float(part.detach())
         uncounted = uncounted.where(branch[labels.teacher[0]] < 0, 0)
-        score_of_part[packed.label] = length_corrected(
-            judgement.score.detach(), lengths, config.length_correction
-        ).cpu()
+        score_of_part[packed.label] = length_corrected(score.detach(), lengths, config.length_correction).cpu()
     student = score_of_part[labels.student].where(valid, 0.0)
     scores = Scores(*student, *score_of_part[labels.teacher], valid)
     metrics = {"loss/discriminator": loss, **score_metrics(scores, rollout.group)}

@@ -54,7 +54,7 @@ def changed(before, after):
 @pytest.mark.parametrize("row,who", [(-1, "reasoning score of response"), (0, "perception score of the teacher")])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_alignment(row, who, value, tiny_folder, tmp_path, monkeypatch, capsys):
-    def halves(rollout, chat, **limits):
+    def halves(rollout, chat, config):
         return [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in rollout.response_ids]
 
     monkeypatch.setattr(align, "student_parts", halves)  # an untrained policy keeps no format

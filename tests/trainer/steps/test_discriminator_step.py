@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prism_fast.config import AdvantageConfig, CompatConfig, DiscriminatorLoss
+from prism_fast.config import AdvantageConfig, CompatConfig, DiscriminatorStep
 from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
@@ -82,7 +82,7 @@ def test_discriminator_step_equals_the_definition(tokens_per_pack, valid, beta):
     stock, head = moe(), torch.randn(32)
     lessons, rollout, parts = batch(valid)
     mine = made(stock, head)
-    config = DiscriminatorLoss(length_correction=beta)
+    config = DiscriminatorStep(length_correction=beta)
     scores, metrics, _ = discriminator_gradient(
         mine, lessons, rollout, parts, config, tokens_per_pack=tokens_per_pack, load=ExpertLoad()
     )
@@ -108,7 +108,7 @@ def test_discriminator_step_equals_the_definition(tokens_per_pack, valid, beta):
 def test_compat_clamps_inside_the_loss():
     stock, head = moe(), 30 * torch.randn(32)  # far past +-10
     lessons, rollout, parts = batch()
-    config = DiscriminatorLoss(compat=CompatConfig(clamp_in_loss=True))
+    config = DiscriminatorStep(compat=CompatConfig(clamp_in_loss=True))
     _, metrics, _ = discriminator_gradient(
         made(stock, head), lessons, rollout, parts, config, tokens_per_pack=4096, load=ExpertLoad()
     )
