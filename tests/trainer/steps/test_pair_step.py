@@ -1,0 +1,80 @@
+"""The warm-up's step against its definition, computed record by record on separate stock forwards."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prism_fast.pack import Tree, pack
+from prism_fast.records import PairRecord
+from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
+from tests.models import moe, prompt, tokens
+from tests.trainer.models.test_discriminator import discriminator, separate_scores
+
+
+def records():
+    """The first two share prompt and teacher's caption, the last two a student's reasoning."""
+    shared, other = prompt(1, images=((4, 4),)), prompt(2)
+    return [
+        PairRecord(shared, (tokens(1, 4), tokens(2, 6)), (tokens(3, 3), tokens(4, 5))),
+        PairRecord(shared, (tokens(1, 4), tokens(5, 7)), (tokens(6, 2), tokens(7, 4))),
+        PairRecord(other, (tokens(8, 5), tokens(9, 3)), (tokens(10, 4), tokens(11, 6))),
+        PairRecord(other, (tokens(12, 2), tokens(13, 4)), (tokens(14, 3), tokens(11, 6))),
+    ]
+
+
+def gradient(mine, batch, tokens_per_pack, balance_coef=0.0):
+    trees, labels = pair_trees(batch)
+    packs = pack(trees, tokens_per_pack, mine.image)
+    return pair_gradient(mine, packs, labels, balance_coef=balance_coef, load=ExpertLoad()), packs, labels
+
+
+@pytest.mark.parametrize("tokens_per_pack", [4096, 40])  # 40: a tree's students are split, its teachers repeated
+def test_step_equals_the_definition(tokens_per_pack):
+    stock, head = moe(), torch.randn(32)
+    mine, batch = discriminator(stock, head), records()
+    (metrics, broken), packs, _ = gradient(mine, batch, tokens_per_pack)
+    assert len(packs) == 1 if tokens_per_pack == 4096 else len(packs) > 2  # of two trees
+    loss, right = [0.0, 0.0], [0, 0]
+    for record in batch:
+        teacher, student = (
+            separate_scores(stock, head, [Tree(record.prompt, parts, ())]) for parts in (record.teacher, record.student)
+        )
+        for side in range(2):
+            loss[side] = loss[side] + F.softplus(student[side] - teacher[side]) / len(batch)
+            right[side] += bool(teacher[side] > student[side])
+    total = (loss[0] + loss[1]) / 2
+    total.backward()
+    assert metrics["loss"] == pytest.approx(float(total.detach()), rel=1e-5)
+    for side, name in enumerate(("perception", "reasoning")):
+        assert metrics[f"loss/pair_{name}"] == pytest.approx(float(loss[side].detach()), rel=1e-5)
+        assert metrics[f"pair_accuracy/{name}"] == right[side] / len(batch)
+    assert not broken and "loss/balance" not in metrics
+    for (name, a), (_, b) in zip(mine.model.named_parameters(), stock.named_parameters()):
+        if b.grad is not None and not name.startswith("lm_head"):
+            assert (a.grad - b.grad).abs().max() <= 1e-5 * max(1.0, float(b.grad.abs().max())), name
+    held_out = pair_accuracy(mine, batch, tokens_per_pack=tokens_per_pack)
+    assert held_out == {
+        f"pair_accuracy_{name}": metrics[f"pair_accuracy/{name}"] for name in ("perception", "reasoning")
+    }
+
+
+def test_balance_is_added_with_its_coefficient():
+    mine, batch = discriminator(moe(), torch.randn(32)), records()
+    (metrics, _), _, _ = gradient(mine, batch, 4096, balance_coef=0.5)
+    pairs = (metrics["loss/pair_perception"] + metrics["loss/pair_reasoning"]) / 2
+    assert metrics["loss"] == pytest.approx(pairs + 0.5 * metrics["loss/balance"], rel=1e-5)
+
+
+def test_a_score_that_is_not_finite_is_named_by_record_side_and_voice():
+    mine, batch = discriminator(moe(), torch.full((32,), math.inf)), records()
+    batch = [replace(r, prompt=replace(r.prompt, place=f"pairs.jsonl:{i}")) for i, r in enumerate(batch, start=1)]
+    (_, broken), _, labels = gradient(mine, batch, 4096)
+    assert broken == set(range(labels.total))
+    assert not_finite(broken, labels, batch) == "the perception score of the teacher of pairs.jsonl:1 is not finite"
+    last = {int(labels.student[0, 3])}
+    assert not_finite(last, labels, batch) == "the perception score of the student of pairs.jsonl:4 is not finite"
+    assert not_finite(set(), labels, batch) is None

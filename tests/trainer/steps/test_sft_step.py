@@ -1,0 +1,31 @@
+"""The supervised step against the mean cross-entropy of separate stock forwards."""
+
+import copy
+
+import pytest
+
+from prism_fast.models.backbone import use_tree_attention
+from prism_fast.models.policy import Policy
+from prism_fast.pack import Tree, pack
+from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
+from tests.models import prompt, qwen, tokens
+from tests.trainer.models.test_policy import separate_logprobs
+
+
+@pytest.mark.parametrize("tokens_per_pack", [4096, 30])
+def test_step_equals_separate_forwards(tokens_per_pack):
+    stock = qwen()
+    mine = copy.deepcopy(stock)
+    use_tree_attention(mine)
+    policy = Policy(mine)
+    demonstrations = [(prompt(2), tokens(1, 6)), (prompt(1, images=((4, 4),)), tokens(2, 9)), (prompt(2), tokens(3, 2))]
+    trees = demonstration_trees(demonstrations)
+    assert [tree.labels for tree in trees] == [[0, 2], [1]]  # one root for the prompt that comes twice
+    packs = pack(trees, tokens_per_pack, policy.image)
+    assert len(packs) == (1 if tokens_per_pack == 4096 else 2)
+    loss = supervised_gradient(policy, packs)
+    expected = -separate_logprobs(stock, [Tree(p, [ids], ()) for p, ids in demonstrations]).mean()
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
+        assert (a.grad - b.grad).abs().max() <= 2e-5 * max(1.0, float(b.grad.abs().max())), name
