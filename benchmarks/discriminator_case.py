@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from benchmarks.step_case import Parts, Shape, draw, model_settings, moved, rollout_of, spread_weights
-from prism_fast.config import AlignConfig
+from prism_fast.config import DiscriminatorStep
 from prism_fast.models.discriminator import Discriminator
-from prism_fast.records import Prompt, Rollout, Sample
-from prism_fast.steps.discriminator_step import Lesson
+from prism_fast.records import Lesson, Prompt, Rollout, Sample
+
+STEP = DiscriminatorStep()  # the stage's defaults
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Case:
     lesson: Lesson
     rollout: Rollout
     parts: list[Parts]
-    config: AlignConfig
+    tokens_per_pack: int
 
     @property
     def module(self) -> Discriminator:
@@ -79,23 +80,6 @@ def build(
     prompt, (teacher, *parts) = draw(shape, seed)
     lesson = Lesson(Sample("benchmark:1", ()), prompt, teacher)
     tokens = shape.prompt + sum(len(ids) for pair in [teacher, *parts] for ids in pair)
-    case = Case(shape, Discriminator(model, head), lesson, rollout_of(prompt, parts), parts, align_config(tokens))
+    case = Case(shape, Discriminator(model, head), lesson, rollout_of(prompt, parts), parts, tokens)
     case.checkpoint(checkpointing)
     return case
-
-
-def align_config(tokens_per_pack: int) -> AlignConfig:
-    """The stage's settings. The benchmark reads the loss's; paths and optimizers are never used."""
-    unused = "unused"
-    return AlignConfig.model_validate(
-        {
-            "policy": {"path": unused},
-            "discriminator": {"path": unused},
-            "data": {"files": [unused]},
-            "rollout": {"prompts_per_step": 1},
-            "policy_optimizer": {"lr": 1e-6},
-            "discriminator_optimizer": {"lr": 1e-6},
-            "run": {"out": unused, "tokens_per_pack": tokens_per_pack},
-            "steps": 1,
-        }
-    )

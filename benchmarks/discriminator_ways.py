@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
 
 from benchmarks import step_flops
-from benchmarks.discriminator_case import Case
+from benchmarks.discriminator_case import STEP, Case
 from benchmarks.step_flops import Work
 from benchmarks.waterfall import Outcome, Way
 from prism_fast.models.backbone import ATTENTION, embed
@@ -34,7 +34,7 @@ def pair_loss(student: Tensor, teacher: Tensor, case: Case) -> Tensor:
     """One response's share of the discriminator's loss: student (2,), teacher (2,)."""
     n = case.shape.responses
     squares = student.square().sum() + teacher.square().sum()
-    return (F.softplus(student - teacher).sum() + case.config.score_penalty * squares / 4) / n
+    return (F.softplus(student - teacher).sum() + STEP.score_penalty * squares / 4) / n
 
 
 def whole_forward(case: Case) -> Score:
@@ -140,7 +140,7 @@ def read_out(case: Case) -> Outcome:
 
 def tree(case: Case, *, read_out: bool) -> Outcome:
     """One packed tree through transformers' decoder layers; attention: torch's, called per group of segments."""
-    trees, where = discriminator_trees([case.lesson], case.rollout, case.parts)
+    trees, labels = discriminator_trees([case.lesson], case.rollout, case.parts)
     device = case.discriminator.head.device
     pack = build_pack(trees, [(0, range(len(trees[0].branches)))], case.discriminator.image).to(device)
     text = case.model.model.language_model
@@ -162,12 +162,13 @@ def tree(case: Case, *, read_out: bool) -> Outcome:
                 hidden = hidden.index_add(1, pack.image_row, deepstack[i][None])
         hidden = text.norm(hidden if read_out else hidden[0, pack.readout_row])
         score = hidden.float() @ case.discriminator.head
-        student = score[torch.tensor(where, device=device).T]  # (2, N)
-        loss = sum(pair_loss(student[:, i], score[:2], case) for i in range(case.shape.responses))
+        branch = pack.branch_of(labels.total)
+        student, teacher = score[branch[labels.student.to(device)]], score[branch[labels.teacher[:, 0].to(device)]]
+        loss = sum(pair_loss(student[:, i], teacher, case) for i in range(case.shape.responses))
         loss.backward()  # inside: a checkpointed layer reads the configuration again
     finally:
         text.config._attn_implementation = stock
-    return {"student": student.detach(), "teacher": score[:2].detach(), "loss": loss.detach()}
+    return {"student": student.detach(), "teacher": teacher.detach(), "loss": loss.detach()}
 
 
 def attend(pack):
@@ -200,7 +201,13 @@ def last_layer(layer, hidden: Tensor, cos_sin: tuple[Tensor, Tensor], pack) -> T
 def ours(case: Case) -> Outcome:
     """The alignment stage's own code."""
     scores, metrics, _ = discriminator_gradient(
-        case.discriminator, [case.lesson], case.rollout, case.parts, case.config, ExpertLoad()
+        case.discriminator,
+        [case.lesson],
+        case.rollout,
+        case.parts,
+        STEP,
+        tokens_per_pack=case.tokens_per_pack,
+        load=ExpertLoad(),
     )
     student = torch.stack([scores.perception, scores.reasoning])
     teacher = torch.stack([scores.teacher_perception[0], scores.teacher_reasoning[0]])

@@ -120,12 +120,10 @@ def on_policy(case: Case) -> Outcome:
 
 def packed_eager(case: Case) -> Outcome:
     """One packed tree, the trainer's forward; all logits at once."""
-    trees, _ = response_trees(case.rollout)
-    (packed,) = pack(trees, tokens(case), case.policy.image)
+    (packed,) = pack(response_trees(case.rollout), tokens(case), case.policy.image)
     lengths = packed.sequence_start.diff().long()
-    order = torch.tensor([branch for _, branch in packed.branch])
     packed = packed.to(case.policy.head.device)
-    advantage = case.advantages[order].repeat_interleave(lengths).to(case.policy.head.device)
+    advantage = case.advantages[packed.label].repeat_interleave(lengths).to(case.policy.head.device)
     with tree_attention_in(case):
         logprob = eager_logprob(case, case.policy(packed)[packed.predict_row], packed.target_ids)
         loss = surrogate(logprob, logprob.detach(), advantage) / case.rows
