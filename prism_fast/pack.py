@@ -50,6 +50,10 @@ class Tree:
     labels: Sequence[int] | None = None  # the caller's number of each branch; None: its index in this tree
     together: tuple[int, ...] = ()  # indices of the branches that every part of a split tree must hold
 
+    def __post_init__(self):
+        if self.labels is not None and len(self.labels) != len(self.branches):
+            raise ValueError(f"labels: {len(self.labels)} for {len(self.branches)} branches; give one for each")
+
 
 def mrope_positions(prompt: Prompt, image: ImageTokens) -> tuple[Tensor, int]:
     """Multimodal rotary positions of a prompt: ((3, P) int64 rows t, h, w; the position of the next token).

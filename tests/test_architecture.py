@@ -27,7 +27,7 @@ def test_the_example_in_the_document():
     letters = "abcdef"
     ids = [torch.tensor([letters.index(c) for c in text]) for text in ("aaa", "dd", "bb", "c", "ee", "ff")]
     prompts = [Prompt(x, None, None, bytes([i])) for i, x in enumerate(ids[:2])]
-    trees = [Tree(prompts[i], ids[2 + 2 * i : 4 + 2 * i], [KIND_RESPONSE] * 2) for i in range(2)]
+    trees = [Tree(prompts[i], ids[2 + 2 * i : 4 + 2 * i], [KIND_RESPONSE] * 2, [2 * i, 2 * i + 1]) for i in range(2)]
 
     shown["pack_trees"] = str(pack_trees([(3, [2, 1]), (2, [2, 2])], capacity=16))
     (packed,) = pack(trees, 16, ImageTokens(token_id=99, merge_size=2))
@@ -36,6 +36,7 @@ def test_the_example_in_the_document():
     shown["position"] = numbers(packed.position_ids[0])
     shown["predict_row"] = numbers(packed.predict_row)
     shown["sequence_start"] = numbers(packed.sequence_start)
+    shown["label"] = numbers(packed.label)
 
     group = torch.tensor([0, 0, 1, 1])
     scores = Scores(
@@ -60,7 +61,7 @@ def test_the_example_in_the_document():
         hidden[packed.predict_row],
         policy.head,
         packed.target_ids,
-        advantages,
+        advantages[packed.label],
         packed.sequence_start,
         PolicyObjective.grpo(),
     )

@@ -54,6 +54,11 @@ def test_without_labels_branches_are_numbered_in_their_tree():
     assert build_pack([tree(0, 2, (1, 2, 1))], [(0, [0, 2])], IMAGE).label.tolist() == [0, 2]
 
 
+def test_every_branch_has_a_label_or_none_has():
+    with pytest.raises(ValueError, match="labels: 1 for 2 branches"):
+        tree(0, 2, (1, 2), labels=(4,))
+
+
 def test_a_tree_that_does_not_fit_is_named_by_file_and_record():
     trees = [tree(0, 2, (3,)), tree(20, 6, (3, 9), place="align.parquet:17")]
     with pytest.raises(DataError, match=r"^align\.parquet:17: prompt of 6 tokens and branches of 9 .*tokens_per_pack"):
