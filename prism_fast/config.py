@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prism_fast.records import DataError
 from prism_kernels import PolicyObjective
+from prism_kernels.group_advantage.rules import RULES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -147,7 +148,7 @@ class WarmupConfig(Node):
 class AdvantageConfig(Node):
     """Arguments of prism_kernels.multi_reward_advantage."""
 
-    rule: Literal["align", "penalised", "gated", "verified", "verified_penalised", "signed"] = "align"
+    rule: str = "align"  # a row of the kernel's table of rules
     perception_weight: float = 0.5
     reasoning_weight: float = 0.5
     align_coef: float = 1.0
@@ -155,6 +156,13 @@ class AdvantageConfig(Node):
     format_penalty: float = 1.5
     accuracy_weight: float = 1.0
     format_weight: float = 1.0
+
+    @field_validator("rule")
+    @classmethod
+    def _rule(cls, rule: str) -> str:
+        if rule not in RULES:
+            raise ValueError(f"expected one of {', '.join(RULES)}, got {rule!r}")
+        return rule
 
 
 class CompatConfig(Node):

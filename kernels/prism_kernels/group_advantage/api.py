@@ -96,18 +96,16 @@ def multi_reward_advantage(
 ) -> Tensor:
     """Advantage of every response from its two discriminator scores and, by rule, its verifiable reward.
 
-    With F = invalid format, W = valid format and accuracy 0, gate = (1-F)(1-W), z and GN = :func:`group_normalize`,
-    A_align = perception_weight z(perception) + reasoning_weight z(reasoning), k = align_coef, p_w = wrong_penalty,
-    p_f = format_penalty, r = accuracy_weight accuracy + format_weight (1-F):
+    All rules are one formula; with z and GN = :func:`group_normalize`, k = align_coef (1 where a rule does not scale)::
 
-    ==================== =================================================================
-    align                A_align - p_f F
-    penalised            k A_align - p_w W - p_f F
-    gated                k A_align gate - p_w W - p_f F
-    verified             GN(r) + k A_align gate
-    verified_penalised   GN(r - p_w W - p_f F) + k A_align gate
-    signed               GN((1-F)(r - p_w W) - p_f F) + k A_align (1-F)(1-2W)
-    ==================== =================================================================
+        A       = GN(share r - fine) + k A_align gate - penalty
+        A_align = perception_weight z(perception) + reasoning_weight z(reasoning)
+        r       = accuracy_weight accuracy + format_weight (1 where the format is valid)
+
+    gate, share (of r), fine (wrong_penalty and format_penalty) and penalty (likewise) are a rule's numbers for a right
+    response, for a wrong one (valid format, accuracy 0) and for one of invalid format: the rows of
+    ``prism_kernels.group_advantage.rules.RULES``, written out in docs/method.md 4. "align", the default, is
+    ``A_align - format_penalty`` where the format is invalid, and ``A_align`` elsewhere.
 
     Scores of invalid responses are replaced, whatever they hold, by the smallest valid score of their group minus 1, or
     by -1 where the group has no valid response. Scores are not clamped. NaN stays in its group. Source: PRISM
@@ -117,8 +115,9 @@ def multi_reward_advantage(
         perception, reasoning: (B,) floating scores.
         group_ids: (B,) int64 or int32, any values, any order, any group sizes.
         format_valid: (B,) bool, or numbers of which 0 means invalid; None: all valid.
-        accuracy: (B,) in {0, 1}, bool or numeric; every rule but "align" needs it.
-        rule: a row of the table.
+        accuracy: (B,) in {0, 1}, bool or numeric; a rule that treats right and wrong responses alike ("align") needs
+            none.
+        rule: "align", "penalised", "gated", ...: a name in RULES.
         impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -134,16 +133,17 @@ def multi_reward_advantage(
         raise ValueError(f"reasoning: expected floating (B,), got {_describe(reasoning)}")
     _check_row("reasoning", reasoning, perception)
     _check_ids(group_ids, perception, "perception")
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if rule != "align" and accuracy is None:
+    row = RULES[rule]
+    if row.reads_accuracy and accuracy is None:
         raise ValueError(f"accuracy: rule {rule!r} reads it; pass (B,) values in {{0, 1}}, or use rule='align'")
     for name, flags in (("accuracy", accuracy), ("format_valid", format_valid)):
         if flags is not None:
             _check_row(name, flags, perception)
             if flags.is_complex():
                 raise ValueError(f"{name}: expected bool or real numbers (B,), got {_describe(flags)}")
-    if rule == "align":
+    if not row.reads_accuracy:
         accuracy = None
     coefficients = Coefficients(
         _number("perception_weight", perception_weight),
@@ -159,7 +159,7 @@ def multi_reward_advantage(
     if perception.numel() == 0:
         return torch.zeros_like(perception, dtype=torch.float32)
     with on_device_of(perception):
-        out = run(perception, reasoning, group_ids, format_valid, accuracy, rule=rule, coefficients=coefficients)
+        out = run(perception, reasoning, group_ids, format_valid, accuracy, rule=row, coefficients=coefficients)
         return out.float()
 
 

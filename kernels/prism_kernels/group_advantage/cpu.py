@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_kernels.group_advantage.rules import Coefficients
+from prism_kernels.group_advantage.rules import Coefficients, Rule
 
 
 class _Groups(NamedTuple):
@@ -38,11 +38,11 @@ def multi_reward_advantage(
     format_valid: Tensor | None,
     accuracy: Tensor | None,
     *,
-    rule: str,
+    rule: Rule,
     coefficients: Coefficients,
 ) -> Tensor:
     groups = _find_groups(group_ids)
-    rows = np.empty((2 if rule in ("align", "penalised", "gated") else 3, group_ids.shape[0]))
+    rows = np.empty((2 if rule.reward is None else 3, group_ids.shape[0]))
     rows[0], rows[1] = _sort(_numpy(perception), groups), _sort(_numpy(reasoning), groups)
     valid = _sort(_numpy(format_valid), groups).astype(bool, copy=False) if format_valid is not None else np.True_
     accuracy = _sort(_numpy(accuracy), groups).astype(np.float64) if accuracy is not None else None
@@ -53,32 +53,24 @@ def multi_reward_advantage(
 
 
 def _combine(
-    rows: np.ndarray, valid: np.ndarray, accuracy: np.ndarray | None, groups: _Groups, rule: str, c: Coefficients
+    rows: np.ndarray, valid: np.ndarray, accuracy: np.ndarray | None, groups: _Groups, rule: Rule, c: Coefficients
 ) -> np.ndarray:
-    """``rows`` (2 or 3, B): both scores, and room for the reward of the rules that have one -> (B,)."""
-    invalid = ~valid * 1.0  # F
-    if accuracy is not None:
-        wrong = (valid & (accuracy == 0)) * 1.0  # W
-        earned = c.accuracy_weight * accuracy + c.format_weight * (1.0 - invalid)
-        penalty = c.wrong_penalty * wrong + c.format_penalty * invalid
-        gate = (1.0 - invalid) * (1.0 - wrong)
-    if rule == "verified":
-        rows[2] = earned
-    elif rule == "verified_penalised":
-        rows[2] = earned - penalty
-    elif rule == "signed":
-        rows[2] = (1.0 - invalid) * (earned - c.wrong_penalty * wrong) - c.format_penalty * invalid
-        gate = (1.0 - invalid) * (1.0 - 2.0 * wrong)
+    """``rows`` (2 or 3, B): both scores, and room for the reward of a rule that has one -> (B,)."""
+    kind = np.where(valid, 0 if accuracy is None else accuracy == 0, 2)  # (B,) or (): right, wrong, invalid
+
+    def amount(multiples: tuple[float, float]) -> np.ndarray:
+        return np.array((0.0, multiples[0] * c.wrong_penalty, multiples[1] * c.format_penalty)).take(kind)
+
+    if rule.reward is not None:
+        earned = c.accuracy_weight * accuracy + c.format_weight * valid  # r
+        rows[2] = np.array((1.0, 1.0, rule.reward.invalid)).take(kind) * earned - amount(rule.reward.fine)
     z = _normalize(rows, groups, "mean", "std", c.eps)
-    align = c.perception_weight * z[0] + c.reasoning_weight * z[1]
-    if rule == "align":
-        return align - c.format_penalty * invalid
-    align *= c.align_coef
-    if rule == "penalised":
-        return align - penalty
-    if rule == "gated":
-        return align * gate - penalty
-    return z[2] + align * gate
+    advantage = c.perception_weight * z[0] + c.reasoning_weight * z[1]
+    if rule.scaled:
+        advantage *= c.align_coef
+    advantage *= np.array(rule.gate, dtype=np.float64).take(kind)
+    advantage -= amount(rule.penalty)
+    return advantage if rule.reward is None else z[2] + advantage
 
 
 def _normalize(rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps: float) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.group_advantage.rules import Coefficients
+from prism_kernels.group_advantage.rules import Coefficients, Rule
 
 
 def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: str, eps: float) -> Tensor:
@@ -44,10 +44,10 @@ def multi_reward_advantage(
     format_valid: Tensor | None,
     accuracy: Tensor | None,
     *,
-    rule: str,
+    rule: Rule,
     coefficients: Coefficients,
 ) -> Tensor:
-    """(B,) each -> (B,) float64; the table of docs/method.md 4 and of the public docstring."""
+    """(B,) each -> (B,) float64; the formula of rules.py and of docs/method.md 4."""
     c = coefficients
     valid = torch.ones_like(group_ids, dtype=torch.bool) if format_valid is None else format_valid != 0
     scores = torch.stack([perception.double(), reasoning.double()])
@@ -60,27 +60,21 @@ def multi_reward_advantage(
     def normalize(x: Tensor) -> Tensor:
         return group_normalize(x, group_ids, baseline="mean", scale="std", eps=c.eps)
 
+    invalid = (~valid).double()  # F
+    wrong = torch.zeros_like(invalid) if accuracy is None else (valid & (accuracy == 0)).double()  # W
+    right = 1 - invalid - wrong
+
+    def amount(multiples: tuple[float, float]) -> Tensor:
+        return multiples[0] * c.wrong_penalty * wrong + multiples[1] * c.format_penalty * invalid
+
     z = normalize(scores)
     align = c.perception_weight * z[0] + c.reasoning_weight * z[1]
-    invalid = (~valid).double()  # F
-    if rule == "align":
-        return align - c.format_penalty * invalid
-
-    accuracy = accuracy.double()
-    wrong = (valid & (accuracy == 0)).double()  # W
-    gate = (1 - invalid) * (1 - wrong)
-    align = c.align_coef * align
-    earned = c.accuracy_weight * accuracy + c.format_weight * valid.double()
-    penalty = c.wrong_penalty * wrong + c.format_penalty * invalid
-    if rule == "penalised":
-        return align - penalty
-    if rule == "gated":
-        return align * gate - penalty
-    if rule == "verified":
-        return normalize(earned) + align * gate
-    if rule == "verified_penalised":
-        return normalize(earned - penalty) + align * gate
-    if rule == "signed":
-        reward = (1 - invalid) * (earned - c.wrong_penalty * wrong) - c.format_penalty * invalid
-        return normalize(reward) + align * (1 - invalid) * (1 - 2 * wrong)
-    raise ValueError(f"rule: got {rule!r}")
+    if rule.scaled:
+        align = c.align_coef * align
+    gate = rule.gate[0] * right + rule.gate[1] * wrong + rule.gate[2] * invalid
+    advantage = align * gate - amount(rule.penalty)
+    if rule.reward is not None:
+        earned = c.accuracy_weight * accuracy.double() + c.format_weight * valid.double()  # r
+        share = right + wrong + rule.reward.invalid * invalid
+        advantage = normalize(share * earned - amount(rule.reward.fine)) + advantage
+    return advantage

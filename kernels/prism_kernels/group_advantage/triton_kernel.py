@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.group_advantage.rules import RULES, Coefficients
+from prism_kernels.group_advantage.rules import Coefficients, Rule
 
 I_BLOCK, J_BLOCK, WARPS = 1, 512, 4  # B 512: 256 programs of one step
 
@@ -84,7 +84,7 @@ def _inverses(n):
 
 
 @triton.jit
-def normalize_kernel(
+def group_normalize_fwd_kernel(
     score_ptr,  # (K, B), last stride 1
     id_ptr,  # (B,)
     out_ptr,  # (K, B) contiguous
@@ -132,33 +132,40 @@ def normalize_kernel(
 
 
 @triton.jit
-def _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE: tl.constexpr):
-    """The verifiable reward that the last three rules normalise; ``valid`` is bool, ``accuracy`` fp64."""
-    invalid = tl.where(valid, 0.0, 1.0).to(tl.float64)
-    wrong = tl.where(valid & (accuracy == 0.0), 1.0, 0.0).to(tl.float64)
-    earned = accuracy_weight * accuracy + format_weight * (1.0 - invalid)
-    if RULE == 3:  # verified
-        return earned
-    elif RULE == 4:  # verified_penalised
-        return earned - wrong_penalty * wrong - format_penalty * invalid
-    else:  # signed
-        return (1.0 - invalid) * (earned - wrong_penalty * wrong) - format_penalty * invalid
+def _by_kind(valid, wrong, at_right, at_wrong, at_invalid):
+    """Each response's own of three fp64 numbers."""
+    return tl.where(valid, tl.where(wrong, at_wrong, at_right), at_invalid)
 
 
 @triton.jit
-def _load_flags(valid_ptr, accuracy_ptr, row, inside, RULE: tl.constexpr, HAS_VALID: tl.constexpr):
+def _constant(VALUE: tl.constexpr):
+    """fp64 of a number in the kernel's text, which would be fp32 by itself."""
+    return tl.full([1], VALUE, tl.float64)
+
+
+@triton.jit
+def _reward(valid, accuracy, accuracy_weight, format_weight, wrong_fine, format_fine, SHARE_INVALID: tl.constexpr):
+    """The reward that a rule normalises; ``valid`` is bool, ``accuracy`` fp64."""
+    wrong = accuracy == 0.0
+    earned = accuracy_weight * accuracy + format_weight * tl.where(valid, 1.0, 0.0).to(tl.float64)
+    share = _by_kind(valid, wrong, _constant(1.0), _constant(1.0), _constant(SHARE_INVALID))
+    return share * earned - _by_kind(valid, wrong, 0.0, wrong_fine, format_fine)
+
+
+@triton.jit
+def _load_flags(valid_ptr, accuracy_ptr, row, inside, HAS_VALID: tl.constexpr, HAS_ACCURACY: tl.constexpr):
     """(format is valid, accuracy or 1) of ``row``."""
     valid = row >= 0  # True: what rows past the last one hold is masked by who reads it
     if HAS_VALID:
         valid = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
     accuracy = tl.where(inside, 1.0, 0.0).to(tl.float64)
-    if RULE != 0:
+    if HAS_ACCURACY:
         accuracy = tl.load(accuracy_ptr + row, mask=inside, other=0).to(tl.float64)
     return valid, accuracy
 
 
 @triton.jit
-def advantage_kernel(
+def advantage_fwd_kernel(
     perception_ptr,  # (B,) each
     reasoning_ptr,
     id_ptr,
@@ -166,32 +173,43 @@ def advantage_kernel(
     accuracy_ptr,  # or id_ptr
     out_ptr,  # (B,) fp32
     num_responses,
-    perception_weight,  # the coefficients rounded to fp32, and what that leaves: in fp32 alone, rewards that are equal
+    perception_weight,  # numbers rounded to fp32, and what that leaves: in fp32 alone, rewards that are equal
     reasoning_weight,  # (0.1 + 0.2 = 0.3) differ by 1e-8, which is something beside eps
-    align_coef,
-    wrong_penalty,
+    align_scale,
+    wrong_penalty,  # the penalties and fines of the rule
     format_penalty,
+    wrong_fine,
+    format_fine,
     accuracy_weight,
     format_weight,
     eps,
     perception_weight_rest,
     reasoning_weight_rest,
-    align_coef_rest,
+    align_scale_rest,
     wrong_penalty_rest,
     format_penalty_rest,
+    wrong_fine_rest,
+    format_fine_rest,
     accuracy_weight_rest,
     format_weight_rest,
     eps_rest,
-    RULE: tl.constexpr,  # index into RULES
     HAS_VALID: tl.constexpr,
+    HAS_ACCURACY: tl.constexpr,
+    HAS_REWARD: tl.constexpr,
+    GATE_RIGHT: tl.constexpr,
+    GATE_WRONG: tl.constexpr,
+    GATE_INVALID: tl.constexpr,
+    SHARE_INVALID: tl.constexpr,
     I_BLOCK: tl.constexpr,
     J_BLOCK: tl.constexpr,
 ):
     perception_weight = _double(perception_weight, perception_weight_rest)
     reasoning_weight = _double(reasoning_weight, reasoning_weight_rest)
-    align_coef = _double(align_coef, align_coef_rest)
+    align_scale = _double(align_scale, align_scale_rest)
     wrong_penalty = _double(wrong_penalty, wrong_penalty_rest)
     format_penalty = _double(format_penalty, format_penalty_rest)
+    wrong_fine = _double(wrong_fine, wrong_fine_rest)
+    format_fine = _double(format_fine, format_fine_rest)
     accuracy_weight = _double(accuracy_weight, accuracy_weight_rest)
     format_weight = _double(format_weight, format_weight_rest)
     eps = _double(eps, eps_rest)
@@ -208,15 +226,15 @@ def advantage_kernel(
         j = start + tl.arange(0, J_BLOCK)
         j_in = j < num_responses
         same = (i_id[:, None] == tl.load(id_ptr + j, mask=j_in, other=0)[None, :]) & j_in[None, :]
-        valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, j, j_in, RULE, HAS_VALID)
+        valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, j, j_in, HAS_VALID, HAS_ACCURACY)
         scored = same & valid[None, :]
         p = tl.load(perception_ptr + j, mask=j_in, other=0.0).to(tl.float64)  # (J,)
         r = tl.load(reasoning_ptr + j, mask=j_in, other=0.0).to(tl.float64)
         low_p = tl.minimum(low_p, tl.min(tl.where(scored, p[None, :], inf), 1))
         low_r = tl.minimum(low_r, tl.min(tl.where(scored, r[None, :], inf), 1))
         num_valid += tl.sum(scored.to(tl.int32), 1)
-        if RULE >= 3:
-            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
+        if HAS_REWARD:
+            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_fine, format_fine, SHARE_INVALID)
             low_w = tl.minimum(low_w, tl.min(tl.where(same, w[None, :], inf), 1))
 
     fallen_p, fallen_r = low_p - 1.0, low_r - 1.0  # what invalid responses get
@@ -235,7 +253,7 @@ def advantage_kernel(
         j = start + tl.arange(0, J_BLOCK)
         j_in = j < num_responses
         same = (i_id[:, None] == tl.load(id_ptr + j, mask=j_in, other=0)[None, :]) & j_in[None, :]
-        valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, j, j_in, RULE, HAS_VALID)
+        valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, j, j_in, HAS_VALID, HAS_ACCURACY)
         p = tl.load(perception_ptr + j, mask=j_in, other=0.0).to(tl.float64)
         r = tl.load(reasoning_ptr + j, mask=j_in, other=0.0).to(tl.float64)
         p, r = p[None, :], r[None, :]
@@ -249,14 +267,13 @@ def advantage_kernel(
         total_r += tl.sum(r, 1)
         squares_p += tl.sum(p * p, 1)
         squares_r += tl.sum(r * r, 1)
-        if RULE >= 3:
-            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
+        if HAS_REWARD:
+            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_fine, format_fine, SHARE_INVALID)
             w = tl.where(same, w[None, :] - low_w[:, None], 0.0)
             total_w += tl.sum(w, 1)
             squares_w += tl.sum(w * w, 1)
 
-    valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, i_row, i_in, RULE, HAS_VALID)
-    invalid = tl.where(valid, 0.0, 1.0).to(tl.float64)  # F
+    valid, accuracy = _load_flags(valid_ptr, accuracy_ptr, i_row, i_in, HAS_VALID, HAS_ACCURACY)
     p = tl.load(perception_ptr + i_row, mask=i_in, other=0.0).to(tl.float64)
     r = tl.load(reasoning_ptr + i_row, mask=i_in, other=0.0).to(tl.float64)
     if HAS_VALID:
@@ -266,23 +283,13 @@ def advantage_kernel(
     z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, False, True, tl.float32, True)
     z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, False, True, tl.float32, True)
     align = perception_weight * z_p + reasoning_weight * z_r
-    if RULE == 0:
-        advantage = align - format_penalty * invalid
-    else:
-        align *= align_coef
-        wrong = tl.where(valid & (accuracy == 0.0), 1.0, 0.0).to(tl.float64)  # W
-        penalty = wrong_penalty * wrong + format_penalty * invalid
-        if RULE == 1:
-            advantage = align - penalty
-        elif RULE == 2:
-            advantage = align * ((1.0 - invalid) * (1.0 - wrong)) - penalty
-        else:
-            w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_penalty, format_penalty, RULE)
-            z_w = _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32, False)
-            if RULE == 5:
-                advantage = z_w + align * ((1.0 - invalid) * (1.0 - 2.0 * wrong))
-            else:
-                advantage = z_w + align * ((1.0 - invalid) * (1.0 - wrong))
+    wrong = accuracy == 0.0
+    gate = _by_kind(valid, wrong, _constant(GATE_RIGHT), _constant(GATE_WRONG), _constant(GATE_INVALID))
+    penalty = _by_kind(valid, wrong, 0.0, wrong_penalty, format_penalty)
+    advantage = align * align_scale * gate - penalty
+    if HAS_REWARD:
+        w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_fine, format_fine, SHARE_INVALID)
+        advantage += _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32, False)
     tl.store(out_ptr + i_row, advantage.to(tl.float32), mask=i_in)
 
 
@@ -291,7 +298,7 @@ def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: 
     out = torch.empty_like(rows, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     num_responses = rows.shape[-1]
     grid = (triton.cdiv(num_responses, I_BLOCK), rows.numel() // num_responses)
-    normalize_kernel[grid](
+    group_normalize_fwd_kernel[grid](
         rows,
         group_ids.contiguous(),
         out,
@@ -314,12 +321,12 @@ def multi_reward_advantage(
     format_valid: Tensor | None,
     accuracy: Tensor | None,
     *,
-    rule: str,
+    rule: Rule,
     coefficients: Coefficients,
 ) -> Tensor:
     out = torch.empty_like(perception, dtype=torch.float32, memory_format=torch.contiguous_format)
     ids = group_ids.contiguous()
-    advantage_kernel[(triton.cdiv(out.numel(), I_BLOCK),)](
+    advantage_fwd_kernel[(triton.cdiv(out.numel(), I_BLOCK),)](
         perception.contiguous(),
         reasoning.contiguous(),
         ids,
@@ -327,14 +334,35 @@ def multi_reward_advantage(
         ids if accuracy is None else _bytes(accuracy.contiguous()),
         out,
         out.numel(),
-        *_halves(coefficients),
-        RULE=RULES.index(rule),
+        *_halves(_numbers(rule, coefficients)),
         HAS_VALID=format_valid is not None,
+        **rule_constants(rule),
         I_BLOCK=I_BLOCK,
         J_BLOCK=J_BLOCK,
         num_warps=WARPS,
     )
     return out
+
+
+def rule_constants(rule: Rule) -> dict[str, bool | float]:
+    """The constexprs by which the kernel is compiled for a rule."""
+    return {
+        "HAS_ACCURACY": rule.reads_accuracy,
+        "HAS_REWARD": rule.reward is not None,
+        **dict(zip(("GATE_RIGHT", "GATE_WRONG", "GATE_INVALID"), map(float, rule.gate))),
+        "SHARE_INVALID": 1.0 if rule.reward is None else float(rule.reward.invalid),
+    }
+
+
+def _numbers(rule: Rule, c: Coefficients) -> list[float]:
+    """What the kernel takes from perception_weight to eps."""
+    amounts = [
+        multiple * coefficient
+        for multiples in (rule.penalty, (0.0, 0.0) if rule.reward is None else rule.reward.fine)
+        for multiple, coefficient in zip(multiples, (c.wrong_penalty, c.format_penalty))
+    ]
+    scale = c.align_coef if rule.scaled else 1.0
+    return [c.perception_weight, c.reasoning_weight, scale, *amounts, c.accuracy_weight, c.format_weight, c.eps]
 
 
 def _halves(values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """group_normalize and multi_reward_advantage: golden vectors, truth by a loop over groups, exact zeros, NaN, bad input.
 
-Runs the Triton kernels where there is a GPU; elsewhere test_moe_triton.py runs this file in Triton's interpreter.
+Runs the Triton kernels where there is a GPU; elsewhere tests/kernels/moe/test_triton.py runs this file in the interpreter.
 """
 
 import json
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from prism_kernels import group_normalize, multi_reward_advantage
 from prism_kernels.group_advantage import api
-from prism_kernels.group_advantage.rules import RULES
+from prism_kernels.group_advantage.rules import RULES, Reward, Rule
+from tests.kernels.group_advantage.formulas import advantage, documented, random_case, truth
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
 
 IMPLS = (
@@ -38,6 +39,7 @@ COEFFICIENTS = {
     "w_fmt": "format_weight",
 }
 EXAMPLES = 5 if INTERPRETED else 40
+FORMULAS = documented()
 
 pytestmark = pytest.mark.parametrize(("impl", "device"), IMPLS)
 
@@ -73,27 +75,6 @@ def test_golden_vectors(impl, device, number):
         )
 
 
-def truth(scores, groups, baseline="mean", scale="std", eps=1e-6):
-    """One row of scores, in Python floats."""
-    out = [0.0] * len(scores)
-    for group in set(groups):
-        members = [i for i, g in enumerate(groups) if g == group]
-        n = len(members)
-        values = [scores[i] for i in members]
-        if n == 1:
-            mean = {members[0]: 0.0}
-            std = 1.0
-        else:
-            centre = math.fsum(values) / n
-            std = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1))
-            mean = {i: centre for i in members}
-            if baseline == "leave_one_out":
-                mean = {i: (math.fsum(values) - scores[i]) / (n - 1) for i in members}
-        for i in members:
-            out[i] = (scores[i] - mean[i]) / (std + eps if scale == "std" else 1.0)
-    return out
-
-
 @st.composite
 def batches(draw):
     """(scores, group ids): few distinct ids of any value in any order, so that sizes from 1 up occur."""
@@ -116,44 +97,11 @@ def test_normalize_equals_the_formula(impl, device, batch, baseline, scale):
     assert one.shape == (len(group),) and one.dtype == torch.float32
 
 
-@given(batches(), st.sampled_from(RULES), st.integers(0, 2**31))
-@settings(max_examples=EXAMPLES, deadline=None)
-def test_rules_equal_their_formulas(impl, device, batch, rule, seed):
-    """PRISM.md 4, one response at a time, with invalid responses whose scores are NaN."""
+def assert_follows(formula, rule, impl, device, batch, seed):
+    """The public function computes the formula, though scores of invalid responses are NaN."""
     scores, group = batch
-    random = torch.Generator().manual_seed(seed)
-    valid = torch.rand(len(group), generator=random) < 0.6
-    accuracy = (torch.rand(len(group), generator=random) < 0.5).float()
-    names = ("perception_weight", "reasoning_weight", "align_coef", "wrong_penalty", "format_penalty")
-    names += ("accuracy_weight", "format_weight")
-    c = dict(zip(names, torch.rand(7, generator=random).tolist()))
-
-    filled = []
-    for row in scores.tolist():
-        low = {g: min((v for v, h, ok in zip(row, group, valid) if h == g and ok), default=0.0) for g in group}
-        filled.append([v if ok else low[g] - 1 for v, g, ok in zip(row, group, valid)])
-    z_perception, z_reasoning = (truth(row, group) for row in filled)
-    align = [c["perception_weight"] * v + c["reasoning_weight"] * r for v, r in zip(z_perception, z_reasoning)]
-    F = [float(not ok) for ok in valid]
-    W = [float(bool(ok) and a == 0) for ok, a in zip(valid, accuracy.tolist())]
-    gate = [(1 - f) * (1 - w) for f, w in zip(F, W)]
-    k, p_w, p_f = c["align_coef"], c["wrong_penalty"], c["format_penalty"]
-    base = [c["accuracy_weight"] * a + c["format_weight"] * (1 - f) for a, f in zip(accuracy.tolist(), F)]
-    rewards = {
-        "verified": base,
-        "verified_penalised": [b - p_w * w - p_f * f for b, w, f in zip(base, W, F)],
-        "signed": [(1 - f) * (b - p_w * w) - p_f * f for b, w, f in zip(base, W, F)],
-    }
-    if rule == "align":
-        expected = [a - p_f * f for a, f in zip(align, F)]
-    elif rule == "penalised":
-        expected = [k * a - p_w * w - p_f * f for a, w, f in zip(align, W, F)]
-    elif rule == "gated":
-        expected = [k * a * g - p_w * w - p_f * f for a, g, w, f in zip(align, gate, W, F)]
-    else:
-        factor = gate if rule != "signed" else [(1 - f) * (1 - 2 * w) for f, w in zip(F, W)]
-        expected = [r + k * a * g for r, a, g in zip(truth(rewards[rule], group), align, factor)]
-
+    valid, accuracy, coefficients = random_case(len(group), seed)
+    expected = advantage(formula, scores, group, valid, accuracy, coefficients)
     given_ = torch.where(valid, scores, float("nan")).to(device)
     got = multi_reward_advantage(
         given_[0],
@@ -163,10 +111,43 @@ def test_rules_equal_their_formulas(impl, device, batch, rule, seed):
         accuracy=accuracy.to(device),
         rule=rule,
         impl=impl,
-        **c,
+        **coefficients,
     )
     assert got.shape == (len(group),) and got.dtype == torch.float32
-    torch.testing.assert_close(got.cpu().double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(batches(), st.sampled_from(list(RULES)), st.integers(0, 2**31))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_rules_equal_their_formulas(impl, device, batch, rule, seed):
+    assert_follows(FORMULAS[rule], rule, impl, device, batch, seed)
+
+
+# Numbers that no rule of ours has, so that none of them can be forgotten; and a rule without accuracy.
+NEW_RULES = {
+    "every_number": (
+        Rule(gate=(1.5, 0.5, -0.25), penalty=(0.5, 2), reward=Reward(invalid=0.75, fine=(2, 0.25))),
+        "GN((1 - 0.25 F) r - 2 p_wrong W - 0.25 p_fmt F) + k A_z (1.5 (1-F-W) + 0.5 W - 0.25 F)"
+        " - 0.5 p_wrong W - 2 p_fmt F",
+    ),
+    "muted": (Rule(gate=(0.3, 0.3, 0)), "0.3 k A_z (1-F)"),
+}
+
+
+@pytest.mark.parametrize("name", NEW_RULES)
+def test_a_new_rule_is_one_row(impl, device, name, monkeypatch):
+    rule, formula = NEW_RULES[name]
+    monkeypatch.setitem(RULES, name, rule)
+    for seed in range(3):
+        scores = torch.randn(2, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert_follows(formula, name, impl, device, (scores, [3, 3, -1, 7] * 10), seed)
+    scores, group = torch.randn(4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    if name == "muted":
+        got = multi_reward_advantage(scores, scores, group, rule=name, impl=impl)
+        torch.testing.assert_close(got, 0.3 * group_normalize(scores, group, impl=impl))
+    else:
+        with pytest.raises(ValueError, match=f"accuracy: rule '{name}' reads it"):
+            multi_reward_advantage(scores, scores, group, rule=name, impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -336,3 +317,8 @@ def test_bad_input_names_the_argument(impl, device, call, message):
 def test_every_implementation_is_in_the_table(impl, device):
     for op in (api.NORMALIZE, api.ADVANTAGE):
         assert [str(name) for name in op.table] == ["triton", "cpu", "reference"]
+
+
+@skip_interpreted
+def test_every_rule_is_documented(impl, device):
+    assert list(FORMULAS) == list(RULES)
