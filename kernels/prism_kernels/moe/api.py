@@ -166,8 +166,8 @@ def moe_mlp(
         _check_device(name, weight, hidden)
     if layout == "v4":
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-    experts, inner = down.shape[0], down.shape[2]
-    if gate_up.shape != (experts, 2 * inner, width) or down.shape[1] != width:
+    experts, intermediate = down.shape[0], down.shape[2]
+    if gate_up.shape != (experts, 2 * intermediate, width) or down.shape[1] != width:
         given = [tuple((w.transpose(1, 2) if layout == "v4" else w).shape) for w in (gate_up, down)]
         raise ValueError(
             f"gate_up, down: expected {shapes[0]} and {shapes[1]} with H = {width} for layout {layout!r}, "

@@ -1,4 +1,4 @@
-"""Production configurations of the router, the experts' kernels and our grouped products, for the compile gate."""
+"""Production configurations of the router, the experts' kernels and our grouped GEMMs, for the compile gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from prism_kernels.compile_gate import Configuration
-from prism_kernels.moe import triton_mlp, triton_plan, triton_products, triton_route
+from prism_kernels.moe import triton_grouped_gemm, triton_mlp, triton_plan, triton_route
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}  # fp16 compiles as bf16 does
 # (E, k) of every padding of E, 16 to 128; of E that 16 divides and does not, as Triton compiles these apart; of few and
@@ -20,7 +20,7 @@ EXPERTS = ((4, 2), (12, 8), (16, 8), (24, 8), (32, 2), (32, 8), (40, 1), (64, 1)
 
 def configurations() -> list[Configuration]:
     """H 2048 and I 6144 are multiples of 16; T and the number of blocks are any."""
-    return [*_route(), *_plan(), *_memory_bound(), *_products()]
+    return [*_route(), *_plan(), *_memory_bound(), *_grouped_gemm()]
 
 
 def _aligned(experts: int, *names: str) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def _route() -> list[Configuration]:
             rows.append(
                 Configuration(
                     f"route {name}{' forced' if forced else ''}",
-                    triton_route.route_kernel,
+                    triton_route.moe_route_fwd_kernel,
                     {**signature, **{length: "i32" for length in lengths if kind or length != "num_kinds"}},
                     {**common, **flags, "K_PAD": triton.next_power_of_2(k), **({} if kind else {"num_kinds": 1})},
                     divisible_by_16=_aligned(experts, "hidden", "x_stride"),
@@ -70,7 +70,7 @@ def _route() -> list[Configuration]:
         rows.append(
             Configuration(
                 f"d_logits {name}",
-                triton_route.d_logits_kernel,
+                triton_route.moe_route_bwd_dlogits_kernel,
                 signature | dict.fromkeys(("num_tokens", "num_experts", "num_kinds"), "i32"),
                 {**common, **blocks, "HAS_KIND": kind, "RENORMALIZE": True},
                 divisible_by_16=_aligned(experts),
@@ -90,7 +90,7 @@ def _d_router(name: str, dtype: str, router: str, experts: int) -> Configuration
     lengths = ("num_tokens", "tokens_per_split", "hidden", "num_experts", "x_stride")
     return Configuration(
         f"d_router {name}",
-        triton_route.d_router_kernel,
+        triton_route.moe_route_bwd_drouter_kernel,
         signature | dict.fromkeys(lengths, "i32"),
         {"E_PAD": triton_plan.padded(experts), **blocks, "WITH_D_X": True},
         divisible_by_16=_aligned(experts, "hidden", "x_stride", "tokens_per_split"),
@@ -107,15 +107,19 @@ def _plan() -> list[Configuration]:
         lengths = dict.fromkeys(("num_tokens", "num_experts", "num_blocks"), "i32")
         pointers = dict.fromkeys(("index_ptr", "before_ptr", "total_ptr", "order_ptr", "offset_ptr"), "*i32")
         name = f"E{experts} k{k}"
-        rows.append(Configuration(f"order {name}", triton_plan.order_kernel, pointers | lengths, common, **launch))
+        rows.append(
+            Configuration(f"order {name}", triton_plan.moe_plan_fwd_order_kernel, pointers | lengths, common, **launch)
+        )
         pointers = dict.fromkeys(("index_ptr", "block_count_ptr"), "*i32")
-        rows.append(Configuration(f"count {name}", triton_plan.count_kernel, pointers | lengths, common, **launch))
+        rows.append(
+            Configuration(f"count {name}", triton_plan.moe_plan_fwd_count_kernel, pointers | lengths, common, **launch)
+        )
     for wide in ("*fp32", "*fp64"):
         signature = dict.fromkeys(("block_count_ptr", "total_ptr", "kind_count_ptr"), "*i32")
         signature |= {"kind_probability_ptr": wide, "counts_ptr": "*fp32", "prob_sum_ptr": wide}
         signature |= dict.fromkeys(("num_experts", "num_kinds", "num_blocks"), "i32")
         block = {"SCAN_BLOCK": triton_plan.SCAN_BLOCK}
-        rows.append(Configuration(f"scan {wide[1:]}", triton_plan.scan_kernel, signature, block))
+        rows.append(Configuration(f"scan {wide[1:]}", triton_plan.moe_plan_fwd_scan_kernel, signature, block))
     return rows
 
 
@@ -132,7 +136,7 @@ def _memory_bound() -> list[Configuration]:
             rows.append(
                 Configuration(
                     f"permute {name}{' position' if flag else ''}",
-                    triton_mlp.permute_kernel,
+                    triton_mlp.moe_mlp_permute_kernel,
                     signature,
                     {"K": k, "WITH_POSITION": flag, **block},
                     divisible_by_16=("width", "source_stride"),
@@ -143,7 +147,7 @@ def _memory_bound() -> list[Configuration]:
             rows.append(
                 Configuration(
                     f"combine {name}{' weighted' if flag else ''}",
-                    triton_mlp.combine_kernel,
+                    triton_mlp.moe_mlp_combine_kernel,
                     signature | {"width": "i32"},
                     {"K": k, "HAS_WEIGHT": flag, **math, **block},
                     divisible_by_16=("width",),
@@ -151,37 +155,37 @@ def _memory_bound() -> list[Configuration]:
                 )
             )
         flags = {**math, **block}
-        signature = {"product_ptr": own, "out_ptr": own, "inner": "i32"}
+        signature = {"product_ptr": own, "out_ptr": own, "intermediate": "i32"}
         rows.append(
             Configuration(
                 f"swiglu {dtype} {width}",
-                triton_mlp.swiglu_kernel,
+                triton_mlp.moe_mlp_fwd_swiglu_kernel,
                 signature,
                 flags,
-                divisible_by_16=("inner",),
+                divisible_by_16=("intermediate",),
                 **launch,
             )
         )
         signature = dict.fromkeys(("product_ptr", "d_activation_ptr", "d_product_ptr", "activation_ptr"), own)
-        signature |= {"weight_ptr": wide, "order_ptr": "*i32", "d_weight_ptr": wide, "inner": "i32"}
+        signature |= {"weight_ptr": wide, "order_ptr": "*i32", "d_weight_ptr": wide, "intermediate": "i32"}
         rows.append(
             Configuration(
                 f"swiglu backward {dtype} {width}",
-                triton_mlp.swiglu_backward_kernel,
+                triton_mlp.moe_mlp_bwd_swiglu_kernel,
                 signature,
                 flags,
-                divisible_by_16=("inner",),
+                divisible_by_16=("intermediate",),
                 **launch,
             )
         )
     return rows
 
 
-def _products() -> list[Configuration]:
+def _grouped_gemm() -> list[Configuration]:
     rows = []
     for dtype, layout in product(DTYPES, ("rows", "columns")):
         own = f"*{dtype}"
-        blocks, launch = _split(triton_products.tile_options(DTYPES[dtype]))
+        blocks, launch = _split(triton_grouped_gemm.tile_options(DTYPES[dtype]))
         unit = 1 if layout == "rows" else 0  # which inner stride of the weight is 1
         strides = {"b_stride_e": "i32", "b_stride_r": "i32", "b_stride_n": "i32"}
         lengths = dict.fromkeys(("num_experts", "inner", "columns", "a_stride"), "i32")
@@ -192,7 +196,7 @@ def _products() -> list[Configuration]:
             rows.append(
                 Configuration(
                     f"rows {dtype} {layout} E{pad}",
-                    triton_products.rows_kernel,
+                    triton_grouped_gemm.moe_gemm_rows_kernel,
                     {name: kind for name, kind in signature.items() if name not in fixed},
                     {**blocks, "E_PAD": pad, **fixed},
                     divisible_by_16=aligned,
@@ -207,7 +211,7 @@ def _products() -> list[Configuration]:
         rows.append(
             Configuration(
                 f"outer {dtype} {layout}",
-                triton_products.outer_kernel,
+                triton_grouped_gemm.moe_gemm_bwd_outer_kernel,
                 {name: kind for name, kind in signature.items() if name not in fixed},
                 {**blocks, **fixed},
                 divisible_by_16=tuple(name for name in (*strides, *lengths) if name not in fixed),
@@ -217,8 +221,8 @@ def _products() -> list[Configuration]:
         )
         if layout == "rows":
             signature = {"out_ptr": own, "offset_ptr": "*i32", "size": "i32"}
-            block = {"BLOCK": triton_products.CLEAR_BLOCK}
-            kernel = triton_products.clear_kernel
+            block = {"BLOCK": triton_grouped_gemm.CLEAR_BLOCK}
+            kernel = triton_grouped_gemm.moe_gemm_bwd_clear_kernel
             rows.append(
                 Configuration(f"clear {dtype}", kernel, signature, block, num_warps=8, divisible_by_16=("size",))
             )

@@ -1,4 +1,4 @@
-"""CPU forms with their own backward: routing in a few passes, experts as products over their own rows alone.
+"""CPU forms with their own backward: routing in a few passes, experts as GEMMs over their own rows alone.
 
 Dimensions: T tokens, H hidden, E experts, k experts per token, I intermediate, S = T*k slots; n rows of one chunk.
 The results repeat bit for bit: every sum has a fixed order, and nothing is added from two threads.
@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from prism_kernels.moe.routing import Routing, RoutingStats
 
-# Rows of one expert that pass through products and SwiGLU together: bounds what lies between two products to a few
-# megabytes. Fewer rows make the products slower, more rows gain nothing.
+# Rows of one expert that pass through GEMMs and SwiGLU together: bounds what lies between two GEMMs to a few
+# megabytes. Fewer rows make the GEMMs slower, more rows gain nothing.
 _CHUNK = 2048
 
 
@@ -110,7 +110,7 @@ def moe_mlp(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> 
 class _Experts(torch.autograd.Function):
     """Saves its inputs and the (S, 2I) products; the activation is computed again, the down product is not needed.
 
-    Routing weights multiply rows of H, before or after a product, never rows of I: H is the shorter one.
+    Routing weights multiply rows of H, before or after a GEMM, never rows of I: H is the shorter one.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Experts on a GPU: Triton between the six grouped products, which a backend of grouped_gemm.py computes.
+"""Experts on a GPU: Triton between the six grouped GEMMs, which a backend of grouped_gemm.py computes.
 
 Legend: T tokens, H hidden, E experts, K experts per token, I intermediate, S = T*K slots in grouped order (by expert),
-slot t*K+j. Forward: permute, product, SwiGLU, product, combine. Saved are the inputs and the (S, 2I) product; permuted
+slot t*K+j. Forward: permute, GEMM, SwiGLU, GEMM, combine. Saved are the inputs and the (S, 2I) product; permuted
 rows and activations are made again, and the router's gradient is sum(d_activation * activation), so that the down
 product is not needed. Sums over the K slots of a token run in the order of j: nothing is added by atomics.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-from prism_kernels.moe.grouped_gemm import choose
+from prism_kernels.moe.grouped_gemm_choice import choose
 from prism_kernels.moe.routing import Routing
 from prism_kernels.moe.triton_route import rows_of
 from prism_kernels.tuned_options import tuned
@@ -29,7 +29,7 @@ def block_options(width: int) -> dict[str, int]:
 
 
 @triton.jit
-def permute_kernel(
+def moe_mlp_permute_kernel(
     source_ptr,  # (T, H), last stride 1
     order_ptr,  # (S,) int32: slot of a row
     out_ptr,  # (S, H) contiguous, out
@@ -53,27 +53,27 @@ def permute_kernel(
 
 
 @triton.jit
-def swiglu_kernel(
+def moe_mlp_fwd_swiglu_kernel(
     product_ptr,  # (S, 2I) contiguous: [gate | up]
     out_ptr,  # (S, I) contiguous, out
-    inner,
+    intermediate,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    p_in = product_ptr + i_row * 2 * inner
-    p_out = out_ptr + i_row * inner
-    for start in range(0, inner, BLOCK):
+    p_in = product_ptr + i_row * 2 * intermediate
+    p_out = out_ptr + i_row * intermediate
+    for start in range(0, intermediate, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < inner
+        inside = column < intermediate
         gate = tl.load(p_in + column, mask=inside, other=0.0).to(WIDE)
-        up = tl.load(p_in + inner + column, mask=inside, other=0.0).to(WIDE)
+        up = tl.load(p_in + intermediate + column, mask=inside, other=0.0).to(WIDE)
         activation = gate / (1.0 + tl.exp(-gate)) * up
         tl.store(p_out + column, activation.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def swiglu_backward_kernel(
+def moe_mlp_bwd_swiglu_kernel(
     product_ptr,  # (S, 2I) contiguous: [gate | up]
     d_activation_ptr,  # (S, I) contiguous, before the routing weight
     weight_ptr,  # (S,) by slot
@@ -81,22 +81,22 @@ def swiglu_backward_kernel(
     d_product_ptr,  # (S, 2I) contiguous, out
     activation_ptr,  # (S, I) contiguous, out: times the routing weight
     d_weight_ptr,  # (S,) by slot, out
-    inner,
+    intermediate,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0)
     slot = tl.load(order_ptr + i_row)
     weight = tl.load(weight_ptr + slot).to(WIDE)
-    at = i_row.to(tl.int64) * inner
+    at = i_row.to(tl.int64) * intermediate
     p_in = product_ptr + 2 * at
     p_out = d_product_ptr + 2 * at
     d_weight = tl.zeros([BLOCK], dtype=WIDE)
-    for start in range(0, inner, BLOCK):
+    for start in range(0, intermediate, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < inner
+        inside = column < intermediate
         gate = tl.load(p_in + column, mask=inside, other=0.0).to(WIDE)
-        up = tl.load(p_in + inner + column, mask=inside, other=0.0).to(WIDE)
+        up = tl.load(p_in + intermediate + column, mask=inside, other=0.0).to(WIDE)
         d_activation = tl.load(d_activation_ptr + at + column, mask=inside, other=0.0).to(WIDE)
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
@@ -106,13 +106,13 @@ def swiglu_backward_kernel(
         d_gate = d_activation * up * (sigmoid + silu * (1.0 - sigmoid))
         narrow = d_product_ptr.dtype.element_ty
         tl.store(p_out + column, d_gate.to(narrow), mask=inside)
-        tl.store(p_out + inner + column, (d_activation * silu).to(narrow), mask=inside)
+        tl.store(p_out + intermediate + column, (d_activation * silu).to(narrow), mask=inside)
         tl.store(activation_ptr + at + column, (activation * weight).to(narrow), mask=inside)
     tl.store(d_weight_ptr + slot, tl.sum(d_weight, 0).to(d_weight_ptr.dtype.element_ty))
 
 
 @triton.jit
-def combine_kernel(
+def moe_mlp_combine_kernel(
     rows_ptr,  # (S, H) contiguous
     position_ptr,  # (S,) int32: row of a slot
     weight_ptr,  # (S,) by slot, or rows_ptr
@@ -151,16 +151,16 @@ class _Experts(torch.autograd.Function):
             ctx.save_for_backward(hidden, gate_up, down, weight)
             return torch.empty_like(hidden)
         weight_rows = weight.contiguous()
-        products = choose(gate_up, down)
+        gemm = choose(gate_up, down)
         x, position = _permute(hidden, token_order, weight.shape[1], with_position=True)
-        product = products.rows(x, gate_up.transpose(1, 2), expert_offset)
+        product = gemm.rows(x, gate_up.transpose(1, 2), expert_offset)
         activation = _swiglu(product)
         del x
         if with_grad and any(ctx.needs_input_grad):  # needs_input_grad is set under no_grad too
             ctx.save_for_backward(hidden, gate_up, down, weight, token_order, expert_offset, position, product)
-            ctx.products = products
+            ctx.gemm = gemm
         del product
-        y = products.rows(activation, down.transpose(1, 2), expert_offset)
+        y = gemm.rows(activation, down.transpose(1, 2), expert_offset)
         del activation
         return _combine(y, position, weight_rows, weight.shape[1])
 
@@ -171,20 +171,20 @@ class _Experts(torch.autograd.Function):
         if d_out.shape[0] == 0:
             return *map(torch.zeros_like, ctx.saved_tensors), None, None, None
         hidden, gate_up, down, weight, token_order, expert_offset, position, product = ctx.saved_tensors
-        products, top_k = ctx.products, weight.shape[1]
+        gemm, top_k = ctx.gemm, weight.shape[1]
         want_hidden, want_gate_up, want_down, _ = ctx.needs_input_grad[:4]
         dy, _ = _permute(d_out, token_order, top_k)
-        d_activation = products.rows(dy, down, expert_offset)
+        d_activation = gemm.rows(dy, down, expert_offset)
         d_product, activation, d_weight = _swiglu_backward(product, d_activation, weight.contiguous(), token_order)
         del d_activation
-        d_down = products.outer(dy, activation, expert_offset, down) if want_down else None
+        d_down = gemm.outer(dy, activation, expert_offset, down) if want_down else None
         del dy, activation
         d_hidden = d_gate_up = None
         if want_hidden:
-            d_hidden = _combine(products.rows(d_product, gate_up, expert_offset), position, None, top_k)
+            d_hidden = _combine(gemm.rows(d_product, gate_up, expert_offset), position, None, top_k)
         if want_gate_up:
             x, _ = _permute(hidden, token_order, top_k)
-            d_gate_up = products.outer(d_product, x, expert_offset, gate_up)
+            d_gate_up = gemm.outer(d_product, x, expert_offset, gate_up)
         return d_hidden, d_gate_up, d_down, d_weight, None, None, None
 
 
@@ -197,7 +197,7 @@ def _permute(source: Tensor, order: Tensor, top_k: int, with_position: bool = Fa
     source = rows_of(source)
     out = source.new_empty(len(order), source.shape[1])
     position = torch.empty_like(order) if with_position else order
-    permute_kernel[(len(order),)](
+    moe_mlp_permute_kernel[(len(order),)](
         source,
         order,
         out,
@@ -212,9 +212,11 @@ def _permute(source: Tensor, order: Tensor, top_k: int, with_position: bool = Fa
 
 
 def _swiglu(product: Tensor) -> Tensor:
-    slots, inner = product.shape[0], product.shape[1] // 2
-    out = product.new_empty(slots, inner)
-    swiglu_kernel[(slots,)](product, out, inner, WIDE=_wide(product.dtype), **block_options(inner))
+    slots, intermediate = product.shape[0], product.shape[1] // 2
+    out = product.new_empty(slots, intermediate)
+    moe_mlp_fwd_swiglu_kernel[(slots,)](
+        product, out, intermediate, WIDE=_wide(product.dtype), **block_options(intermediate)
+    )
     return out
 
 
@@ -223,8 +225,8 @@ def _swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the (S, 2I) product, weighted activation (S, I), gradient of the weight (T, K)."""
     d_product, activation, d_weight = map(torch.empty_like, (product, d_activation, weight))
-    inner = d_activation.shape[1]
-    swiglu_backward_kernel[(len(order),)](
+    intermediate = d_activation.shape[1]
+    moe_mlp_bwd_swiglu_kernel[(len(order),)](
         product,
         d_activation,
         weight,
@@ -232,9 +234,9 @@ def _swiglu_backward(
         d_product,
         activation,
         d_weight,
-        inner,
+        intermediate,
         WIDE=_wide(product.dtype),
-        **block_options(inner),
+        **block_options(intermediate),
     )
     return d_product, activation, d_weight
 
@@ -243,7 +245,7 @@ def _combine(rows: Tensor, position: Tensor, weight: Tensor | None, top_k: int) 
     """(S, H) -> (T, H): the weighted sum of every token's rows."""
     tokens, width = len(position) // top_k, rows.shape[1]
     out = rows.new_empty(tokens, width)
-    combine_kernel[(tokens,)](
+    moe_mlp_combine_kernel[(tokens,)](
         rows,
         position,
         rows if weight is None else weight,

@@ -35,7 +35,7 @@ def order_options(experts: int) -> dict[str, int]:
 
 
 @triton.jit
-def count_kernel(
+def moe_plan_fwd_count_kernel(
     index_ptr,  # (T, K)
     block_count_ptr,  # (E, B) int32 out
     num_tokens,
@@ -59,7 +59,7 @@ def count_kernel(
 
 
 @triton.jit
-def scan_kernel(
+def moe_plan_fwd_scan_kernel(
     block_count_ptr,  # (E, B) int32 in; out: slots of the expert in earlier blocks
     total_ptr,  # (E,) int32 out
     kind_count_ptr,  # (C, E, B) int32
@@ -97,7 +97,7 @@ def scan_kernel(
 
 
 @triton.jit
-def order_kernel(
+def moe_plan_fwd_order_kernel(
     index_ptr,  # (T, K)
     before_ptr,  # (E, B) int32: slots of the expert in earlier blocks
     total_ptr,  # (E,) int32
@@ -143,7 +143,7 @@ def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     blocks = triton.cdiv(tokens, options["BLOCK_T"])
     block_count = torch.empty(num_experts, blocks, dtype=torch.int32, device=index.device)
     if tokens:
-        count_kernel[(blocks,)](
+        moe_plan_fwd_count_kernel[(blocks,)](
             index, block_count, tokens, num_experts, blocks, K=top_k, E_PAD=padded(num_experts), **options
         )
     none = block_count.new_empty(0, num_experts, blocks)
@@ -159,7 +159,7 @@ def finish_plan(index: Tensor, block_count: Tensor, kind_count: Tensor, kind_pro
     total = torch.empty(experts, dtype=torch.int32, device=index.device)
     counts = torch.empty(kinds, experts, dtype=torch.float32, device=index.device)
     prob_sum = kind_probability.new_empty(kinds, experts)
-    scan_kernel[(experts,)](
+    moe_plan_fwd_scan_kernel[(experts,)](
         block_count,
         total,
         kind_count,
@@ -172,7 +172,7 @@ def finish_plan(index: Tensor, block_count: Tensor, kind_count: Tensor, kind_pro
         SCAN_BLOCK=SCAN_BLOCK,
     )
     if tokens:
-        order_kernel[(blocks,)](
+        moe_plan_fwd_order_kernel[(blocks,)](
             index,
             block_count,
             total,

@@ -1,9 +1,9 @@
 """Router in Triton: one launch and the plan's two forward (triton_plan.py), two and a small sum backward.
 
 Legend: T tokens, H hidden, E experts (padded to a power of two), K experts per token, C kinds of token, B blocks of
-BLOCK_T tokens. Everything after the product is fp32 (fp64 for fp64 hidden states).
+BLOCK_T tokens. Everything after the GEMM is fp32 (fp64 for fp64 hidden states).
 
-The forward reads x once: product, softmax, top-k, weights; per block the slots per expert and the statistics.
+The forward reads x once: GEMM, softmax, top-k, weights; per block the slots per expert and the statistics.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _dot_exact(a, b, acc):
 
 
 @triton.jit
-def route_kernel(
+def moe_route_fwd_kernel(
     x_ptr,  # (T, H), last stride 1
     router_ptr,  # (E, H) contiguous
     kind_ptr,  # (T,) integer, or router_ptr
@@ -166,7 +166,7 @@ def route_kernel(
 
 
 @triton.jit
-def d_logits_kernel(
+def moe_route_bwd_dlogits_kernel(
     probability_ptr,  # (T, E)
     index_ptr,  # (T, K)
     d_weight_ptr,  # (T, K)
@@ -216,7 +216,7 @@ def d_logits_kernel(
 
 
 @triton.jit
-def d_router_kernel(
+def moe_route_bwd_drouter_kernel(
     d_logits_ptr,  # (T, E)
     x_ptr,  # (T, H), last stride 1
     router_ptr,  # (E, H) contiguous
@@ -292,7 +292,7 @@ class _Route(torch.autograd.Function):
         kind_count = torch.empty(num_kinds, experts, blocks, **integer)
         kind_probability = torch.empty(num_kinds, experts, blocks, **wide)
         if tokens:
-            route_kernel[(blocks,)](
+            moe_route_fwd_kernel[(blocks,)](
                 x,
                 router,
                 router if kind is None else kind,
@@ -333,7 +333,7 @@ class _Route(torch.autograd.Function):
         x, router = rows_of(hidden), router_weight.contiguous()
         options = d_logits_options(experts, probability.itemsize)
         d_logits = torch.empty_like(probability)
-        d_logits_kernel[(triton.cdiv(tokens, options["BLOCK_T"]),)](
+        moe_route_bwd_dlogits_kernel[(triton.cdiv(tokens, options["BLOCK_T"]),)](
             probability,
             index,
             d_weight.contiguous(),
@@ -356,7 +356,7 @@ class _Route(torch.autograd.Function):
         tokens_per_split = triton.cdiv(blocks, splits) * options["BLOCK_T"]
         d_hidden = hidden.new_empty(tokens, width)
         parts = d_logits.new_empty(splits, experts, width)
-        d_router_kernel[(triton.cdiv(width, options["BLOCK_H"]), splits)](
+        moe_route_bwd_drouter_kernel[(triton.cdiv(width, options["BLOCK_H"]), splits)](
             d_logits,
             x,
             router,

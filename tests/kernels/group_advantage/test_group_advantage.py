@@ -1,6 +1,6 @@
 """group_normalize and multi_reward_advantage: golden vectors, truth by a loop over groups, exact zeros, NaN, bad input.
 
-Runs the Triton kernels where there is a GPU; elsewhere tests/kernels/moe/test_triton.py runs this file in the interpreter.
+Runs the Triton kernels where there is a GPU; elsewhere tests/kernels/moe/test_triton.py runs this file interpreted.
 """
 
 import json

@@ -1,6 +1,6 @@
 """moe_route, moe_mlp, load_balancing_loss: truth in float64, plans, ties, NaN, recompute, repeatability, bad input.
 
-Runs the Triton kernels where there is a GPU; elsewhere test_moe_triton.py runs this file in Triton's interpreter.
+Runs the Triton kernels where there is a GPU; elsewhere test_triton.py runs this file in Triton's interpreter.
 """
 
 import weakref
@@ -27,8 +27,8 @@ both = pytest.mark.parametrize(("impl", "device"), IMPLS)
 
 
 @pytest.fixture(autouse=True)
-def our_products(monkeypatch):
-    """The interpreter tests our grouped products; elsewhere the choice is free."""
+def our_gemm(monkeypatch):
+    """The interpreter tests our grouped GEMMs; elsewhere the choice is free."""
     if INTERPRETED:
         monkeypatch.setenv("PRISM_GROUPED_MM", "triton")
 
@@ -167,10 +167,10 @@ def test_nan_stays_in_its_token(impl, device):
     assert routing.weight[others].isfinite().all() and routing.stats.prob_sum[0].isfinite().all()
 
 
-def weights(experts, width, inner, layout, device, dtype):
+def weights(experts, width, intermediate, layout, device, dtype):
     """(leaf as the checkpoint holds it, the same as (E, 2I, H)) for gate_up and down."""
     leaves = []
-    for i, shape in enumerate(((experts, 2 * inner, width), (experts, width, inner))):
+    for i, shape in enumerate(((experts, 2 * intermediate, width), (experts, width, intermediate))):
         weight = normal(*shape, device=device, dtype=dtype, seed=i) / shape[2] ** 0.5
         leaves.append((weight.transpose(1, 2).contiguous() if layout == "v4" else weight).requires_grad_())
     return leaves
@@ -213,11 +213,11 @@ def test_mlp_values_and_gradients(impl, device, layout, experts, top_k, tokens, 
 @both
 def test_half_precision_errs_no_more_than_eager(impl, device):
     """Tolerance law: the same experts, the error against float64 at most eager's plus a slack; router gradient too."""
-    tokens, width, inner, experts = 70, 32, 24, 4
+    tokens, width, intermediate, experts = 70, 32, 24, 4
     index = LOADS["even"](tokens, 2, experts).to(device)
     x = normal(tokens, width, device=device, dtype=HALF, seed=5).requires_grad_()
     weight = torch.rand(tokens, 2, device=device).requires_grad_()
-    gate_up, down = weights(experts, width, inner, "v5", device, HALF)
+    gate_up, down = weights(experts, width, intermediate, "v5", device, HALF)
     leaves = (x, gate_up, down, weight)
     d_out = normal(tokens, width, device=device, dtype=HALF, seed=7)
 
@@ -324,9 +324,9 @@ def test_frozen_experts_cost_and_get_nothing(impl, device):
 @pytest.mark.parametrize(("impl", "device"), [row for row in IMPLS if row[0] != "reference"])
 def test_little_is_saved_for_backward(impl, device):
     """Inputs, the (S, 2I) product, and a few numbers per slot: neither activations nor down products."""
-    tokens, width, inner, experts, k = 60, 32, 48, 4, 2
+    tokens, width, intermediate, experts, k = 60, 32, 48, 4, 2
     x = normal(tokens, width, device=device, dtype=torch.float32).requires_grad_()
-    gate_up, down = weights(experts, width, inner, "v5", device, torch.float32)
+    gate_up, down = weights(experts, width, intermediate, "v5", device, torch.float32)
     routing = moe_route(x.detach(), normal(experts, width, device=device, dtype=torch.float32), k, impl=impl)
     kept = {}
 
@@ -337,7 +337,7 @@ def test_little_is_saved_for_backward(impl, device):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         moe_mlp(x, gate_up, down, routing, impl=impl)
     inputs = sum(t.numel() * t.itemsize for t in (x, gate_up, down))
-    assert sum(kept.values()) <= inputs + tokens * k * (2 * inner * 4 + 8 * 4) + (experts + 1) * 4
+    assert sum(kept.values()) <= inputs + tokens * k * (2 * intermediate * 4 + 8 * 4) + (experts + 1) * 4
 
 
 @both

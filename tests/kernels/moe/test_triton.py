@@ -33,7 +33,7 @@ def test_interpreter():
     files = [
         "tests/kernels/group_advantage/test_group_advantage.py",
         "tests/kernels/moe/test_moe.py",
-        "tests/kernels/moe/test_products.py",
+        "tests/kernels/moe/test_grouped_gemm.py",
     ]
     code, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert code == 0, output

@@ -17,8 +17,7 @@ from prism_fast.records import DataError
 from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
 from prism_fast.run.session import Run
-from prism_kernels.moe import grouped_gemm as products
-from prism_kernels.moe import product_choices
+from prism_kernels.moe import grouped_gemm_choice, product_choices
 from tests.tiny_run import run_stage, settings
 
 ROOT = Path(__file__).parents[3]
@@ -153,11 +152,11 @@ def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
 def test_measured_products_come_back_before_the_first_step(tmp_path, monkeypatch):
     """A GPU's choice of who multiplies the experts changes bits; a resumed process must not make it again."""
     config, saved = RunConfig(out=tmp_path, save_every=1), {"NVIDIA H200 bfloat16 E4 H2048 I6144 v5": "triton"}
-    monkeypatch.setattr(products, "_choices", dict(saved))
+    monkeypatch.setattr(grouped_gemm_choice, "_choices", dict(saved))
     with Run("align", config, resume=False) as run:
         assert run.restore() == (0, {}, {})
         run.step_done(1, 2, {}, dict, {})
-    monkeypatch.setattr(products, "_choices", {})  # another process
+    monkeypatch.setattr(grouped_gemm_choice, "_choices", {})  # another process
     with Run("align", config, resume=True) as run:
         assert run.restore()[0] == 1
         assert product_choices() == saved

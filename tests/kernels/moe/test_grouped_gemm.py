@@ -1,6 +1,6 @@
-"""The backends of the experts' products: each against float64, forced one by one; and how the choice is made and kept.
+"""The backends of the experts' GEMMs: each against float64, forced one by one; and how the choice is made and kept.
 
-What needs a GPU is marked; test_moe_triton.py runs this file in Triton's interpreter too.
+What needs a GPU is marked; test_triton.py runs this file in Triton's interpreter too.
 """
 
 import os
@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from prism_kernels import moe_mlp
-from prism_kernels.moe import grouped_gemm as products
-from prism_kernels.moe import load_product_choices, product_choices, settle_products
+from prism_kernels.moe import grouped_gemm, grouped_gemm_choice, load_product_choices, product_choices, settle_products
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
 from tests.kernels.moe.test_moe import HALF, LOADS, fixed_routing, mlp_truth, normal, weights
 from tests.oracle import assert_as_exact
@@ -27,7 +26,7 @@ OFFSETS = {
     "one": [0, 0, 0, 0, 150, 150],
     "empty": [0, 0, 7, 7, 150, 150],
 }
-on_gpu = [pytest.param(name, "cuda", BF16, marks=pytest.mark.gpu) for name in products.BACKENDS]
+on_gpu = [pytest.param(name, "cuda", BF16, marks=pytest.mark.gpu) for name in grouped_gemm.BACKENDS]
 if INTERPRETED:  # its products of bf16 are wrong, torch's are not
     CASES = [("torch", "cpu", BF16), ("triton", "cpu", HALF), ("loop", "cpu", BF16)]
 else:
@@ -47,10 +46,10 @@ def poisoned():
 
 
 def backend(name, device, gate_up, down):
-    reason = products.why_not(name, gate_up, down)
+    reason = grouped_gemm.why_not(name, gate_up, down)
     if reason is not None and device == "cuda":
         pytest.skip(f"{name}: {reason}")
-    return products._load(name)
+    return grouped_gemm.load(name)
 
 
 def experts(layout, device, dtype):
@@ -104,26 +103,26 @@ def test_nothing_is_assumed_of_the_library_where_an_expert_has_no_rows(device, l
     backend("torch", device, *experts(layout, device, BF16))
     a, b = (normal(S, size, device=device, dtype=BF16) for size in like.shape[1:])
     offset = torch.tensor(OFFSETS["empty"], dtype=torch.int32, device=device)
-    library = products._library_grouped()
+    library = grouped_gemm._library_grouped()
 
     def grouped(*operands, offs):
         result = library(*operands, offs=offs)
         result[[0, 2]] = float("nan")
         return result
 
-    monkeypatch.setattr(products, "_library_grouped", lambda: grouped)
-    got = products._torch_outer(a, b, offset, like)
+    monkeypatch.setattr(grouped_gemm, "_library_grouped", lambda: grouped)
+    got = grouped_gemm._torch_outer(a, b, offset, like)
     assert not got[[0, 2]].any() and got[[1, 3, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_clear_empty(device):
     """Zeros for experts without rows, of more cells than a block has; the others keep what they hold."""
-    from prism_kernels.moe import triton_products
+    from prism_kernels.moe import triton_grouped_gemm
 
     out = torch.full((4, 96, 96), float("nan"), device=device, dtype=BF16)
-    assert out[0].numel() > triton_products.CLEAR_BLOCK
-    triton_products.clear_empty(out, torch.tensor([0, 0, 9, 9, 12], dtype=torch.int32, device=device))
+    assert out[0].numel() > triton_grouped_gemm.CLEAR_BLOCK
+    triton_grouped_gemm.clear_empty(out, torch.tensor([0, 0, 9, 9, 12], dtype=torch.int32, device=device))
     assert not out[[0, 2]].any() and out[[1, 3]].isnan().all()
 
 
@@ -133,7 +132,7 @@ def test_clear_empty(device):
     ("name", "device", "dtype"), [("triton", "cpu", HALF), ("loop", "cpu", HALF)] if INTERPRETED else on_gpu
 )
 def test_mlp_by_every_backend(name, device, dtype, layout, load, monkeypatch, poisoned):
-    """Forward and backward of the whole op with the products pinned."""
+    """Forward and backward of the whole op with the GEMMs pinned."""
     tokens = 40
     index = LOADS[load](tokens, 2, E).to(device)
     x = normal(tokens, H, device=device, dtype=dtype, seed=5).requires_grad_()
@@ -168,7 +167,7 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch):
         monkeypatch.delenv("PRISM_GROUPED_MM", raising=False)
-        monkeypatch.setattr(products, "_choices", {})
+        monkeypatch.setattr(grouped_gemm_choice, "_choices", {})
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         self.measured = []
@@ -177,25 +176,25 @@ class TestChoice:
             self.measured.append(backend.name)
             return {"torch": 2.0, "triton": 1.0, "loop": 3.0}[backend.name]
 
-        monkeypatch.setattr(products, "_measure", measure)
+        monkeypatch.setattr(grouped_gemm_choice, "_measure", measure)
 
     CASE = "NVIDIA H200 bfloat16 E4 H64 I48 v5"
 
     def test_it_is_fixed_on_a_cpu_and_can_be_pinned(self, monkeypatch):
         gate_up, down = experts("v5", "cpu", BF16)
-        assert products.choose(gate_up, down).name == "loop"
+        assert grouped_gemm_choice.choose(gate_up, down).name == "loop"
         monkeypatch.setenv("PRISM_GROUPED_MM", "loop")
-        assert products.choose(GATE_UP, DOWN).name == "loop" and product_choices() == {}
+        assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "loop" and product_choices() == {}
         monkeypatch.setenv("PRISM_GROUPED_MM", "torch")
         with pytest.raises(RuntimeError, match=r"PRISM_GROUPED_MM=torch cannot run: it is for CUDA.*'loop'"):
-            products.choose(gate_up, down)
+            grouped_gemm_choice.choose(gate_up, down)
         monkeypatch.setenv("PRISM_GROUPED_MM", "cublas")
         with pytest.raises(ValueError, match="PRISM_GROUPED_MM: got 'cublas', expected one of torch, triton, loop"):
-            products.choose(gate_up, down)
+            grouped_gemm_choice.choose(gate_up, down)
         assert not self.measured
 
     def test_it_is_measured_once_and_kept(self):
-        assert [products.choose(GATE_UP, DOWN).name for _ in range(3)] == ["triton"] * 3
+        assert [grouped_gemm_choice.choose(GATE_UP, DOWN).name for _ in range(3)] == ["triton"] * 3
         assert self.measured == ["triton", "loop"]
         assert product_choices() == {self.CASE: "triton"}
 
@@ -208,13 +207,13 @@ class TestChoice:
             (GATE_UP[:, :72], DOWN[:, :, :36]),  # rows of 72 bytes: the library's 16 do not fit
             (GATE_UP[:, :, :32], DOWN[:, :32]),
         ]
-        names = [products._case(*pair) for pair in cases]
+        names = [grouped_gemm_choice._case(*pair) for pair in cases]
         assert names[:2] == [self.CASE, self.CASE.replace("v5", "v4")] and names[4].endswith("unaligned")
         assert len(set(names)) == len(names)
 
     def test_a_loaded_choice_is_taken_and_not_measured(self):
         load_product_choices({self.CASE: "loop"})
-        assert products.choose(GATE_UP, DOWN).name == "loop" and not self.measured
+        assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "loop" and not self.measured
         with pytest.raises(ValueError, match=r"choices: unknown backend 'fast' of 'x'; expected one of torch"):
             load_product_choices({"x": "fast"})
         assert product_choices() == {self.CASE: "loop"}
@@ -223,17 +222,17 @@ class TestChoice:
         """The checkpoint of another torch: what this one would take instead gives other bits."""
         load_product_choices({self.CASE: "torch"})
         with pytest.raises(RuntimeError, match=r"'torch', chosen by an earlier run, cannot run: .*PRISM_GROUPED_MM"):
-            products.choose(GATE_UP, DOWN)
+            grouped_gemm_choice.choose(GATE_UP, DOWN)
 
     def test_a_capture_measures_nothing_and_keeps_nothing(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert products.choose(GATE_UP, DOWN).name == "triton"
+        assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "triton"
         assert not self.measured and product_choices() == {}
 
     def test_a_rank_measures_only_where_ranks_settle(self, monkeypatch):
-        monkeypatch.setattr(products, "_num_processes", lambda: 2)
-        assert products.choose(GATE_UP, DOWN).name == "triton" and not self.measured
-        monkeypatch.setattr(products, "_choices", {})
+        monkeypatch.setattr(grouped_gemm_choice, "_num_processes", lambda: 2)
+        assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "triton" and not self.measured
+        monkeypatch.setattr(grouped_gemm_choice, "_choices", {})
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
         sent = {self.CASE: "loop"}
 
@@ -243,8 +242,8 @@ class TestChoice:
 
         monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
         settle_products(GATE_UP, DOWN)
-        assert products.choose(GATE_UP, DOWN).name == "loop" and not self.measured
-        monkeypatch.setattr(products, "_choices", {})
+        assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "loop" and not self.measured
+        monkeypatch.setattr(grouped_gemm_choice, "_choices", {})
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
         settle_products(GATE_UP, DOWN)
         assert self.measured == ["triton", "loop"] and product_choices() == {self.CASE: "triton"}
@@ -284,12 +283,12 @@ def test_ranks_take_what_rank_0_has(tmp_path):
 @skip_interpreted
 class TestMeasurement:
     def test_its_size_depends_on_the_shape_and_is_bounded(self):
-        for width, inner, itemsize in ((2048, 6144, 2), (2048, 768, 2), (4096, 14336, 2), (2048, 6144, 4)):
-            slots = products._measured_slots(4, width, inner, itemsize)
-            assert 4096 <= slots <= products.MEASURED_SLOTS and slots % 128 == 0
-            assert 2 * slots * max(width, 2 * inner) * itemsize <= products.MEASURED_BYTES
-        assert products._measured_slots(64, 64, 32, 2) == products.MEASURED_SLOTS
-        assert products._measured_slots(64, 1 << 24, 32, 2) == 64  # a row per expert at the least
+        for width, intermediate, itemsize in ((2048, 6144, 2), (2048, 768, 2), (4096, 14336, 2), (2048, 6144, 4)):
+            slots = grouped_gemm_choice._measured_slots(4, width, intermediate, itemsize)
+            assert 4096 <= slots <= grouped_gemm_choice.MEASURED_SLOTS and slots % 128 == 0
+            assert 2 * slots * max(width, 2 * intermediate) * itemsize <= grouped_gemm_choice.MEASURED_BYTES
+        assert grouped_gemm_choice._measured_slots(64, 64, 32, 2) == grouped_gemm_choice.MEASURED_SLOTS
+        assert grouped_gemm_choice._measured_slots(64, 1 << 24, 32, 2) == 64  # a row per expert at the least
 
     def test_operands_share_one_bounded_buffer(self, monkeypatch):
         class Event:
@@ -305,23 +304,23 @@ class TestMeasurement:
                 return 2.0
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(products, "MEASURED_BYTES", 1 << 16)
+        monkeypatch.setattr(grouped_gemm_choice, "MEASURED_BYTES", 1 << 16)
         operands, shapes = [], set()
 
         def rows(a, b, offset):
             operands.append(a)
             shapes.add((a.shape[1], b.shape[1], b.shape[2]))
-            return products._loop_rows(a, b, offset)
+            return grouped_gemm._loop_rows(a, b, offset)
 
         def outer(a, b, offset, like):
             operands.extend((a, b))
-            return products._loop_outer(a, b, offset, like)
+            return grouped_gemm._loop_outer(a, b, offset, like)
 
         gate_up, down = (w.requires_grad_() for w in experts("v4", "cpu", torch.float32))
         state = torch.get_rng_state()
-        assert products._measure(products.Products("spy", rows, outer), gate_up, down) == 2e-3
+        assert grouped_gemm_choice._measure(grouped_gemm.GroupedGemm("spy", rows, outer), gate_up, down) == 2e-3
         assert torch.equal(torch.get_rng_state(), state)
         storages = {a.untyped_storage().data_ptr(): a.untyped_storage().nbytes() for a in operands}
         assert len(storages) == 1 and 0 < 2 * sum(storages.values()) <= 1 << 16
-        assert {a.shape[0] for a in operands} == {products._measured_slots(E, H, I, 4)}
+        assert {a.shape[0] for a in operands} == {grouped_gemm_choice._measured_slots(E, H, I, 4)}
         assert shapes == {(H, H, 2 * I), (I, I, H), (H, H, I), (2 * I, 2 * I, H)}

@@ -1,4 +1,4 @@
-"""Grouped matrix products in Triton: one launch over all experts, offsets read on the device.
+"""Grouped GEMMs in Triton: one launch over all experts, offsets read on the device.
 
 Legend: S rows grouped by expert, E experts, M x N a result tile's matrix, R inner dimension. The tensors' strides are
 arguments, so that both weight layouts are read and written in place.
@@ -30,7 +30,7 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def rows_kernel(
+def moe_gemm_rows_kernel(
     a_ptr,  # (S, R), last stride 1
     b_ptr,  # (E, R, N), any strides
     offset_ptr,  # (E+1,) int32
@@ -85,7 +85,7 @@ def rows_kernel(
 
 
 @triton.jit
-def outer_kernel(
+def moe_gemm_bwd_outer_kernel(
     a_ptr,  # (S, M), last stride 1
     b_ptr,  # (S, N), last stride 1
     offset_ptr,  # (E+1,) int32
@@ -123,7 +123,7 @@ def outer_kernel(
 
 
 @triton.jit
-def clear_kernel(out_ptr, offset_ptr, size, BLOCK: tl.constexpr):
+def moe_gemm_bwd_clear_kernel(out_ptr, offset_ptr, size, BLOCK: tl.constexpr):
     """Zeros for the experts without rows; out (E, size) contiguous."""
     i_expert = tl.program_id(1)
     if tl.load(offset_ptr + i_expert) < tl.load(offset_ptr + i_expert + 1):
@@ -150,7 +150,7 @@ def rows(a: Tensor, b: Tensor, offset: Tensor) -> Tensor:
     out = a.new_empty(slots, columns)
     options = tile_options(a.dtype)
     grid = (triton.cdiv(slots, options["BLOCK_M"]) + experts, triton.cdiv(columns, options["BLOCK_N"]))
-    rows_kernel[grid](
+    moe_gemm_rows_kernel[grid](
         a, b, offset, out, experts, inner, columns, a.stride(0), *b.stride(), E_PAD=padded(experts), **options
     )
     return out
@@ -162,11 +162,13 @@ def outer(a: Tensor, b: Tensor, offset: Tensor, like: Tensor) -> Tensor:
     experts, m, n = out.shape
     options = tile_options(a.dtype)
     grid = (triton.cdiv(m, options["BLOCK_M"]), triton.cdiv(n, options["BLOCK_N"]), experts)
-    outer_kernel[grid](a, b, offset, out, m, n, a.stride(0), b.stride(0), *out.stride(), **options)
+    moe_gemm_bwd_outer_kernel[grid](a, b, offset, out, m, n, a.stride(0), b.stride(0), *out.stride(), **options)
     return out
 
 
 def clear_empty(out: Tensor, offset: Tensor) -> None:
     """Zeros, in place, in out (E, M, N) contiguous for the experts without rows; the others are not touched."""
     size = out[0].numel()
-    clear_kernel[(triton.cdiv(size, CLEAR_BLOCK), len(out))](out, offset, size, BLOCK=CLEAR_BLOCK, num_warps=8)
+    moe_gemm_bwd_clear_kernel[(triton.cdiv(size, CLEAR_BLOCK), len(out))](
+        out, offset, size, BLOCK=CLEAR_BLOCK, num_warps=8
+    )
