@@ -5,9 +5,8 @@
 Fails on a spill to local memory, on more shared memory than the GPU has, on a missing ``wgmma`` where a kernel's own
 matrix product should use it (sm_90), and on anything that does not compile. Says nothing about speed or races.
 
-An op adds its kernels by a module ``compile_cases.py`` in its package with
-``configurations() -> list[Configuration]``. Needs
-triton, whose wheel holds ptxas and cuobjdump; the interpreter must be off (a process of its own).
+An op adds its kernels by a module ``compile_cases.py`` in its package with ``configurations() -> list[Configuration]``.
+Needs triton, whose wheel holds ptxas and cuobjdump; the interpreter must be off (a process of its own).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import prism_kernels
-from prism_kernels import tuned_options as tables
+from prism_kernels import tuned_options
 
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may take, CUDA C++ Programming Guide
@@ -42,7 +41,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block
 class Configuration:
     """One kernel as production launches it.
 
-    >>> Configuration("statistics, bf16", statistics_kernel, {"z_ptr": "*fp32", "num_words": "i32"}, {"BLOCK": 4096}, 8)
+    >>> Configuration("swiglu, bf16", swiglu_kernel, {"x_ptr": "*bf16", "columns": "i32"}, {"BLOCK": 1024}, num_warps=8)
     """
 
     name: str  # unique within the op
@@ -71,7 +70,7 @@ class Report:
 
 
 def ops() -> list[str]:
-    """Op packages that have a ``gate`` module."""
+    """Op packages that have a ``compile_cases`` module."""
     packages = (module.name for module in pkgutil.iter_modules(prism_kernels.__path__) if module.ispkg)
     return sorted(
         name for name in packages if importlib.util.find_spec(f"prism_kernels.{name}.compile_cases") is not None
@@ -80,12 +79,12 @@ def ops() -> list[str]:
 
 @lru_cache
 def configurations(op: str) -> list[Configuration]:
-    """The op's defaults, and what its tables make of them for the GPUs they are for."""
+    """The op's defaults, and what its tables of tuned options make of them for the GPUs they are for."""
     module = importlib.import_module(f"prism_kernels.{op}.compile_cases")
-    with tables.as_if(""):
+    with tuned_options.as_if(""):
         rows = module.configurations()
-    for gpu in tables.gpus(op):
-        with tables.as_if(gpu):
+    for gpu in tuned_options.gpus(op):
+        with tuned_options.as_if(gpu):
             tuned = [row for row in module.configurations() if row not in rows]
         rows += [replace(row, name=f"{row.name}, {gpu}") for row in tuned]
     names = [row.name for row in rows]
@@ -182,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
     chosen = options.op.split(",") if options.op else ops()
     if unknown := set(chosen) - set(ops()):
-        parser.error(f"--op: unknown {sorted(unknown)}; ops with a gate: {', '.join(ops())}")
+        parser.error(f"--op: unknown {sorted(unknown)}; ops with compile_cases.py: {', '.join(ops())}")
     targets = [int(target) for target in options.targets.split(",")]
     todo = jobs(chosen, targets, None if options.all else options.sample)
     reports = []

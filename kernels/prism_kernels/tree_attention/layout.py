@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,7 +62,6 @@ class TreeLayout:
     lengths: tuple[int, ...]
     prefix: tuple[int, ...]
     segment_start: Tensor  # (S + 1,) int32
-    prefix_index: Tensor  # (S,) int32
     _cache: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -81,15 +81,8 @@ class TreeLayout:
                 raise ValueError(f"lengths[{i}]: got {length}, expected a number of tokens >= 0")
             if not -1 <= parent < i:
                 raise ValueError(f"prefix[{i}]: got {parent}, expected -1 or the index of an earlier segment (< {i})")
-        start = [0]
-        for length in lengths:
-            start.append(start[-1] + length)
-        return cls(
-            lengths=lengths,
-            prefix=prefix,
-            segment_start=torch.tensor(start, dtype=torch.int32, device=device),
-            prefix_index=torch.tensor(prefix, dtype=torch.int32, device=device),
-        )
+        start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(lengths=lengths, prefix=prefix, segment_start=start)
 
     @property
     def num_tokens(self) -> int:
@@ -99,23 +92,10 @@ class TreeLayout:
     def num_segments(self) -> int:
         return len(self.lengths)
 
-    @property
-    def depth(self) -> int:
-        """Edges on the longest path from a root: 0 for separate sequences, 1 for PRISM's trees."""
-        depths: list[int] = []
-        for parent in self.prefix:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        return max(depths, default=0)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TreeLayout:
         if torch.device(device) == self.segment_start.device:
             return self
-        return TreeLayout(
-            self.lengths,
-            self.prefix,
-            self.segment_start.to(device, non_blocking=non_blocking),
-            self.prefix_index.to(device, non_blocking=non_blocking),
-        )
+        return TreeLayout(self.lengths, self.prefix, self.segment_start.to(device, non_blocking=non_blocking))
 
     def ancestors(self, segment: int) -> list[int]:
         """Segments from the root down to the parent of ``segment``; empty for a root."""
@@ -130,7 +110,7 @@ class TreeLayout:
         """Rows of the stream that the segment occupies."""
         starts = self._cache.get("starts")
         if starts is None:
-            starts = self._cache["starts"] = self.segment_start.tolist()
+            starts = self._cache["starts"] = [0, *accumulate(self.lengths)]  # segment_start may be on a GPU
         return range(starts[segment], starts[segment + 1])
 
     def allowed(self) -> Tensor:
