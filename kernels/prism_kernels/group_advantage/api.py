@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
-from prism_kernels.group_advantage.rules import RULES, Coefficients
+from prism_kernels.group_advantage.rules import RULES, Coefficients, Responses
 
 _PACKAGE = "prism_kernels.group_advantage"
 
@@ -143,8 +143,7 @@ def multi_reward_advantage(
             _check_row(name, flags, perception)
             if flags.is_complex():
                 raise ValueError(f"{name}: expected bool or real numbers (B,), got {_describe(flags)}")
-    if not row.reads_accuracy:
-        accuracy = None
+    responses = Responses(perception, reasoning, group_ids, format_valid, accuracy if row.reads_accuracy else None)
     coefficients = Coefficients(
         _number("perception_weight", perception_weight),
         _number("reasoning_weight", reasoning_weight),
@@ -159,8 +158,7 @@ def multi_reward_advantage(
     if perception.numel() == 0:
         return torch.zeros_like(perception, dtype=torch.float32)
     with on_device_of(perception):
-        out = run(perception, reasoning, group_ids, format_valid, accuracy, rule=row, coefficients=coefficients)
-        return out.float()
+        return run(responses, row, coefficients).float()
 
 
 def _is_floating(tensor: object) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism_kernels.group_advantage.rules import Coefficients, Rule
+from prism_kernels.group_advantage.rules import Coefficients, Responses, Rule
 
 
 class _Groups(NamedTuple):
@@ -31,16 +31,8 @@ def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: 
     return torch.from_numpy(_unsort(out, groups)).reshape(scores.shape)
 
 
-def multi_reward_advantage(
-    perception: Tensor,
-    reasoning: Tensor,
-    group_ids: Tensor,
-    format_valid: Tensor | None,
-    accuracy: Tensor | None,
-    *,
-    rule: Rule,
-    coefficients: Coefficients,
-) -> Tensor:
+def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coefficients) -> Tensor:
+    perception, reasoning, group_ids, format_valid, accuracy = responses
     groups = _find_groups(group_ids)
     rows = np.empty((2 if rule.reward is None else 3, group_ids.shape[0]))
     rows[0], rows[1] = _sort(_numpy(perception), groups), _sort(_numpy(reasoning), groups)

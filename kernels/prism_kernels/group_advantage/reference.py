@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.group_advantage.rules import Coefficients, Rule
+from prism_kernels.group_advantage.rules import Coefficients, Responses, Rule
 
 
 def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: str, eps: float) -> Tensor:
@@ -37,17 +37,9 @@ def _normalize_one_group(scores: Tensor, baseline: str, scale: str, eps: float) 
     return centred / torch.where(denominator == 0, 1.0, denominator)
 
 
-def multi_reward_advantage(
-    perception: Tensor,
-    reasoning: Tensor,
-    group_ids: Tensor,
-    format_valid: Tensor | None,
-    accuracy: Tensor | None,
-    *,
-    rule: Rule,
-    coefficients: Coefficients,
-) -> Tensor:
+def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coefficients) -> Tensor:
     """(B,) each -> (B,) float64; the formula of rules.py and of docs/method.md 4."""
+    perception, reasoning, group_ids, format_valid, accuracy = responses
     c = coefficients
     valid = torch.ones_like(group_ids, dtype=torch.bool) if format_valid is None else format_valid != 0
     scores = torch.stack([perception.double(), reasoning.double()])

@@ -1,4 +1,4 @@
-"""The advantage rules as rows of numbers, and their coefficients: what api, implementations and configuration share.
+"""The advantage rules as rows of numbers, and the records that go with them: what api and implementations share.
 
 All rules are one formula (docs/method.md 4), in which a response is right, wrong (W) or of invalid format (F), exactly
 one of the three; r is the verifiable reward, gate and share are numbers by the kind of response::
@@ -11,6 +11,8 @@ A new rule is one line of :data:`RULES`, and its line in docs/method.md 4.
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Reward(NamedTuple):
@@ -55,3 +57,13 @@ class Coefficients(NamedTuple):
     accuracy_weight: float
     format_weight: float
     eps: float
+
+
+class Responses(NamedTuple):
+    """The arguments of one call, checked."""
+
+    perception: Tensor  # (B,) floating
+    reasoning: Tensor  # (B,) floating
+    group_ids: Tensor  # (B,) int64 or int32
+    format_valid: Tensor | None  # (B,), 0 means invalid; None: all are valid
+    accuracy: Tensor | None  # (B,) in {0, 1}; None where the rule does not read it

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.group_advantage.rules import Coefficients, Rule
+from prism_kernels.group_advantage.rules import Coefficients, Responses, Rule
 
 I_BLOCK, J_BLOCK, WARPS = 1, 512, 4  # B 512: 256 programs of one step
 
@@ -314,16 +314,8 @@ def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: 
     return out
 
 
-def multi_reward_advantage(
-    perception: Tensor,
-    reasoning: Tensor,
-    group_ids: Tensor,
-    format_valid: Tensor | None,
-    accuracy: Tensor | None,
-    *,
-    rule: Rule,
-    coefficients: Coefficients,
-) -> Tensor:
+def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coefficients) -> Tensor:
+    perception, reasoning, group_ids, format_valid, accuracy = responses
     out = torch.empty_like(perception, dtype=torch.float32, memory_format=torch.contiguous_format)
     ids = group_ids.contiguous()
     advantage_fwd_kernel[(triton.cdiv(out.numel(), I_BLOCK),)](

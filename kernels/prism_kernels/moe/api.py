@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
-from prism_kernels.moe.routing import Routing, as_integer
+from prism_kernels.moe.routing import RouteArguments, Routing, as_integer
 
 _PACKAGE = "prism_kernels.moe"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -87,17 +87,12 @@ def moe_route(
         _check_integer("segment_kind", segment_kind, (tokens,), "(T,)", hidden, num_kinds, "num_kinds")
     if expert_index is not None:
         _check_integer("expert_index", expert_index, (tokens, top_k), "(T, top_k)", hidden, experts, "E")
+    arguments = RouteArguments(
+        top_k, renormalize, segment_kind if num_kinds else None, num_kinds=max(num_kinds, 1), expert_index=expert_index
+    )
     _, run = ROUTE.select(impl, hidden.device)
     with on_device_of(hidden), _no_autocast(hidden.device):
-        return run(
-            hidden,
-            router_weight,
-            top_k,
-            renormalize=renormalize,
-            segment_kind=segment_kind if num_kinds else None,
-            num_kinds=max(num_kinds, 1),
-            expert_index=expert_index,
-        )
+        return run(hidden, router_weight, arguments)
 
 
 def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl: str = "auto") -> Routing:

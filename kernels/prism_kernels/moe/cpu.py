@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-from prism_kernels.moe.routing import Routing, RoutingStats
+from prism_kernels.moe.routing import RouteArguments, Routing, RoutingStats
 
 # Rows of one expert that pass through GEMMs and SwiGLU together: bounds what lies between two GEMMs to a few
 # megabytes. Fewer rows make the GEMMs slower, more rows gain nothing.
@@ -27,26 +27,16 @@ def _math(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def moe_route(
-    hidden: Tensor,
-    router_weight: Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    segment_kind: Tensor | None,
-    num_kinds: int,
-    expert_index: Tensor | None,
-) -> Routing:
-    index, weight, order, offset, counts, prob_sum = _Route.apply(
-        hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index
-    )
+def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> Routing:
+    index, weight, order, offset, counts, prob_sum = _Route.apply(hidden, router_weight, arguments)
     return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum))
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cpu")
-    def forward(ctx, hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index):
+    def forward(ctx, hidden, router_weight, arguments):
+        top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
         math = _math(hidden.dtype)
         experts = router_weight.shape[0]
         probability = F.linear(hidden.to(math), router_weight.to(math)).softmax(dim=-1)  # (T, E)
@@ -90,7 +80,7 @@ class _Route(torch.autograd.Function):
             d_hidden = (d_logits @ router_weight.to(d_logits.dtype)).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             d_router = (d_logits.T @ hidden.to(d_logits.dtype)).to(router_weight.dtype)
-        return d_hidden, d_router, None, None, None, None, None
+        return d_hidden, d_router, None
 
 
 def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

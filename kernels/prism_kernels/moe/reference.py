@@ -9,19 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prism_kernels.moe.routing import Routing, RoutingStats
+from prism_kernels.moe.routing import RouteArguments, Routing, RoutingStats
 
 
-def moe_route(
-    hidden: Tensor,
-    router_weight: Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    segment_kind: Tensor | None,
-    num_kinds: int,
-    expert_index: Tensor | None,
-) -> Routing:
+def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> Routing:
+    top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
     math = torch.promote_types(hidden.dtype, torch.float32)
     experts = router_weight.shape[0]
     probability = (hidden.to(math) @ router_weight.to(math).T).softmax(dim=-1)  # (T, E)

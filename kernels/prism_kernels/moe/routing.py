@@ -41,6 +41,16 @@ class Routing(NamedTuple):
     stats: RoutingStats | None  # None where another router chose (plan_routing)
 
 
+class RouteArguments(NamedTuple):
+    """The arguments of a router besides hidden states and weights, checked; as in :func:`moe_route`."""
+
+    top_k: int
+    renormalize: bool
+    segment_kind: Tensor | None  # (T,) integer; None: all tokens are of kind 0
+    num_kinds: int  # >= 1
+    expert_index: Tensor | None  # (T, k) integer: the experts to take; None: choose
+
+
 def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int) -> Tensor:
     """Auxiliary loss ``E * sum_e f_e P_e``: f_e slots per token on expert e, P_e its mean probability, over all layers.
 

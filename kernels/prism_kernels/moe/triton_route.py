@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-from prism_kernels.moe.routing import Routing, RoutingStats
+from prism_kernels.moe.routing import RouteArguments, Routing, RoutingStats
 from prism_kernels.moe.triton_plan import block_tokens, finish_plan, padded
 from prism_kernels.tuned_options import tuned
 
@@ -258,26 +258,16 @@ def moe_route_bwd_drouter_kernel(
     tl.store(d_router_ptr + i_split.to(tl.int64) * num_experts * hidden + cell, d_router, mask=in_router)
 
 
-def moe_route(
-    hidden: Tensor,
-    router_weight: Tensor,
-    top_k: int,
-    *,
-    renormalize: bool,
-    segment_kind: Tensor | None,
-    num_kinds: int,
-    expert_index: Tensor | None,
-) -> Routing:
-    index, weight, order, offset, counts, prob_sum = _Route.apply(
-        hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index
-    )
+def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> Routing:
+    index, weight, order, offset, counts, prob_sum = _Route.apply(hidden, router_weight, arguments)
     return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum))
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cuda")
-    def forward(ctx, hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index):
+    def forward(ctx, hidden, router_weight, arguments):
+        top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
         tokens, experts = hidden.shape[0], router_weight.shape[0]
         x, router = rows_of(hidden), router_weight.contiguous()
         kind = None if segment_kind is None else segment_kind.contiguous()
@@ -329,7 +319,7 @@ class _Route(torch.autograd.Function):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
         tokens, experts = probability.shape
         if tokens == 0:
-            return torch.zeros_like(hidden), torch.zeros_like(router_weight), None, None, None, None, None
+            return torch.zeros_like(hidden), torch.zeros_like(router_weight), None
         x, router = rows_of(hidden), router_weight.contiguous()
         options = d_logits_options(experts, probability.itemsize)
         d_logits = torch.empty_like(probability)
@@ -372,7 +362,7 @@ class _Route(torch.autograd.Function):
             **options,
         )
         d_router = parts.sum(dim=0).to(router_weight.dtype) if ctx.needs_input_grad[1] else None
-        return d_hidden if ctx.needs_input_grad[0] else None, d_router, None, None, None, None, None
+        return d_hidden if ctx.needs_input_grad[0] else None, d_router, None
 
 
 def rows_of(tensor: Tensor) -> Tensor:
