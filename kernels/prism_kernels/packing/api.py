@@ -72,7 +72,8 @@ def pack_trees(
     multiple = arguments.positive("num_packs_multiple", num_packs_multiple, upper=1 << 20)
     flat = arguments.read_trees(trees, together)
     coefficients = arguments.read_cost(cost, len(flat))
-    return run(flat, capacity, coefficients, multiple, bool(split_for_multiple), cost is not None)
+    options = arguments.PackOptions(capacity, multiple, bool(split_for_multiple), cost_given=cost is not None)
+    return run(flat, coefficients, options)
 
 
 def balance(

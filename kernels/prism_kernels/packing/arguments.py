@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_LENGTH = 1 << 40  # tokens; a sum of many stays far from the end of int64 and is exact in a double
 
@@ -55,6 +55,15 @@ class Trees:
 
     def is_kept(self, tree: int, branch: int) -> bool:
         return self.kept is not None and bool(self.kept[self.start[tree] + branch])
+
+
+class PackOptions(NamedTuple):
+    """The numbers and switches of :func:`prism_kernels.pack_trees`, checked; csrc/packing.h has the same record."""
+
+    capacity: int
+    multiple: int  # the number of packs is a multiple of it
+    split_for_multiple: bool  # where that adds packs, trees that fit are split too, to fill them evenly
+    cost_given: bool  # packs are evened out by cost
 
 
 def positive(name: str, value: Any, upper: int = MAX_LENGTH) -> int:

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prism_kernels.packing.arguments import Trees, does_not_fit
+from prism_kernels.packing.arguments import PackOptions, Trees, does_not_fit
 
 MAX_ROUNDS = 16  # of exchanges between costly and cheap packs
 RARE = 16  # a round that changes at most one pair for so many packs is the last
@@ -28,13 +28,10 @@ class Part:
 
 
 def pack_trees(
-    trees: Trees,
-    capacity: int,
-    coefficients: tuple[float, float, array],
-    multiple: int,
-    split_for_multiple: bool,
-    cost_given: bool,
+    trees: Trees, coefficients: tuple[float, float, array], options: PackOptions
 ) -> list[list[tuple[int, list[int]]]]:
+    capacity, multiple, split_for_multiple, cost_given = options
+
     def fill(limit: int) -> list[list[Part]]:
         parts = [_part(trees, coefficients, t, held) for t in range(len(trees)) for held in _split(trees, t, limit)]
         return [[parts[i] for i in members] for members in best_fit_decreasing([p.tokens for p in parts], limit)]

@@ -3,26 +3,14 @@
 Both need processes of their own: the interpreter is chosen when triton is imported, and compiles nothing.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy
 import pytest
 
 from tests.kernels.linear_logprob.linear_cases import skip_interpreted
-from tests.kernels.linear_logprob.test_triton import version
+from tests.kernels.linear_logprob.test_triton import run, version
 
 triton = pytest.importorskip("triton")
-ROOT = Path(__file__).parents[3]
 pytestmark = skip_interpreted
-
-
-def run(*command, **environment):
-    environment = {**os.environ, **environment}
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    return result.returncode, result.stdout[-6000:] + result.stderr[-2000:]
 
 
 @pytest.mark.skipif(
