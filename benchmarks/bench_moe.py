@@ -46,9 +46,9 @@ LIGER = "Liger fused MoE"
 _precompiled: set[tuple[int, int]] = set()  # (H, I)
 _ERRORS = {"bf16": (2e-2, 1e-1), "fp16": (5e-3, 5e-2), "fp32": (1e-5, 1e-2)}
 PARTS = (
-    ("products", r"gemm|cutlass|nvjet|cublas|matmul|::mm$|::addmm|::bmm|grouped|rows_kernel|outer_kernel|_proj_"),
-    ("route", r"route_kernel|softmax|topk|d_logits|d_router"),
-    ("plan", r"count_kernel|scan_kernel|order_kernel|sort|histc|bincount|cumsum|nonzero|scan"),
+    ("products", r"gemm|cutlass|nvjet|cublas|matmul|::mm$|::addmm|::bmm|grouped|_proj_"),
+    ("route", r"moe_route|softmax|topk"),
+    ("plan", r"moe_plan|sort|histc|bincount|cumsum|nonzero|scan"),
     ("activation", r"swiglu|silu"),
     ("permute", r"permute|index_select|gather|::index$|indexSelect|index_elementwise"),
     ("combine", r"combine|embedding_bag|index_add|aggregat|reduce"),

@@ -29,8 +29,7 @@ from benchmarks.measure import short
 from prism_kernels import compile_gate
 from prism_kernels.dispatch import interpreting
 from prism_kernels.group_advantage.rules import RULES
-from prism_kernels.moe import grouped_gemm as products
-from prism_kernels.moe import plan_routing
+from prism_kernels.moe import grouped_gemm, plan_routing
 
 TOOLS = ("memcheck", "racecheck")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -109,14 +108,14 @@ def _policy(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
 
 
 def _backends(dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Who can compute the grouped products of these checks here."""
+    """Who can compute the grouped GEMMs of these checks here."""
     gate_up, down = _experts(dtype, device)[2:]
-    return [name for name in products.BACKENDS if products.why_not(name, gate_up, down) is None]
+    return grouped_gemm.able(gate_up, down)
 
 
 @contextmanager
 def _pinned(backend: str) -> Iterator[None]:
-    """These grouped products: measuring them all, as production does, takes long under a sanitizer."""
+    """These grouped GEMMs: measuring them all, as production does, takes long under a sanitizer."""
     before = os.environ.get("PRISM_GROUPED_MM", "")
     os.environ["PRISM_GROUPED_MM"] = backend
     try:
@@ -162,12 +161,12 @@ def _planned(impl: str, dtype: torch.dtype, device: torch.device, backend: str) 
 
 
 def _clear(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
-    """What the library's grouped product leaves open, zeroed: experts 0 and 3 have no rows."""
+    """What the library's grouped GEMM leaves open, zeroed: experts 0 and 3 have no rows."""
     out = torch.ones(4, 33, 65, dtype=dtype, device=device)
     if impl == "reference":
         out[[0, 3]] = 0
     else:
-        from prism_kernels.moe.triton_products import clear_empty
+        from prism_kernels.moe.triton_grouped_gemm import clear_empty
 
         clear_empty(out, torch.tensor([0, 0, 2, 7, 7], dtype=torch.int32, device=device))
     return [out]

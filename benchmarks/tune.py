@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, measure
-from prism_kernels import tuned_options as tables
+from prism_kernels import tuned_options
 from prism_kernels.dispatch import interpreting
 
 GAIN = 0.02  # a candidate must be this much faster than the default to be written
@@ -82,7 +82,7 @@ def _sizes(toy: bool) -> dict[str, Any]:
 
 def _grouped(device: torch.device, toy: bool) -> Callable[[], list[Tensor]]:
     from benchmarks.moe_data import make_layer
-    from prism_kernels.moe import plan_routing, triton_products
+    from prism_kernels.moe import plan_routing, triton_grouped_gemm
 
     layer = make_layer(_sizes(toy), device)
     offset = plan_routing(layer.index, layer.weight, layer.down.shape[0]).expert_offset
@@ -91,8 +91,8 @@ def _grouped(device: torch.device, toy: bool) -> Callable[[], list[Tensor]]:
     out = torch.empty_like(layer.gate_up)
 
     def call() -> list[Tensor]:
-        y = triton_products.rows(x, up, offset)
-        return [y, triton_products.outer(y, x, offset, out)]
+        y = triton_grouped_gemm.rows(x, up, offset)
+        return [y, triton_grouped_gemm.outer(y, x, offset, out)]
 
     return call
 
@@ -131,16 +131,18 @@ def tune(case: Case, device: torch.device, toy: bool) -> dict[str, Any] | None:
     """The entry to write, or None where nothing beats the default. Raises RuntimeError where the op reads no table."""
     call = case.make(device, toy)
     expected = [tensor.double() for tensor in call()]
-    default = tables.asked().get((case.op, case.key))
+    default = tuned_options.asked().get((case.op, case.key))
     if default is None:
-        raise RuntimeError(f"{case.op} did not ask its table for {case.key!r}; keys asked: {sorted(tables.asked())}")
+        raise RuntimeError(
+            f"{case.op} did not ask its table for {case.key!r}; keys asked: {sorted(tuned_options.asked())}"
+        )
     candidates = [default, *(c for c in case.candidates if {**default, **c} != default)]
     calls: dict[str, Callable[[], object]] = {}
     for options in candidates[:2] if toy else candidates:
         name = json.dumps({k: v for k, v in options.items() if isinstance(v, (int, float, bool))})
 
         def run(options=options):
-            with tables.forced(case.op, case.key, options):
+            with tuned_options.forced(case.op, case.key, options):
                 return call()
 
         try:
@@ -173,7 +175,7 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 def write(op: str, entries: dict[str, Any], device: torch.device) -> None:
     gpu = machine.device_name(device)
-    path = tables.table_path(op, gpu)
+    path = tuned_options.table_path(op, gpu)
     old = json.loads(path.read_text())["entries"] if path.exists() else {}
     table = {
         "gpu": gpu,

@@ -12,7 +12,7 @@ from benchmarks import __main__ as command
 from benchmarks import compare, harness, make_results, measure, peers, targets, tested
 from benchmarks.harness import Contender, Options, Problem, Tolerance
 from benchmarks.measure import Summary, Timer, Unavailable
-from prism_kernels import tuned_options as tables
+from prism_kernels import tuned_options
 
 CPU = torch.device("cpu")
 QUICK = Options(device=CPU, rounds=3, memory=False)
@@ -307,28 +307,28 @@ def test_results_refuse_a_speed_that_was_refused(tmp_path):
 
 
 def test_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tuned_options, "ROOT", tmp_path)
     default = {"BLOCK": 1024, "num_warps": 4}
-    assert tables.tuned("op", "k", default) == default and tables.asked()["op", "k"] == default
-    path = tables.table_path("op", "NVIDIA Test 9")
+    assert tuned_options.tuned("op", "k", default) == default and tuned_options.asked()["op", "k"] == default
+    path = tuned_options.table_path("op", "NVIDIA Test 9")
     path.parent.mkdir(parents=True)
     entry = {"options": {"BLOCK": 2048}, "us": 1.0, "default_us": 2.0}
     path.write_text(json.dumps({"gpu": "NVIDIA Test 9", "entries": {"k": entry, "bad": {"options": {"TILE": 1}}}}))
-    assert tables.gpus("op") == ["NVIDIA Test 9"]
-    with tables.as_if("NVIDIA Test 9"):
-        assert tables.tuned("op", "k", default) == {"BLOCK": 2048, "num_warps": 4}
-        with tables.forced("op", "k", {"num_warps": 8}):
-            assert tables.tuned("op", "k", default) == {"BLOCK": 1024, "num_warps": 8}
-        with tables.as_if(""):
-            assert tables.tuned("op", "k", default) == default
+    assert tuned_options.gpus("op") == ["NVIDIA Test 9"]
+    with tuned_options.as_if("NVIDIA Test 9"):
+        assert tuned_options.tuned("op", "k", default) == {"BLOCK": 2048, "num_warps": 4}
+        with tuned_options.forced("op", "k", {"num_warps": 8}):
+            assert tuned_options.tuned("op", "k", default) == {"BLOCK": 1024, "num_warps": 8}
+        with tuned_options.as_if(""):
+            assert tuned_options.tuned("op", "k", default) == default
         with pytest.raises(ValueError, match="TILE"):
-            tables.tuned("op", "bad", default)
+            tuned_options.tuned("op", "bad", default)
 
 
 def test_checked_in_tables_fit_their_gpu():
-    for path in Path(tables.ROOT).glob("*/tables/*.json"):
+    for path in Path(tuned_options.ROOT).glob("*/tables/*.json"):
         table = json.loads(path.read_text())
-        assert tables.table_path(path.parent.parent.name, table["gpu"]) == path
+        assert tuned_options.table_path(path.parent.parent.name, table["gpu"]) == path
         assert all({"options", "us", "default_us"} <= set(entry) for entry in table["entries"].values())
 
 
