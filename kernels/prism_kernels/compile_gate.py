@@ -3,7 +3,7 @@
     python -m prism_kernels.compile_gate [--all | --sample 40] [--op linear_logprob,moe] [--targets 80,90] [--json F]
 
 Fails on a spill to local memory, on more shared memory than the GPU has, on a missing ``wgmma`` where a kernel's own
-matrix product should use it (sm_90), and on anything that does not compile. Says nothing about speed or races.
+GEMM should use it (sm_90), and on anything that does not compile. Says nothing about speed or races.
 
 An op adds its kernels by a module ``compile_cases.py`` in its package with ``configurations() -> list[Configuration]``.
 Needs triton, whose wheel holds ptxas and cuobjdump; the interpreter must be off (a process of its own).
