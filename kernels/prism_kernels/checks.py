@@ -34,10 +34,10 @@ def check_tensor(
     name: str,
     value: object,
     shape: Mapping[str, int | None],
-    dtype: str | Sequence[torch.dtype],
+    dtype: str | Sequence[torch.dtype] | None,
     remedy: str = "",
 ) -> None:
-    """``shape``: {dimension: size, or None for any}. ``dtype``: FLOATING, INTEGER or the dtypes allowed.
+    """``shape``: {dimension: size, or None for any}. ``dtype``: FLOATING, INTEGER, the dtypes allowed, or None for any.
 
     >>> check_tensor("weight", weight, {"V": None, "H": hidden.shape[1]}, FLOATING)
     """
@@ -51,15 +51,15 @@ def _has_shape(value: Tensor, shape: Mapping[str, int | None]) -> bool:
     return all(size is None or size == given for size, given in zip(shape.values(), value.shape))
 
 
-def _has_dtype(value: Tensor, dtype: str | Sequence[torch.dtype]) -> bool:
+def _has_dtype(value: Tensor, dtype: str | Sequence[torch.dtype] | None) -> bool:
     if isinstance(dtype, str):
         return value.is_floating_point() if dtype == FLOATING else value.dtype in _INTEGERS
-    return value.dtype in dtype
+    return dtype is None or value.dtype in dtype
 
 
-def _dtype_text(dtype: str | Sequence[torch.dtype]) -> str:
-    if isinstance(dtype, str):
-        return dtype
+def _dtype_text(dtype: str | Sequence[torch.dtype] | None) -> str:
+    if dtype is None or isinstance(dtype, str):
+        return dtype or "a tensor of shape"
     return " or ".join([str(allowed).removeprefix("torch.") for allowed in dtype])
 
 

@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from typing import Any
 
 import torch
+
+from prism_kernels.checks import wrong
 
 log = logging.getLogger("prism_kernels")
 
@@ -31,8 +34,6 @@ class Impl(str, Enum):
     SDPA = "sdpa"  # torch's scaled_dot_product_attention, any device
     NATIVE = "native"  # C++ on the host (prism_kernels._C)
     TRITON = "triton"
-    CUDA = "cuda"
-    FLASH = "flash"
 
     def __str__(self) -> str:
         return self.value
@@ -63,10 +64,6 @@ def need_triton() -> str | None:
     if interpreting() or torch.cuda.is_available():
         return None
     return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-
-
-def need_cuda() -> str | None:
-    return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
 def interpreting() -> bool:
@@ -103,9 +100,13 @@ class Op:
         if (kind, chosen) not in self._said:
             self._said.add((kind, chosen))
             log.info("%s on %s: %s (%s)", self.name, kind, chosen, reason)
+        return chosen, self.load(chosen)
+
+    def load(self, chosen: Impl) -> Callable:
+        """What the table holds for an implementation that :meth:`select` chose."""
         if chosen not in self._loaded:
             self._loaded[chosen] = self.table[chosen].load()
-        return chosen, self._loaded[chosen]
+        return self._loaded[chosen]
 
     def auto(self, kind: str) -> tuple[Impl, str]:
         """(implementation, reason) that ``impl="auto"`` runs on tensors of this device type."""
@@ -134,9 +135,7 @@ class Op:
         try:
             row = self.table[Impl(impl)]
         except (ValueError, KeyError):
-            raise ValueError(
-                f"impl of {self.name}: got {str(impl)!r} ({how}), expected auto or one of {names}"
-            ) from None
+            raise wrong(f"impl of {self.name}", f"auto or one of {names}", f"{str(impl)!r} ({how})") from None
         why_not = self._why_not(row, kind)
         if why_not is not None:
             alternative = self._alternative(kind)
@@ -159,6 +158,12 @@ class Op:
         return row.unavailable()
 
 
+def implementation(op: str, chosen: str) -> Any:
+    """What the table of an op holds for an implementation that :meth:`Op.select` chose: for operators, which know
+    both by name alone."""
+    return _OPS[op].load(Impl(chosen))
+
+
 @lru_cache(maxsize=32)
 def _steering(text: str) -> dict[str, str]:
     """PRISM_IMPL -> {op or '*': implementation}. Raises ValueError on names that do not exist."""
@@ -167,11 +172,9 @@ def _steering(text: str) -> dict[str, str]:
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, _, name = entry.rpartition("=")
         if name not in known:
-            raise ValueError(
-                f"PRISM_IMPL: unknown implementation {name!r} in {entry!r}; expected one of {sorted(known)}"
-            )
+            raise wrong("PRISM_IMPL", f"one of {sorted(known)}", f"{name!r} in {entry!r}")
         if op and op not in _OPS:
-            raise ValueError(f"PRISM_IMPL: unknown op {op!r} in {entry!r}; expected one of {sorted(_OPS)}")
+            raise wrong("PRISM_IMPL", f"one of {sorted(_OPS)}", f"op {op!r} in {entry!r}")
         table[op or "*"] = name
     return table
 

@@ -44,12 +44,12 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
 @pytest.mark.parametrize("value", ["fast", "moe=reference", "tree_attention=quick"])
 def test_unknown_names_in_the_environment_are_errors(monkeypatch, value):
     monkeypatch.setenv("PRISM_IMPL", value)
-    with pytest.raises(ValueError, match="PRISM_IMPL: unknown"):
+    with pytest.raises(ValueError, match=r"PRISM_IMPL: expected one of .*, got "):
         group_normalize(SCORES, GROUPS)
 
 
 def test_an_implementation_the_op_does_not_have():
-    with pytest.raises(ValueError, match=r"impl of group_normalize: got 'flash'.*reference"):
+    with pytest.raises(ValueError, match=r"impl of group_normalize: expected .*reference, got 'flash'"):
         group_normalize(SCORES, GROUPS, impl="flash")
     q = torch.zeros(2, 1, 8)
     with pytest.raises(ValueError, match="impl of tree_attention"):

@@ -2,7 +2,8 @@
 
 from prism_kernels.linear_logprob.api import linear_cross_entropy, linear_logprob, linear_objective, linear_policy_loss
 from prism_kernels.linear_logprob.glue import cispo
-from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
+from prism_kernels.linear_logprob.objectives import PolicyObjective
+from prism_kernels.linear_logprob.records import LinearLogprob, PolicyLoss
 
 __all__ = [
     "LinearLogprob",

@@ -1,27 +1,28 @@
 """The contract of the LM-head ops: arguments, their checks, and the choice of an implementation.
 
-T rows, V words, H hidden, R unmasked rows, S sequences. Rows of ``targets`` that hold -100 are skipped everywhere.
+T rows, V vocab size, H hidden, R unmasked rows, S sequences. Rows of ``targets`` that hold -100 are skipped everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
-from prism_kernels.linear_logprob import autograd, reference
-from prism_kernels.linear_logprob.checks import (
-    check_head,
-    check_normalizer,
-    check_policy,
-    check_sequence_start,
-    check_targets,
-    chunk_size,
-    constant_rows,
-    constant_scalar,
+from prism_kernels.checks import wrong
+from prism_kernels.dispatch import Impl, Implementation, Op, implementation, need_triton
+from prism_kernels.linear_logprob import autograd
+from prism_kernels.linear_logprob.checks import as_scalar, check_head, check_policy, check_rows, chunk_size
+from prism_kernels.linear_logprob.objectives import PolicyObjective
+from prism_kernels.linear_logprob.records import (
+    CrossEntropyBatch,
+    Glue,
+    Head,
+    LinearLogprob,
+    Options,
+    PolicyBatch,
+    PolicyLoss,
 )
-from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
 
 
 def _table(name: str) -> Op:
@@ -72,14 +73,9 @@ def linear_logprob(
         ValueError: shapes, dtypes, ranges; targets outside [0, V) where the host can see them (on a CPU).
         RuntimeError: ``impl`` cannot run here.
     """
-    check_head(hidden, weight, targets, bias, temperature, softcap)
-    arguments = (hidden, weight, targets, bias, float(temperature), softcap, with_entropy)
-    chunk_bytes = chunk_size(chunk_bytes)
-    chosen = _choose("linear_logprob", str(impl), hidden.device.type)
-    if chosen == Impl.REFERENCE:
-        check_targets(targets, weight.shape[0])
-        return reference.linear_logprob(*arguments)
-    return autograd.linear_logprob(*arguments, chunk_bytes, chosen)
+    head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
+    options = Options(with_entropy, chunk_bytes=chunk_size(chunk_bytes))
+    return _run("linear_logprob", impl, head, targets, options)
 
 
 def linear_cross_entropy(
@@ -105,24 +101,17 @@ def linear_cross_entropy(
     Raises:
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
-    check_head(hidden, weight, targets, bias, 1.0, softcap)
-    row_weight = constant_rows("row_weight", row_weight, hidden, host=True)
-    normalizer = constant_scalar("normalizer", normalizer, hidden)
-    arguments = (hidden, weight, targets, row_weight, normalizer, bias, softcap)
-    chunk_bytes = chunk_size(chunk_bytes)
-    chosen = _choose("linear_cross_entropy", str(impl), hidden.device.type)
-    if chosen == Impl.REFERENCE:
-        check_targets(targets, weight.shape[0])
-        check_normalizer(normalizer)
-        return reference.linear_cross_entropy(*arguments)
-    return autograd.linear_cross_entropy(*arguments, chunk_bytes, chosen)
+    head = check_head(Head(hidden, weight, bias, 1.0, softcap), targets)
+    check_rows("row_weight", row_weight, head, host=True)
+    batch = CrossEntropyBatch(targets, row_weight, as_scalar("normalizer", normalizer, hidden))
+    return _run("linear_cross_entropy", impl, head, batch, Options(chunk_bytes=chunk_size(chunk_bytes)))
 
 
 def linear_objective(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    glue: Callable,
+    glue: Glue,
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -131,7 +120,7 @@ def linear_objective(
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
 ) -> Tensor:
-    """Any objective that is a function of the rows' log-probs and entropies, in three matrix products.
+    """Any objective that is a function of the rows' log-probs and entropies, in three GEMMs.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap: as in :func:`linear_logprob`.
@@ -144,16 +133,11 @@ def linear_objective(
     Raises:
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
-    check_head(hidden, weight, targets, bias, temperature, softcap)
+    head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
     if not callable(glue):
-        raise ValueError(f"glue: got a {type(glue).__name__}, expected a function (logprob, entropy, rows) -> ...")
-    arguments = (hidden, weight, targets, glue, bias, float(temperature), softcap, with_entropy)
-    chunk_bytes = chunk_size(chunk_bytes)
-    chosen = _choose("linear_objective", str(impl), hidden.device.type)
-    if chosen == Impl.REFERENCE:
-        check_targets(targets, weight.shape[0])
-        return reference.linear_objective(*arguments)
-    return autograd.linear_objective(*arguments, chunk_bytes, chosen)
+        raise wrong("glue", "a function (logprob, entropy, rows) -> ...", f"a {type(glue).__name__}")
+    options = Options(with_entropy, chunk_bytes=chunk_size(chunk_bytes))
+    return _run("linear_objective", impl, head, targets, glue, options)
 
 
 def linear_policy_loss(
@@ -189,7 +173,7 @@ def linear_policy_loss(
         normalizer: number or 0-d tensor: replaces the number of rows (token_mean) or of sequences (other aggregates).
             Ranks pass the global one.
         with_entropy: return the entropies.
-        with_logprob: return the log-probs; False allows rows of zero advantage to be dropped before the products (only
+        with_logprob: return the log-probs; False allows rows of zero advantage to be dropped before the GEMMs (only
             if kl_coef = entropy_coef = 0 and ratio = "token").
     Returns:
         PolicyLoss(loss, logprob | None, entropy | None, stats). No unmasked row: loss 0, with zero gradients.
@@ -197,24 +181,20 @@ def linear_policy_loss(
         ValueError, RuntimeError: as :func:`linear_logprob`; ValueError for importance_cap without rollout_logprob
         and for kl_coef without ref_logprob.
     """
-    check_head(hidden, weight, targets, bias, temperature, softcap)
-    check_policy(hidden, advantages, sequence_start, objective, ref_logprob, rollout_logprob)
-    old = constant_rows("old_logprob", old_logprob, hidden)
-    ref = constant_rows("ref_logprob", ref_logprob, hidden)
-    rollout = constant_rows("rollout_logprob", rollout_logprob, hidden)
-    normalizer = constant_scalar("normalizer", normalizer, hidden)
-    arguments = (
-        hidden, weight, targets, advantages, sequence_start, objective, old, ref, rollout, normalizer, bias,
-        float(temperature), softcap, with_entropy, with_logprob,
-    )  # fmt: skip
-    chunk_bytes = chunk_size(chunk_bytes)
-    chosen = _choose("linear_policy_loss", str(impl), hidden.device.type)
+    head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
+    divisor = as_scalar("normalizer", normalizer, hidden)
+    batch = PolicyBatch(targets, advantages, sequence_start, old_logprob, ref_logprob, rollout_logprob, divisor)
+    check_policy(head, batch, objective)
+    options = Options(with_entropy, with_logprob, chunk_size(chunk_bytes))
+    return _run("linear_policy_loss", impl, head, batch, objective, options)
+
+
+def _run(op: str, impl: str | Impl, head: Head, *arguments: Any) -> Any:
+    """The reference is the whole op; of any other implementation the table holds the engine's row kernels."""
+    chosen = _choose(op, str(impl), head.hidden.device.type)
     if chosen == Impl.REFERENCE:
-        check_targets(targets, weight.shape[0])
-        check_sequence_start(sequence_start, hidden.shape[0])
-        check_normalizer(normalizer)
-        return reference.linear_policy_loss(*arguments)
-    return autograd.linear_policy_loss(*arguments, chunk_bytes, chosen)
+        return implementation(op, chosen)(head, *arguments)
+    return getattr(autograd, op)(head, *arguments, chosen)
 
 
 def _choose(op: str, impl: str, device: str) -> str:
@@ -224,4 +204,4 @@ def _choose(op: str, impl: str, device: str) -> str:
 
 # A constant to torch.compile, which cannot look into the environment. torch.compiler.assume_constant_result sets the
 # same mark, but imports torch._dynamo: two seconds of every process that imports this package.
-_choose._dynamo_marked_constant = True
+setattr(_choose, "_dynamo_marked_constant", True)  # noqa: B010

@@ -2,162 +2,159 @@
 
 An operator is opaque to torch.compile; what it needs to know of the outputs is in the ``fake`` functions. Gradients
 made in the forward are outputs of the operator; autograd saves them, multiplies them by the loss's gradient and rounds.
+``impl`` is an implementation whose row kernels the op's table holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from prism_kernels.dispatch import Impl, on_device_of
+from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
 from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
-from prism_kernels.linear_logprob.engine import GradientDtypes, Head, Needs, RowKernels, Upstream
+from prism_kernels.linear_logprob.engine import GradientDtypes, Needs, Statistics, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
-from prism_kernels.linear_logprob.objectives import LinearLogprob, PolicyLoss, PolicyObjective
-from prism_kernels.linear_logprob.operators import as_given, check_once_differentiated, check_reverse_mode, operator
-from prism_kernels.linear_logprob.plan import Plan, make_plan
-from prism_kernels.linear_logprob.products import accumulator_dtype
+from prism_kernels.linear_logprob.objectives import PolicyObjective
+from prism_kernels.linear_logprob.operators import (
+    as_given,
+    check_once_differentiated,
+    check_reverse_mode,
+    operator,
+)
+from prism_kernels.linear_logprob.plan import make_plan
+from prism_kernels.linear_logprob.records import (
+    CrossEntropyBatch,
+    Glue,
+    Head,
+    LinearLogprob,
+    Options,
+    PolicyBatch,
+    PolicyLoss,
+)
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, float? softcap"
-_GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
+Batch = TypeVar("Batch", CrossEntropyBatch, PolicyBatch)
 
 
-def _row_kernels(impl: str) -> RowKernels:
-    if impl == Impl.TRITON:
-        from prism_kernels.linear_logprob.triton_kernel import ROW_KERNELS
-    else:
-        from prism_kernels.linear_logprob.cpu_kernel import ROW_KERNELS
-    return ROW_KERNELS
-
-
-def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+def _needs(head: Head) -> Needs:
     enabled = torch.is_grad_enabled()
-    return Needs(*(enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)))
+    return Needs(*[enabled and t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias)])
 
 
-def _beside(hidden: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+def _beside(hidden: Tensor, batch: Batch) -> Batch:
     """What lay on the host, on the device of hidden; the host does not wait for it."""
-    return [None if t is None else t.to(hidden.device, non_blocking=True) for t in tensors]
+    return batch._make(None if t is None else t.to(hidden.device, non_blocking=True) for t in batch)
 
 
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    with_entropy: bool,
-    chunk_bytes: int,
-    impl: str,
-) -> LinearLogprob:
-    check_reverse_mode(hidden, weight, bias)
-    logprob, logsumexp, _, entropy = _logprob(
-        hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl
-    )
-    return LinearLogprob(logprob, logsumexp, entropy if with_entropy else None)
+def linear_logprob(head: Head, targets: Tensor, options: Options, impl: str) -> LinearLogprob:
+    check_reverse_mode(head.hidden, head.weight, head.bias)
+    logprob, logsumexp, _, entropy = _logprob(head, targets, options, impl)
+    return LinearLogprob(logprob, logsumexp, entropy if options.with_entropy else None)
 
 
-@operator(
-    "linear_logprob",
-    f"({_HEAD}, bool with_entropy, SymInt chunk_bytes, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _logprob(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
-    check_targets(targets, weight.shape[0])
-    head = Head(hidden, weight, bias, temperature, softcap)
-    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes)
-    out = engine.log_probs(head, plan, _row_kernels(impl), with_entropy)
-    entropy = plan.spread(out.entropy) if with_entropy else out.logprob.new_empty(0)
+@operator("linear_logprob")
+def _logprob(head: Head, targets: Tensor, options: Options, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob, logsumexp, what it lost, entropy; each (T,), the last maybe empty."""
+    check_targets(targets, head.vocab_size)
+    plan = make_plan(head, targets, chunk_bytes=options.chunk_bytes)
+    kernels = implementation("linear_logprob", impl)
+    out = engine.log_probs(head, plan, kernels, options.with_entropy)
+    entropy = out.logprob.new_empty(0) if out.entropy is None else plan.spread(out.entropy)
     return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), entropy
 
 
-@torch.library.register_fake(_logprob)
-def _(hidden, weight, bias, targets, temperature, softcap, with_entropy, chunk_bytes, impl):
-    rows = hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    entropy = torch.empty_like(rows) if with_entropy else rows.new_empty(0)
+@_logprob.fake
+def _(head: Head, targets: Tensor, options: Options, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = head.hidden.new_empty(head.hidden.shape[0], dtype=head.wide)
+    entropy = torch.empty_like(rows) if options.with_entropy else rows.new_empty(0)
     return rows, torch.empty_like(rows), torch.empty_like(rows), entropy
 
 
-@operator(
-    "linear_logprob_backward",
-    f"({_HEAD}, Tensor logprob, Tensor logsumexp, Tensor lost, Tensor entropy, Tensor d_logprob, "
-    f"Tensor? d_logsumexp, Tensor? d_entropy, bool[] needs, SymInt chunk_bytes, str impl) -> ({_GRADIENTS})",
-)
+@operator("linear_logprob_backward")
 def _logprob_backward(
-    hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, lost, entropy, d_logprob, d_logsumexp,
-    d_entropy, needs, chunk_bytes, impl,
-):  # fmt: skip
-    head = Head(hidden, weight, bias, temperature, softcap)
-    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes)
-
-    def take(values):
-        return None if values is None else values if plan.rows is None else values[plan.rows]
-
-    entropy = take(entropy) if entropy.numel() else None
-    statistics = engine.Statistics(take(logprob), take(logsumexp), take(lost), entropy)
-    upstream = Upstream(take(d_logprob), take(d_logsumexp), take(d_entropy))
-    return engine.backward(head, plan, _row_kernels(impl), statistics, upstream, Needs(*needs))
+    head: Head, targets: Tensor, statistics: Statistics, upstream: Upstream, needs: Needs, chunk_bytes: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = make_plan(head, targets, chunk_bytes=chunk_bytes)
+    if plan.rows is not None:
+        statistics = statistics._make(None if t is None else t[plan.rows] for t in statistics)
+        upstream = upstream._make(None if t is None else t[plan.rows] for t in upstream)
+    return engine.backward(head, plan, implementation("linear_logprob", impl), statistics, upstream, needs)
 
 
-@torch.library.register_fake(_logprob_backward)
-def _(hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, lost, entropy, d_logprob, d_logsumexp,
-      d_entropy, needs, chunk_bytes, impl):  # fmt: skip
-    return _fake_gradients(hidden, weight, bias, needs, GradientDtypes.final(hidden, weight, bias))
+@_logprob_backward.fake
+def _(
+    head: Head, targets: Tensor, statistics: Statistics, upstream: Upstream, needs: Needs, chunk_bytes: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(head, needs, GradientDtypes.final(head))
 
 
-def _fake_gradients(hidden, weight, bias, needs, dtypes: GradientDtypes) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(
-        torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
-        for tensor, dtype, need in zip((hidden, weight, bias), dtypes, needs)
+def _fake_gradients(head: Head, needs: Needs, dtypes: GradientDtypes) -> tuple[Tensor, Tensor, Tensor]:
+    def one(tensor: Tensor | None, dtype: torch.dtype, need: bool) -> Tensor:
+        if tensor is None or not need:
+            return head.hidden.new_empty(0)
+        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+    return (
+        one(head.hidden, dtypes.hidden, needs.d_hidden),
+        one(head.weight, dtypes.weight, needs.d_weight),
+        one(head.bias, dtypes.bias, needs.d_bias),
     )
 
 
-def _setup_logprob(ctx, inputs, output):
-    hidden, weight, bias, targets, *ctx.options = inputs
+def _setup_logprob(ctx: Any, inputs: tuple, output: tuple) -> None:
+    head, targets, ctx.options, ctx.impl = _logprob.records(*inputs)
+    ctx.scalars, ctx.num_inputs = (head.temperature, head.softcap), len(inputs)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, *output)
+    ctx.save_for_backward(head.hidden, head.weight, head.bias, targets, *output)
 
 
-def _backward_logprob(ctx, d_logprob, d_logsumexp, _, d_entropy):
+def _backward_logprob(
+    ctx: Any, d_logprob: Tensor | None, d_logsumexp: Tensor | None, _: None, d_entropy: Tensor | None
+):
     check_once_differentiated()
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
-    temperature, softcap, with_entropy, chunk_bytes, impl = ctx.options
-    needs = list(ctx.needs_input_grad[:3])
     if d_logprob is None:
         d_logprob = torch.zeros_like(logprob)
+    with_entropy = ctx.options.with_entropy
+    needs = Needs(*ctx.needs_input_grad[:3])
     gradients = _logprob_backward(
-        hidden, weight, bias, targets, temperature, softcap, logprob, logsumexp, lost, entropy, d_logprob, d_logsumexp,
-        d_entropy if with_entropy else None, needs, chunk_bytes, impl,
-    )  # fmt: skip
-    return (*(g if need else None for g, need in zip(gradients, needs)), *[None] * 6)
+        Head(hidden, weight, bias, *ctx.scalars),
+        targets,
+        Statistics(logprob, logsumexp, lost, entropy if with_entropy else None),
+        Upstream(d_logprob, d_logsumexp, d_entropy if with_entropy else None),
+        needs,
+        ctx.options.chunk_bytes,
+        ctx.impl,
+    )
+    return (*(g if need else None for g, need in zip(gradients, needs)), *[None] * (ctx.num_inputs - 3))
 
 
-torch.library.register_autograd(_logprob, _backward_logprob, setup_context=_setup_logprob)
+_logprob.differentiate(_setup_logprob, _backward_logprob)
 
 
 # -------------------------------------------------------------------------------- losses: gradients in the forward
 
 
-def _setup_loss(ctx, inputs, output):
+def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
     ctx.num_inputs = len(inputs)
-    ctx.dtypes = GradientDtypes.final(*inputs[:3])
+    ctx.dtypes = GradientDtypes.final(Head(*inputs[: len(Head._fields)]))
     ctx.save_for_backward(*output[-3:])
 
 
-def _backward_loss(ctx, d_loss, *_):
+def _backward_loss(ctx: Any, d_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return (*_scaled(ctx, d_loss), *[None] * (ctx.num_inputs - 3))
 
 
-def _scaled(ctx, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
+def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
     """[dX, dW, db] times the loss's gradient, in their final dtypes.
 
     New tensors: what an operator gave is not ours to change, and a later backward may read it. But dW may be larger
@@ -185,199 +182,137 @@ def _is_last_backward(d_loss: Tensor) -> bool:
     return not any(test(d_loss) for test in is_batch) and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_weight: Tensor | None,
-    normalizer: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    chunk_bytes: int,
-    impl: str,
-) -> Tensor:
-    check_reverse_mode(hidden, weight, bias)
-    needs = list(_needs(hidden, weight, bias))
-    return _cross_entropy(
-        hidden, weight, bias, targets, 1.0, softcap, row_weight, normalizer, needs, chunk_bytes, impl
-    )[0]
+def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options, impl: str) -> Tensor:
+    check_reverse_mode(head.hidden, head.weight, head.bias)
+    return _cross_entropy(head, batch, options.chunk_bytes, _needs(head), impl)[0]
 
 
-@operator(
-    "linear_cross_entropy",
-    f"({_HEAD}, Tensor? row_weight, Tensor? normalizer, bool[] needs, SymInt chunk_bytes, str impl) "
-    f"-> (Tensor loss, {_GRADIENTS})",
-)
+@operator("linear_cross_entropy")
 def _cross_entropy(
-    hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl
-):
-    check_targets(targets, weight.shape[0])
+    head: Head, batch: CrossEntropyBatch, chunk_bytes: int, needs: Needs, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, dX, dW, db."""
+    targets, row_weight, normalizer = batch
+    check_targets(targets, head.vocab_size)
     check_normalizer(normalizer)
-    head = Head(hidden, weight, bias, temperature, softcap)
     unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
-    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, unread=unread)
-    targets, row_weight = _beside(hidden, targets, row_weight)
-    glue = CrossEntropy(targets, row_weight, normalizer, head.wide)
-    loss, _, gradients = engine.objective(head, plan, _row_kernels(impl), glue, False, Needs(*needs))
+    plan = make_plan(head, targets, chunk_bytes=chunk_bytes, unread=unread)
+    glue = CrossEntropy(_beside(head.hidden, batch), head.wide)
+    kernels = implementation("linear_cross_entropy", impl)
+    loss, _, gradients = engine.objective(head, plan, kernels, glue, False, needs)
     return loss, *gradients
 
 
-@torch.library.register_fake(_cross_entropy)
-def _(hidden, weight, bias, targets, temperature, softcap, row_weight, normalizer, needs, chunk_bytes, impl):
-    loss = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
-    dtypes = GradientDtypes.before_scaling(hidden, weight, bias)
-    return loss, *_fake_gradients(hidden, weight, bias, needs, dtypes)
+@_cross_entropy.fake
+def _(
+    head: Head, batch: CrossEntropyBatch, chunk_bytes: int, needs: Needs, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = head.hidden.new_empty((), dtype=head.wide)
+    return loss, *_fake_gradients(head, needs, GradientDtypes.before_scaling(head))
 
 
-torch.library.register_autograd(_cross_entropy, _backward_loss, setup_context=_setup_loss)
+_cross_entropy.differentiate(_setup_loss, _backward_loss)
 
 
 def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    sequence_start: Tensor,
-    objective: PolicyObjective,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    normalizer: Tensor | None,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    with_entropy: bool,
-    with_logprob: bool,
-    chunk_bytes: int,
-    impl: str,
+    head: Head, batch: PolicyBatch, objective: PolicyObjective, options: Options, impl: str
 ) -> PolicyLoss:
-    check_reverse_mode(hidden, weight, bias)
-    need_entropy = with_entropy or objective.entropy_coef != 0
-    loss, logprob, entropy, means, *_ = _policy_loss(
-        hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
-        rollout_logprob, normalizer, objective.spec, with_entropy, with_logprob, list(_needs(hidden, weight, bias)),
-        chunk_bytes, impl,
-    )  # fmt: skip
-    names = statistic_names(objective, need_entropy, ref_logprob is not None, rollout_logprob is not None)
-    stats = dict(zip(names, means.detach().unbind()))
-    if not torch.compiler.is_compiling() and hidden.device.type == "cpu" and stats["rows"] == 0:
+    check_reverse_mode(head.hidden, head.weight, head.bias)
+    loss, logprob, entropy, means, *_ = _policy_loss(head, batch, objective.spec, options, _needs(head), impl)
+    stats = dict(zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind()))
+    if not torch.compiler.is_compiling() and head.hidden.device.type == "cpu" and stats["rows"] == 0:
         stats = {"rows": stats["rows"]}
     return PolicyLoss(
-        loss, logprob.detach() if with_logprob else None, entropy.detach() if with_entropy else None, stats
+        loss,
+        logprob.detach() if options.with_logprob else None,
+        entropy.detach() if options.with_entropy else None,
+        stats,
     )
 
 
-@operator(
-    "linear_policy_loss",
-    f"({_HEAD}, Tensor advantages, Tensor sequence_start, Tensor? old_logprob, Tensor? ref_logprob, "
-    "Tensor? rollout_logprob, Tensor? normalizer, str objective, bool with_entropy, bool with_logprob, bool[] needs, "
-    f"SymInt chunk_bytes, str impl) -> (Tensor loss, Tensor logprob, Tensor entropy, Tensor stats, {_GRADIENTS})",
-)
+@operator("linear_policy_loss")
 def _policy_loss(
-    hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
-    rollout_logprob, normalizer, objective, with_entropy, with_logprob, needs, chunk_bytes, impl,
-):  # fmt: skip
-    check_targets(targets, weight.shape[0])
-    check_sequence_start(sequence_start, hidden.shape[0])
-    check_normalizer(normalizer)
-    objective = PolicyObjective.parse(objective)
-    kernels, head = _row_kernels(impl), Head(hidden, weight, bias, temperature, softcap)
-    couples = objective.ratio == "sequence" and old_logprob is not None
+    head: Head, batch: PolicyBatch, objective: str, options: Options, needs: Needs, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss; logprob and entropy, each (T,) or empty; the statistics; dX, dW, db."""
+    check_targets(batch.targets, head.vocab_size)
+    check_sequence_start(batch.sequence_start, head.hidden.shape[0])
+    check_normalizer(batch.normalizer)
+    parsed = PolicyObjective.parse(objective)
+    kernels = implementation("linear_policy_loss", impl)
+    couples = parsed.ratio == "sequence" and batch.old is not None
     plan = make_plan(
-        hidden,
-        weight.shape[0],
-        targets,
-        chunk_bytes=chunk_bytes,
-        unread=None if with_logprob or with_entropy else _zero_advantage(objective, advantages, sequence_start, hidden),
-        sequence_start=sequence_start if couples else None,
+        head,
+        batch.targets,
+        chunk_bytes=options.chunk_bytes,
+        unread=None if options.with_logprob or options.with_entropy else _zero_advantage(parsed, batch),
+        sequence_start=batch.sequence_start if couples else None,
     )
-    rows = _beside(hidden, targets, advantages, sequence_start)
-    glue = Policy(objective, *rows, normalizer, head.wide, old_logprob, ref_logprob, rollout_logprob)
+    glue = Policy(parsed, _beside(head.hidden, batch), head.wide)
     if couples and not plan.whole_sequences:
         glue.see_all(plan.spread(engine.log_probs(head, plan, kernels, False).logprob))
-    need_entropy = with_entropy or objective.entropy_coef != 0
-    loss, out, gradients = engine.objective(head, plan, kernels, glue, need_entropy, Needs(*needs))
-    nothing = out.logprob.new_empty(0)
-    logprob = plan.spread(out.logprob) if with_logprob else nothing
-    entropy = plan.spread(out.entropy) if with_entropy else torch.empty_like(nothing)
-    return loss, logprob, entropy, glue.means(need_entropy), *gradients
+    need_entropy = options.with_entropy or parsed.entropy_coef != 0
+    loss, out, gradients = engine.objective(head, plan, kernels, glue, need_entropy, needs)
+    logprob = plan.spread(out.logprob) if options.with_logprob else out.logprob.new_empty(0)
+    has_entropy = out.entropy is not None and options.with_entropy
+    entropy = plan.spread(out.entropy) if has_entropy else out.logprob.new_empty(0)
+    return loss, logprob, entropy, glue.means(statistic_names(parsed, batch, options.with_entropy)), *gradients
 
 
-def _zero_advantage(
-    objective: PolicyObjective, advantages: Tensor, sequence_start: Tensor, hidden: Tensor
-) -> Tensor | None:
+def _zero_advantage(objective: PolicyObjective, batch: PolicyBatch) -> Tensor | None:
     """(T,) bool on the host: rows whose loss and gradient are 0 whatever their log-prob; None where it cannot know."""
     if objective.kl_coef != 0 or objective.entropy_coef != 0 or objective.ratio != "token":
         return None
-    if advantages.device.type != "cpu" or sequence_start.device.type != "cpu":
+    if batch.advantages.device.type != "cpu" or batch.sequence_start.device.type != "cpu":
         return None
-    zero = advantages == 0
-    num_sequences = sequence_start.shape[0] - 1
-    if advantages.shape[0] == hidden.shape[0] != num_sequences:
+    zero = batch.advantages == 0
+    num_sequences = batch.sequence_start.shape[0] - 1
+    if batch.advantages.shape[0] == batch.targets.shape[0] != num_sequences:
         return zero
-    return zero.repeat_interleave(sequence_start.diff().long())
+    return zero.repeat_interleave(batch.sequence_start.diff().long())
 
 
-@torch.library.register_fake(_policy_loss)
-def _(hidden, weight, bias, targets, temperature, softcap, advantages, sequence_start, old_logprob, ref_logprob,
-      rollout_logprob, normalizer, objective, with_entropy, with_logprob, needs, chunk_bytes, impl):  # fmt: skip
-    objective = PolicyObjective.parse(objective)
-    need_entropy = with_entropy or objective.entropy_coef != 0
-    names = statistic_names(objective, need_entropy, ref_logprob is not None, rollout_logprob is not None)
-    loss = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
-    logprob = loss.new_empty(hidden.shape[0] if with_logprob else 0)
-    entropy = loss.new_empty(hidden.shape[0] if with_entropy else 0)
-    gradients = _fake_gradients(hidden, weight, bias, needs, GradientDtypes.before_scaling(hidden, weight, bias))
+@_policy_loss.fake
+def _(
+    head: Head, batch: PolicyBatch, objective: str, options: Options, needs: Needs, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    names = statistic_names(PolicyObjective.parse(objective), batch, options.with_entropy)
+    loss = head.hidden.new_empty((), dtype=head.wide)
+    logprob = loss.new_empty(head.hidden.shape[0] if options.with_logprob else 0)
+    entropy = loss.new_empty(head.hidden.shape[0] if options.with_entropy else 0)
+    gradients = _fake_gradients(head, needs, GradientDtypes.before_scaling(head))
     return loss, logprob, entropy, loss.new_empty(len(names)), *gradients
 
 
-torch.library.register_autograd(_policy_loss, _backward_loss, setup_context=_setup_loss)
+_policy_loss.differentiate(_setup_loss, _backward_loss)
 
 
 # ------------------------------------------------------------------------------------------------- any other glue
 
 
-def linear_objective(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    glue: Callable,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    with_entropy: bool,
-    chunk_bytes: int,
-    impl: str,
-) -> Tensor:
-    check_reverse_mode(hidden, weight, bias)
-    check_targets(targets, weight.shape[0])
-    plan = make_plan(hidden, weight.shape[0], targets, chunk_bytes=chunk_bytes, compact=True)
-    options = (temperature, softcap, with_entropy, glue, plan, _row_kernels(impl))
-    return _Objective.apply(hidden, weight, bias, _needs(hidden, weight, bias), *options)
+def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, impl: str) -> Tensor:
+    check_reverse_mode(head.hidden, head.weight, head.bias)
+    check_targets(targets, head.vocab_size)
+    plan = make_plan(head, targets, chunk_bytes=options.chunk_bytes, compact=True)
+    kernels, needs = implementation("linear_objective", impl), _needs(head)
+
+    def run(head: Head) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        loss, _, gradients = engine.objective(head, plan, kernels, glue, options.with_entropy, needs)
+        return loss, gradients
+
+    return _Objective.apply(head.hidden, head.weight, head.bias, (head.temperature, head.softcap), run)
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: Needs,
-        temperature: float,
-        softcap: float | None,
-        with_entropy: bool,
-        glue: Callable,
-        plan: Plan,
-        kernels: RowKernels,
-    ) -> Tensor:
-        head = Head(hidden, weight, bias, temperature, softcap)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scalars: tuple, run: Callable) -> Tensor:
+        head = Head(hidden, weight, bias, *scalars)
         with on_device_of(hidden), as_given(hidden):
-            loss, _, gradients = engine.objective(head, plan, kernels, glue, with_entropy, needs)
-        ctx.dtypes = GradientDtypes.final(hidden, weight, bias)
+            loss, gradients = run(head)
+        ctx.dtypes = GradientDtypes.final(head)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
-    def backward(ctx, d_loss: Tensor):
-        return (*_scaled(ctx, d_loss, own=True), *[None] * 7)
+    def backward(ctx: Any, d_loss: Tensor):
+        return (*_scaled(ctx, d_loss, own=True), None, None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 from prism_kernels.compile_gate import Configuration
-from prism_kernels.linear_logprob.triton_kernel import block_options, gradient_kernel, statistics_kernel
+from prism_kernels.linear_logprob.triton_kernel import block_options, lm_head_grad_kernel, lm_head_stats_kernel
 
 SCALARS = dict.fromkeys(("sharpness_high", "sharpness_low", "softcap_high", "softcap_low"), "fp32")
 TOKEN_SIZE = {"fp32": 4, "fp64": 8}
@@ -23,9 +23,9 @@ def configurations() -> list[Configuration]:
     for dtype, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
         blocks = {name: block_options(name, TOKEN_SIZE[wide]) for name in ("statistics", "gradient")}
         warps = {name: options.pop("num_warps") for name, options in blocks.items()}
-        lengths = {"row_stride": "i32", "num_words": "i32", **SCALARS}
+        lengths = {"row_stride": "i32", "vocab_size": "i32", **SCALARS}
         strides = ("row_stride", "dz_row_stride")
-        aligned, odd = {"divisible_by_16": (*strides, "num_words")}, {"divisible_by_16": strides}
+        aligned, odd = {"divisible_by_16": (*strides, "vocab_size")}, {"divisible_by_16": strides}
         for bias, softcap, entropy in product((False, True), repeat=3):
             names = ("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr")
             signature = {"z_ptr": f"*{wide}", "target_ptr": "*i64", "bias_ptr": f"*{dtype if bias else wide}"}
@@ -33,7 +33,9 @@ def configurations() -> list[Configuration]:
             flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, **blocks["statistics"]}
             name = _named(f"statistics {dtype}", bias=bias, softcap=softcap, entropy=entropy)
             rows.append(
-                Configuration(name, statistics_kernel, {**signature, **lengths}, flags, warps["statistics"], **aligned)
+                Configuration(
+                    name, lm_head_stats_kernel, {**signature, **lengths}, flags, warps["statistics"], **aligned
+                )
             )
             if bias == softcap == entropy:
                 rows.append(replace(rows[-1], name=f"{name} odd V", **odd))
@@ -53,7 +55,7 @@ def configurations() -> list[Configuration]:
             }
             name = _named(f"gradient {dtype}", bias=bias, softcap=softcap, d_logsumexp=d_logsumexp, d_entropy=d_entropy)
             signature.update(lengths, dz_row_stride="i32")
-            rows.append(Configuration(name, gradient_kernel, signature, flags, warps["gradient"], **aligned))
+            rows.append(Configuration(name, lm_head_grad_kernel, signature, flags, warps["gradient"], **aligned))
             if bias == softcap == d_logsumexp == d_entropy:
                 rows.append(replace(rows[-1], name=f"{name} odd V", **odd))
     return rows

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.engine import Head, RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.engine import RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.records import Head
 
 BLOCK_ELEMENTS = 1 << 17  # 512 KB of fp32: a block and its temporaries fit a core's L2 of 2 MB
-# A word this far (in nats) below the rest counts as p = 0: it is lost in their rounding, while the denormal numbers it
+# A logit this far (in nats) below the rest counts as p = 0: it is lost in their rounding, while the denormal numbers it
 # becomes, and exp's way to them, take a CPU many times longer (a step of eager torch at logits of std 22: 45 times).
 NEGLIGIBLE = {torch.float32: -60.0, torch.float64: -500.0}
 
@@ -26,7 +27,7 @@ def _blocks(z: Tensor) -> Iterator[slice]:
 
 
 def prepare(z: Tensor, head: Head) -> None:
-    """Raw products -> the logits that the distribution is made of."""
+    """Raw logits -> the logits that the distribution is made of."""
     if head.bias is not None:
         z += head.bias
     if head.softcap is not None:
@@ -58,9 +59,9 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
 
 def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, upstream: Upstream) -> Tensor:
     """dz[j] = g (1[j = y] - p[j]) + h p[j] - e p[j] (log p[j] + entropy), times the slopes of softcap, temperature."""
-    g = upstream.logprob / head.temperature
-    h = torch.zeros_like(g) if upstream.logsumexp is None else upstream.logsumexp / head.temperature
-    e = None if upstream.entropy is None else upstream.entropy / head.temperature
+    g = upstream.d_logprob / head.temperature
+    h = torch.zeros_like(g) if upstream.d_logsumexp is None else upstream.d_logsumexp / head.temperature
+    e = None if upstream.d_entropy is None else upstream.d_entropy / head.temperature
     # The target's own entry from expm1 of its log-prob: 1 - p loses every digit where p is close to 1.
     floor = NEGLIGIBLE[z.dtype]
     p_target = statistics.logprob.exp()
@@ -75,7 +76,7 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
         if head.softcap is not None:
             slope = 1 - (block * (head.temperature / head.softcap)).square_()
         log_p = block.sub_(statistics.logsumexp[rows, None]).sub_(statistics.lost[rows, None])
-        log_p.clamp_(min=floor)  # finite where a bias forbids a word
+        log_p.clamp_(min=floor)  # finite where a bias forbids a token
         if e is None:
             torch.threshold_(log_p.exp_(), least, 0.0).mul_((h - g)[rows, None])
         else:

@@ -1,40 +1,23 @@
-"""The chunk engine: products on chunks of rows, row kernels between them, gradients in the forward for a given glue.
+"""The chunk engine: GEMMs on chunks of rows, row kernels between them, gradients in the forward for a given glue.
 
-T rows of the input, R of them computed (Plan), V words, H hidden. One buffer of chunk rows x V is all that grows with V
-besides the weight's gradient. The row kernels are given: torch on a CPU, Triton on a GPU.
+T rows of the input, R of them computed (Plan), V vocab size, H hidden. One buffer of chunk rows x V is all that grows
+with V besides the weight's gradient. The row kernels are given: torch on a CPU, Triton on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob import products
+from prism_kernels.linear_logprob import gemm
 from prism_kernels.linear_logprob.checks import check_glue
-from prism_kernels.linear_logprob.glue import Glue
-from prism_kernels.linear_logprob.objectives import IGNORE
 from prism_kernels.linear_logprob.plan import Plan, padded
+from prism_kernels.linear_logprob.records import IGNORE, Glue, Head
 
 FP16_TARGET = 1024.0  # dZ in fp16 is scaled so that its largest coefficient is about this: fp16 ends at 65504 and 6e-8
-
-
-@dataclass(frozen=True)
-class Head:
-    """z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature; hidden (T, H), weight (V, H)."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    softcap: float | None
-
-    @property
-    def wide(self) -> torch.dtype:
-        return products.accumulator_dtype(self.hidden.dtype)
 
 
 class Statistics(NamedTuple):
@@ -52,16 +35,16 @@ class Statistics(NamedTuple):
 class Upstream(NamedTuple):
     """dLoss by a row's statistics, each (rows,) in the accumulator's dtype; None is 0."""
 
-    logprob: Tensor
-    logsumexp: Tensor | None = None
-    entropy: Tensor | None = None
+    d_logprob: Tensor
+    d_logsumexp: Tensor | None = None
+    d_entropy: Tensor | None = None
 
 
 class RowKernels(NamedTuple):
-    """What an implementation brings. ``z`` (rows, V) is the chunk of raw products, rows maybe padded past V.
+    """What an implementation brings. ``z`` (rows, V) is the chunk of raw logits, rows maybe padded past V.
 
     prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy) -> Statistics.
-    gradient(z, targets, head, statistics, upstream) -> dZ by the raw products (rows, V), in place of z; in the dtype of
+    gradient(z, targets, head, statistics, upstream) -> dZ by the raw logits (rows, V), in place of z; in the dtype of
     hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere.
     """
 
@@ -72,11 +55,11 @@ class RowKernels(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody reads; a frozen head or hidden state skips its product."""
+    """Which gradients somebody reads; a frozen head or hidden state skips its GEMM."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
+    d_hidden: bool
+    d_weight: bool
+    d_bias: bool
 
 
 class GradientDtypes(NamedTuple):
@@ -85,19 +68,19 @@ class GradientDtypes(NamedTuple):
     bias: torch.dtype
 
     @classmethod
-    def final(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> GradientDtypes:
+    def final(cls, head: Head) -> GradientDtypes:
         """Those of the tensors themselves."""
-        return cls(hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        return cls(head.hidden.dtype, head.weight.dtype, (head.weight if head.bias is None else head.bias).dtype)
 
     @classmethod
-    def before_scaling(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> GradientDtypes:
+    def before_scaling(cls, head: Head) -> GradientDtypes:
         """Of gradients that the loss's own gradient will multiply: rounded after that, and so once.
 
         dW in bf16 is the exception, for its size: it is rounded twice where the factor is no power of two. In fp16,
         whose range a loss scaler shifts by that very factor, it is fp32 until then.
         """
-        wide = products.accumulator_dtype(hidden.dtype)
-        return cls(wide, weight.dtype if weight.dtype is torch.bfloat16 else wide, wide)
+        wide, narrow = head.wide, head.weight.dtype
+        return cls(wide, narrow if narrow is torch.bfloat16 else wide, wide)
 
 
 class Gradients:
@@ -107,54 +90,55 @@ class Gradients:
         self.head, self.plan, self.needs = head, plan, needs
         hidden, weight = head.hidden, head.weight
         self.hidden = self.weight = self.bias = None
-        if needs.hidden:
+        if needs.d_hidden:
             # Rows that are not computed keep 0, else every row is written. Contiguous, as the operators' fakes say.
             allocate = torch.empty if plan.rows is None else torch.zeros
             self.hidden = allocate(hidden.shape, dtype=head.wide, device=hidden.device)
-        if needs.weight:
-            single = len(plan.chunks) == 1 and weight.dtype is not torch.float16
-            dtype = weight.dtype if single else head.wide
-            self.weight = None if single else torch.empty(weight.shape, dtype=dtype, device=weight.device)
-            if not plan.chunks:
-                self.weight.zero_()
-        if needs.bias:
-            self.bias = torch.zeros(weight.shape[0], dtype=head.wide, device=weight.device)
+        single = len(plan.chunks) == 1 and weight.dtype is not torch.float16
+        if needs.d_weight and not single:
+            allocate = torch.empty if plan.chunks else torch.zeros
+            self.weight = allocate(weight.shape, dtype=head.wide, device=weight.device)
+        if needs.d_bias:
+            self.bias = torch.zeros(head.vocab_size, dtype=head.wide, device=weight.device)
 
     def add(self, dz: Tensor, x: Tensor, start: int, stop: int, scale: float) -> None:
         """``dz`` (rows, V) is 1 / scale times the gradient of rows [start, stop)."""
-        if self.needs.hidden:
+        if self.hidden is not None:
             if self.plan.rows is None:
                 part = self.hidden[start:stop]
-                products.hidden_gradient_into(part, dz, self.head.weight)
+                gemm.hidden_gradient_into(part, dz, self.head.weight)
                 if scale != 1:
                     part.mul_(scale)
             else:
                 part = self.hidden.new_empty(stop - start, self.hidden.shape[1])
-                products.hidden_gradient_into(part, dz, self.head.weight)
+                gemm.hidden_gradient_into(part, dz, self.head.weight)
                 self.hidden.index_copy_(0, self.plan.rows[start:stop], part if scale == 1 else part.mul_(scale))
-        if self.needs.weight:
+        if self.needs.d_weight:
             if self.plan.maybe_skipped:
                 # Its dZ is 0, and 0 * NaN would be NaN in all of dW: what a skipped row holds is nobody's business.
                 x = x.masked_fill((self.plan.targets[start:stop] == IGNORE)[:, None], 0.0)
             if self.weight is None:
-                self.weight = products.weight_gradient(dz, x)
+                self.weight = gemm.weight_gradient(dz, x)
             else:
-                products.accumulate_weight_gradient(self.weight, dz, x, scale, first=start == 0)
-        if self.needs.bias:
+                gemm.accumulate_weight_gradient(self.weight, dz, x, scale, first=start == 0)
+        if self.bias is not None:
             self.bias.add_(dz.sum(0, dtype=self.bias.dtype), alpha=scale)
 
     def result(self, dtypes: GradientDtypes) -> tuple[Tensor, Tensor, Tensor]:
         """(dX, dW, db) in these dtypes; an empty tensor where nobody reads one."""
-        found = (self.hidden, self.weight, self.bias)
         empty = self.head.hidden.new_empty
-        return tuple(empty(0) if part is None else part.to(dtype) for part, dtype in zip(found, dtypes))
+        d_hidden, d_weight, d_bias = (
+            empty(0) if part is None else part.to(dtype)
+            for part, dtype in zip((self.hidden, self.weight, self.bias), dtypes)
+        )
+        return d_hidden, d_weight, d_bias
 
 
 def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> Statistics:
-    """Statistics of the plan's rows, each (R,): one product."""
+    """Statistics of the plan's rows, each (R,): one GEMM."""
     parts = [
         kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
-        for start, stop, _, z in _products(head, plan, kernels)
+        for start, stop, _, z in _logits(head, plan, kernels)
     ]
     return _concatenate(head, parts, with_entropy)
 
@@ -162,24 +146,24 @@ def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -
 def backward(
     head: Head, plan: Plan, kernels: RowKernels, statistics: Statistics, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for given upstream gradients of the statistics, all (R,): logits once more, and up to two products."""
+    """Gradients for given upstream gradients of the statistics, all (R,): logits once more, and up to two GEMMs."""
     gradients = Gradients(head, plan, needs)
-    for start, stop, x, z in _products(head, plan, kernels):
+    for start, stop, x, z in _logits(head, plan, kernels):
         _gradients_of_chunk(
             gradients, kernels, z, x, start, stop, _cut(statistics, start, stop), _cut(upstream, start, stop)
         )
-    return gradients.result(GradientDtypes.final(head.hidden, head.weight, head.bias))
+    return gradients.result(GradientDtypes.final(head))
 
 
 def objective(
     head: Head, plan: Plan, kernels: RowKernels, glue: Glue, with_entropy: bool, needs: Needs
 ) -> tuple[Tensor, Statistics, tuple[Tensor, Tensor, Tensor]]:
-    """(loss, statistics (R,), gradients of the loss, not rounded yet): three products, no logits kept."""
+    """(loss, statistics (R,), gradients of the loss, not rounded yet): three GEMMs, no logits kept."""
     loss = torch.zeros((), dtype=head.wide, device=head.hidden.device)
     gradients = Gradients(head, plan, needs)
-    dtypes = GradientDtypes.before_scaling(head.hidden, head.weight, head.bias)
+    dtypes = GradientDtypes.before_scaling(head)
     parts = []
-    for start, stop, x, z in _products(head, plan, kernels):
+    for start, stop, x, z in _logits(head, plan, kernels):
         part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
         parts.append(part)
         given = glue(part.logprob, part.entropy, plan.index(start, stop))
@@ -191,15 +175,14 @@ def objective(
     return loss, _concatenate(head, parts, with_entropy), gradients.result(dtypes)
 
 
-def _products(head: Head, plan: Plan, kernels: RowKernels) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _logits(head: Head, plan: Plan, kernels: RowKernels) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(start, stop, x (rows, H), z (rows, V)) chunk by chunk, all in one buffer."""
-    num_words = head.weight.shape[0]
-    shape = (plan.longest, padded(num_words, head.hidden.device))
+    shape = (plan.longest, padded(head.vocab_size, head.hidden.device))
     buffer = torch.empty(shape, dtype=head.wide, device=head.hidden.device)
     for start, stop in plan.chunks:
         x = plan.take(head.hidden, start, stop)
-        z = buffer[: stop - start, :num_words]
-        products.logits_into(z, x, head.weight)
+        z = buffer[: stop - start, : head.vocab_size]
+        gemm.logits_into(z, x, head.weight)
         kernels.prepare(z, head)
         yield start, stop, x, z
 
@@ -217,7 +200,7 @@ def _gradients_of_chunk(
     narrow = x.dtype is torch.float16 and kernels.narrows
     scale = _fp16_scale(upstream, gradients.head.temperature) if narrow else 1.0
     # Kernels walk over rows by pointer, and the gradient of a sum is one number expanded.
-    upstream = Upstream(*(None if part is None else (part / scale).contiguous() for part in upstream))
+    upstream = Upstream._make(None if part is None else (part / scale).contiguous() for part in upstream)
     dz = kernels.gradient(z, gradients.plan.targets[start:stop], gradients.head, statistics, upstream)
     gradients.add(dz, x, start, stop, scale)
 
@@ -233,10 +216,10 @@ def _fp16_scale(upstream: Upstream, temperature: float) -> float:
 
 def _concatenate(head: Head, parts: list[Statistics], with_entropy: bool) -> Statistics:
     empty = torch.empty(0, dtype=head.wide, device=head.hidden.device)
-    *columns, entropy = list(zip(*parts)) or [()] * 4
-    entropy = torch.cat([empty, *entropy]) if with_entropy else None
-    return Statistics(*(torch.cat([empty, *column]) for column in columns), entropy)
+    logprob, logsumexp, lost, entropy = zip(*parts) if parts else ((), (), (), ())
+    logprob, logsumexp, lost = (torch.cat([empty, *column]) for column in (logprob, logsumexp, lost))
+    return Statistics(logprob, logsumexp, lost, torch.cat([empty, *entropy]) if with_entropy else None)
 
 
-def _cut(columns, start: int, stop: int):
-    return type(columns)(*(None if column is None else column[start:stop] for column in columns))
+def _cut(columns: Any, start: int, stop: int) -> Any:
+    return columns._make(None if column is None else column[start:stop] for column in columns)

@@ -9,14 +9,13 @@ The two glues of this package also take skipped rows, where the host did not kno
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.objectives import IGNORE, LOG_RATIO_LIMIT, PolicyObjective
-
-Glue = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+from prism_kernels.linear_logprob.objectives import LOG_RATIO_LIMIT, PolicyObjective
+from prism_kernels.linear_logprob.records import IGNORE, CrossEntropyBatch, Glue, PolicyBatch
 
 
 def cispo(advantages: Tensor, old_logprob: Tensor, normalizer: float | Tensor, clip_high: float = 5.0) -> Glue:
@@ -37,9 +36,10 @@ def cispo(advantages: Tensor, old_logprob: Tensor, normalizer: float | Tensor, c
 
 
 class CrossEntropy:
-    """sum(row_weight * -logprob) / normalizer; targets (T,) and row_weight (T,) beside hidden."""
+    """sum(row_weight * -logprob) / normalizer; the batch beside hidden."""
 
-    def __init__(self, targets: Tensor, row_weight: Tensor | None, normalizer: Tensor | None, dtype: torch.dtype):
+    def __init__(self, batch: CrossEntropyBatch, dtype: torch.dtype):
+        targets, row_weight, normalizer = batch
         kept = targets != IGNORE
         weight = torch.ones_like(targets, dtype=dtype) if row_weight is None else row_weight.to(dtype)
         weight = weight / (kept.sum() if normalizer is None else normalizer)
@@ -53,24 +53,14 @@ class CrossEntropy:
 class Policy:
     """The policy loss of README.md: analytic derivatives, and sums for the statistics.
 
-    All rows (T,) beside hidden, sequence_start (S + 1,). Only ratio = "sequence" off-policy couples rows: then every
-    call must hold whole sequences, or :meth:`see_all` must have been called.
+    The batch lies beside hidden. Only ratio = "sequence" off-policy couples rows: then every call must hold whole
+    sequences, or :meth:`see_all` must have been called.
     """
 
-    def __init__(
-        self,
-        objective: PolicyObjective,
-        targets: Tensor,
-        advantages: Tensor,
-        sequence_start: Tensor,
-        normalizer: Tensor | None,
-        dtype: torch.dtype,
-        old: Tensor | None,
-        ref: Tensor | None,
-        rollout: Tensor | None,
-    ):
+    def __init__(self, objective: PolicyObjective, batch: PolicyBatch, dtype: torch.dtype):
+        targets, advantages, sequence_start, self.old, self.ref, self.rollout, normalizer = batch
         num_rows, num_sequences = targets.shape[0], sequence_start.shape[0] - 1
-        self.objective, self.old, self.ref, self.rollout = objective, old, ref, rollout
+        self.objective = objective
         self.kept = targets != IGNORE
         # The sequence of every row; an empty sequence owns none.
         every = torch.arange(num_rows, device=targets.device)
@@ -119,10 +109,10 @@ class Policy:
         weight = self.weight[rows]
         loss, d_logprob = self._surrogate(logprob, rows, kept)
         if self.rollout is not None:
-            importance = self._importance(old, rows, kept)
+            importance = self._importance(old, self.rollout[rows], kept)
             loss, d_logprob = loss * importance, d_logprob * importance
         if self.ref is not None:
-            kl, d_kl = self._kl(logprob, rows, kept)
+            kl, d_kl = self._kl(logprob, self.ref[rows], kept)
             if objective.kl_coef != 0:  # else only a statistic, which may be infinite
                 loss = loss + objective.kl_coef * kl
                 d_logprob = d_logprob + objective.kl_coef * d_kl
@@ -168,8 +158,8 @@ class Policy:
             self._add("dual_clip_fraction", bounded)
         return loss, d_logprob
 
-    def _importance(self, old: Tensor, rows: Tensor, kept: Tensor) -> Tensor | float:
-        difference = old - torch.where(kept, self.rollout[rows].to(old.dtype), 0.0)
+    def _importance(self, old: Tensor, rollout: Tensor, kept: Tensor) -> Tensor | float:
+        difference = old - torch.where(kept, rollout.to(old.dtype), 0.0)
         self._add("rollout_diff_mean", difference.abs())
         if difference.numel():
             largest = difference.abs().max()
@@ -183,9 +173,9 @@ class Policy:
         self._add("importance_capped_fraction", (raw > cap) & kept)
         return importance
 
-    def _kl(self, logprob: Tensor, rows: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    def _kl(self, logprob: Tensor, ref: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """(estimate, its derivative by logprob)."""
-        raw = torch.where(kept, self.ref[rows].to(logprob.dtype) - logprob, 0.0)
+        raw = torch.where(kept, ref.to(logprob.dtype) - logprob, 0.0)
         difference = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         inside = (raw.abs() <= LOG_RATIO_LIMIT).to(raw.dtype)
         if self.objective.kl_estimator == "k1":
@@ -201,31 +191,24 @@ class Policy:
         dtype = self.weight.dtype
         self.sums[name] = self.sums.get(name, 0.0) + values.sum(dtype=dtype)
 
-    def names(self, with_entropy: bool) -> tuple[str, ...]:
-        return statistic_names(self.objective, with_entropy, self.ref is not None, self.rollout is not None)
-
-    def means(self, with_entropy: bool) -> Tensor:
-        """The statistics of :meth:`names`, in their order; NaN where no row was there to measure."""
+    def means(self, names: Sequence[str]) -> Tensor:
+        """The statistics of these names, in their order; NaN where no row was there to measure."""
         nothing = self.weight.new_zeros(())
         rows = self.sums.get("rows", nothing)
         divisor = {"rows": rows.new_ones(()), "rollout_diff_max": rows / rows}  # 0 / 0: nothing to take the maximum of
-        return torch.stack(
-            [self.sums.get(name, nothing) / divisor.get(name, rows) for name in self.names(with_entropy)]
-        )
+        return torch.stack([self.sums.get(name, nothing) / divisor.get(name, rows) for name in names])
 
 
-def statistic_names(
-    objective: PolicyObjective, with_entropy: bool, with_ref: bool, with_rollout: bool
-) -> tuple[str, ...]:
+def statistic_names(objective: PolicyObjective, batch: PolicyBatch, with_entropy: bool) -> tuple[str, ...]:
     """The statistics of :class:`PolicyLoss` that these inputs allow."""
     names = ["rows", "ratio_mean", "clip_low_fraction", "clip_high_fraction", "kl_old"]
     if objective.dual_clip is not None:
         names.append("dual_clip_fraction")
-    if with_ref:
+    if batch.ref is not None:
         names.append("kl_ref")
-    if with_entropy:
+    if with_entropy or objective.entropy_coef != 0:
         names.append("entropy_mean")
-    if with_rollout:
+    if batch.rollout is not None:
         names += ["rollout_diff_mean", "rollout_diff_max"]
         if objective.importance_cap is not None:
             names += ["importance_mean", "importance_capped_fraction"]

@@ -1,7 +1,7 @@
 """Which rows are computed, and in which chunks. Decided from what the host knows: nothing here waits for a GPU, except
 where a caller needs the unmasked rows of targets that lie on one.
 
-T rows of the input, R of them computed, V words, H hidden, S sequences.
+T rows of the input, R of them computed, V vocab size, H hidden, S sequences.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.objectives import IGNORE
+from prism_kernels.linear_logprob.records import IGNORE, Head
 
-CPU_CHUNK_BYTES = 48 << 20  # 384 rows at V 32,768: the product for z takes 8 % longer at 256 rows; 512 gain nothing
-GPU_CHUNK_DIVISOR = 30  # of the GPU's memory: 5.0 GB on an H200, whose 8192 rows x 151,936 words are 4.98 GB
-ROW_ALIGNMENT = 16  # words between the starts of a GPU's rows: what Triton's loads of 16 bytes ask of a stride
-TILE_ROWS, TILE_COLUMNS = 128, 256  # output tile of the library's fastest bf16 product on Hopper
+CPU_CHUNK_BYTES = 48 << 20  # 384 rows at V 32,768: the GEMM for z takes 8 % longer at 256 rows; 512 gain nothing
+GPU_CHUNK_DIVISOR = 30  # of the GPU's memory: 5.0 GB on an H200, whose 8192 rows x 151,936 columns are 4.98 GB
+ROW_ALIGNMENT = 16  # columns between the starts of a GPU's rows: what Triton's loads of 16 bytes ask of a stride
+TILE_ROWS, TILE_COLUMNS = 128, 256  # output tile of the library's fastest bf16 GEMM on Hopper
 CHUNK_COST = 0.5  # of one wave: reading and writing the fp32 dW once more per chunk
 
 
@@ -56,8 +56,7 @@ class Plan:
 
 
 def make_plan(
-    hidden: Tensor,
-    num_words: int,
+    head: Head,
     targets: Tensor,
     *,
     chunk_bytes: int = 0,
@@ -71,7 +70,8 @@ def make_plan(
     host knows where, and if every sequence fits. ``compact``: drop skipped rows even if that waits for the GPU.
     ``chunk_bytes``: 0 for the device's default.
     """
-    num_rows = hidden.shape[0]
+    num_rows, width = head.hidden.shape
+    device = head.hidden.device
     rows = None
     seen = compact or targets.device.type == "cpu"
     if seen:
@@ -82,7 +82,7 @@ def make_plan(
         if found.shape[0] < num_rows:
             rows = found
     num_kept = num_rows if rows is None else rows.shape[0]
-    limit = chunk_row_limit(num_words, hidden.dtype, hidden.device, chunk_bytes)
+    limit = chunk_row_limit(head.vocab_size, head.hidden.dtype, device, chunk_bytes)
 
     chunks = None
     if (
@@ -95,31 +95,30 @@ def make_plan(
         chunks = chunks_of_sequences((ends if rows is None else torch.searchsorted(rows, ends)).tolist(), limit)
     whole = chunks is not None or num_kept <= limit
     if chunks is None:
-        processors = _processors(hidden.device)
-        chunks = list(chunks_of_rows(num_kept, limit, hidden.shape[1], processors))
+        chunks = list(chunks_of_rows(num_kept, limit, width, _processors(device)))
 
-    targets = targets.contiguous() if rows is None else targets[rows]
-    move = {"device": hidden.device, "non_blocking": True}
-    return Plan(num_rows, None if rows is None else rows.to(**move), targets.to(**move), chunks, whole, not seen)
+    targets = (targets.contiguous() if rows is None else targets[rows]).to(device, non_blocking=True)
+    rows = None if rows is None else rows.to(device, non_blocking=True)
+    return Plan(num_rows, rows, targets, chunks, whole, not seen)
 
 
-def chunk_row_limit(num_words: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int = 0) -> int:
+def chunk_row_limit(vocab_size: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int = 0) -> int:
     """Rows of logits (fp32, or fp64) that fit a chunk; at least 1."""
     if chunk_bytes == 0:
         chunk_bytes = CPU_CHUNK_BYTES
         if device.type == "cuda":
             chunk_bytes = torch.cuda.get_device_properties(device).total_memory // GPU_CHUNK_DIVISOR
-    return max(1, chunk_bytes // (padded(num_words, device) * torch.promote_types(dtype, torch.float32).itemsize))
+    return max(1, chunk_bytes // (padded(vocab_size, device) * torch.promote_types(dtype, torch.float32).itemsize))
 
 
-def padded(num_words: int, device: torch.device) -> int:
-    """Words of a row of the chunk's buffer. A kernel must mask columns past V itself."""
-    return num_words if device.type == "cpu" else -(-num_words // ROW_ALIGNMENT) * ROW_ALIGNMENT
+def padded(vocab_size: int, device: torch.device) -> int:
+    """Columns of the chunk's buffer. A kernel must mask those past V itself."""
+    return vocab_size if device.type == "cpu" else -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 @lru_cache(maxsize=256)
 def chunks_of_rows(num_rows: int, limit: int, num_hidden: int, processors: int) -> tuple[tuple[int, int], ...]:
-    """Even chunks; on a GPU (``processors`` > 0) sized so that the tiles of the dX product fill whole waves.
+    """Even chunks; on a GPU (``processors`` > 0) sized so that the tiles of the dX GEMM fill whole waves.
 
     Its R x H tiles are few: at H 2560 a chunk of 4096 rows makes 320 tiles, 2.4 waves of 132 processors that cost 3.
     """

@@ -1,42 +1,43 @@
 """The definition of the LM-head ops: plain torch with autograd, fp32 inside (fp64 stays fp64), all logits at once.
 
-T rows, V words, H hidden, R unmasked rows, S sequences.
+T rows, V vocab size, H hidden, R unmasked rows, S sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.checks import check_glue
-from prism_kernels.linear_logprob.objectives import IGNORE, LOG_RATIO_LIMIT, LinearLogprob, PolicyLoss, PolicyObjective
+from prism_kernels.linear_logprob.checks import check_glue, check_normalizer, check_sequence_start, check_targets
+from prism_kernels.linear_logprob.objectives import LOG_RATIO_LIMIT, PolicyObjective
+from prism_kernels.linear_logprob.records import (
+    IGNORE,
+    CrossEntropyBatch,
+    Glue,
+    Head,
+    LinearLogprob,
+    Options,
+    PolicyBatch,
+    PolicyLoss,
+)
 
 
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    with_entropy: bool,
-) -> LinearLogprob:
-    rows = (targets != IGNORE).nonzero().squeeze(1)  # (R,)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):  # which would make it a bf16 product
-        z = hidden[rows].to(dtype) @ weight.to(dtype).T  # (R, V)
-    if bias is not None:
-        z = z + bias.to(dtype)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
+def linear_logprob(head: Head, targets: Tensor, options: Options) -> LinearLogprob:
+    check_targets(targets, head.vocab_size)
+    rows = _rows(targets)
+    dtype = head.wide
+    with torch.autocast(head.hidden.device.type, enabled=False):  # which would make it a bf16 product
+        z = head.hidden[rows].to(dtype) @ head.weight.to(dtype).T  # (R, V)
+    if head.bias is not None:
+        z = z + head.bias.to(dtype)
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    z = z / head.temperature
     log_p = z.log_softmax(-1)
     logprob = log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
     entropy = None
-    if with_entropy:
-        # A word that a bias of -inf forbids has p = 0 and adds 0, not 0 * -inf.
+    if options.with_entropy:
+        # A token that a bias of -inf forbids has p = 0 and adds 0, not 0 * -inf.
         entropy = -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
     def scatter(values: Tensor) -> Tensor:
@@ -45,79 +46,47 @@ def linear_logprob(
     return LinearLogprob(scatter(logprob), scatter(z.logsumexp(-1)), None if entropy is None else scatter(entropy))
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_weight: Tensor | None,
-    normalizer: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> Tensor:
-    nll = -linear_logprob(hidden, weight, targets, bias, 1.0, softcap, False).logprob
-    rows = (targets != IGNORE).nonzero().squeeze(1)
-    nll = nll[rows]
-    if row_weight is not None:
-        nll = nll * row_weight[rows].to(nll.dtype)
+def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options) -> Tensor:
+    check_normalizer(batch.normalizer)
+    rows = _rows(batch.targets)
+    nll = -linear_logprob(head, batch.targets, options).logprob[rows]
+    if batch.row_weight is not None:
+        nll = nll * batch.row_weight[rows].to(nll.dtype)
     if rows.numel() == 0:
         return nll.sum()
-    return nll.sum() / (rows.numel() if normalizer is None else normalizer)
+    return nll.sum() / (rows.numel() if batch.normalizer is None else batch.normalizer)
 
 
-def linear_objective(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    glue: Callable,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    with_entropy: bool,
-) -> Tensor:
-    out = linear_logprob(hidden, weight, targets, bias, temperature, softcap, with_entropy)
-    rows = (targets != IGNORE).nonzero().squeeze(1)
+def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options) -> Tensor:
+    out = linear_logprob(head, targets, options)
+    rows = _rows(targets)
     logprob = out.logprob[rows]
-    entropy = out.entropy[rows] if with_entropy else None
+    entropy = None if out.entropy is None else out.entropy[rows]
     with torch.no_grad():
-        given = glue(logprob.detach(), entropy.detach() if with_entropy else None, rows)
+        given = glue(logprob.detach(), None if entropy is None else entropy.detach(), rows)
     loss, d_logprob, d_entropy = check_glue(given, logprob, entropy)
     # The value is the glue's, the gradient is that of the two linear terms, each 0 in value.
     total = loss.to(logprob.dtype) + (d_logprob.to(logprob.dtype) * (logprob - logprob.detach())).sum()
-    if d_entropy is not None:
+    if entropy is not None and d_entropy is not None:
         total = total + (d_entropy.to(entropy.dtype) * (entropy - entropy.detach())).sum()
     return total
 
 
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    sequence_start: Tensor,
-    objective: PolicyObjective,
-    old_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    normalizer: Tensor | None,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    with_entropy: bool,
-    with_logprob: bool,
-) -> PolicyLoss:
+def linear_policy_loss(head: Head, batch: PolicyBatch, objective: PolicyObjective, options: Options) -> PolicyLoss:
+    targets, advantages, sequence_start, old, ref, rollout, normalizer = batch
+    check_sequence_start(sequence_start, targets.shape[0])
+    check_normalizer(normalizer)
     num_rows, num_sequences = targets.shape[0], sequence_start.shape[0] - 1
-    need_entropy = with_entropy or objective.entropy_coef != 0
-    out = linear_logprob(hidden, weight, targets, bias, temperature, softcap, need_entropy)
-    rows = (targets != IGNORE).nonzero().squeeze(1)  # (R,)
+    need_entropy = options.with_entropy or objective.entropy_coef != 0
+    out = linear_logprob(head, targets, options._replace(with_entropy=need_entropy))
+    rows = _rows(targets)
     lengths = (sequence_start[1:] - sequence_start[:-1]).long()
     sequence = torch.arange(num_sequences, device=targets.device).repeat_interleave(lengths)[rows]  # (R,) its sequence
     per_row = advantages.shape[0] == num_rows != num_sequences
     advantage = (advantages[rows] if per_row else advantages[sequence]).to(out.logprob.dtype)
 
     logprob = out.logprob[rows]
-    old, ref, rollout = (
-        None if t is None else t[rows].to(logprob.dtype) for t in (old_logprob, ref_logprob, rollout_logprob)
-    )
+    old, ref, rollout = (None if t is None else t[rows].to(logprob.dtype) for t in (old, ref, rollout))
     old = logprob.detach() if old is None else old
     stats: dict[str, Tensor] = {"rows": logprob.detach().new_tensor(rows.numel())}
     ratio = _ratio(logprob, old, sequence, num_sequences, objective.ratio)
@@ -131,7 +100,7 @@ def linear_policy_loss(
         stats["kl_ref"] = kl.mean()
         if objective.kl_coef != 0:
             loss = loss + objective.kl_coef * kl
-    if need_entropy:
+    if out.entropy is not None:
         stats["entropy_mean"] = out.entropy[rows].mean()
         if objective.entropy_coef != 0:
             loss = loss - objective.entropy_coef * out.entropy[rows]
@@ -141,10 +110,15 @@ def linear_policy_loss(
         stats = {"rows": stats["rows"]}
     return PolicyLoss(
         loss,
-        out.logprob.detach() if with_logprob else None,
-        out.entropy.detach() if with_entropy else None,
+        out.logprob.detach() if options.with_logprob else None,
+        out.entropy.detach() if out.entropy is not None and options.with_entropy else None,
         {name: value.detach() for name, value in stats.items()},
     )
+
+
+def _rows(targets: Tensor) -> Tensor:
+    """(R,) int64: the unmasked rows."""
+    return (targets != IGNORE).nonzero().squeeze(1)
 
 
 def _ratio(logprob: Tensor, old: Tensor, sequence: Tensor, num_sequences: int, kind: str) -> Tensor:
@@ -204,4 +178,5 @@ def _aggregate(
         return (loss / count[sequence]).sum() / divisor
     if objective.aggregate == "sequence_sum":
         return loss.sum() / divisor
+    assert objective.max_length is not None  # fixed_length, whose objective has one
     return loss.sum() / (divisor * objective.max_length)

@@ -1,7 +1,7 @@
-"""Row kernels in Triton: one program per row of the chunk, streaming over the words.
+"""Row kernels in Triton: one program per row of the chunk, streaming over the vocabulary.
 
-Legend: R rows of the chunk, V words (columns past V are never read or written), BLOCK words a step.
-z (R, V) fp32 or fp64: raw products; row stride >= V. target (R,) int64, -100: skipped row, 0 everywhere; others
+Legend: R rows of the chunk, V vocab size (columns past V are never read or written), BLOCK columns a step.
+z (R, V) fp32 or fp64: raw logits; row stride >= V. target (R,) int64, -100: skipped row, 0 everywhere; others
 outside [0, V), which the host could not see, make their row NaN.
 Memory-bound: the first kernel reads z once, the second reads it once and writes dZ over it.
 """
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.linear_logprob.engine import Head, RowKernels, Statistics, Upstream
-from prism_kernels.linear_logprob.objectives import IGNORE
+from prism_kernels.linear_logprob.engine import RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.records import IGNORE, Head
 from prism_kernels.tuned_options import tuned
 
 # (BLOCK, num_warps) by bytes of a logit: 16 fp32 or 2 fp64 a thread and step; more fp64 spills on sm_80.
@@ -30,7 +30,7 @@ def block_options(kernel: str, itemsize: int) -> dict[str, int]:
 
 @triton.jit
 def _logits(z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(logits of the distribution, slope of softcap) of raw products z (BLOCK,)."""
+    """(logits of the distribution, slope of softcap) of raw logits z (BLOCK,)."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=inside, other=0.0).to(z.dtype)
     slope = 1.0
@@ -51,7 +51,7 @@ def _logits(z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS: tl.conste
 
 
 @triton.jit
-def statistics_kernel(
+def lm_head_stats_kernel(
     z_ptr,  # (R, V)
     target_ptr,  # (R,) int64
     bias_ptr,  # (V,) or z_ptr
@@ -60,7 +60,7 @@ def statistics_kernel(
     lost_ptr,
     entropy_ptr,
     row_stride,
-    num_words,
+    vocab_size,
     sharpness_high,
     sharpness_low,
     softcap_high,
@@ -72,7 +72,7 @@ def statistics_kernel(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_row)
-    if (target < 0) | (target >= num_words):
+    if (target < 0) | (target >= vocab_size):
         nothing = tl.where(target == _IGNORE, 0.0, float("nan"))
         tl.store(logprob_ptr + i_row, nothing)
         tl.store(logsumexp_ptr + i_row, nothing)
@@ -91,9 +91,9 @@ def statistics_kernel(
     top = tl.where(top > -1e38, top, -1e38)
     b_sum = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of e = exp(z - top), by lane
     b_mean = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of e (z - top), by lane
-    for start in range(0, num_words, BLOCK):
+    for start in range(0, vocab_size, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < num_words
+        inside = column < vocab_size
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
         b_z = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
         b_z = tl.where(inside, b_z, float("-inf"))
@@ -101,7 +101,7 @@ def statistics_kernel(
         rescale = tl.exp(top - new_top)
         b_e = tl.exp(b_z - new_top)
         if WITH_ENTROPY:
-            # e z of a word that is masked, or that a bias forbids, is 0 * -inf: it must be 0.
+            # e z of a column that is masked, or that a bias forbids, is 0 * -inf: it must be 0.
             b_shifted = tl.where(b_e > 0, b_z - new_top, 0.0)
             b_mean = (b_mean + b_sum * (top - new_top)) * rescale + b_e * b_shifted
         b_sum = b_sum * rescale + b_e
@@ -119,7 +119,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def lm_head_grad_kernel(
     z_ptr,  # (R, V) in
     dz_ptr,  # (R, V) out: the same memory, maybe in a narrower type
     target_ptr,  # (R,) int64
@@ -133,7 +133,7 @@ def gradient_kernel(
     d_entropy_ptr,
     row_stride,
     dz_row_stride,
-    num_words,
+    vocab_size,
     sharpness_high,
     sharpness_low,
     softcap_high,
@@ -149,7 +149,7 @@ def gradient_kernel(
     target = tl.load(target_ptr + i_row)
     skipped = target == _IGNORE
     # Outside [0, V) the log-prob is NaN, and so all dZ. int32 as columns are: int64 comparisons would spill.
-    target = tl.where((target < 0) | (target >= num_words), 0, target).to(tl.int32)
+    target = tl.where((target < 0) | (target >= vocab_size), 0, target).to(tl.int32)
     p_row = z_ptr + i_row * row_stride
     p_out = dz_ptr + i_row * dz_row_stride
     logprob = tl.load(logprob_ptr + i_row)
@@ -157,15 +157,15 @@ def gradient_kernel(
     sharpness = tl.full((), 0.0, logprob.dtype) + sharpness_high + sharpness_low
     softcap = tl.full((), 0.0, logprob.dtype) + softcap_high + softcap_low
     g = tl.load(d_logprob_ptr + i_row) * sharpness
-    common = -g  # coefficient of p in every word
+    common = -g  # coefficient of p in every column
     if HAS_D_LOGSUMEXP:
         common += tl.load(d_logsumexp_ptr + i_row) * sharpness
     if HAS_D_ENTROPY:
         d_entropy = tl.load(d_entropy_ptr + i_row) * sharpness
         entropy = tl.load(entropy_ptr + i_row)
-    for start in range(0, num_words, BLOCK):
+    for start in range(0, vocab_size, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < num_words
+        inside = column < vocab_size
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
         b_z, b_slope = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)
         # The target's own entry from its exact log-prob: where p is near 1, 1 - p would lose its digits.
@@ -177,8 +177,8 @@ def gradient_kernel(
         b_dz = tl.where(column == target, b_dz + g, b_dz) * b_slope
         b_dz = tl.where(skipped, 0.0, b_dz)
         if NARROW:
-            # Row start + 2 c overwrites word c / 2: every thread must have read this step before any writes it.
-            # Later steps read words that no earlier step writes, so one barrier a step is enough.
+            # Row start + 2 c overwrites column c / 2: every thread must have read this step before any writes it.
+            # Later steps read columns that no earlier step writes, so one barrier a step is enough.
             tl.debug_barrier()
         tl.store(p_out + column, b_dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
@@ -197,10 +197,10 @@ def prepare(z: Tensor, head: Head) -> None:
 
 
 def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Statistics:
-    num_rows, num_words = z.shape
+    num_rows, vocab_size = z.shape
     logprob, logsumexp, lost = (z.new_empty(num_rows) for _ in range(3))
     entropy = z.new_empty(num_rows) if with_entropy else None
-    statistics_kernel[(num_rows,)](
+    lm_head_stats_kernel[(num_rows,)](
         z,
         targets,
         z if head.bias is None else head.bias.contiguous(),
@@ -209,7 +209,7 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
         lost,
         entropy if with_entropy else logprob,
         z.stride(0),
-        num_words,
+        vocab_size,
         *_scalars(head),
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
@@ -220,11 +220,11 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
 
 
 def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, upstream: Upstream) -> Tensor:
-    num_rows, num_words = z.shape
-    # The same rows in the dtype of the products that follow: dZ starts where its row of logits starts.
-    dz = z.view(head.hidden.dtype)[:, :num_words] if head.hidden.dtype != z.dtype else z
-    given = upstream.logprob
-    gradient_kernel[(num_rows,)](
+    num_rows, vocab_size = z.shape
+    # The same rows in the dtype of the GEMMs that follow: dZ starts where its row of logits starts.
+    dz = z.view(head.hidden.dtype)[:, :vocab_size] if head.hidden.dtype != z.dtype else z
+    given = upstream.d_logprob
+    lm_head_grad_kernel[(num_rows,)](
         z,
         dz,
         targets,
@@ -234,16 +234,16 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
         statistics.lost,
         given if statistics.entropy is None else statistics.entropy,
         given,
-        given if upstream.logsumexp is None else upstream.logsumexp,
-        given if upstream.entropy is None else upstream.entropy,
+        given if upstream.d_logsumexp is None else upstream.d_logsumexp,
+        given if upstream.d_entropy is None else upstream.d_entropy,
         z.stride(0),
         dz.stride(0),
-        num_words,
+        vocab_size,
         *_scalars(head),
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
-        HAS_D_LOGSUMEXP=upstream.logsumexp is not None,
-        HAS_D_ENTROPY=upstream.entropy is not None,
+        HAS_D_LOGSUMEXP=upstream.d_logsumexp is not None,
+        HAS_D_ENTROPY=upstream.d_entropy is not None,
         NARROW=dz.dtype != z.dtype,
         **block_options("gradient", z.element_size()),
     )

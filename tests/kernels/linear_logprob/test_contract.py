@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from prism_kernels import linear_cross_entropy, linear_logprob, linear_objective, which_impl
-from prism_kernels.linear_logprob import autograd
+from prism_kernels.linear_logprob.engine import Needs, Statistics, Upstream
+from prism_kernels.linear_logprob.records import CrossEntropyBatch, Head, Options, PolicyBatch
 from tests.kernels.linear_logprob.linear_cases import gradients, make, skip_interpreted
 
 pytestmark = skip_interpreted
@@ -65,13 +66,13 @@ def test_forward_mode_is_refused():
 @pytest.mark.parametrize(
     "glue,said",
     [
-        (lambda lp, e, rows: (lp, lp, None), "glue: got a loss of shape"),
-        (lambda lp, e, rows: (lp.sum(), lp[:, None], None), "glue: got a loss of shape"),
+        (lambda lp, e, rows: (lp, lp, None), "glue: loss: expected a number or a 0-d tensor, got"),
+        (lambda lp, e, rows: (lp.sum(), lp[:, None], None), r"glue: dloss_dlogprob: expected .*\(R = \d,\), got"),
         (lambda lp, e, rows: (lp.sum(), lp, lp), "with_entropy"),
-        (lambda lp, e, rows: (lp.sum(), lp), "glue: got a tuple of 2"),
+        (lambda lp, e, rows: (lp.sum(), lp), r"glue: expected \(loss, .*\), got a tuple of 2"),
         (lambda lp, e, rows: (lp.sum(), None, None), "glue: dloss_dlogprob"),
-        (lambda lp, e, rows: None, "glue: got a NoneType"),
-        (None, "glue: got a NoneType"),
+        (lambda lp, e, rows: None, r"glue: expected \(loss, .*\), got a NoneType"),
+        (None, r"glue: expected a function .*, got a NoneType"),
     ],
 )
 def test_objective_refuses_a_glue_of_wrong_shape(impl, glue, said):
@@ -147,27 +148,48 @@ def test_implementations():
         linear_logprob(case.hidden, case.weight, case.targets, impl="triton")
 
 
+def test_operators_take_the_fields_of_the_records():
+    """One list of an op's tensors and numbers: that of its records."""
+
+    def names(operator):
+        return [argument.name for argument in operator._schema.arguments]
+
+    ops, needs = torch.ops.prism_kernels, [*Needs._fields]
+    assert names(ops.linear_logprob.default) == [*Head._fields, "targets", *Options._fields, "impl"]
+    assert names(ops.linear_logprob_backward.default) == [
+        *Head._fields, "targets", *Statistics._fields, *Upstream._fields, *needs, "chunk_bytes", "impl",
+    ]  # fmt: skip
+    assert names(ops.linear_cross_entropy.default) == [
+        *Head._fields, *CrossEntropyBatch._fields, "chunk_bytes", *needs, "impl",
+    ]  # fmt: skip
+    assert names(ops.linear_policy_loss.default) == [
+        *Head._fields, *PolicyBatch._fields, "objective", *Options._fields, *needs, "impl",
+    ]  # fmt: skip
+
+
 def test_operators_pass_opcheck():
-    case = make(9, 50, bias=True)
-    head = (*case.leaves, case.targets, 0.7, 5.0)
-    torch.library.opcheck(autograd._logprob, (*head, True, 0, "cpu"))
+    case, ops = make(9, 50, bias=True), torch.ops.prism_kernels
+    head, options = Head(*case.leaves, 0.7, 5.0), Options(with_entropy=True)
+    given = (*head, case.targets, *options, "cpu")
+    torch.library.opcheck(ops.linear_logprob.default, given)
     with torch.no_grad():
-        out = autograd._logprob(*head, True, 0, "cpu")
-    constant = [t.detach() if isinstance(t, torch.Tensor) else t for t in (*head, *out)]
-    upstream = (torch.ones(9), None, torch.ones(9))  # of log-prob, log-sum-exp, entropy
-    torch.library.opcheck(autograd._logprob_backward, (*constant, *upstream, [True, False, True], 0, "cpu"))
+        statistics = Statistics(*ops.linear_logprob(*given))
+    upstream = Upstream(torch.ones(9), None, torch.ones(9))
+    backward = (*head, case.targets, *statistics, *upstream, *Needs(True, False, True), 0, "cpu")
+    constant = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in backward)
+    torch.library.opcheck(ops.linear_logprob_backward.default, constant)
     for sign in (1, -1):  # of the loss, which is what opcheck gives its backward
-        row_weight = sign * torch.rand(9)
-        torch.library.opcheck(autograd._cross_entropy, (*head, row_weight, None, [True, True, True], 0, "cpu"))
+        batch = CrossEntropyBatch(case.targets, sign * torch.rand(9), None)
+        torch.library.opcheck(ops.linear_cross_entropy.default, (*head, *batch, 0, *Needs(True, True, True), "cpu"))
 
 
 def test_operators_pass_opcheck_on_transposed_inputs():
     """The fakes' strides are those of the gradients, or inductor's checks stop the program."""
-    case = make(9, 50, skipped=0)
+    case, ops = make(9, 50, skipped=0), torch.ops.prism_kernels
     hidden, weight = (t.detach().T.contiguous().T.requires_grad_() for t in case.leaves)
-    head = (hidden, weight, None, case.targets, 1.0, None)
-    torch.library.opcheck(autograd._logprob, (*head, False, 0, "cpu"))
-    torch.library.opcheck(autograd._cross_entropy, (*head, None, None, [True, True, False], 0, "cpu"))
+    head, batch = Head(hidden, weight, None, 1.0, None), CrossEntropyBatch(case.targets, None, None)
+    torch.library.opcheck(ops.linear_logprob.default, (*head, case.targets, *Options(), "cpu"))
+    torch.library.opcheck(ops.linear_cross_entropy.default, (*head, *batch, 0, *Needs(True, True, False), "cpu"))
 
 
 def test_compile_does_not_break_the_graph():

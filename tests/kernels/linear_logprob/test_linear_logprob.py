@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from prism_kernels import linear_cross_entropy, linear_logprob, linear_objective
-from prism_kernels.linear_logprob import autograd, cispo, plan, products
+from prism_kernels.dispatch import implementation
+from prism_kernels.linear_logprob import autograd, cispo, gemm, plan
+from prism_kernels.linear_logprob.engine import Upstream
+from prism_kernels.linear_logprob.records import Head
 from tests import oracle
 from tests.kernels.linear_logprob.linear_cases import ENGINES, IMPLS, INTERPRETED, gradients, make, skip_interpreted
 
@@ -203,9 +206,9 @@ def test_skipped_rows_are_never_read(impl):
 @pytest.mark.parametrize("impl,device", ENGINES)
 def test_padded_columns_are_neither_read_nor_written(impl, device):
     """Rows of a chunk may be longer than V; what lies there is poison."""
-    kernels = autograd._row_kernels(impl)
+    kernels = implementation("linear_logprob", impl)
     case = make(5, 1003, device, bias=True)
-    head = autograd.Head(case.hidden.detach(), case.weight.detach(), case.bias.detach(), 0.9, 7.0)
+    head = Head(case.hidden.detach(), case.weight.detach(), case.bias.detach(), 0.9, 7.0)
     case.targets.remainder_(1003)
     buffer = torch.full((5, 1016), float("nan"), device=device)
     z = buffer[:, :1003]
@@ -217,17 +220,17 @@ def test_padded_columns_are_neither_read_nor_written(impl, device):
     out = kernels.statistics(z, case.targets, head, True)
     for a, t in zip((out.logprob, out.logsumexp, out.entropy), truth):
         assert oracle.relative_error(a, t) < 1e-6
-    dz = kernels.gradient(z, case.targets, head, out, autograd.Upstream(*torch.ones(3, 5, device=device)))
+    dz = kernels.gradient(z, case.targets, head, out, Upstream(*torch.ones(3, 5, device=device)))
     assert dz.shape == (5, 1003) and dz.isfinite().all() and buffer[:, 1003:].isnan().all()
 
 
 @pytest.mark.parametrize("impl,device", ENGINES)
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_frozen_side_skips_its_product(impl, device, frozen, monkeypatch):
+def test_frozen_side_skips_its_gemm(impl, device, frozen, monkeypatch):
     called = []
     for name in ("hidden_gradient_into", "weight_gradient", "accumulate_weight_gradient"):
-        product = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *a, _p=product, _n=name, **k: called.append(_n) or _p(*a, **k))
+        called_one = getattr(gemm, name)
+        monkeypatch.setattr(gemm, name, lambda *a, _g=called_one, _n=name, **k: called.append(_n) or _g(*a, **k))
     case = make(6, 100, device)
     getattr(case, frozen).requires_grad_(False)
     for loss in (
@@ -329,7 +332,7 @@ def test_large_softcap_changes_little(impl, device, softcap):
 def unseen(monkeypatch):
     """The plan of targets that the host does not see, as those on a GPU."""
 
-    def make_plan(hidden, num_words, targets, **_):
+    def make_plan(head, targets, **_):
         return plan.Plan(len(targets), None, targets, [(0, len(targets))], True, True)
 
     monkeypatch.setattr(autograd, "make_plan", make_plan)

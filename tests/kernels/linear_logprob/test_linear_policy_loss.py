@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from prism_kernels import PolicyObjective, linear_policy_loss
-from prism_kernels.linear_logprob import autograd, engine
+from prism_kernels.linear_logprob import engine
+from prism_kernels.linear_logprob.engine import Needs
+from prism_kernels.linear_logprob.records import Head, Options, PolicyBatch
 from tests import oracle
 from tests.kernels.linear_logprob.linear_cases import ENGINES, IMPLS, INTERPRETED, gradients, make, skip_interpreted
 
@@ -359,10 +361,12 @@ def test_bad_arguments(impl, changes, named):
 def test_operator_passes_opcheck():
     inputs = Inputs(dtype=FP32)
     case, objective = inputs.case, OBJECTIVES["everything"]
-    given = (inputs.advantages, inputs.starts, inputs.old, inputs.ref, inputs.rollout, None)
+    rows = (inputs.old, inputs.ref, inputs.rollout)
+    batch = PolicyBatch(case.targets, inputs.advantages, inputs.starts, *rows, normalizer=None)
+    options = Options(with_entropy=True, with_logprob=False)
     torch.library.opcheck(
-        autograd._policy_loss,
-        (*case.leaves, case.targets, 1.0, None, *given, objective.spec, True, False, [True, True, True], 0, "cpu"),
+        torch.ops.prism_kernels.linear_policy_loss.default,
+        (*Head(*case.leaves, 1.0, None), *batch, objective.spec, *options, *Needs(True, True, True), "cpu"),
     )
 
 
