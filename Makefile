@@ -28,6 +28,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 # make bench OP=linear_logprob ARGS="--peers liger --plot head.png"
 OP     ?= linear_logprob

@@ -53,7 +53,7 @@ setup(
     package_data={
         "prism_fast.recipes": ["*.yaml"],
         "prism_fast.report": ["*.j2", "*.css"],
-        "prism_kernels": ["*/tables/*.json"],
+        "prism_kernels": ["py.typed", "*/tables/*.json"],
     },
     ext_modules=[
         Pybind11Extension(

@@ -169,7 +169,8 @@ def run(todo: Sequence[tuple[str, int, int]], workers: int) -> Iterator[Report]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m prism_kernels.compile_gate", description=__doc__.split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m prism_kernels.compile_gate", description=about)
     parser.add_argument("--all", action="store_true", help="every configuration (default: a sample of 40)")
     parser.add_argument("--sample", type=int, default=40)
     parser.add_argument("--op", default=None, help=f"comma-separated; default: {', '.join(ops())}")

@@ -19,7 +19,7 @@ HOW_TO_BUILD = "build it with `pip install -e .` (or `python setup.py build_ext 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from prism_kernels import _C
+        from prism_kernels import _C  # pyright: ignore[reportAttributeAccessIssue]  # compiled
     except ImportError as error:
         return None, f"the C++ extension prism_kernels._C is not built ({error}); {HOW_TO_BUILD}"
     found = getattr(_C, "INTERFACE", None)

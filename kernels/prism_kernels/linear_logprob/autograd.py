@@ -178,8 +178,9 @@ def _is_last_backward(d_loss: Tensor) -> bool:
     (is_grads_batched=True)."""
     if torch.compiler.is_compiling() or type(d_loss) is not Tensor:
         return False
-    is_batch = (torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor)
-    return not any(test(d_loss) for test in is_batch) and not torch._C._autograd._get_current_graph_task_keep_graph()
+    torch_c: Any = torch._C  # whose stubs do not name these
+    is_batch = (torch_c._functorch.is_legacy_batchedtensor, torch_c._functorch.is_functorch_wrapped_tensor)
+    return not any(test(d_loss) for test in is_batch) and not torch_c._autograd._get_current_graph_task_keep_graph()
 
 
 def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options, impl: str) -> Tensor:
@@ -219,7 +220,7 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     check_reverse_mode(head.hidden, head.weight, head.bias)
     loss, logprob, entropy, means, *_ = _policy_loss(head, batch, objective.spec, options, _needs(head), impl)
-    stats = dict(zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind()))
+    stats: dict[str, Tensor] = dict(zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind()))
     if not torch.compiler.is_compiling() and head.hidden.device.type == "cpu" and stats["rows"] == 0:
         stats = {"rows": stats["rows"]}
     return PolicyLoss(
@@ -253,9 +254,10 @@ def _policy_loss(
         glue.see_all(plan.spread(engine.log_probs(head, plan, kernels, False).logprob))
     need_entropy = options.with_entropy or parsed.entropy_coef != 0
     loss, out, gradients = engine.objective(head, plan, kernels, glue, need_entropy, needs)
-    logprob = plan.spread(out.logprob) if options.with_logprob else out.logprob.new_empty(0)
-    has_entropy = out.entropy is not None and options.with_entropy
-    entropy = plan.spread(out.entropy) if has_entropy else out.logprob.new_empty(0)
+    logprob, entropy = (
+        plan.spread(rows) if rows is not None and wanted else out.logprob.new_empty(0)
+        for rows, wanted in ((out.logprob, options.with_logprob), (out.entropy, options.with_entropy))
+    )
     return loss, logprob, entropy, glue.means(statistic_names(parsed, batch, options.with_entropy)), *gradients
 
 

@@ -52,7 +52,7 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
         total_logit = logsumexp[rows] = top + log_total
         grown = total_logit - top  # exactly what the sum took up of log_total, and then of top
         lost[rows] = (top - (total_logit - grown)) + (log_total - grown)
-        if with_entropy:
+        if entropy is not None:
             entropy[rows] = log_total - e.mul_(shifted).sum(1) / total
     return Statistics(logprob, logsumexp, lost, entropy)
 
@@ -66,9 +66,11 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
     floor = NEGLIGIBLE[z.dtype]
     p_target = statistics.logprob.exp()
     at_target = h * p_target - g * statistics.logprob.expm1()
+    entropy = statistics.entropy
     if e is not None:
+        assert entropy is not None  # its gradient comes with it
         # The floor because a bias may forbid the target: p log p is 0 there, not 0 * -inf.
-        at_target = at_target - e * p_target * (statistics.logprob.clamp(min=floor) + statistics.entropy)
+        at_target = at_target - e * p_target * (statistics.logprob.clamp(min=floor) + entropy)
     least = 2 * math.exp(floor)
     for rows in _blocks(z):
         block = z[rows]
@@ -77,11 +79,11 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
             slope = 1 - (block * (head.temperature / head.softcap)).square_()
         log_p = block.sub_(statistics.logsumexp[rows, None]).sub_(statistics.lost[rows, None])
         log_p.clamp_(min=floor)  # finite where a bias forbids a token
-        if e is None:
+        if e is None or entropy is None:
             torch.threshold_(log_p.exp_(), least, 0.0).mul_((h - g)[rows, None])
         else:
             p = torch.threshold_(log_p.exp(), least, 0.0)
-            log_p.add_(statistics.entropy[rows, None]).mul_(-e[rows, None])
+            log_p.add_(entropy[rows, None]).mul_(-e[rows, None])
             block.add_((h - g)[rows, None]).mul_(p)
         block.scatter_(1, targets[rows, None], at_target[rows, None])
         if slope is not None:

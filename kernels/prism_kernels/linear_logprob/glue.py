@@ -82,6 +82,7 @@ class Policy:
         # new_full, as new_tensor would copy from the host and wait for it
         divisor = self.count.new_full((), self.count.shape[0]) if normalizer is None else normalizer
         if objective.aggregate == "fixed_length":
+            assert objective.max_length is not None  # the objective has checked it
             divisor = divisor * objective.max_length
         if objective.aggregate == "sequence_mean":
             return 1 / (self.count[self.sequence] * divisor)

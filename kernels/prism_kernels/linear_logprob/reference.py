@@ -178,5 +178,5 @@ def _aggregate(
         return (loss / count[sequence]).sum() / divisor
     if objective.aggregate == "sequence_sum":
         return loss.sum() / divisor
-    assert objective.max_length is not None  # fixed_length, whose objective has one
+    assert objective.max_length is not None  # fixed_length: the objective has checked it
     return loss.sum() / (divisor * objective.max_length)
