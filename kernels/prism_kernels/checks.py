@@ -118,6 +118,11 @@ def integer(name: str, value: Any, at_least: int | None = None, at_most: int | N
     raise wrong(name, f"an integer{bound}", repr(value))
 
 
+def plain(values: Any) -> Any:
+    """Tensors and arrays as lists of Python numbers; anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise wrong(name, " or ".join([repr(choice) for choice in allowed]), repr(value))

@@ -18,21 +18,23 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from prism_kernels.checks import wrong
 from prism_kernels.dispatch import Impl
 from prism_kernels.moe import RoutingStats, load_balancing_loss, moe_mlp, moe_route, plan_routing
 from prism_kernels.moe.api import MLP
 
 EXPERTS_IMPLEMENTATION = "prism"
+Block = Any  # a module of transformers, with attributes that nn.Module does not declare
 
 # Blocks of a softmax-then-top-k router and experts, nothing else; whether the router renormalises.
-_FUSED_BLOCKS: dict[str, Callable[[nn.Module], bool]] = {
+_FUSED_BLOCKS: dict[str, Callable[[Block], bool]] = {
     "Qwen3VLMoeTextSparseMoeBlock": lambda gate: True,
     "Qwen3MoeSparseMoeBlock": lambda gate: bool(gate.norm_topk_prob),
 }
 
 
 def experts_forward(
-    experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, impl: str = "auto"
+    experts: Block, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, impl: str = "auto"
 ) -> Tensor:
     """ExpertsInterface function: hidden (T, H), index and weights (T, k) of the model's own router -> (T, H).
 
@@ -91,9 +93,9 @@ class MoePatch:
 
     def __init__(self, model: nn.Module, *, load_balancing: bool | None, impl: str):
         if not isinstance(model, nn.Module):
-            raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
+            raise wrong("model", "a torch module", type(model).__name__)
         if impl != Impl.AUTO and impl not in MLP.table:
-            raise ValueError(f"impl: got {impl!r}, expected auto or one of {', '.join(map(str, MLP.table))}")
+            raise wrong("impl", f"auto or one of {', '.join(map(str, MLP.table))}", repr(impl))
         self.model, self.impl = model, impl
         self.fused, self.experts_only = _find_blocks(model)
         if load_balancing is None:
@@ -110,6 +112,7 @@ class MoePatch:
         self._reentrant = False
         self._record: list[_Chosen] | None = None
         self._replay: Iterator[_Chosen] | None = None
+        module: Block
         for module in model.modules():  # before anything is changed, so that a refusal leaves the model as it was
             if getattr(module, "gradient_checkpointing", False):
                 self._refuse_reentrant(module._gradient_checkpointing_func)
@@ -137,7 +140,8 @@ class MoePatch:
         layers = [stats for stats in self.stats if stats is not None]
         if not self.fused or len(layers) < len(self.fused):
             raise RuntimeError("load_balancing_loss: no forward of the patched model has run")
-        gate = self.model.get_submodule(self.fused[0]).gate
+        block: Block = self.model.get_submodule(self.fused[0])
+        gate = block.gate
         if torch.is_grad_enabled() and gate.weight.requires_grad and not layers[0].prob_sum.requires_grad:
             raise RuntimeError(
                 "load_balancing_loss: the forward recorded no gradient (torch.no_grad, or reentrant activation "
@@ -146,7 +150,7 @@ class MoePatch:
         if kinds is not None:
             rows, known = list(kinds), len(layers[0].counts)
             if not all(isinstance(kind, int) and 0 <= kind < known for kind in rows):
-                raise ValueError(f"kinds: expected integers in [0, {known}), the kinds of the last forward, got {rows}")
+                raise wrong("kinds", f"integers in [0, {known}), the kinds of the last forward", str(rows))
             layers = [RoutingStats(stats.counts[rows], stats.prob_sum[rows]) for stats in layers]
         return load_balancing_loss(layers, gate.top_k)
 
@@ -156,6 +160,7 @@ class MoePatch:
             return
         for name in [*self.fused, *self.experts_only]:
             del self.model.get_submodule(name).forward
+        module: Block
         for module in self.model.modules():
             wrapped = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(wrapped, _KeepExperts):
@@ -169,6 +174,8 @@ class MoePatch:
         return {**vars(self), "stats": [None] * len(self.fused), "_record": None, "_replay": None}
 
     def _install(self) -> None:
+        block: Block
+        module: Block
         for i, name in enumerate(self.fused):
             block = self.model.get_submodule(name)
             renormalize = _FUSED_BLOCKS[type(block).__name__](block.gate)
@@ -188,14 +195,14 @@ class MoePatch:
         ]
 
     def _set_checkpointing(
-        self, module: nn.Module, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others: Any
+        self, module: Block, enable: bool = True, gradient_checkpointing_func: Callable | None = None, **others: Any
     ) -> Any:
         """In place of a model's method that switches activation checkpointing."""
         if gradient_checkpointing_func is not None:
             others["gradient_checkpointing_func"] = self._keep_experts(gradient_checkpointing_func)
         return type(module)._set_gradient_checkpointing(module, enable, **others)
 
-    def _run_block(self, i: int, block: nn.Module, renormalize: bool, hidden_states: Tensor) -> Tensor:
+    def _run_block(self, i: int, block: Block, renormalize: bool, hidden_states: Tensor) -> Tensor:
         """(..., H) -> (..., H), in place of the block's forward."""
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self._replay is not None:  # a recompute: the experts and kinds of the first pass
@@ -238,7 +245,7 @@ class MoePatch:
             )
 
     def _configured_logits(self) -> bool:
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return bool(getattr(text, "output_router_logits", False))
 
@@ -307,7 +314,7 @@ def _find_blocks(model: nn.Module) -> tuple[list[str], list[str]]:
 def _require_swiglu(experts: nn.Module, name: str) -> None:
     """Raises ValueError where moe_mlp would compute something else than these experts."""
     apply_gate = getattr(type(experts), "_apply_gate", None)
-    wrong = {
+    unlike = {
         "no experts interface": not hasattr(experts, "is_concatenated"),  # they may take other arguments
         "biases": getattr(experts, "has_bias", False),
         "no gate": not getattr(experts, "has_gate", True),
@@ -318,7 +325,7 @@ def _require_swiglu(experts: nn.Module, name: str) -> None:
         "another activation than SiLU": type(getattr(experts, "act_fn", None)).__name__
         not in ("SiLU", "SiLUActivation"),
     }
-    found = [what for what, there in wrong.items() if there]
+    found = [what for what, there in unlike.items() if there]
     if found:
         raise ValueError(
             f"model: experts {name} have {', '.join(found)}; expected SwiGLU, silu(gate) * up, of one rank"

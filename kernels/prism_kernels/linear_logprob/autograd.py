@@ -220,7 +220,9 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     check_reverse_mode(head.hidden, head.weight, head.bias)
     loss, logprob, entropy, means, *_ = _policy_loss(head, batch, objective.spec, options, _needs(head), impl)
-    stats: dict[str, Tensor] = dict(zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind()))
+    stats: dict[str, Tensor] = dict(
+        zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind())
+    )
     if not torch.compiler.is_compiling() and head.hidden.device.type == "cpu" and stats["rows"] == 0:
         stats = {"rows": stats["rows"]}
     return PolicyLoss(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from prism_kernels.checks import plain, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op
 from prism_kernels.native import need_native
 
@@ -46,18 +47,17 @@ def find_tag_spans(
     bytes, ``tags`` that are empty, repeated, or hold other characters than letters, digits, ``_``, ``-`` and ``.``.
     """
     _, run = _FIND_TAG_SPANS.select(impl)
-    ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-    return run(ids, token_bytes, _markers(tags if isinstance(tags, (str, tuple)) else tuple(tags)))
+    return run(plain(token_ids), token_bytes, _markers(tags if isinstance(tags, (str, tuple)) else tuple(tags)))
 
 
 @lru_cache(maxsize=16)
 def _markers(tags: Any) -> tuple[bytes, ...]:
     """("a", "b") -> (b"<a>", b"</a>", b"<b>", b"</b>")"""
     if isinstance(tags, str) or not tags:
-        raise ValueError(f"tags: got {tags!r}, expected a sequence of at least one tag name")
+        raise wrong("tags", "a sequence of at least one tag name", repr(tags))
     for tag in tags:
         if not isinstance(tag, str) or not re.fullmatch(r"[A-Za-z0-9_.\-]+", tag):
-            raise ValueError(f"tags: got {tag!r}, expected names of ASCII letters, digits, '_', '-' and '.'")
+            raise wrong("tags", "names of ASCII letters, digits, '_', '-' and '.'", repr(tag))
     if len(set(tags)) != len(tags):
-        raise ValueError(f"tags: {tags!r} has a name twice")
+        raise wrong("tags", "every name once", repr(tags))
     return tuple(marker for tag in tags for marker in (f"<{tag}>".encode(), f"</{tag}>".encode()))
