@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, number, one_of, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
 from prism_kernels.group_advantage.rules import RULES, Coefficients, Responses
 
 _PACKAGE = "prism_kernels.group_advantage"
+_IDS = (torch.int64, torch.int32)
 
 
 def _op(name: str) -> Op:
@@ -59,14 +59,12 @@ def group_normalize(
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    if not _is_floating(scores) or scores.dim() not in (1, 2):
-        raise ValueError(f"scores: expected floating (B,) or (K, B), got {_describe(scores)}")
-    _check_ids(group_ids, scores, "scores")
-    if baseline not in ("mean", "leave_one_out"):
-        raise ValueError(f"baseline: expected 'mean' or 'leave_one_out', got {baseline!r}")
-    if scale not in ("std", "none"):
-        raise ValueError(f"scale: expected 'std' or 'none', got {scale!r}")
-    eps = _number("eps", eps, at_least_zero=True)
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() not in (1, 2):
+        raise wrong("scores", "floating (B,) or (K, B)", describe(scores))
+    _check_row("group_ids", group_ids, _IDS, "scores", scores)
+    one_of("baseline", baseline, ("mean", "leave_one_out"))
+    one_of("scale", scale, ("std", "none"))
+    eps = number("eps", eps, at_least=0)
     _, run = NORMALIZE.select(impl, scores.device)
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     if scores.numel() == 0:
@@ -127,32 +125,28 @@ def multi_reward_advantage(
         ValueError: an argument of another shape, dtype, device or value, or accuracy missing; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    if not _is_floating(perception) or perception.dim() != 1:
-        raise ValueError(f"perception: expected floating (B,), got {_describe(perception)}")
-    if not _is_floating(reasoning):
-        raise ValueError(f"reasoning: expected floating (B,), got {_describe(reasoning)}")
-    _check_row("reasoning", reasoning, perception)
-    _check_ids(group_ids, perception, "perception")
-    if not isinstance(rule, str) or rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    check_tensor("perception", perception, {"B": None}, FLOATING)
+    _check_row("reasoning", reasoning, FLOATING, "perception", perception)
+    _check_row("group_ids", group_ids, _IDS, "perception", perception)
+    one_of("rule", rule, tuple(RULES))
     row = RULES[rule]
     if row.reads_accuracy and accuracy is None:
-        raise ValueError(f"accuracy: rule {rule!r} reads it; pass (B,) values in {{0, 1}}, or use rule='align'")
+        raise wrong("accuracy", f"(B,) values in {{0, 1}}, which rule {rule!r} reads", "None", "or use rule='align'")
     for name, flags in (("accuracy", accuracy), ("format_valid", format_valid)):
         if flags is not None:
-            _check_row(name, flags, perception)
+            _check_row(name, flags, None, "perception", perception)
             if flags.is_complex():
-                raise ValueError(f"{name}: expected bool or real numbers (B,), got {_describe(flags)}")
+                raise wrong(name, "bool or real numbers (B,)", describe(flags))
     responses = Responses(perception, reasoning, group_ids, format_valid, accuracy if row.reads_accuracy else None)
     coefficients = Coefficients(
-        _number("perception_weight", perception_weight),
-        _number("reasoning_weight", reasoning_weight),
-        _number("align_coef", align_coef),
-        _number("wrong_penalty", wrong_penalty),
-        _number("format_penalty", format_penalty),
-        _number("accuracy_weight", accuracy_weight),
-        _number("format_weight", format_weight),
-        _number("eps", eps, at_least_zero=True),
+        number("perception_weight", perception_weight),
+        number("reasoning_weight", reasoning_weight),
+        number("align_coef", align_coef),
+        number("wrong_penalty", wrong_penalty),
+        number("format_penalty", format_penalty),
+        number("accuracy_weight", accuracy_weight),
+        number("format_weight", format_weight),
+        number("eps", eps, at_least=0),
     )
     _, run = ADVANTAGE.select(impl, perception.device)
     if perception.numel() == 0:
@@ -161,38 +155,7 @@ def multi_reward_advantage(
         return run(responses, row, coefficients).float()
 
 
-def _is_floating(tensor: object) -> bool:
-    return isinstance(tensor, Tensor) and tensor.is_floating_point()
-
-
-def _describe(tensor: object) -> str:
-    if not isinstance(tensor, Tensor):
-        return f"no tensor but {type(tensor).__name__}"
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _check_ids(group_ids: Tensor, scores: Tensor, name: str) -> None:
-    if not isinstance(group_ids, Tensor) or group_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"group_ids: expected int64 or int32, got {_describe(group_ids)}")
-    _check_row("group_ids", group_ids, scores, name)
-
-
-def _check_row(name: str, tensor: Tensor, like: Tensor, of: str = "perception") -> None:
+def _check_row(name: str, value: object, dtype: str | tuple[torch.dtype, ...] | None, peer: str, like: Tensor) -> None:
     """One value per response, on the same device."""
-    batch = like.shape[-1:]
-    if not isinstance(tensor, Tensor) or tensor.shape != batch or tensor.device != like.device:
-        raise ValueError(
-            f"{name}: expected ({batch[0]},) on {like.device}, one value per response of {of}, got {_describe(tensor)}"
-        )
-
-
-def _number(name: str, value: float, at_least_zero: bool = False) -> float:
-    """``value`` as a Python float; NumPy and zero-dimensional tensors pass, texts do not."""
-    try:
-        number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number) or (at_least_zero and number < 0):
-        expected = "a number >= 0" if at_least_zero else "a finite number"
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return number
+    check_tensor(name, value, {"B": like.shape[-1]}, dtype)
+    check_device(name, value, peer, like)

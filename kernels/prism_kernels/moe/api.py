@@ -7,11 +7,21 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import (
+    FLOATING,
+    INTEGER,
+    check_device,
+    check_tensor,
+    check_values,
+    describe,
+    integer,
+    one_of,
+    wrong,
+)
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
-from prism_kernels.moe.routing import RouteArguments, Routing, as_integer
+from prism_kernels.moe.routing import RouteArguments, Routing
 
 _PACKAGE = "prism_kernels.moe"
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _op(name: str, triton_module: str) -> Op:
@@ -69,24 +79,20 @@ def moe_route(
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    _check_matrix("hidden", hidden, "(T, H)")
-    _check_matrix("router_weight", router_weight, f"(E, H = {hidden.shape[1]})")
-    if router_weight.shape[1] != hidden.shape[1] or router_weight.shape[0] < 1:
-        raise ValueError(f"router_weight: expected (E >= 1, H = {hidden.shape[1]}), got {_describe(router_weight)}")
-    _check_device("router_weight", router_weight, hidden)
+    check_tensor("hidden", hidden, {"T": None, "H": None}, FLOATING)
+    check_tensor("router_weight", router_weight, {"E": None, "H": hidden.shape[1]}, FLOATING)
+    check_device("router_weight", router_weight, "hidden", hidden)
     tokens, experts = hidden.shape[0], router_weight.shape[0]
-    top_k, num_kinds = as_integer("top_k", top_k), as_integer("num_kinds", num_kinds)
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k: expected 1 to E = {experts}, the rows of router_weight, got {top_k}")
-    if num_kinds < 0 or (num_kinds > 0 and segment_kind is None):
-        raise ValueError(
-            f"num_kinds: expected 0, or the number of kinds together with segment_kind, got {num_kinds} "
-            f"and segment_kind {'None' if segment_kind is None else _describe(segment_kind)}"
-        )
-    if num_kinds > 0:
-        _check_integer("segment_kind", segment_kind, (tokens,), "(T,)", hidden, num_kinds, "num_kinds")
+    if not experts:
+        raise wrong("router_weight", "E >= 1 rows", describe(router_weight))
+    top_k, num_kinds = integer("top_k", top_k, 1, experts), integer("num_kinds", num_kinds, 0)
+    if num_kinds:
+        if segment_kind is None:
+            raise wrong("num_kinds", "0, or segment_kind too", f"{num_kinds} and segment_kind None")
+        _check_index("segment_kind", segment_kind, {"T": tokens}, ("num_kinds", num_kinds), "hidden", hidden)
     if expert_index is not None:
-        _check_integer("expert_index", expert_index, (tokens, top_k), "(T, top_k)", hidden, experts, "E")
+        dims = {"T": tokens, "top_k": top_k}
+        _check_index("expert_index", expert_index, dims, ("E", experts), "hidden", hidden)
     arguments = RouteArguments(
         top_k, renormalize, segment_kind if num_kinds else None, num_kinds=max(num_kinds, 1), expert_index=expert_index
     )
@@ -111,11 +117,10 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    num_experts = as_integer("num_experts", num_experts)
-    if num_experts < 1:
-        raise ValueError(f"num_experts: expected E >= 1, got {num_experts}")
-    _check_matrix("weight", weight, "(T, k)")
-    _check_integer("expert_index", expert_index, tuple(weight.shape), "(T, k)", weight, num_experts, "num_experts")
+    num_experts = integer("num_experts", num_experts, 1)
+    check_tensor("weight", weight, {"T": None, "k": None}, FLOATING)
+    dims = dict(zip(("T", "k"), weight.shape))
+    _check_index("expert_index", expert_index, dims, ("num_experts", num_experts), "weight", weight)
     _, run = PLAN.select(impl, weight.device)
     with on_device_of(weight):
         return Routing(expert_index.int(), weight, *run(expert_index, num_experts), None)
@@ -146,27 +151,25 @@ def moe_mlp(
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    _check_matrix("hidden", hidden, "(T, H)")
-    if layout not in ("v5", "v4"):
-        raise ValueError(f"layout: expected 'v5' or 'v4', got {layout!r}")
+    check_tensor("hidden", hidden, {"T": None, "H": None}, FLOATING)
+    one_of("layout", layout, ("v5", "v4"))
     result = hidden.dtype
     hidden, gate_up, down = _autocast(hidden, gate_up, down)
     width = hidden.shape[1]
-    shapes = {"v5": ("(E, 2I, H)", "(E, H, I)"), "v4": ("(E, H, 2I)", "(E, I, H)")}[layout]
+    shapes = {"v5": ("E, 2I, H", "E, H, I"), "v4": ("E, H, 2I", "E, I, H")}[layout]
     for name, weight, shape in (("gate_up", gate_up, shapes[0]), ("down", down, shapes[1])):
-        if not isinstance(weight, Tensor) or weight.dim() != 3:
-            raise ValueError(f"{name}: expected {shape} for layout {layout!r}, got {_describe(weight)}")
-        if weight.dtype != hidden.dtype:
-            raise ValueError(f"{name}: expected {hidden.dtype}, the dtype of hidden, got {_describe(weight)}")
-        _check_device(name, weight, hidden)
+        check_tensor(name, weight, dict.fromkeys(shape.split(", ")), (hidden.dtype,), f"layout is {layout!r}")
+        check_device(name, weight, "hidden", hidden)
     if layout == "v4":
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
     experts, intermediate = down.shape[0], down.shape[2]
     if gate_up.shape != (experts, 2 * intermediate, width) or down.shape[1] != width:
         given = [tuple((w.transpose(1, 2) if layout == "v4" else w).shape) for w in (gate_up, down)]
-        raise ValueError(
-            f"gate_up, down: expected {shapes[0]} and {shapes[1]} with H = {width} for layout {layout!r}, "
-            f"got {given[0]} and {given[1]}; is it the other layout?"
+        raise wrong(
+            "gate_up, down",
+            f"({shapes[0]}) and ({shapes[1]}) with H = {width} for layout {layout!r}",
+            f"{given[0]} and {given[1]}",
+            "is it the other layout?",
         )
     _check_routing(routing, hidden, experts)
     _, run = MLP.select(impl, hidden.device)
@@ -188,64 +191,32 @@ def _autocast(hidden: Tensor, *weights: Tensor) -> list[Tensor]:
     """The operands in autocast's dtype where it is on; fp64 is left alone, as everywhere under autocast."""
     dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden.device) else None
     return [
-        x.to(dtype) if dtype and x.is_floating_point() and x.dtype != torch.float64 else x for x in (hidden, *weights)
+        x.to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in (hidden, *weights)
     ]
 
 
-def _describe(tensor: object) -> str:
-    if not isinstance(tensor, Tensor):
-        return f"no tensor but {type(tensor).__name__}"
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected floating {shape}, got {_describe(tensor)}")
-
-
-def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
-    if tensor.device != hidden.device:
-        raise ValueError(f"{name}: expected a tensor on {hidden.device}, where its peers are, got {_describe(tensor)}")
-
-
-def _check_integer(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dims: str, hidden: Tensor, limit: int, limit_name: str
+def _check_index(
+    name: str, value: object, dims: dict[str, int], bound: tuple[str, int], peer: str, like: Tensor
 ) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS or tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected integer {dims} = {shape}, got {_describe(tensor)}")
-    _check_device(name, tensor, hidden)
-    if tensor.device.type == "cpu" and tensor.numel():
-        low, high = (int(bound) for bound in tensor.aminmax())
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name}: expected values in [0, {limit_name} = {limit}), got {low} to {high}")
+    """Integers in [0, bound), on the device of ``like``."""
+    check_tensor(name, value, dims, INTEGER)
+    check_device(name, value, peer, like)
+    check_values(name, value, *bound)
 
 
 def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
     if not isinstance(routing, Routing):
-        raise ValueError(f"routing: expected the Routing of moe_route, got {type(routing).__name__}")
-    tokens = hidden.shape[0]
-    index, weight = routing.expert_index, routing.weight
-    if not (isinstance(index, Tensor) and isinstance(weight, Tensor) and weight.is_floating_point()) or (
-        index.dim() != 2 or index.shape[0] != tokens or weight.shape != index.shape
-    ):
-        raise ValueError(
-            f"routing: expected expert_index and weight (T = {tokens}, k), the weight floating, "
-            f"got {_describe(index)}, {_describe(weight)}"
-        )
-    order, offset = routing.token_order, routing.expert_offset
-    for name, tensor, size, dims in (
-        ("expert_offset", offset, experts + 1, f"(E + 1,) = ({experts + 1},) of gate_up's experts"),
-        ("token_order", order, index.numel(), f"(T*k,) = ({index.numel()},)"),
-    ):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS or tuple(tensor.shape) != (size,):
-            raise ValueError(f"routing: expected {name} {dims} int32, got {_describe(tensor)}")
-    for tensor in (index, weight, order, offset):
-        _check_device("routing", tensor, hidden)
-    if hidden.device.type == "cpu" and order.numel():
+        raise wrong("routing", "the Routing of moe_route", type(routing).__name__)
+    index, order, offset = routing.expert_index, routing.token_order, routing.expert_offset
+    check_tensor("routing.expert_index", index, {"T": hidden.shape[0], "k": None}, INTEGER)
+    check_tensor("routing.weight", routing.weight, {"T": hidden.shape[0], "k": index.shape[1]}, FLOATING)
+    check_tensor("routing.token_order", order, {"T*k": index.numel()}, INTEGER)
+    check_tensor("routing.expert_offset", offset, {"E + 1": experts + 1}, INTEGER, "E is that of gate_up")
+    for name in ("expert_index", "weight", "token_order", "expert_offset"):
+        check_device(f"routing.{name}", getattr(routing, name), "hidden", hidden)
+    check_values("routing.token_order", order, "T*k", len(order))
+    if hidden.device.type == "cpu":
         edges = offset.tolist()
-        low, high = (int(bound) for bound in order.aminmax())
-        if edges != sorted(edges) or (edges[0], edges[-1]) != (0, len(order)) or low < 0 or high >= len(order):
-            raise ValueError(
-                f"routing: expected expert_offset rising from 0 to T*k = {len(order)} and token_order in [0, T*k), "
-                f"got {edges} and {low} to {high}"
-            )
+        if edges != sorted(edges) or (edges[0], edges[-1]) != (0, len(order)):
+            raise wrong("routing.expert_offset", f"to rise from 0 to T*k = {len(order)}", str(edges))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from prism_kernels.checks import integer
 
 
 class RoutingStats(NamedTuple):
@@ -87,21 +88,10 @@ def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int)
                 f"stats_of_all_layers[{i}]: expected prob_sum of the shape of counts {tuple(stats.counts.shape)}, "
                 f"got {tuple(stats.prob_sum.shape)}"
             )
-    experts, top_k = layers[0].counts.shape[-1], as_integer("top_k", top_k)
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k: expected 1 to E = {experts}, got {top_k}")
+    experts = layers[0].counts.shape[-1]
+    top_k = integer("top_k", top_k, 1, experts)
     device = layers[0].prob_sum.device
     counts = torch.stack([stats.counts.sum(dim=0).to(device) for stats in layers]).sum(dim=0)
     prob_sum = torch.stack([stats.prob_sum.sum(dim=0).to(device) for stats in layers]).sum(dim=0)
     tokens = (counts.sum() / top_k).clamp_min(1.0)  # clamped: no tokens give 0, not NaN
     return (counts.to(prob_sum.dtype) / tokens * (prob_sum / tokens)).sum() * experts
-
-
-def as_integer(name: str, value: int) -> int:
-    """``value`` as a Python integer, of whatever type holds one; no bool, no float. Raises ValueError."""
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"{name}: expected an integer, got {value!r}")

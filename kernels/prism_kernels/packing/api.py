@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable, Sequence
 
+from prism_kernels.checks import integer
 from prism_kernels.dispatch import Impl, Implementation, Op
 from prism_kernels.native import need_native
 from prism_kernels.packing import arguments
@@ -68,8 +69,8 @@ def pack_trees(
     branches and one more branch exceeds ``capacity`` (the tree and its lengths are named), indices out of range.
     """
     _, run = _PACK_TREES.select(impl)
-    capacity = arguments.positive("capacity", capacity)
-    multiple = arguments.positive("num_packs_multiple", num_packs_multiple, upper=1 << 20)
+    capacity = integer("capacity", capacity, 1, arguments.MAX_LENGTH)
+    multiple = integer("num_packs_multiple", num_packs_multiple, 1, 1 << 20)
     flat = arguments.read_trees(trees, together)
     coefficients = arguments.read_cost(cost, len(flat))
     options = arguments.PackOptions(capacity, multiple, bool(split_for_multiple), cost_given=cost is not None)
@@ -105,7 +106,7 @@ def balance(
     two groups.
     """
     _, run = _BALANCE.select(impl)
-    num_ranks = arguments.positive("num_ranks", num_ranks, upper=1 << 31)
+    num_ranks = integer("num_ranks", num_ranks, 1, 1 << 31)
     numbers = arguments.read_numbers("costs", costs)
     if groups is None:
         return run(numbers, num_ranks, bool(equal_count))

@@ -66,17 +66,6 @@ class PackOptions(NamedTuple):
     cost_given: bool  # packs are evened out by cost
 
 
-def positive(name: str, value: Any, upper: int = MAX_LENGTH) -> int:
-    """``value`` as an int >= 1, or ValueError naming the argument."""
-    try:
-        number = index(value)
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or not 1 <= number <= upper:
-        raise ValueError(f"{name}: got {value!r}, expected an integer in [1, {upper}]")
-    return number
-
-
 def plain(values: Any) -> Any:
     """Tensors and arrays as lists of Python numbers; anything else as it is."""
     return values.tolist() if hasattr(values, "tolist") else values
