@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_aside(target: Path, write: Callable[[Path], None]) -> None:
@@ -42,3 +44,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = None) -> None:
+    """``value`` as JSON, by `replacing`."""
+    text = json.dumps(value, indent=indent)
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from prism_fast.files import replacing
 from prism_fast.records import DataError, ImageRef
 
 _VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
@@ -66,8 +67,6 @@ def store_image(ref: ImageRef, folder: Path, subfolder: str) -> str:
     relative = Path(subfolder) / (blake2b(ref.data, digest_size=12).hexdigest() + suffix)
     target = folder / relative
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_suffix(".tmp")
-        aside.write_bytes(ref.data)
-        aside.replace(target)
+        with replacing(target) as aside:
+            aside.write_bytes(ref.data)
     return str(relative)
