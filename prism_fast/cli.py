@@ -138,16 +138,13 @@ def rlvr(config: ConfigFile = None, resume: Resume = False, overrides: Overrides
 def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
     from prism_fast.config import EvaluateConfig, load_config
-    from prism_fast.data.chat import Chat
-    from prism_fast.models.backbone import local_directory
-    from prism_fast.models.load import load_policy
+    from prism_fast.models.load import open_policy
     from prism_fast.steps.evaluate import EvalSet, evaluate
 
     _quiet_transformers()
     settings = load_config(EvaluateConfig, config, overrides or ())
-    chat = Chat.load(local_directory(settings.model.path))
+    policy, chat = open_policy(settings.model)
     held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
-    policy = load_policy(settings.model, chat)
     console = Console()
     with console.status(f"{len(held_out)} prompts, {settings.eval.samples} responses each"):
         result = evaluate(policy, chat, held_out, settings.eval, name=settings.model.path.name, seed=settings.seed)

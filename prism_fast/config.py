@@ -39,6 +39,11 @@ class DataConfig(Node):
     max_prompt_tokens: int = Field(2048, gt=0)
     system_prompt: str | None = None  # put before prompts that have none
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Options of data/formats.py's readers."""
+        return {"skip_bad": self.skip_bad_records, "system_prompt": self.system_prompt}
+
 
 class OptimizerConfig(Node):
     lr: float = Field(gt=0)

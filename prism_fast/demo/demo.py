@@ -33,11 +33,11 @@ from prism_fast.config import (
     merge,
     read_yaml,
 )
-from prism_fast.data.chat import Chat
 from prism_fast.data.formats import read_sft
 from prism_fast.demo.digits import DemoFiles, DemoSizes, write_demo_data
 from prism_fast.demo.tiny import make_tiny_model
-from prism_fast.models.load import load_policy
+from prism_fast.files import write_json
+from prism_fast.models.load import open_policy
 from prism_fast.records import DataError
 from prism_fast.report.build import build_report
 from prism_fast.run.environment import environment
@@ -109,14 +109,13 @@ class Demo:
 
     def measure(self, name: str, model: Path) -> Evaluation:
         """Held-out figures of a model directory, written for the report."""
-        chat = Chat.load(model)
+        policy, chat = open_policy(ModelConfig(path=model))
         settings = load_config(EvalConfig, None, base=self.recipe.get("eval", {}))
         data = DataConfig(files=(self.files.eval,))
         held_out = EvalSet.read(data, data.files, settings.limit, chat)
         if self.teacher is None:
             self.teacher = judge_teacher(data.files, settings.limit, chat)
             self.teacher.write(self.out / "evaluations" / "teacher.json")
-        policy = load_policy(ModelConfig(path=model), chat)
         result = evaluate(policy, chat, held_out, settings, name=name, seed=self.seed)
         result.write(self.out / "evaluations" / f"{name}.json")
         self.evaluations[name] = result
@@ -242,7 +241,7 @@ def demo(
             _pipeline(again)
             pairs_of_seeds.append(_against_direct(again))
         summary["compare"] = _comparison(pairs_of_seeds)
-        _write_json(out / "summary.json", summary)
+        write_json(out / "summary.json", summary, indent=1)
     report = build_report(out)
     _show(console, summary)
     console.print(f"summary {out / 'summary.json'}   report {report}   {summary['seconds']:.0f} s", soft_wrap=True)
@@ -260,7 +259,7 @@ def _pipeline(run: Demo) -> dict[str, Any]:
     run.measure("align", aligned)
     run.measure("rlvr", run.run_rlvr(aligned))
     summary = run.summary(time.perf_counter() - began)
-    _write_json(run.out / "summary.json", summary)
+    write_json(run.out / "summary.json", summary, indent=1)
     return summary
 
 
@@ -302,13 +301,7 @@ def _claim(out: Path, started_with: dict[str, Any], resume: bool) -> None:
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(mark, started_with)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content, indent=1, default=str))
-    aside.replace(path)
+    write_json(mark, started_with, indent=1)
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@ import torch
 
 from prism_fast.config import ModelConfig
 from prism_fast.data.chat import Chat
+from prism_fast.models.backbone import local_directory
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
+from prism_kernels.moe import load_product_choices, product_choices
 
 
 def pick_device() -> torch.device:
@@ -23,17 +25,38 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_policy(config: ModelConfig, chat: Chat) -> Policy:
+def open_policy(config: ModelConfig, saved: Path | None = None) -> tuple[Policy, Chat]:
+    """The policy at ``config.path`` and the chat format beside it; from ``saved``, a checkpoint's, where it is given.
+
+    Raises DataError where there is no such model, or it is of another architecture; so do the others here.
+    """
+    path = saved or local_directory(config.path)
+    chat = Chat.load(path)
+    return load_policy(config, chat, path), chat
+
+
+def load_policy(config: ModelConfig, chat: Chat, saved: Path | None = None) -> Policy:
+    """A policy that samples what ``chat`` lets it."""
     device = pick_device()
-    dtype = pick_dtype(config.dtype, device)
-    policy = Policy.load(config.path, forbidden=chat.forbidden_ids, words=chat.vocab_size, dtype=dtype, device=device)
+    path, dtype = saved or config.path, pick_dtype(config.dtype, device)
+    policy = Policy.load(path, forbidden=chat.forbidden_ids, words=chat.vocab_size, dtype=dtype, device=device)
     return _prepare(policy, config)
 
 
-def load_discriminator(config: ModelConfig, head_dropout: float = 0.0) -> Discriminator:
+def open_discriminator(
+    config: ModelConfig, saved: Path | None = None, head_dropout: float = 0.0
+) -> tuple[Discriminator, Chat]:
+    """As `open_policy`."""
+    path = saved or local_directory(config.path)
+    chat = Chat.load(path)
+    return load_discriminator(config, path, head_dropout), chat
+
+
+def load_discriminator(config: ModelConfig, saved: Path | None = None, head_dropout: float = 0.0) -> Discriminator:
+    """A discriminator without a chat format of its own: it reads what a policy's has made."""
     device = pick_device()
-    made = Discriminator.load(config.path, dtype=pick_dtype(config.dtype, device), device=device, dropout=head_dropout)
-    return _prepare(made, config)
+    path, dtype = saved or config.path, pick_dtype(config.dtype, device)
+    return _prepare(Discriminator.load(path, dtype=dtype, device=device, dropout=head_dropout), config)
 
 
 def _prepare(module, config: ModelConfig):
@@ -52,3 +75,14 @@ def with_chat(model: Policy | Discriminator, chat: Chat) -> Callable[[Path], Non
         chat.save(path)
 
     return save_both
+
+
+class ProductChoices:
+    """Which library multiplies the experts on a GPU, as a part of a checkpoint.
+
+    It was measured, and measured again the choice could fall otherwise: other products give other bits. A trainer of
+    several processes then calls `prism_kernels.moe.settle_products` for its experts, which broadcasts rank 0's choices.
+    """
+
+    state = staticmethod(product_choices)
+    load = staticmethod(load_product_choices)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ VERSION = 1
 def save(
     folder: Path,
     step: int,
-    models: dict[str, Callable[[Path], None]],
+    models: Mapping[str, Callable[[Path], None]],
     tensors: dict[str, Tensor],
     state: dict[str, Any],
     keep_last: int,

@@ -1,27 +1,46 @@
-"""What every stage needs around its loop: determinism, signals, timing, checkpoints and resume."""
+"""What every stage needs around its loop: its folder, determinism, signals, timing, resume, and the end of a step.
+
+A session knows no model, no kernel and no data: a stage hands in what is saved, restored and evaluated.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from prism_fast.config import ModelConfig, RunConfig
-from prism_fast.models.backbone import local_directory
-from prism_fast.records import DataError
+from prism_fast.config import RunConfig, WatchConfig
+from prism_fast.files import write_aside
+from prism_fast.records import DataError, StepStats
 from prism_fast.run import checkpoint
-from prism_kernels.moe import load_product_choices, product_choices
+from prism_fast.run.alerts import Watch
+from prism_fast.run.monitor import Monitor
 
-T = TypeVar("T")
+SaveModel = Callable[[Path], None]  # writes a model's directory
+# -> (held-out figures, what the best checkpoint has most of)
+Evaluate = Callable[[], tuple[dict[str, float], float]]
 
-Saved = dict[str, Callable[[Path], None]]
+
+class Optimizer(Protocol):
+    """Tensors that a resumed run must find as they were."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: dict[str, Tensor], steps: int) -> None: ...
+
+
+class Part(Protocol):
+    """Anything else that a resumed run must find as it was; ``state()`` is JSON. ``load`` of another's: ValueError."""
+
+    def state(self) -> Any: ...
+
+    def load(self, state: Any) -> None: ...
 
 
 class Stopped(Exception):
@@ -60,17 +79,19 @@ class Clock:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
-class Run:
-    """The folder of one stage: checkpoints, resume, and stopping at the end of a step.
+class Session:
+    """One stage in its folder ``config.out``: resumed where it was left, stopped at the end of a step.
 
     ::
 
-        with Run("sft", config.run, resume) as run:
-            first, tensors, state = run.restore()
+        with Session("sft", config.run, resume) as session:
+            ...                                             # models, from session.saved(name) where it is not None
+            first = session.begin(total, models=..., optimizers=...)
             for step in range(first, total):
+                clock = Clock()
                 ...
-                run.step_done(step + 1, models, tensors, state)
-            run.finish(models)
+                session.end_of_step(step + 1, clock, tokens, metrics, warnings)
+            return session.finish()
     """
 
     def __init__(self, stage: str, config: RunConfig, resume: bool):
@@ -78,13 +99,18 @@ class Run:
         self.out = config.out
         self.folder = config.out / "checkpoints"
         self.final = config.out / "final"
-        self.best: tuple[int, float] | None = None
+        self.state: dict[str, Any] = {}  # of the checkpoint: what ``end_of_step`` was given, among others
+        self.figures: dict[str, float] = {}  # of the last evaluation
+        self._best: tuple[int, float] | None = None  # step, value
+        self._checkpoint: Path | None = None
+        self._open = contextlib.ExitStack()  # the monitor
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Session:
         if not self.resume and (self.final.exists() or checkpoint.steps(self.folder)):
             raise DataError(f"{self.out}: holds an earlier run; add --resume to go on, or choose another run.out")
+        self._checkpoint = checkpoint.latest(self.folder) if self.resume else None
         self.out.mkdir(parents=True, exist_ok=True)
         set_up_torch(self.config)
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -93,6 +119,7 @@ class Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._open.close()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -101,77 +128,117 @@ class Run:
             raise KeyboardInterrupt
         self._signum = signum
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, where resuming was asked for and there is one."""
-        return checkpoint.latest(self.folder) if self.resume else None
+    def saved(self, model: str) -> Path | None:
+        """The directory of a model in the checkpoint that this run resumes from; None for a fresh start."""
+        return None if self._checkpoint is None else self._checkpoint / model
 
-    def model(self, name: str, config: ModelConfig) -> ModelConfig:
-        """Where to load a model from: the checkpoint, or the configured path."""
-        found = self.checkpoint
-        path = local_directory(config.path) if found is None else found / name
-        return config.model_copy(update={"path": path})
+    def begin(
+        self,
+        total: int,
+        *,
+        models: Mapping[str, SaveModel],
+        optimizers: Mapping[str, Optimizer],
+        parts: Mapping[str, Part] | None = None,
+        evaluate: Evaluate | None = None,
+        watch: WatchConfig | None = None,
+    ) -> int:
+        """Restores what the checkpoint holds and opens the records; returns the number of steps that are done.
 
-    def restore(self) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
-        """(steps done, trainer tensors, trainer state); zeros and empty for a fresh start.
-
-        Also puts back which library multiplied the experts on a GPU, so call it before the first forward: measured
-        again, the choice could fall otherwise, and other products give other bits. A trainer of several processes
-        then calls ``prism_kernels.moe.settle_products`` for its experts, which broadcasts rank 0's choices.
+        Call it before the first forward, which the restored state may decide about. A checkpoint holds ``models`` as
+        directories, the tensors of ``optimizers`` under their names as prefixes, and ``parts`` by name in trainer.json;
+        a part that it lacks (it was written before there was one) stays as it is.
         """
-        found = self.checkpoint
-        if found is None:
-            return 0, {}, {}
-        tensors, state = checkpoint.load(found)
-        threads = state.get("threads")
+        self.total, self._models, self._optimizers, self._evaluate = total, models, optimizers, evaluate
+        self._watch = None if watch is None else Watch(**watch.model_dump())
+        self._parts = {**(parts or {}), **({} if self._watch is None else {"watch": self._watch})}
+        first = 0 if self._checkpoint is None else self._restore(self._checkpoint)
+        self._monitor = self._open.enter_context(
+            Monitor(self.stage, self.out, total, tracker=self.config.tracker, start_step=first)
+        )
+        return first
+
+    def _restore(self, found: Path) -> int:
+        tensors, self.state = checkpoint.load(found)
+        threads = self.state.get("threads")
         if threads != torch.get_num_threads() and not torch.cuda.is_available():
             raise DataError(
                 f"{found}: written with {threads} torch threads, now {torch.get_num_threads()}; "
                 f"set run.threads={threads} to continue bit for bit"
             )
-        try:
-            load_product_choices(state.get("product_choices", {}))
-        except ValueError as error:
-            raise DataError(f"{found}/trainer.json: product_choices: {error}") from None
-        if state.get("best") is not None:
-            self.best = (state["best"], state["best_value"])
-        return state["step"], tensors, state
+        step = self.state["step"]
+        for prefix, optimizer in self._optimizers.items():
+            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            optimizer.load(own, step)
+        for name, part in self._parts.items():
+            if name in self.state:
+                try:
+                    part.load(self.state[name])
+                except (ValueError, TypeError, KeyError) as error:
+                    raise DataError(f"{found}/trainer.json: {name}: {error}") from None
+        if self.state.get("best") is not None:
+            self._best = (self.state["best"], self.state["best_value"])
+        return step
 
-    def improved(self, step: int, value: float) -> bool:
-        """Tells whether ``value`` (higher is better) is the best so far; its checkpoint is then kept."""
-        if self.best is None or value > self.best[1]:
-            self.best = (step, value)
-            return True
-        return False
+    def warn(self, step: int, text: str) -> None:
+        """Shows and records a warning about a step that has not ended."""
+        self._monitor.warn(f"step {step}: {text}")
 
-    def step_done(
-        self, step: int, total: int, models: Saved, tensors: Callable[[], dict[str, Tensor]], state: dict[str, Any]
+    def end_of_step(
+        self,
+        step: int,
+        clock: Clock,
+        tokens: dict[str, int],
+        metrics: dict[str, float],
+        warnings: Sequence[str] = (),
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        """Saves where it is time to; raises Stopped, after saving, where a signal asked for it."""
-        every = self.config.save_every
-        is_best = self.best is not None and self.best[0] == step
-        if (every and step % every == 0) or step == total or is_best or self._signum is not None:
-            best, value = self.best if self.best is not None else (None, None)
-            state = {**state, "best_value": value, "threads": torch.get_num_threads(), "stage": self.stage}
-            state["product_choices"] = product_choices()
-            saved = checkpoint.save(self.folder, step, models, tensors(), state, self.config.keep_last, best)
-            if self._signum is not None and step < total:
+        """Records step ``step`` (from 1), warns, evaluates and saves where it is time to.
+
+        ``tokens`` by part of the step; ``state``: what else a resumed run needs, as JSON, by name. Raises Stopped,
+        after saving, where a signal asked for it.
+        """
+        stats = StepStats(step, metrics, clock.seconds, tokens)
+        self._monitor.step(stats)
+        for text in self._watch.observe(stats) if self._watch is not None else ():
+            self._monitor.warn(text)
+        for text in warnings:
+            self.warn(step, text)
+        if self._evaluate is not None and self._is_time(step, self.config.eval_every):
+            self.figures, value = self._evaluate()
+            self._monitor.evaluation(step, self.figures)
+            if self._best is None or value > self._best[1]:
+                self._best = (step, value)
+        is_best = self._best is not None and self._best[0] == step
+        if self._is_time(step, self.config.save_every) or is_best or self._signum is not None:
+            saved = self._save(step, dict(state or {}))
+            if self._signum is not None and step < self.total:
                 raise Stopped(self._signum, saved)
 
-    def finish(self, models: Saved) -> None:
-        """``OUT/final/``: the models of the last step as directories that other tools open."""
+    def _is_time(self, step: int, every: int) -> bool:
+        """Every ``every`` steps, and at the end."""
+        return step == self.total or (every > 0 and step % every == 0)
+
+    def _save(self, step: int, state: dict[str, Any]) -> Path:
+        tensors = {
+            f"{prefix}{name}": value
+            for prefix, optimizer in self._optimizers.items()
+            for name, value in optimizer.tensors().items()
+        }
+        best, value = self._best if self._best is not None else (None, None)
+        state.update({name: part.state() for name, part in self._parts.items()})
+        state.update(best_value=value, threads=torch.get_num_threads(), stage=self.stage)
+        return checkpoint.save(self.folder, step, self._models, tensors, state, self.config.keep_last, best)
+
+    def finish(self, skipped: Sequence[str] = ()) -> dict[str, float]:
+        """Reports the records that were ``skipped``, writes ``OUT/final/``: the models of the last step as directories
+        that other tools open. Returns the figures of the last evaluation."""
+        for line in skipped:
+            self._monitor.warn(f"skipped: {line}")
+        self._open.close()
 
         def write(aside: Path) -> None:
-            for name, save_model in models.items():
+            for name, save_model in self._models.items():
                 save_model(aside / name)
 
-        checkpoint.write_aside(self.final, write)
-
-    def discard(self) -> None:
-        """Removes everything a run of this stage wrote."""
-        shutil.rmtree(self.out, ignore_errors=True)
-
-
-def is_time(step: int, every: int, total: int) -> bool:
-    """Every ``every`` steps, and at the end."""
-    return step == total or (every > 0 and step % every == 0)
+        write_aside(self.final, write)
+        return self.figures

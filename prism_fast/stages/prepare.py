@@ -9,11 +9,9 @@ from functools import partial
 import torch
 
 from prism_fast.config import FilterConfig, PairsConfig
-from prism_fast.data.chat import Chat
 from prism_fast.data.encode import encode_all, question
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
-from prism_fast.models.backbone import local_directory
-from prism_fast.models.load import load_policy
+from prism_fast.models.load import open_policy
 from prism_fast.records import DataError, Rollout, Sample
 from prism_fast.reward import split_parts, verifiable_reward
 from prism_fast.steps.sampler import generate
@@ -26,7 +24,7 @@ def pairs(config: PairsConfig, progress: Progress | None = None) -> dict[str, in
 
     A response without a valid format has no parts to compare, and is counted, not written.
     """
-    data = read_align(config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt)
+    data = read_align(config.data.files, **config.data.reading)
     samples, rollout = _roll_out(config, data, progress)
     records = []
     for text, group in zip(rollout.text, rollout.group.tolist()):
@@ -47,7 +45,7 @@ def pairs(config: PairsConfig, progress: Progress | None = None) -> dict[str, in
 
 def filter_prompts(config: FilterConfig, progress: Progress | None = None) -> dict[str, int]:
     """Keeps the prompts whose pass rate over ``samples`` rollouts lies in [low, high]; returns counts."""
-    data = read_rlvr(config.data.files, skip_bad=config.data.skip_bad_records, system_prompt=config.data.system_prompt)
+    data = read_rlvr(config.data.files, **config.data.reading)
     samples, rollout = _roll_out(config, data, progress)
     right = torch.zeros(len(samples))
     for text, group in zip(rollout.text, rollout.group.tolist()):
@@ -74,8 +72,7 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None) -> di
 def _roll_out(
     config: PairsConfig | FilterConfig, data: Dataset, progress: Progress | None
 ) -> tuple[list[Sample], Rollout]:
-    chat = Chat.load(local_directory(config.model.path))
-    policy = load_policy(config.model, chat)
+    policy, chat = open_policy(config.model)
     picked = list(range(min(len(data), config.limit or len(data))))
     encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
     encoded = encode_all(data, picked, encode)

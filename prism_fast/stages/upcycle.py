@@ -17,9 +17,10 @@ def upcycle_directory(config: UpcycleConfig) -> Path:
     """Reads config.model.path, writes the discriminator with its tokenizer to config.out."""
     if config.out.exists():
         raise DataError(f"{config.out}: exists already; choose another out, or remove it")
-    chat = Chat.load(local_directory(config.model.path))
+    path = local_directory(config.model.path)
+    chat = Chat.load(path)
     made = upcycle(
-        config.model.path,
+        path,
         num_experts=config.num_experts,
         top_k=config.top_k,
         expert_noise=config.expert_noise,

@@ -128,6 +128,13 @@ def score_metrics(scores: Scores, group: Tensor) -> dict[str, float]:
     return metrics
 
 
+def response_metrics(rollout: Rollout, scores: Scores, accuracy: Tensor | None, chat: Chat) -> dict[str, float]:
+    """Means over the responses of a batch; accuracy (B,) where there are gold answers."""
+    metrics = {"format_valid": float(scores.format_valid.float().mean()), "response_length": rollout.mean_length}
+    metrics |= part_lengths(rollout, chat)
+    return metrics if accuracy is None else {**metrics, "accuracy": float(accuracy.mean())}
+
+
 def part_lengths(rollout: Rollout, chat: Chat) -> dict[str, float]:
     """Mean sampled tokens of the caption and of the reasoning of valid responses; absent where none is valid."""
     found = [find_tag_spans(ids.tolist(), chat.token_bytes) for ids in rollout.response_ids]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 from scipy.stats import wasserstein_distance
 
-from prism_fast.config import DataConfig, Sampling
+from prism_fast.config import DataConfig, EvalConfig, Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import read_align, read_rlvr
 from prism_fast.data.images import image_uri
+from prism_fast.files import write_json
 from prism_fast.models.policy import Policy
 from prism_fast.records import DataError, Prompt, Sample
 from prism_fast.reward import count_caption_items, count_reasoning_steps, verifiable_reward
@@ -34,7 +34,7 @@ class EvalSet:
         """From alignment or RLVR files; None where there are none."""
         if not files:
             return None
-        dataset = read_rlvr(files, skip_bad=data.skip_bad_records, system_prompt=data.system_prompt)
+        dataset = read_rlvr(files, **data.reading)
         samples = [dataset[i] for i in range(min(len(dataset), limit or len(dataset)))]
         for sample in samples:
             if sample.gold is None:
@@ -69,10 +69,7 @@ class Evaluation:
         return out
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps(vars(self)))
-        aside.replace(path)
+        write_json(path, vars(self))
 
 
 def evaluate(
@@ -90,6 +87,21 @@ def evaluate(
     samples = [held_out.samples[g] for g in rollout.group.tolist()]
     lengths = [len(ids) for ids in rollout.response_ids]
     return judge(name, samples, list(rollout.text), lengths, sampling.samples)
+
+
+def evaluator(
+    policy: Policy, chat: Chat, data: DataConfig, config: EvalConfig, seed: int
+) -> Callable[[], tuple[dict[str, float], float]] | None:
+    """() -> (figures, accuracy) on ``data.eval_files`` of the policy as it then is; None where there are no files."""
+    held_out = EvalSet.read(data, data.eval_files, config.limit, chat)
+    if held_out is None:
+        return None
+
+    def measure() -> tuple[dict[str, float], float]:
+        result = evaluate(policy, chat, held_out, config, seed=seed)
+        return result.figures(), result.accuracy
+
+    return measure
 
 
 def judge(name: str, samples: list[Sample], texts: list[str], lengths: list[int], k: int = 1) -> Evaluation:

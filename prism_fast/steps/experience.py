@@ -43,6 +43,16 @@ def experience(
     )
 
 
+def experience_metrics(batch: Experience) -> dict[str, float]:
+    """Means over a batch's responses."""
+    return {
+        "reward": float(batch.reward.mean()),
+        "accuracy": float(batch.accuracy.mean()),
+        "format_valid": float(batch.format_valid.float().mean()),
+        "response_length": batch.rollout.mean_length,
+    }
+
+
 def rewards_of(rollout: Rollout, samples: Sequence[Sample], **weights: float) -> list[Reward]:
     """One verifiable reward per response; samples (G,), by prompt."""
     asked = [samples[group] for group in rollout.group.tolist()]

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from prism_fast.config import RunConfig
+from prism_fast.models.load import ProductChoices
 from prism_fast.records import DataError
 from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
-from prism_fast.run.session import Run
+from prism_fast.run.session import Clock, Session
 from prism_kernels.moe import grouped_gemm_choice, product_choices
 from tests.tiny_run import run_stage, settings
 
@@ -152,26 +153,30 @@ def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
 def test_measured_products_come_back_before_the_first_step(tmp_path, monkeypatch):
     """A GPU's choice of who multiplies the experts changes bits; a resumed process must not make it again."""
     config, saved = RunConfig(out=tmp_path, save_every=1), {"NVIDIA H200 bfloat16 E4 H2048 I6144 v5": "triton"}
+
+    def begin(session):
+        return session.begin(2, models={}, optimizers={}, parts={"product_choices": ProductChoices()})
+
     monkeypatch.setattr(grouped_gemm_choice, "_choices", dict(saved))
-    with Run("align", config, resume=False) as run:
-        assert run.restore() == (0, {}, {})
-        run.step_done(1, 2, {}, dict, {})
+    with Session("align", config, resume=False) as session:
+        assert begin(session) == 0
+        session.end_of_step(1, Clock(), {}, {})
     monkeypatch.setattr(grouped_gemm_choice, "_choices", {})  # another process
-    with Run("align", config, resume=True) as run:
-        assert run.restore()[0] == 1
+    with Session("align", config, resume=True) as session:
+        assert begin(session) == 1
         assert product_choices() == saved
-        run.step_done(2, 2, {}, dict, {})
+        session.end_of_step(2, Clock(), {}, {})
     file = tmp_path / "checkpoints/step-000002/trainer.json"
     state = json.loads(file.read_text())
     assert state["product_choices"] == saved
 
     file.write_text(json.dumps({**state, "product_choices": {"here": "cublas"}}))
     with (
-        Run("align", config, resume=True) as run,
+        Session("align", config, resume=True) as session,
         pytest.raises(DataError, match=r"step-000002/trainer.json: product_choices: .*'cublas' of 'here'"),
     ):
-        run.restore()
+        begin(session)
     del state["product_choices"]  # written before choices were saved
     file.write_text(json.dumps(state))
-    with Run("align", config, resume=True) as run:
-        assert run.restore()[0] == 2
+    with Session("align", config, resume=True) as session:
+        assert begin(session) == 2
