@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +12,33 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from prism_fast.records import DataError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+class Commands(TyperGroup):
+    """How every command ends: bad input is one line on stderr and exit status 2, a stopped run 128 + its signal."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        from prism_fast.run.session import Stopped
+
+        try:
+            return super().invoke(ctx)
+        except DataError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        except Stopped as stop:
+            print(str(stop), file=sys.stderr)
+            sys.exit(128 + stop.signum)
+        except KeyboardInterrupt:
+            print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 data_app = typer.Typer(no_args_is_help=True, help="Check data files; make warm-up pairs; keep prompts by pass rate.")
 app.add_typer(data_app, name="data")
 
@@ -20,17 +46,11 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, values in YAML.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in run.out.")]
 
+CLONE = Path(__file__).resolve().parent.parent  # where the package lies in a clone; benchmarks/ is not installed
+
 
 def main() -> None:
-    """Entry point. Bad input is one line on stderr and exit status 2; a stopped run exits with 128 + its signal."""
-    try:
-        app(standalone_mode=True)
-    except DataError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
-        sys.exit(130)
+    app()
 
 
 def _quiet_transformers() -> None:
@@ -40,17 +60,17 @@ def _quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def _stage(run, cls, config: Path | None, overrides: list[str] | None, resume: bool) -> None:
+def _settings(cls, config: Path | None, overrides: list[str] | None):
+    """The configuration of a command that opens models."""
     from prism_fast.config import load_config
-    from prism_fast.run.session import Stopped
 
     _quiet_transformers()
-    settings = load_config(cls, config, overrides or ())
-    try:
-        figures = run(settings, resume=resume)
-    except Stopped as stop:
-        print(str(stop), file=sys.stderr)
-        sys.exit(128 + stop.signum)
+    return load_config(cls, config, overrides or ())
+
+
+def _stage(run, cls, config: Path | None, overrides: list[str] | None, resume: bool) -> None:
+    settings = _settings(cls, config, overrides)
+    figures = run(settings, resume=resume)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
     Console().print(f"done: {settings.run.out / 'final'}  {shown}", soft_wrap=True)
 
@@ -69,22 +89,17 @@ def demo(
     """PRISM in miniature on real images: all stages, summary.json and report.html."""
     from prism_fast.config import parse_overrides
     from prism_fast.demo.demo import demo as run
-    from prism_fast.run.session import Stopped
 
     _quiet_transformers()
-    try:
-        run(
-            out,
-            seed=seed,
-            smoke=smoke,
-            compare=seeds if compare else 0,
-            preset=preset,
-            resume=resume,
-            overrides=parse_overrides(overrides or ()),
-        )
-    except Stopped as stop:
-        print(str(stop), file=sys.stderr)
-        sys.exit(128 + stop.signum)
+    run(
+        out,
+        seed=seed,
+        smoke=smoke,
+        compare=seeds if compare else 0,
+        preset=preset,
+        resume=resume,
+        overrides=parse_overrides(overrides or ()),
+    )
 
 
 @app.command()
@@ -99,11 +114,10 @@ def sft(config: ConfigFile = None, resume: Resume = False, overrides: Overrides 
 @app.command()
 def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Stage 2a: a dense model becomes a mixture-of-experts discriminator."""
-    from prism_fast.config import UpcycleConfig, load_config
+    from prism_fast.config import UpcycleConfig
     from prism_fast.stages.upcycle import upcycle_directory
 
-    _quiet_transformers()
-    path = upcycle_directory(load_config(UpcycleConfig, config, overrides or ()))
+    path = upcycle_directory(_settings(UpcycleConfig, config, overrides))
     Console().print(f"done: {path}", soft_wrap=True)
 
 
@@ -137,12 +151,11 @@ def rlvr(config: ConfigFile = None, resume: Resume = False, overrides: Overrides
 @app.command("eval")
 def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
-    from prism_fast.config import EvaluateConfig, load_config
+    from prism_fast.config import EvaluateConfig
     from prism_fast.models.load import open_policy
     from prism_fast.steps.evaluate import EvalSet, evaluate
 
-    _quiet_transformers()
-    settings = load_config(EvaluateConfig, config, overrides or ())
+    settings = _settings(EvaluateConfig, config, overrides)
     policy, chat = open_policy(settings.model)
     held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
     console = Console()
@@ -193,10 +206,7 @@ def data_filter(config: ConfigFile = None, overrides: Overrides = None) -> None:
 def _prepare(run, cls, config: Path | None, overrides: list[str] | None) -> None:
     from rich.progress import Progress
 
-    from prism_fast.config import load_config
-
-    _quiet_transformers()
-    settings = load_config(cls, config, overrides or ())
+    settings = _settings(cls, config, overrides)
     console = Console()
     if settings.out.exists():
         raise DataError(f"{settings.out}: exists already; choose another out, or remove it")
@@ -208,29 +218,32 @@ def _prepare(run, cls, config: Path | None, overrides: list[str] | None) -> None
     console.print(f"written: {settings.out}", soft_wrap=True)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(
-    context: typer.Context,
-    op: Annotated[str, typer.Argument(help="linear_logprob, advantage, moe, ...: a bench_<op>.py of the clone.")],
-    peers: Annotated[str | None, typer.Option(help="Parts of peers' names, comma-separated; default: all.")] = None,
-    shape: Annotated[list[str] | None, typer.Option(help="published, cpu, tiny, or T=8192,V=32768.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG: time and memory over T, roofline.")] = None,
-    base: Annotated[str | None, typer.Option(help="A commit to compare with, side by side.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Timing of one problem.")] = None,
-    no_tests: Annotated[bool, typer.Option("--no-tests", help="Do not run the op's tests first.")] = False,
-) -> None:
-    """Time, memory and error of an op beside its peers, or of a whole step (needs a clone).
-
-    Further options are the benchmark's own: python -m benchmarks OP --help lists them.
-    """
-    from prism_fast.bench import run
-
-    given = {"peers": peers, "json": json, "plot": plot, "base": base, "device": device, "seconds": seconds}
-    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    options += [f"--shape={value}" for value in shape or ()] + (["--no-tests"] if no_tests else [])
-    sys.exit(run([op, *options, *context.args]))
+# Every argument is the benchmark's own, --help too: what ships knows nothing of what does not.
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Time, memory and error of an op beside its peers, or of a whole step (needs a clone): bench OP --help."""
+    if not (CLONE / "benchmarks" / "__main__.py").is_file():
+        raise DataError(
+            f"bench: {CLONE} holds no benchmarks/, which is not part of the installed package; run it from a clone "
+            "(git clone, pip install -e ., prism-fast bench ...)"
+        )
+    # The clone's benchmarks/ must win over anything installed under that name, and over the current folder's, which
+    # python would put first; so this is `python -m benchmarks`, without that folder.
+    start = "import runpy, sys; del sys.path[0]; runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)"
+    path = [str(CLONE), str(CLONE / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    sys.stdout.flush()
+    benchmark = subprocess.Popen(
+        [sys.executable, "-c", start, *context.args], env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    )
+    try:
+        status = benchmark.wait()
+    except KeyboardInterrupt:  # a terminal has sent it to the benchmark too, which ends by itself
+        try:
+            status = benchmark.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            benchmark.terminate()
+            status = benchmark.wait()
+    sys.exit(status if status >= 0 else 128 - status)
 
 
 @app.command()

@@ -1,6 +1,9 @@
 """The command line: what it has (growth is a decision), and what bad input gets: one line, exit status 2."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -36,14 +39,79 @@ def test_the_command_line_is_frozen():
         "align": ["--config", "--resume"],
         "rlvr": ["--config", "--resume"],
         "eval": ["--config"],
+        "bench": [],
         "doctor": [],
         "data check": ["--skip-bad-records"],
         "data pairs": ["--config"],
         "data filter": ["--config"],
     }
-    for name, flags in expected.items():
-        assert options[name] == flags, name
-    assert set(options) - set(expected) <= {"bench"}
+    assert options == expected
+
+
+def clone(root):
+    """A clone of which the benchmarks say what they were called with."""
+    (root / "benchmarks").mkdir(parents=True)
+    (root / "benchmarks" / "__init__.py").touch()
+    (root / "benchmarks" / "__main__.py").write_text(
+        "import json, os, signal, sys\n"
+        "try:\n"
+        "    print(json.dumps([sys.argv[1:], os.getcwd(), sys.path, __file__]), flush=True)\n"
+        "    if sys.argv[1] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if sys.argv[1] == 'wait': signal.pause()\n"
+        "    sys.exit(5)\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(7)\n"
+    )
+    return root
+
+
+def test_bench_hands_everything_to_the_clones_benchmarks(tmp_path, capfd, monkeypatch):
+    root = clone(tmp_path / "clone")
+    other = clone(tmp_path / "elsewhere")  # what lies under that name in the current folder or on the path loses
+    monkeypatch.setattr(cli, "CLONE", root)
+    monkeypatch.setenv("PYTHONPATH", str(other))
+    monkeypatch.chdir(other)
+    given = ["moe", "--help", "--shape", "T=1", "--shape=T=2", "-x", "--plot", "a b.png"]
+    status, out, _ = run(capfd, monkeypatch, "bench", *given)
+    arguments, folder, path, file = json.loads(out)
+    assert status == 5 and arguments == given and folder == str(other)
+    assert file == str(root / "benchmarks" / "__main__.py")
+    assert path[:3] == [str(root), str(root / "kernels"), str(other)]
+    assert run(capfd, monkeypatch, "bench", "killed")[0] == 128 + signal.SIGKILL
+
+
+def test_bench_ends_with_its_benchmark_at_ctrl_c(tmp_path):
+    root = clone(tmp_path / "clone")
+    code = (
+        f"import sys; from pathlib import Path; from prism_fast import cli; cli.CLONE = Path({str(root)!r}); cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "bench", "wait"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert "wait" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to both
+    assert process.wait(timeout=60) == 7
+
+
+def test_bench_without_a_clone_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "CLONE", tmp_path)
+    status, _, err = run(capsys, monkeypatch, "bench", "moe")
+    assert status == 2 and err.startswith(f"error: bench: {tmp_path} holds no benchmarks/") and err.count("\n") == 1
+    assert "git clone" in err
+
+
+def test_the_benchmarks_of_this_clone_show_their_own_help(capfd, monkeypatch):
+    status, out, _ = run(capfd, monkeypatch, "bench", "linear_logprob", "--help")
+    assert status == 0 and out.startswith("usage: python -m benchmarks") and "--shape" in out
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prism_fast.data.check.check", interrupted)
+    status, _, err = run(capsys, monkeypatch, "data", "check", tmp_path / "x.json")
+    assert status == 130 and err.startswith("stopped; ")
 
 
 def stage_arguments(tiny, out, stage="sft"):
