@@ -4,7 +4,7 @@ metrics.jsonl holds one JSON object per line, of three sorts, each with ``step``
 
     {"step": 7, "time": 1.7e9, "tokens_per_second": 5120.0, "loss": 0.41, "seconds/update": 0.9, "tokens/update": 4608}
     {"step": 8, "time": 1.7e9, "eval/accuracy": 0.55, "eval/format_valid": 0.98}
-    {"step": 8, "time": 1.7e9, "warning": "..."}   (or "note")
+    {"step": 8, "time": 1.7e9, "warning": "..."}
 
 A metric that had nothing to measure is absent; one that was not finite is null.
 """
@@ -26,7 +26,6 @@ from rich.text import Text
 
 from prism_fast.files import replacing
 from prism_fast.records import DataError, StepStats
-from prism_fast.run.alerts import Watch as Watch
 from prism_fast.run.trackers import Log, Tracker, check_tracker, open_tracker
 
 FILE_NAME = "metrics.jsonl"
@@ -124,16 +123,8 @@ class Monitor:
 
     def warn(self, text: str) -> None:
         """Prints a warning above the bar and records it with the step it came at."""
-        self._say("warning", text)
-
-    def note(self, text: str) -> None:
-        """Prints a remark above the bar and records it with the step it came at."""
-        self._say("note", text)
-
-    def _say(self, sort: str, text: str) -> None:
-        self._write({"step": self._step, "time": time.time(), sort: text})
-        place = f"{self.stage} step {self._step}"
-        self._print(Text(f"warning, {place}: {text}", "yellow") if sort == "warning" else Text(f"{place}: {text}"))
+        self._write({"step": self._step, "time": time.time(), "warning": text})
+        self._print(Text(f"warning, {self.stage} step {self._step}: {text}", "yellow"))
 
     def _print(self, text: Text) -> None:
         if self._active and not self._quiet:

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from prism_fast.records import DataError, StepStats
 from prism_fast.run import monitor as metrics
-from prism_fast.run.monitor import Monitor, Watch, breakdown, read_metrics, tokens_per_second
+from prism_fast.run.alerts import Watch
+from prism_fast.run.monitor import Monitor, breakdown, read_metrics, tokens_per_second
 
 
 def console(terminal=False):
@@ -40,13 +41,13 @@ def test_a_line_per_step_on_disk_at_once(tmp_path):
             monitor.step(stats(step))
             assert [line["step"] for line in read_metrics(monitor.path)] == list(range(1, step + 1))
         monitor.evaluation(3, {"accuracy": 0.5, "eval/format_valid": 1.0})
-        monitor.note("done")
+        monitor.warn("look")
     lines = read_metrics(tmp_path / "sft" / "metrics.jsonl")
     assert lines[1]["loss"] == 0.5 and lines[1]["seconds/rollout"] == 0.5 and lines[1]["tokens/rollout"] == 100
     assert lines[1]["tokens_per_second"] == 200.0  # evaluation is no part of a step
     assert abs(lines[0]["time"] - lines[-1]["time"]) < 60
     assert lines[3]["eval/accuracy"] == 0.5 and lines[3]["eval/format_valid"] == 1.0
-    assert lines[4]["note"] == "done" and lines[4]["step"] == 3
+    assert lines[4]["warning"] == "look" and lines[4]["step"] == 3
 
 
 def test_absent_metrics_stay_absent(tmp_path):
