@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_fast import metric_names as names
 from prism_kernels import TreeLayout
 
 
@@ -289,6 +290,6 @@ class StepStats:
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl."""
         line: dict[str, Any] = {"step": self.step, **self.metrics}
-        line.update({f"seconds/{name}": value for name, value in self.seconds.items()})
-        line.update({f"tokens/{name}": value for name, value in self.tokens.items()})
+        line.update({names.seconds(part): value for part, value in self.seconds.items()})
+        line.update({names.tokens(part): value for part, value in self.tokens.items()})
         return line

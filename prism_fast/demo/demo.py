@@ -16,6 +16,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from prism_fast import metric_names as names
 from prism_fast.config import (
     RECIPES,
     AlignConfig,
@@ -194,9 +195,9 @@ class Demo:
             entry["tokens_per_second"] = tokens_per_second(parts, tokens)
             entry["steps"] = max(line["step"] for line in lines)
             if name == "warmup":
-                last = [line for line in lines if "eval/pair_accuracy_perception" in line][-1]
-                for side in ("perception", "reasoning"):
-                    entry[f"pair_accuracy_{side}"] = last[f"eval/pair_accuracy_{side}"]
+                last = [line for line in lines if names.EVAL_PAIR_ACCURACY["perception"] in line][-1]
+                for side, name in names.EVAL_PAIR_ACCURACY.items():
+                    entry[f"pair_accuracy_{side}"] = last[name]
         return {
             "stages": stages,
             "drift": {name: drift(result, self.teacher) for name, result in self.evaluations.items()},

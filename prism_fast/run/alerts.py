@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from prism_fast import metric_names as names
 from prism_fast.records import StepStats
-
-SIDES = ("perception", "reasoning")
 
 
 class Watch:
@@ -50,7 +49,7 @@ class Watch:
 
     def observe(self, stats: StepStats) -> list[str]:
         """The warnings that this step gives rise to: lines for a person, for `Monitor.warn`."""
-        found = [self._entropy(stats), *(self._discriminator(stats, side) for side in SIDES), self._format(stats)]
+        found = [self._entropy(stats), *(self._discriminator(stats, side) for side in names.SIDES), self._format(stats)]
         return [text for text in found if text is not None]
 
     def state(self) -> dict[str, Any]:
@@ -72,7 +71,7 @@ class Watch:
         return self._held[name] == self.patience
 
     def _entropy(self, stats: StepStats) -> str | None:
-        value = _finite(stats, "entropy")
+        value = _finite(stats, names.ENTROPY)
         if value is None:
             return None
         if len(self._early_entropy) < self.patience:
@@ -87,7 +86,7 @@ class Watch:
         )
 
     def _discriminator(self, stats: StepStats, side: str) -> str | None:
-        value = _finite(stats, f"discriminator_accuracy/{side}")
+        value = _finite(stats, names.DISCRIMINATOR_ACCURACY[side])
         if value is None or not self._holds(f"discriminator/{side}", value > self.saturation):
             return None
         return (
@@ -96,7 +95,7 @@ class Watch:
         )
 
     def _format(self, stats: StepStats) -> str | None:
-        value = _finite(stats, "format_valid")
+        value = _finite(stats, names.FORMAT_VALID)
         if value is None:
             return None
         best = self._best_format = value if self._best_format is None else max(self._best_format, value)

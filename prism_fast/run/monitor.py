@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from prism_fast import metric_names as names
 from prism_fast.files import replacing
 from prism_fast.records import DataError, StepStats
 from prism_fast.run.trackers import Log, Tracker, check_tracker, open_tracker
@@ -32,8 +33,8 @@ FILE_NAME = "metrics.jsonl"
 PLAIN_SECONDS = 10.0  # without a terminal, a line is printed this often, or
 PLAIN_SHARE = 0.1  # after this share of the stage, whichever comes first
 BAR_WIDTH = 100  # a narrower terminal has room for the figures only
-_SHOWN = (("loss", "loss"), ("reward", "reward"), ("format_valid", "valid"))
-_PERCENT = ("accuracy", "format_valid", "valid")
+_SHOWN = ((names.LOSS, "loss"), (names.REWARD, "reward"), (names.FORMAT_VALID, "valid"))
+_PERCENT = (names.ACCURACY, names.FORMAT_VALID, "valid")
 
 
 class Monitor:
@@ -109,16 +110,18 @@ class Monitor:
         """Records one optimizer step and moves the bar; adds ``time`` and ``tokens_per_second``."""
         rate = tokens_per_second(stats.seconds, stats.tokens)
         line = self._record(
-            stats.step, stats.record() if rate is None else {"tokens_per_second": rate, **stats.record()}
+            stats.step, stats.record() if rate is None else {names.TOKENS_PER_SECOND: rate, **stats.record()}
         )
         if self._display is not None:
             self._display.update(stats.step, _figures(line))
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Records held-out figures as ``eval/<name>`` and prints them in one line."""
-        named = {name if name.startswith("eval/") else f"eval/{name}": value for name, value in figures.items()}
+        named = {
+            name if name.startswith(names.EVAL) else f"{names.EVAL}{name}": value for name, value in figures.items()
+        }
         line = self._record(step, named)
-        shown = "  ".join(_shown(name.removeprefix("eval/"), line.get(name)) for name in named)
+        shown = "  ".join(_shown(name.removeprefix(names.EVAL), line.get(name)) for name in named)
         self._print(Text(f"{self.stage} step {step}, held out: {shown}", style="bold"))
 
     def warn(self, text: str) -> None:
@@ -214,7 +217,7 @@ class _Plain:
 
 def _figures(line: Mapping[str, Any]) -> str:
     shown = [_shown(label, line[name]) for name, label in _SHOWN if name in line]
-    rate = line.get("tokens_per_second")
+    rate = line.get(names.TOKENS_PER_SECOND)
     return "  ".join([*shown, f"{rate:,.0f} tok/s"] if rate is not None else shown)
 
 
@@ -240,10 +243,10 @@ def breakdown(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], dic
     tokens: dict[str, int] = {}
     for line in lines:
         for name, value in line.items():
-            if name.startswith(("seconds/", "tokens/")) and value is not None:
-                sort, _, part = name.partition("/")
-                totals: dict[str, Any] = seconds if sort == "seconds" else tokens
-                totals[part] = totals.get(part, 0) + value
+            for prefix, totals in ((names.SECONDS, seconds), (names.TOKENS, tokens)):
+                if name.startswith(prefix) and value is not None:
+                    part = name.removeprefix(prefix)
+                    totals[part] = totals.get(part, 0) + value
     return seconds, tokens
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from prism_fast import metric_names as names
 from prism_fast.config import AlignConfig
 from prism_fast.data.encode import encode_all, lesson
 from prism_fast.data.formats import read_align
@@ -64,10 +65,10 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
                 )
                 fault = not_finite(scores, rollout, lessons)
                 if fault is None:
-                    metrics["grad_norm/discriminator"] = judge_updater.step()
+                    metrics[names.DISCRIMINATOR_GRAD_NORM] = judge_updater.step()
                 else:
                     judge_updater.next_step()
-            metrics.update(judged, lr=updater.lr)
+            metrics |= {**judged, names.LEARNING_RATE: updater.lr}
             accuracy = answer_accuracy(rollout, [item.sample for item in lessons])
             if fault is None:
                 with clock("advantage"):
@@ -78,9 +79,9 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
                     learned, tokens["update_policy"] = policy_gradient(
                         policy, rollout, advantages, objective, temperature=config.rollout.temperature, **per_pack
                     )
-                    metrics["grad_norm/policy"] = updater.step()
+                    metrics[names.POLICY_GRAD_NORM] = updater.step()
                 metrics |= learned
-                metrics["advantage/std"] = float(advantages.std()) if len(advantages) > 1 else 0.0
+                metrics[names.ADVANTAGE_STD] = float(advantages.std()) if len(advantages) > 1 else 0.0
             else:
                 tokens["update_policy"] = 0
                 updater.next_step()
@@ -95,7 +96,7 @@ def _warnings(fault: str | None, tokens: dict[str, int], metrics: dict[str, floa
         found.append(f"{fault}; nothing was updated")
     elif not tokens["update_policy"]:
         found.append("every advantage is 0; the policy was not updated")
-    for name in ("policy", "discriminator"):
-        if not math.isfinite(metrics.get(f"grad_norm/{name}", 0.0)):
-            found.append(f"a gradient of the {name} is not finite; it was not updated")
+    for model, norm in (("policy", names.POLICY_GRAD_NORM), ("discriminator", names.DISCRIMINATOR_GRAD_NORM)):
+        if not math.isfinite(metrics.get(norm, 0.0)):
+            found.append(f"a gradient of the {model} is not finite; it was not updated")
     return found

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from prism_fast import metric_names as names
 from prism_fast.config import RLVRConfig
 from prism_fast.data.encode import encode_all, question
 from prism_fast.data.formats import read_rlvr
@@ -65,12 +66,12 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
                     learned, tokens["update_policy"] = policy_gradient(
                         policy, batch.rollout, advantages, objective, reference=reference, **settings
                     )
-                    metrics["lr"] = updater.lr
-                    metrics["grad_norm"] = updater.step()
+                    metrics[names.LEARNING_RATE] = updater.lr
+                    metrics[names.GRAD_NORM] = updater.step()
                 metrics |= learned | experience_metrics(batch)
                 if not tokens["update_policy"]:
                     session.warn(step + 1, "every advantage is 0; no update was made")
-                if not math.isfinite(metrics["grad_norm"]):
+                if not math.isfinite(metrics[names.GRAD_NORM]):
                     fault = batch.rollout.fault() or "a gradient is not finite"
                     session.warn(step + 1, f"{fault}; that update was skipped")
             session.end_of_step(step + 1, clock, tokens, metrics, state={"position": position})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from prism_fast import metric_names as names
 from prism_fast.config import SFTConfig
 from prism_fast.data.encode import demonstration, encode_all
 from prism_fast.data.formats import read_sft
@@ -35,16 +36,15 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
             demonstration, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )
         for step in range(first, total):
-            clock = Clock()
+            clock, warnings = Clock(), []
             with clock("data"):
                 picked = order(len(data), config.run.seed, step * config.batch_size, config.batch_size)
                 trees = demonstration_trees(encode_all(data, picked, encode))
                 packs = pack(trees, config.run.tokens_per_pack, policy.image)
             with clock("update"):
-                loss = supervised_gradient(policy, packs)
-                lr = updater.lr
-                norm = updater.step()
-            warnings = [] if math.isfinite(norm) else ["a gradient is not finite; that update was skipped"]
-            tokens, metrics = {"update": sum(p.num_tokens for p in packs)}, {"loss": loss, "lr": lr, "grad_norm": norm}
-            session.end_of_step(step + 1, clock, tokens, metrics, warnings)
+                metrics = {names.LOSS: supervised_gradient(policy, packs), names.LEARNING_RATE: updater.lr}
+                metrics[names.GRAD_NORM] = updater.step()
+            if not math.isfinite(metrics[names.GRAD_NORM]):
+                warnings.append("a gradient is not finite; that update was skipped")
+            session.end_of_step(step + 1, clock, {"update": sum(p.num_tokens for p in packs)}, metrics, warnings)
         return session.finish(data.skipped)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from prism_fast import metric_names as names
 from prism_fast.config import WarmupConfig
 from prism_fast.data.encode import encode_all, pair_record
 from prism_fast.data.formats import Dataset, read_warmup
@@ -51,10 +52,10 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, float]:
                 metrics, broken = pair_gradient(
                     discriminator, packs, labels, balance_coef=config.balance_coef, load=load
                 )
-                metrics["lr"] = updater.lr
-                metrics["grad_norm"] = updater.step()
+                metrics[names.LEARNING_RATE] = updater.lr
+                metrics[names.GRAD_NORM] = updater.step()
             metrics.update(load.fractions())
-            if not math.isfinite(metrics["grad_norm"]):
+            if not math.isfinite(metrics[names.GRAD_NORM]):
                 fault = not_finite(broken, labels, records) or "a gradient is not finite"
                 warnings.append(f"{fault}; that update was skipped")
             session.end_of_step(step + 1, clock, {"update": sum(p.num_tokens for p in packs)}, metrics, warnings)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prism_fast import metric_names as names
 from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
 from prism_fast.models.discriminator import Discriminator
@@ -16,7 +17,7 @@ from prism_fast.records import Lesson, Rollout, Scores
 from prism_fast.response_format import split_parts
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
-from prism_fast.steps.parts import SIDES, STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
 from prism_kernels import find_tag_spans
 
 Parts = tuple[Tensor, Tensor]  # tokens of a caption and of a reasoning
@@ -89,7 +90,7 @@ def discriminator_gradient(
         score_of_part[packed.label] = length_corrected(score.detach(), lengths, config.length_correction).cpu()
     student = score_of_part[labels.student].where(valid, 0.0)
     scores = Scores(*student, *score_of_part[labels.teacher], valid)
-    metrics = {"loss/discriminator": loss, **score_metrics(scores, rollout.group)}
+    metrics = {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group)}
     return scores, metrics, sum(p.num_tokens for p in packs)
 
 
@@ -117,22 +118,25 @@ def score_metrics(scores: Scores, group: Tensor) -> dict[str, float]:
     """Mean scores, and how often the teacher's part beats a valid student's; absent where none is valid."""
     valid = scores.format_valid
     metrics = {
-        "score/teacher_perception": float(scores.teacher_perception.mean()),
-        "score/teacher_reasoning": float(scores.teacher_reasoning.mean()),
+        names.TEACHER_SCORE["perception"]: float(scores.teacher_perception.mean()),
+        names.TEACHER_SCORE["reasoning"]: float(scores.teacher_reasoning.mean()),
     }
     if valid.any():
-        for side in SIDES:
+        for side in names.SIDES:
             student, teacher = getattr(scores, side), getattr(scores, f"teacher_{side}")[group]
-            metrics[f"score/student_{side}"] = float(student[valid].mean())
-            metrics[f"discriminator_accuracy/{side}"] = float((teacher > student)[valid].float().mean())
+            metrics[names.STUDENT_SCORE[side]] = float(student[valid].mean())
+            metrics[names.DISCRIMINATOR_ACCURACY[side]] = float((teacher > student)[valid].float().mean())
     return metrics
 
 
 def response_metrics(rollout: Rollout, scores: Scores, accuracy: Tensor | None, chat: Chat) -> dict[str, float]:
     """Means over the responses of a batch; accuracy (B,) where there are gold answers."""
-    metrics = {"format_valid": float(scores.format_valid.float().mean()), "response_length": rollout.mean_length}
+    metrics = {
+        names.FORMAT_VALID: float(scores.format_valid.float().mean()),
+        names.RESPONSE_LENGTH: rollout.mean_length,
+    }
     metrics |= part_lengths(rollout, chat)
-    return metrics if accuracy is None else {**metrics, "accuracy": float(accuracy.mean())}
+    return metrics if accuracy is None else {**metrics, names.ACCURACY: float(accuracy.mean())}
 
 
 def part_lengths(rollout: Rollout, chat: Chat) -> dict[str, float]:
@@ -143,13 +147,16 @@ def part_lengths(rollout: Rollout, chat: Chat) -> dict[str, float]:
         return {}
     caption = sum(end - start for (start, end), _, _ in spans)
     reasoning = sum(answer[1] - think[0] for _, think, answer in spans)
-    return {"tokens_of/perception": caption / len(spans), "tokens_of/reasoning": reasoning / len(spans)}
+    return {
+        names.PART_LENGTH["perception"]: caption / len(spans),
+        names.PART_LENGTH["reasoning"]: reasoning / len(spans),
+    }
 
 
 def not_finite(scores: Scores, rollout: Rollout, lessons: Sequence[Lesson]) -> str | None:
     """Names the first response or teacher whose score, or log-prob, is not finite. Scores are looked at before they
     are clamped, which would make a number of an infinite one."""
-    for side in SIDES:
+    for side in names.SIDES:
         for i, score in enumerate(getattr(scores, side).tolist()):
             if not math.isfinite(score):
                 return f"the {side} score of response {i} ({lessons[int(rollout.group[i])].sample.place}) is not finite"

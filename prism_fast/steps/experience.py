@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from prism_fast import metric_names as names
 from prism_fast.config import DynamicSamplingConfig, OverlongConfig, RewardConfig, Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
@@ -46,10 +47,10 @@ def experience(
 def experience_metrics(batch: Experience) -> dict[str, float]:
     """Means over a batch's responses."""
     return {
-        "reward": float(batch.reward.mean()),
-        "accuracy": float(batch.accuracy.mean()),
-        "format_valid": float(batch.format_valid.float().mean()),
-        "response_length": batch.rollout.mean_length,
+        names.REWARD: float(batch.reward.mean()),
+        names.ACCURACY: float(batch.accuracy.mean()),
+        names.FORMAT_VALID: float(batch.format_valid.float().mean()),
+        names.RESPONSE_LENGTH: batch.rollout.mean_length,
     }
 
 
@@ -100,9 +101,9 @@ def mixed_groups(
         have += len(mixed)
     metrics = {
         "sampled_tokens": sampled,
-        "dropped_groups": float(drawn - have),
-        "generation_batches": float(attempt),
-        "missing_groups": float(max(0, wanted - have)),
+        names.DROPPED_GROUPS: float(drawn - have),
+        names.GENERATION_BATCHES: float(attempt),
+        names.MISSING_GROUPS: float(max(0, wanted - have)),
     }
     if not have:
         return None, position, metrics

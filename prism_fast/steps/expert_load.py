@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prism_fast.metric_names import expert_load
 from prism_fast.pack import KIND_NAMES
 from prism_kernels import RoutingStats
 
@@ -29,7 +30,7 @@ class ExpertLoad:
         present = (totals[..., 0] > 0).tolist()
         self._counts = []
         return {
-            f"expert_load/{layer}/{KIND_NAMES[kind]}/{expert}": share
+            expert_load(layer, KIND_NAMES[kind], expert): share
             for layer, kinds in enumerate(shares)
             for kind, experts in enumerate(kinds)
             if present[layer][kind]

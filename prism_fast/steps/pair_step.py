@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prism_fast import metric_names as names
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.pack import Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, PairRecord
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_loss import bradley_terry
-from prism_fast.steps.parts import SIDES, STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
 from prism_kernels import load_balancing_loss
 
 
@@ -54,28 +55,28 @@ def pair_gradient(
     which the loss is not.
     """
     records = labels.teacher.shape[1]
-    metrics = {"loss": 0.0, **{f"loss/pair_{name}": 0.0 for name in SIDES}}
+    metrics = {names.LOSS: 0.0, **{names.PAIR_LOSS[side]: 0.0 for side in names.SIDES}}
     right: list[list[Tensor]] = [[], []]
     broken: set[int] = set()
     for packed in packs:
         judgement = discriminator(packed.to(discriminator.head.device), balance=balance_coef > 0)
         loss = judgement.score.new_zeros(())
-        for side, name in enumerate(SIDES):
+        for side, name in enumerate(names.SIDES):
             teacher, student = pair_scores(judgement.score, packed, labels, side)
             pair_loss = bradley_terry(teacher, student).sum() / records
             loss = loss + pair_loss / 2
-            metrics[f"loss/pair_{name}"] += float(pair_loss.detach())
+            metrics[names.PAIR_LOSS[name]] += float(pair_loss.detach())
             right[side].append((teacher > student).detach())
         if balance_coef > 0:
             balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
             loss = loss + balance_coef * balance
-            metrics["loss/balance"] = metrics.get("loss/balance", 0.0) + float(balance.detach())
+            metrics[names.BALANCE_LOSS] = metrics.get(names.BALANCE_LOSS, 0.0) + float(balance.detach())
         loss.backward()
-        metrics["loss"] += float(loss.detach())
-        if not broken and not math.isfinite(metrics["loss"]):
+        metrics[names.LOSS] += float(loss.detach())
+        if not broken and not math.isfinite(metrics[names.LOSS]):
             broken = set(packed.label[~judgement.score.detach().isfinite().cpu()].tolist())
         load.add(judgement.stats)
-    metrics.update({f"pair_accuracy/{name}": value for name, value in _fractions(right).items()})
+    metrics.update({names.PAIR_ACCURACY[name]: value for name, value in _fractions(right).items()})
     return metrics, broken
 
 
@@ -83,7 +84,7 @@ def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecor
     """Names the first record that has one of these parts, whose scores are not finite."""
     for i, record in enumerate(records):
         for voice, parts in (("teacher", labels.teacher), ("student", labels.student)):
-            for name, label in zip(SIDES, parts[:, i].tolist()):
+            for name, label in zip(names.SIDES, parts[:, i].tolist()):
                 if label in broken:
                     return f"the {name} score of the {voice} of {record.prompt.place} is not finite"
     return None
@@ -108,4 +109,4 @@ def pair_accuracy(
 
 def _fractions(right: list[list[Tensor]]) -> dict[str, float]:
     """By side's name, how many of the comparisons were right."""
-    return {name: float(torch.cat(of_side).float().mean()) for name, of_side in zip(SIDES, right)}
+    return {name: float(torch.cat(of_side).float().mean()) for name, of_side in zip(names.SIDES, right)}

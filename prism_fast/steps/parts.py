@@ -16,8 +16,7 @@ from prism_fast.pack import (
 )
 from prism_fast.records import Prompt
 
-# By side: of the caption, of the reasoning.
-SIDES = ("perception", "reasoning")
+# By side: of the caption (perception), of the reasoning.
 TEACHER_KINDS = (KIND_TEACHER_CAPTION, KIND_TEACHER_REASONING)
 STUDENT_KINDS = (KIND_STUDENT_CAPTION, KIND_STUDENT_REASONING)
 

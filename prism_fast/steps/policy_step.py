@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prism_fast import metric_names as names
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, Rollout
 from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
 
-# What the loss's op measures of a pack -> the metric's name.
-MEANS = {"rollout_diff_mean": "sampler_gap/mean", "kl_ref": "kl_ref"}
-LARGEST = {"rollout_diff_max": "sampler_gap/max"}
+# What the loss's op measures of a pack, as metrics.
+MEASURED = {
+    "rollout_diff_mean": names.SAMPLER_GAP_MEAN,
+    "kl_ref": names.KL_REF,
+    "rollout_diff_max": names.SAMPLER_GAP_MAX,
+}
 
 
 def policy_gradient(
@@ -61,9 +65,9 @@ def policy_gradient(
         out.loss.backward()
         loss += out.loss.detach()
         measured.append({name: float(value) for name, value in out.stats.items()})
-    metrics = {"loss": float(loss), "zero_advantage": float((advantages == 0).float().mean())}
+    metrics = {names.LOSS: float(loss), names.ZERO_ADVANTAGE: float((advantages == 0).float().mean())}
     if rollout.num_tokens:
-        metrics["entropy"] = -float(torch.cat(list(rollout.logprob)).sum()) / rollout.num_tokens
+        metrics[names.ENTROPY] = -float(torch.cat(list(rollout.logprob)).sum()) / rollout.num_tokens
     return metrics | _over_packs(measured), sum(p.num_tokens for p in packs)
 
 
@@ -75,19 +79,12 @@ def reference_logprob(reference: Policy, packed: PackedTree, bias: Tensor, tempe
 
 
 def _over_packs(measured: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over rows and largest values of what packs measured; absent where no row was measured."""
-    metrics = {}
-    counted = [stats for stats in measured if stats["rows"]]
-    for name, metric in MEANS.items():
-        found = [stats for stats in counted if name in stats]
-        if found:
-            rows = sum(stats["rows"] for stats in found)
-            metrics[metric] = sum(stats[name] * stats["rows"] for stats in found) / rows
-    for name, metric in LARGEST.items():
-        found = [stats[name] for stats in counted if name in stats]
-        if found:
-            metrics[metric] = max(found)
-    return metrics
+    """What the loss's op measured of packs, by rows; absent where no row was measured."""
+    combined = {
+        metric: metric.combine((stats[name], stats["rows"]) for stats in measured if name in stats)
+        for name, metric in MEASURED.items()
+    }
+    return {metric: value for metric, value in combined.items() if value is not None}
 
 
 def response_trees(rollout: Rollout, kept: Tensor | None = None) -> list[Tree]:

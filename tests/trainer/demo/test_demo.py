@@ -4,11 +4,15 @@ import json
 
 import pytest
 
+from prism_fast import metric_names
+from prism_fast.config import RLVRConfig, load_config
 from prism_fast.demo.demo import demo
 from prism_fast.records import DataError
 from prism_fast.report import draw, experts, plots
 from prism_fast.report.build import PLOTS
 from prism_fast.report.data import load_run
+from prism_fast.run.monitor import read_metrics
+from prism_fast.stages.rlvr import rlvr
 
 FEW = {
     "demo": {"sizes": {"sft": 256, "align": 32, "rlvr": 32, "eval": 12}},
@@ -21,6 +25,25 @@ FEW = {
 }
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
+
+
+def assert_stages_write_the_declared_names(out):
+    """Every name that a stage writes is declared, with its reduction, and every declared name is written.
+
+    RLVR runs twice more, for what a demo has not: dynamic sampling, and a KL term to a reference.
+    """
+    policy, small = {"path": out / "sft/final/policy"}, {"prompts_per_step": 2, "samples": 2, "max_response_tokens": 12}
+    base = {"policy": policy, "data": {"files": [out / "data/rlvr.parquet"]}, "rollout": small, "steps": 1}
+    dynamic = {"dynamic_sampling": {"generation_factor": 1, "max_tries": 1}}
+    reference = {"objective": {"kl_coef": 0.1}, "reference": policy}
+    for name, more in (("dynamic", dynamic), ("reference", reference)):
+        run = {"out": out / name, "threads": 1}
+        rlvr(load_config(RLVRConfig, None, base={**base, **more, "optimizer": {"lr": 1e-4}, "run": run}))
+    stages = ("sft", "warmup", "align", "rlvr", "dynamic", "reference")
+    lines = [line for stage in stages for line in read_metrics(out / stage / "metrics.jsonl")]
+    written = {name for line in lines for name in line} - {"step", "time", "warning"}
+    assert {name for name in written if metric_names.find(name) is None} == set()
+    assert metric_names.DECLARED.keys() - written == set()
 
 
 def assert_everything_is_drawn(run, monkeypatch):
@@ -60,6 +83,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     direct = (out / "direct" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in direct) == 4  # the updates of alignment and of RLVR
     assert_everything_is_drawn(load_run(out), monkeypatch)
+    assert_stages_write_the_declared_names(out)
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and len(page) < 5_000_000
     for file in ("sft.json", "align.parquet", "rlvr.parquet", "eval.parquet", "pairs.jsonl"):
