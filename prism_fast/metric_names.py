@@ -40,6 +40,9 @@ class Mean(Metric):
         made.over = over
         return made
 
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:  # for copies, and for other processes
+        return (str(self),), {"over": self.over}
+
     def _combine(self, measured: list[tuple[float, float]]) -> float:
         return sum(value * weight for value, weight in measured) / sum(weight for _, weight in measured)
 

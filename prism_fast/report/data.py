@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prism_fast.metric_names import expert_of
 from prism_fast.records import DataError
 from prism_fast.run.monitor import FILE_NAME, read_metrics
 
@@ -101,12 +102,12 @@ def expert_keys(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str, int]
         if line.keys() <= seen:  # nearly always: a stage repeats its names
             continue
         for name in line:
-            parts = name.split("/")
-            if len(parts) != 4 or parts[0] != "expert_load" or not (parts[1].isdecimal() and parts[3].isdecimal()):
+            expert = expert_of(name)
+            if expert is None:
                 seen.add(name)
             elif finite(line[name]) is not None:
                 seen.add(name)
-                found[int(parts[1]), parts[2], int(parts[3])] = name
+                found[expert] = name
     return found
 
 

@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from prism_fast import metric_names as names
 from prism_fast.report.data import JUDGED, LABEL, RUNNING, TRAINED, Run, entries, finite, numbers, series, stage_figures
 from prism_fast.report.draw import COLOUR, CYCLE, SIDE, curve, decades, finish, label_of, panels, wilson
 from prism_fast.run.monitor import breakdown
-
-PARTS = ("data", "rollout", "score", "advantage", "update_policy", "update_discriminator")  # order within a step
 
 
 def accuracy_by_stage(run: Run) -> Figure | None:
@@ -25,8 +24,8 @@ def accuracy_by_stage(run: Run) -> Figure | None:
     if not known:
         return None
     by_type = {stage: entries(run.evaluations.get(stage, {}), "by_type") for stage in known}
-    names = list(dict.fromkeys(name for stage in known for name in by_type[stage]))
-    figure, axes = panels(2, 3.3, width_ratios=(1, max(1.0, min(2.2, 0.55 * len(names)))))
+    types = list(dict.fromkeys(name for stage in known for name in by_type[stage]))
+    figure, axes = panels(2, 3.3, width_ratios=(1, max(1.0, min(2.2, 0.55 * len(types)))))
     left, right = axes[0]
     for place, stage in enumerate(known):
         count = sum(int(finite(entry.get("count")) or 0) for entry in by_type[stage].values())
@@ -38,14 +37,14 @@ def accuracy_by_stage(run: Run) -> Figure | None:
     left.set_xticks(range(len(known)), [LABEL[stage].replace(" (final)", "") for stage in known])
     width = 0.8 / len(known)
     for offset, stage in enumerate(known):
-        for place, name in enumerate(names):
+        for place, name in enumerate(types):
             entry = by_type[stage].get(name, {})
             value, count = finite(entry.get("accuracy")), int(finite(entry.get("count")) or 0)
             where = place + (offset - (len(known) - 1) / 2) * width
             _bar(right, where, width * 0.92, value, count, COLOUR[stage], label=LABEL[stage] if not place else None)
     finish(right, "By question type", "accuracy", share=True, legend=False, x="")
-    if names:
-        right.set_xticks(range(len(names)), [label_of(kind) for kind in names])
+    if types:
+        right.set_xticks(range(len(types)), [label_of(kind) for kind in types])
         right.legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=len(known), borderaxespad=0.2)
     for panel in (left, right):
         panel.set_ylim(0, 1.12)
@@ -70,14 +69,15 @@ def _bar(
 
 def held_out_curves(run: Run) -> Figure | None:
     """Held-out accuracy and format validity while a stage trains."""
-    stages = [s for s in ("sft", "align", "rlvr") if series(run.metrics.get(s, ()), "eval/accuracy")[0]]
+    stages = [s for s in ("sft", "align", "rlvr") if series(run.metrics.get(s, ()), names.EVAL_ACCURACY)[0]]
     if not stages:
         return None
     figure, axes = panels(len(stages), 2.7, sharey=True)
     for axis, stage in zip(axes[0], stages):
         lines = run.metrics[stage]
-        curve(axis, lines, "eval/accuracy", smooth=False, color=COLOUR[stage], label="accuracy")
-        curve(axis, lines, "eval/format_valid", smooth=False, color=COLOUR[stage], linestyle=":", label="format valid")
+        look = {"smooth": False, "color": COLOUR[stage]}
+        curve(axis, lines, names.EVAL_ACCURACY, label="accuracy", **look)
+        curve(axis, lines, names.EVAL_FORMAT_VALID, linestyle=":", label="format valid", **look)
         finish(
             axis, f"During {RUNNING[stage]}", "share of held-out responses" if axis is axes[0, 0] else "", share=True
         )
@@ -88,18 +88,18 @@ def reward_and_format(run: Run) -> Figure | None:
     """Reward, accuracy and format validity of the sampled responses."""
     align, rlvr = run.metrics.get("align", ()), run.metrics.get("rlvr", ())
     figure, axes = panels(2, 2.8)
-    curve(axes[0, 0], align, "format_valid", color=COLOUR["align"], label="format valid")
+    curve(axes[0, 0], align, names.FORMAT_VALID, color=COLOUR["align"], label="format valid")
     finish(axes[0, 0], "Alignment", "share of responses", share=True)
-    if low := min(series(align, "format_valid")[1], default=0.0):
+    if low := min(series(align, names.FORMAT_VALID)[1], default=0.0):
         axes[0, 0].set_ylim(math.floor(10 * low - 0.5) / 10, 1.01)
     for name, label, style in (
-        ("reward", "reward", "-"),
-        ("accuracy", "accuracy", "--"),
-        ("format_valid", "format valid", ":"),
+        (names.REWARD, "reward", "-"),
+        (names.ACCURACY, "accuracy", "--"),
+        (names.FORMAT_VALID, "format valid", ":"),
     ):
         curve(axes[0, 1], rlvr, name, color=COLOUR["rlvr"], linestyle=style, label=label)
     finish(axes[0, 1], "RLVR", "reward, share of responses", share=True)
-    low = min(series(rlvr, "reward")[1], default=0.0)
+    low = min(series(rlvr, names.REWARD)[1], default=0.0)
     if low < -0.02:  # the overlong penalty can make a reward negative
         axes[0, 1].set_ylim(low - 0.05, 1.03)
     return _if_any(figure, axes)
@@ -110,15 +110,15 @@ def scores(run: Run) -> Figure | None:
     align, warmup = run.metrics.get("align", ()), run.metrics.get("warmup", ())
     figure, axes = panels(4, 2.9)
     for axis, (side, colour) in zip(axes[0], SIDE.items()):
-        curve(axis, align, f"score/student_{side}", color=colour, label="student")
-        curve(axis, align, f"score/teacher_{side}", color=colour, linestyle="--", label="teacher")
+        curve(axis, align, names.STUDENT_SCORE[side], color=colour, label="student")
+        curve(axis, align, names.TEACHER_SCORE[side], color=colour, linestyle="--", label="teacher")
         finish(axis, f"{side.capitalize()} score", "mean score (logit)")
-    for axis, lines, prefix, title in (
-        (axes[0, 2], warmup, "pair_accuracy", "Warm-up"),
-        (axes[0, 3], align, "discriminator_accuracy", "Alignment"),
+    for axis, lines, told_apart, title in (
+        (axes[0, 2], warmup, names.PAIR_ACCURACY, "Warm-up"),
+        (axes[0, 3], align, names.DISCRIMINATOR_ACCURACY, "Alignment"),
     ):
         for side, colour in SIDE.items():
-            curve(axis, lines, f"{prefix}/{side}", color=colour, label=side)
+            curve(axis, lines, told_apart[side], color=colour, label=side)
         finish(axis, f"{title}: told apart", "pairs ranked right", share=True)
         if axis.has_data():
             axis.axhline(0.5, color="#888888", linestyle=":", linewidth=1)
@@ -127,19 +127,18 @@ def scores(run: Run) -> Figure | None:
 
 def losses(run: Run) -> Figure | None:
     """The losses of every stage."""
-    names = {
-        "sft": (("loss", "cross-entropy", "-"),),
-        "warmup": (("loss/pair_perception", "perception pairs", SIDE["perception"]),
-                   ("loss/pair_reasoning", "reasoning pairs", SIDE["reasoning"])),
-        "align": (("loss", "policy", "-"), ("loss/discriminator", "discriminator", "--")),
-        "rlvr": (("loss", "policy", "-"),),
-    }  # fmt: skip
-    stages = [s for s in TRAINED if any(series(run.metrics.get(s, ()), name)[0] for name, _, _ in names[s])]
+    shown = {
+        "sft": ((names.LOSS, "cross-entropy", "-"),),
+        "warmup": tuple((names.PAIR_LOSS[side], f"{side} pairs", colour) for side, colour in SIDE.items()),
+        "align": ((names.LOSS, "policy", "-"), (names.DISCRIMINATOR_LOSS, "discriminator", "--")),
+        "rlvr": ((names.LOSS, "policy", "-"),),
+    }
+    stages = [s for s in TRAINED if any(series(run.metrics.get(s, ()), name)[0] for name, _, _ in shown[s])]
     if not stages:
         return None
     figure, axes = panels(len(stages), 2.7)
     for axis, stage in zip(axes[0], stages):
-        for name, label, look in names[stage]:
+        for name, label, look in shown[stage]:
             style = {"color": look} if look.startswith("#") else {"color": COLOUR[stage], "linestyle": look}
             curve(axis, run.metrics[stage], name, label=label, **style)
         unit = {"sft": "nats a token", "warmup": "nats a pair"}.get(stage, "loss")
@@ -152,12 +151,12 @@ def lengths_and_entropy(run: Run) -> Figure | None:
     figure, axes = panels(4, 2.7)
     for stage in ("align", "rlvr"):
         lines, label = run.metrics.get(stage, ()), {"align": "alignment", "rlvr": "RLVR"}[stage]
-        curve(axes[0, 0], lines, "response_length", color=COLOUR[stage], label=label)
-        curve(axes[0, 1], lines, "entropy", color=COLOUR[stage], label=label)
-        norm = "grad_norm" if series(lines, "grad_norm")[0] else "grad_norm/policy"
+        curve(axes[0, 0], lines, names.RESPONSE_LENGTH, color=COLOUR[stage], label=label)
+        curve(axes[0, 1], lines, names.ENTROPY, color=COLOUR[stage], label=label)
+        norm = names.GRAD_NORM if series(lines, names.GRAD_NORM)[0] else names.POLICY_GRAD_NORM
         curve(axes[0, 2], lines, norm, color=COLOUR[stage], label=label)
-        for name, style in (("mean", "-"), ("max", ":")):
-            steps, values = series(lines, f"sampler_gap/{name}")
+        for gap, name, style in ((names.SAMPLER_GAP_MEAN, "mean", "-"), (names.SAMPLER_GAP_MAX, "max", ":")):
+            steps, values = series(lines, gap)
             if any(value > 0 for value in values):
                 axes[0, 3].plot(steps, values, style, color=COLOUR[stage], label=f"{label}, {name}")
     finish(axes[0, 0], "Response length", "tokens")
@@ -224,7 +223,7 @@ def time_and_tokens(run: Run) -> Figure | None:
     if not stages:
         return None
     named = dict.fromkeys(part for stage in stages for sums in totals[stage] for part in sums)
-    parts = [part for part in PARTS if part in named] + [part for part in named if part not in PARTS]
+    parts = sorted(named, key=lambda part: names.PARTS.index(part) if part in names.PARTS else len(names.PARTS))
     figure, axes = panels(2, 1.3 + 0.42 * len(stages), sharey=True)
     for axis, which, title, unit in ((axes[0, 0], 0, "Time", "seconds"), (axes[0, 1], 1, "Tokens", "tokens")):
         start = np.zeros(len(stages))

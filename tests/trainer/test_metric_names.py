@@ -1,5 +1,6 @@
 """Names and reductions of metrics. That stages write these names and no others: tests/trainer/demo/test_demo.py."""
 
+import copy
 import json
 import math
 
@@ -38,6 +39,13 @@ def test_a_name_is_the_string_that_is_written():
         json.dumps({names.LOSS: 1, names.STUDENT_SCORE["reasoning"]: 2}) == '{"loss": 1, "score/student_reasoning": 2}'
     )
     assert {"loss": 1}[names.LOSS] == 1 and f"{names.LOSS}" == "loss"
+
+
+def test_metrics_can_be_copied():
+    """By the protocol that sends them to other processes, too."""
+    (name,) = copy.deepcopy({names.ENTROPY: 0.5})
+    assert name == "entropy" and type(name) is Mean and name.over == names.ENTROPY.over
+    assert type(copy.deepcopy(names.SAMPLER_GAP_MAX)) is Max
 
 
 def test_names_are_found_with_their_reductions():
