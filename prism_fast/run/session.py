@@ -179,10 +179,6 @@ class Session:
             self._best = (self.state["best"], self.state["best_value"])
         return step
 
-    def warn(self, step: int, text: str) -> None:
-        """Shows and records a warning about a step that has not ended."""
-        self._monitor.warn(f"step {step}: {text}")
-
     def end_of_step(
         self,
         step: int,
@@ -199,10 +195,9 @@ class Session:
         """
         stats = StepStats(step, metrics, clock.seconds, tokens)
         self._monitor.step(stats)
-        for text in self._watch.observe(stats) if self._watch is not None else ():
+        alerts = self._watch.observe(stats) if self._watch is not None else []
+        for text in (*alerts, *(f"step {step}: {text}" for text in warnings)):
             self._monitor.warn(text)
-        for text in warnings:
-            self.warn(step, text)
         if self._evaluate is not None and self._is_time(step, self.config.eval_every):
             self.figures, value = self._evaluate()
             self._monitor.evaluation(step, self.figures)

@@ -52,12 +52,12 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
 
         position = session.state.get("position", 0)
         for step in range(first, config.steps):
-            clock = Clock()
+            clock, warnings = Clock(), []
             with clock("rollout"):
                 batch, position, metrics = sampler(partial(draw, step), position, config.rollout.prompts_per_step)
             tokens = {"rollout": int(metrics.pop("sampled_tokens")), "update_policy": 0}
             if batch is None:
-                session.warn(step + 1, "every group had equal accuracies; no update was made")
+                warnings.append("every group had equal accuracies; no update was made")
                 updater.next_step()
             else:
                 with clock("advantage"):
@@ -70,9 +70,9 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
                     metrics[names.GRAD_NORM] = updater.step()
                 metrics |= learned | experience_metrics(batch)
                 if not tokens["update_policy"]:
-                    session.warn(step + 1, "every advantage is 0; no update was made")
+                    warnings.append("every advantage is 0; no update was made")
                 if not math.isfinite(metrics[names.GRAD_NORM]):
                     fault = batch.rollout.fault() or "a gradient is not finite"
-                    session.warn(step + 1, f"{fault}; that update was skipped")
-            session.end_of_step(step + 1, clock, tokens, metrics, state={"position": position})
+                    warnings.append(f"{fault}; that update was skipped")
+            session.end_of_step(step + 1, clock, tokens, metrics, warnings, {"position": position})
         return session.finish(data.skipped)

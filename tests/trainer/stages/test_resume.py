@@ -58,6 +58,10 @@ def losses(out):
     return [(line["step"], line["loss"]) for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
 
 
+def warnings(out):
+    return [(line["step"], line["warning"]) for line in read_metrics(out / "metrics.jsonl") if "warning" in line]
+
+
 def weights(out):
     return {str(path.relative_to(out)): load_file(path) for path in sorted((out / "final").rglob("*.safetensors"))}
 
@@ -73,6 +77,9 @@ def test_killed_and_resumed_equals_uninterrupted(stage, tiny_folder, tmp_path):
     assert not (cut / "final").exists()
     run_stage(stage, settings(tiny_folder, stage, cut), resume=True)
     assert losses(cut) == losses(whole)
+    assert warnings(cut) == warnings(whole)
+    for step, text in warnings(whole):  # each at its own step, or a resumed run repeats it
+        assert text.startswith(f"step {step}: ") or not text.startswith("step "), (step, text)
     a, b = weights(whole), weights(cut)
     assert a.keys() == b.keys() and a
     for file, tensors in a.items():
