@@ -63,7 +63,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
                 scores, judged, tokens["update_discriminator"] = discriminator_gradient(
                     discriminator, lessons, rollout, parts, config, load=load, **per_pack
                 )
-                fault = not_finite(scores, rollout, lessons)
+                fault = not_finite(scores, rollout, lessons)  # before a clamp makes numbers of infinities
                 if fault is None:
                     metrics[names.DISCRIMINATOR_GRAD_NORM] = judge_updater.step()
                 else:
