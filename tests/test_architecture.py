@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import prism_kernels
+from dev import house
 from prism_fast.config import AdvantageConfig, OptimizerConfig
 from prism_fast.pack import KIND_RESPONSE, ImageTokens, Tree, pack
 from prism_fast.records import Prompt, Scores
@@ -87,6 +88,28 @@ def test_files_and_tests_that_the_document_names_exist():
     boxes = text.split("## Boxes")[1].split("```")[1]
     for name in re.findall(r"[\w/]+\.py", boxes):
         assert (root / "prism_fast" / name).is_file(), name
+
+
+def test_rooms_import_only_what_stands_below_them():
+    listed = DOCUMENT.read_text().split("## Rooms")[1].split("```")[1].strip().splitlines()
+    level = {
+        name: number
+        for number, line in enumerate(listed)
+        for name in re.findall(r"\b(\w+)(?:/|\.py)(?=\s|$)", line.partition("kernels/")[0])
+    }
+    plan = house.Plan.of(DOCUMENT.parent / "prism_fast")
+    assert set(plan.rooms) - {"__main__"} == set(level)
+    upward = [f"{a} -> {b}" for a, b in plan.imports if a != "__main__" and level[a] >= level[b]]
+    assert not upward, upward
+
+
+def test_files_that_the_index_of_changes_names_exist():
+    text = (DOCUMENT.parent / "CONTRIBUTING.md").read_text()
+    index = text.split("## I want to ...")[1].split("##")[0]
+    named = re.findall(r"`((?:prism_fast|kernels|tests|docs|benchmarks)/[\w/.]+)`", index)
+    assert len(named) > 25
+    for name in named:
+        assert (DOCUMENT.parent / name).exists(), name
 
 
 def test_the_kernel_table_is_that_of_the_dispatcher():
