@@ -21,7 +21,7 @@ INSIDES = re.compile(  # of transformers: model code, and the registries and mas
     r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
     r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
 )
-IMPLEMENTATIONS = re.compile(r"(reference|cpu|cpu_kernel|sdpa|native|triton|cuda|flash)(_\w+)?")
+IMPLEMENTATIONS = re.compile(r"(reference|cpu|cpu_kernel|torch|sdpa|decode(?!_layout)|native|triton|cuda|flash)(_\w+)?")
 
 
 def imported(path):
@@ -39,7 +39,7 @@ def importers(files, package):
 
 def test_the_files_that_the_laws_speak_of_are_found():
     found = {str(path.relative_to(ROOT)) for path in SOURCES}
-    ops = ("linear_logprob", "group_advantage", "moe", "tree_attention", "packing", "spans")
+    ops = ("linear_logprob", "group_advantage", "moe", "rms_norm", "tree_attention", "packing", "spans")
     assert {f"kernels/prism_kernels/{op}/{name}.py" for op in ops for name in ("api", "reference")} <= found
     assert {"prism_fast/records.py", "prism_fast/models/policy.py", "prism_fast/models/discriminator.py"} <= found
     assert len(list(jit_functions())) > 5

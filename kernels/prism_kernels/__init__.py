@@ -13,11 +13,14 @@ from prism_kernels.linear_logprob import (
 )
 from prism_kernels.moe import Routing, RoutingStats, load_balancing_loss, moe_mlp, moe_route
 from prism_kernels.packing import PackCost, balance, pack_trees
+from prism_kernels.rms_norm import qk_norm_rotate, rms_norm
 from prism_kernels.spans import find_tag_spans
-from prism_kernels.tree_attention.api import tree_attention
+from prism_kernels.tree_attention.api import shared_prompt_decode, tree_attention
+from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import TreeLayout
 
 __all__ = [
+    "DecodeLayout",
     "Impl",
     "LinearLogprob",
     "PackCost",
@@ -38,6 +41,9 @@ __all__ = [
     "moe_route",
     "multi_reward_advantage",
     "pack_trees",
+    "qk_norm_rotate",
+    "rms_norm",
+    "shared_prompt_decode",
     "tree_attention",
     "which_impl",
 ]

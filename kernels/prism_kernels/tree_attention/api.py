@@ -1,11 +1,13 @@
-"""tree_attention: shapes, checks and dispatch."""
+"""tree_attention and shared_prompt_decode: shapes, checks and dispatch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op
+from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import TreeLayout
 
 _OP = Op(
@@ -13,6 +15,14 @@ _OP = Op(
     [
         Implementation(Impl.SDPA, "prism_kernels.tree_attention.sdpa:tree_attention", ("cpu", "cuda")),
         Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:tree_attention", ("cpu", "cuda")),
+    ],
+)
+
+_DECODE = Op(
+    "shared_prompt_decode",
+    [
+        Implementation(Impl.TORCH, "prism_kernels.tree_attention.decode:shared_prompt_decode", ("cpu", "cuda")),
+        Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:shared_prompt_decode", ("cpu", "cuda")),
     ],
 )
 
@@ -64,3 +74,56 @@ def tree_attention(
     _, function = _OP.select(impl, q.device)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     return function(q, k, v, layout.to(q.device), scale, query_row)
+
+
+def shared_prompt_decode(
+    q: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    layout: DecodeLayout,
+    *,
+    scale: float | None = None,
+    impl: str | Impl = "auto",
+) -> Tensor:
+    """Attention of one new token per row: to its group's prompt, which is stored once, and to the row's own tokens.
+
+    Equals, for every row b, ``softmax(q[b] k^T * scale) v`` with k and v the tokens of prompt ``layout.group[b]``
+    followed by the row's own. Forward alone is meant: sampling needs no gradient.
+
+    Args:
+        q: (B, Hq, D) floating, Hq a multiple of Hkv (grouped queries).
+        prompt_k, prompt_v: (G, Hkv, P, D), dtype and device of ``q``; what lies behind a prompt's end is not read as a
+            token but must be finite.
+        own_k, own_v: (B, Hkv, L, D), L >= 1: every row's tokens so far, the new one last.
+        layout: of these B rows, G groups and P.
+        scale: default D ** -0.5.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        (B, Hq, D) in the dtype of ``q``.
+
+    Raises:
+        ValueError: an argument of another shape, dtype or device; names it.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    if not isinstance(layout, DecodeLayout):
+        raise wrong("layout", "a DecodeLayout (DecodeLayout.build(...))", type(layout).__name__)
+    rows, (groups, longest) = len(layout.group), layout.prompt_mask.shape
+    check_tensor("q", q, {"B": rows, "Hq": None, "D": None}, FLOATING)
+    heads, dim = q.shape[1:]
+    check_tensor("own_k", own_k, {"B": rows, "Hkv": None, "L": None, "D": dim}, [q.dtype])
+    kv_heads, length = own_k.shape[1:3]
+    if kv_heads < 1 or heads % kv_heads or length < 1:
+        raise wrong("own_k", f"Hkv a divisor of Hq = {heads} and L >= 1", describe(own_k))
+    own = {"B": rows, "Hkv": kv_heads, "L": length, "D": dim}
+    prompt = {"G": groups, "Hkv": kv_heads, "P": longest, "D": dim}
+    for name, tensor, shape in (("own_v", own_v, own), ("prompt_k", prompt_k, prompt), ("prompt_v", prompt_v, prompt)):
+        check_tensor(name, tensor, shape, [q.dtype])
+    for name, tensor in (("own_k", own_k), ("own_v", own_v), ("prompt_k", prompt_k), ("prompt_v", prompt_v)):
+        check_device(name, tensor, "q", q)
+    check_device("layout", layout.group, "q", q)
+    _, function = _DECODE.select(impl, q.device)
+    scale = dim**-0.5 if scale is None else float(scale)
+    return function(q, prompt_k, prompt_v, own_k, own_v, layout, scale)

@@ -1,10 +1,15 @@
-"""The one-step RMSNorm and its rotation: values and gradients against float64 autograd over the plain lines."""
+"""RMSNorm and its rotation: values and gradients against float64 autograd over the plain lines."""
 
 import pytest
 import torch
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm, apply_rotary_pos_emb
 
-from prism_fast.models.norm import rms_norm, rms_norm_rotate
+from prism_kernels import qk_norm_rotate, rms_norm
+from prism_kernels.rms_norm import rms_norm_rotate
+from tests.oracle import assert_as_exact, double
+
+IMPLS = ["torch", "reference"]
+every = pytest.mark.parametrize("impl", IMPLS)
 
 
 def plain(x, weight, eps, cos=None, sin=None):
@@ -17,50 +22,137 @@ def plain(x, weight, eps, cos=None, sin=None):
 
 
 def case(dtype, rotate, tokens=13, heads=3, width=8):
-    torch.manual_seed(0)
     x = torch.randn(tokens, heads, width, dtype=dtype)
     weight = torch.randn(width, dtype=dtype)
     angle = torch.randn(tokens, width // 2, dtype=dtype).repeat(1, 2)
     return x, weight, ((angle.cos(), angle.sin()) if rotate else ())
 
 
+def run(x, weight, turn, impl, eps=1e-6):
+    return rms_norm_rotate(x, weight, *turn, eps, impl=impl) if turn else rms_norm(x, weight, eps, impl=impl)
+
+
+@every
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e-4])  # 1e-4: eps matters
-def test_equals_the_plain_lines(rotate, scale):
+def test_equals_the_plain_lines(rotate, scale, impl):
     x, weight, turn = case(torch.float64, rotate)
     x = (x * scale).requires_grad_()
     weight.requires_grad_()
-    function = rms_norm_rotate if rotate else rms_norm
-    got, want = function(x, weight, 1e-6, *turn), plain(x, weight, 1e-6, *turn)
+    got, want = run(x, weight, turn, impl), plain(x, weight, 1e-6, *turn)
     torch.testing.assert_close(got, want, atol=1e-13, rtol=1e-12)
     upstream = torch.randn_like(got)
     for a, b in zip(torch.autograd.grad(got, (x, weight), upstream), torch.autograd.grad(want, (x, weight), upstream)):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
 
 
+def transformers_lines(x, weight, turn=()):
+    module = Qwen3VLTextRMSNorm(len(weight))
+    module.weight = torch.nn.Parameter(weight)
+    y = module(x)
+    if not turn:
+        return y, module.weight
+    heads = y[None].transpose(1, 2)
+    return apply_rotary_pos_emb(heads, heads, *(part[None] for part in turn))[0].transpose(1, 2)[0], module.weight
+
+
+@every
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_is_no_worse_than_transformers(dtype, rotate):
+def test_is_no_worse_than_transformers(dtype, rotate, impl):
     x, weight, turn = case(dtype, rotate, tokens=257, heads=2, width=64)
-    truth = plain(x.double(), weight.double(), 1e-6, *(t.double() for t in turn))
-    module = Qwen3VLMoeTextRMSNorm(64).to(dtype)
-    module.weight.data.copy_(weight)
-    theirs = module(x)
-    if rotate:
-        theirs, _ = apply_rotary_pos_emb(theirs, theirs[:, :0], *turn, unsqueeze_dim=1)
-    mine = (rms_norm_rotate if rotate else rms_norm)(x, weight, 1e-6, *turn)
+    upstream = torch.randn_like(x)
+    x.requires_grad_()
+    theirs, their_weight = transformers_lines(x, weight, turn)
+    eager = [theirs, *torch.autograd.grad(theirs, (x, their_weight), upstream)]
+    weight.requires_grad_()
+    mine = run(x, weight, turn, impl)
     assert mine.dtype == dtype
-    # Slack of a quarter: the norm is rounded once more, on its way through its root.
-    assert (mine - truth).norm() <= (theirs - truth).norm() * 1.25
+    mine = [mine, *torch.autograd.grad(mine, (x, weight), upstream)]
+    wide_x, wide_weight = double(x, weight)
+    truth = plain(wide_x, wide_weight, 1e-6, *(part.double() for part in turn))
+    truth = [truth, *torch.autograd.grad(truth, (wide_x, wide_weight), upstream.double())]
+    # A sum of n terms in another order: about sqrt(n) roundings of fp32, and one more where the root is rounded.
+    slack = 4 * torch.finfo(torch.float32).eps * (257 * 2) ** 0.5
+    for a, t, e, what in zip(mine, truth, eager, ("y", "gradient of x", "gradient of weight")):
+        assert_as_exact(a, t, e, slack, what)
 
 
-def test_strided_input_and_no_rows():
-    x, weight, turn = case(torch.float32, True)
+@pytest.mark.parametrize("rotate", [False, True])
+def test_the_reference_has_the_bits_of_transformers(rotate):
+    x, weight, turn = case(torch.float32, rotate, tokens=97, heads=4, width=32)
+    x.requires_grad_()
+    upstream = torch.randn_like(x)
+    rows = torch.arange(97)  # behind a gather, as in attention, whose gradient is contiguous
+    theirs, their_weight = transformers_lines(x, weight, turn)
+    weight = weight.clone().requires_grad_()
+    mine = run(x, weight, turn, "reference")
+    assert torch.equal(mine, theirs)
+    got = torch.autograd.grad(mine.index_select(0, rows), (x, weight), upstream)
+    want = torch.autograd.grad(theirs.index_select(0, rows), (x, their_weight), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@every
+def test_a_residual_is_added_first_and_returned(impl):
+    x, residual = (torch.randn(5, 7, 24, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(24, dtype=torch.float64, requires_grad=True)
+    got = rms_norm(x, weight, 1e-5, residual=residual, impl=impl)
+    want = plain(x + residual, weight, 1e-5), x + residual
+    upstream = [torch.randn_like(part) for part in want]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-12)
+    leaves = (x, residual, weight)
+    for a, b in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(want, leaves, upstream)):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+@every
+def test_queries_and_keys_are_normalised_and_rotated_each(impl):
+    q, q_weight, turn = case(torch.float64, True, heads=4)
+    k, k_weight, _ = case(torch.float64, True, heads=2)
+    leaves = [tensor.requires_grad_() for tensor in (q, k, q_weight, k_weight)]
+    turn = tuple(part.requires_grad_() for part in turn)
+    got = qk_norm_rotate(*leaves, *turn, 1e-6, impl=impl)
+    want = plain(q, q_weight, 1e-6, *turn), plain(k, k_weight, 1e-6, *turn)
+    upstream = [torch.randn_like(part) for part in want]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-12)
+    assert all(grad is None for grad in torch.autograd.grad(got, turn, upstream, allow_unused=True, retain_graph=True))
+    for a, b in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(want, leaves, upstream)):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+@every
+@pytest.mark.parametrize("rotate", [False, True])
+def test_strided_input_strided_gradient_and_no_rows(rotate, impl):
+    x, weight, turn = case(torch.float64, rotate)
     strided = torch.stack([x, x], dim=-1)[..., 0].requires_grad_()
-    out = rms_norm_rotate(strided, weight, 1e-6, *turn)
-    torch.testing.assert_close(out, plain(x, weight, 1e-6, *turn), atol=1e-6, rtol=1e-6)
-    out.sum().backward()
-    assert strided.grad.isfinite().all()
+    upstream = torch.randn(3, 8, 13, dtype=torch.float64).permute(2, 0, 1)
+    leaf = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(run(strided, weight, turn, impl), strided, upstream)
+    (want,) = torch.autograd.grad(plain(leaf, weight, 1e-6, *turn), leaf, upstream)
+    torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
     empty = x[:0].requires_grad_()
-    rms_norm(empty, weight.requires_grad_(), 1e-6).sum().backward()
+    run(empty, weight.requires_grad_(), tuple(part[:0] for part in turn), impl).sum().backward()
     assert (weight.grad == 0).all()
+
+
+def test_arguments_are_checked():
+    x, weight, (cos, sin) = case(torch.float32, True)
+    with pytest.raises(ValueError, match=r"x: expected floating \(..., H\), got \(3,\) torch.int64"):
+        rms_norm(torch.arange(3), weight, 1e-6)
+    with pytest.raises(ValueError, match=r"weight: expected floating \(H = 8,\), got \(7,\)"):
+        rms_norm(x, weight[:7], 1e-6)
+    with pytest.raises(ValueError, match=r"residual: expected \(13, 3, 8\) torch.float32 on cpu, as x is"):
+        rms_norm(x, weight, 1e-6, residual=x.double())
+    with pytest.raises(ValueError, match=r"k: expected float32 \(T = 13, Hkv, D = 8\), got \(5, 3, 8\)"):
+        qk_norm_rotate(x, x[:5], weight, weight, cos, sin, 1e-6)
+    with pytest.raises(ValueError, match=r"k_weight: expected floating \(D = 8,\)"):
+        qk_norm_rotate(x, x, weight, weight[:4], cos, sin, 1e-6)
+    with pytest.raises(ValueError, match=r"q: expected an even D, got \(13, 3, 7\)"):
+        qk_norm_rotate(x[..., :7], x, weight, weight, cos, sin, 1e-6)
+    with pytest.raises(ValueError, match=r"sin: expected floating \(T = 13, D = 8\), got \(4, 8\)"):
+        rms_norm_rotate(x, weight, cos, sin[:4], 1e-6)
+    with pytest.raises(ValueError, match="impl of rms_norm: expected auto or one of torch, reference, got 'cpu'"):
+        rms_norm(x, weight, 1e-6, impl="cpu")

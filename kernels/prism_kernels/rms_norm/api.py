@@ -1,0 +1,144 @@
+"""The contract: arguments, checks, dispatch. Dimensions: H hidden, T tokens, Hq and Hkv heads of D."""
+
+from __future__ import annotations
+
+from typing import overload
+
+from torch import Tensor
+
+from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, wrong
+from prism_kernels.dispatch import Impl, Implementation, Op
+
+_PACKAGE = "prism_kernels.rms_norm"
+
+
+def _op(name: str, function: str) -> Op:
+    return Op(
+        name,
+        [
+            Implementation(Impl.TORCH, f"{_PACKAGE}.torch_autograd:{function}", ("cpu", "cuda")),
+            Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:{function}", ("cpu", "cuda")),
+        ],
+    )
+
+
+NORM = _op("rms_norm", "rms_norm")
+ROTATE = _op("qk_norm_rotate", "rms_norm_rotate")  # one tensor at a time: queries and keys may be of different rows
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: None = None, impl: str | Impl = "auto") -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor, impl: str | Impl = "auto"
+) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, impl: str | Impl = "auto"
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension (arXiv 1910.07467). Equals, in at least fp32 and rounded once::
+
+        x = x + residual                                                    # where there is one; in the dtype of x
+        y = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    Differentiable in x, residual and weight.
+
+    Args:
+        x: (..., H) floating; no rows work.
+        weight: (H,) floating.
+        eps: > 0, added to the mean square.
+        residual: None, or shape, dtype and device of ``x``.
+        impl: "auto", "torch" (one step with a backward of its own: keeps x and one number per row) or "reference".
+
+    Returns:
+        y (..., H) in the dtype of ``x``; with ``residual``: (y, x + residual).
+
+    Raises:
+        ValueError: an argument of another shape, dtype or device; names it.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    if not isinstance(x, Tensor) or x.dim() < 1 or not x.is_floating_point():
+        raise wrong("x", "floating (..., H)", describe(x))
+    _check_weight("weight", weight, "H", "x", x)
+    if residual is not None and describe(residual) != describe(x):
+        raise wrong("residual", f"{describe(x)}, as x is", describe(residual))
+    _, run = NORM.select(impl, x.device)
+    return run(x, weight, eps, residual)
+
+
+def qk_norm_rotate(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    *,
+    impl: str | Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head of queries and keys, then their rotary embedding: :func:`rms_norm_rotate` of each.
+
+    Args:
+        q, k: (T, Hq, D) and (T, Hkv, D) floating, D even.
+        q_weight, k_weight: (D,) floating.
+        cos, sin: (T, D) floating, as :func:`rms_norm_rotate` takes them.
+        eps: > 0, added to the mean squares.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        (q, k), shaped and typed as given; differentiable in all but ``cos`` and ``sin``.
+
+    Raises:
+        ValueError: an argument of another shape, dtype or device; names it.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    _check_heads("q", q)
+    _check_heads("k", k)
+    check_tensor("k", k, {"T": q.shape[0], "Hkv": None, "D": q.shape[2]}, [q.dtype])
+    check_device("k", k, "q", q)
+    _check_weight("q_weight", q_weight, "D", "q", q)
+    _check_weight("k_weight", k_weight, "D", "k", k)
+    _check_rotation(cos, sin, "q", q)
+    _, run = ROTATE.select(impl, q.device)
+    cos, sin = cos.detach(), sin.detach()
+    return run(q, q_weight, cos, sin, eps), run(k, k_weight, cos, sin, eps)
+
+
+def rms_norm_rotate(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, *, impl: str | Impl = "auto"
+) -> Tensor:
+    """One tensor of :func:`qk_norm_rotate`. Equals, in at least fp32 and rounded once::
+
+        y = rms_norm(x, weight, eps)
+        first, second = y.chunk(2, -1)
+        y * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+    ``x`` (T, heads, D), D even; ``weight`` (D,); ``cos`` and ``sin`` (T, D), both halves of their last dimension equal
+    (Qwen3-VL's multimodal positions are interleaved in them already). Differentiable in ``x`` and ``weight``.
+    """
+    _check_heads("x", x)
+    _check_weight("weight", weight, "D", "x", x)
+    _check_rotation(cos, sin, "x", x)
+    _, run = ROTATE.select(impl, x.device)
+    return run(x, weight, cos.detach(), sin.detach(), eps)
+
+
+def _check_heads(name: str, x: Tensor) -> None:
+    check_tensor(name, x, {"T": None, "heads": None, "D": None}, FLOATING)
+    if x.shape[2] % 2:
+        raise wrong(name, "an even D", describe(x))
+
+
+def _check_weight(name: str, weight: Tensor, dimension: str, peer: str, x: Tensor) -> None:
+    check_tensor(name, weight, {dimension: x.shape[-1]}, FLOATING)
+    check_device(name, weight, peer, x)
+
+
+def _check_rotation(cos: Tensor, sin: Tensor, peer: str, x: Tensor) -> None:
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        check_tensor(name, tensor, {"T": x.shape[0], "D": x.shape[2]}, FLOATING)
+        check_device(name, tensor, peer, x)

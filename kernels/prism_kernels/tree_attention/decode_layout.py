@@ -1,0 +1,58 @@
+"""DecodeLayout: which prompt each row of a decoding step continues.
+
+B rows (one new token each), G groups (one prompt each), P tokens of the longest prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prism_kernels.checks import check_tensor, check_values, describe, integer, wrong
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeLayout:
+    """Rows of a group stand together in a (G, width) grid, so that they share each read of their prompt.
+
+    >>> DecodeLayout.build(group=torch.tensor([0, 1, 1, 0]), prompt_lengths=[3, 2]).slot.tolist()
+    [0, 2, 3, 1]
+    """
+
+    group: Tensor  # (B,) int64
+    prompt_mask: Tensor  # (G, P) bool: the prompt has a token there
+    slot: Tensor  # (B,) int64: cell of the grid, flat
+    width: int  # rows of the largest group
+
+    @classmethod
+    def build(cls, group: Tensor, prompt_lengths: Sequence[int]) -> DecodeLayout:
+        """``group`` (B,) int64 in [0, G), in any order, on the device of the keys; ``prompt_lengths``: G, >= 1 each.
+
+        Raises ValueError naming the argument; values of ``group`` outside are undefined on a GPU.
+        """
+        lengths = torch.tensor([integer("prompt_lengths", n, at_least=1) for n in prompt_lengths], dtype=torch.int64)
+        if not lengths.numel():
+            raise wrong("prompt_lengths", "one number of tokens per group", "none")
+        check_tensor("group", group, {"B": None}, [torch.int64])
+        if not group.numel():
+            raise wrong("group", "B >= 1 rows", describe(group))
+        check_values("group", group, "G", len(lengths))
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        return cls._placed(group, mask.to(group.device))
+
+    def keep(self, rows: Tensor) -> DecodeLayout:
+        """Of these rows (n,) int64 alone, in this order."""
+        return self._placed(self.group[rows], self.prompt_mask)
+
+    @classmethod
+    def _placed(cls, group: Tensor, prompt_mask: Tensor) -> DecodeLayout:
+        order = torch.argsort(group, stable=True)
+        counts = torch.bincount(group, minlength=len(prompt_mask))
+        first = torch.cumsum(counts, 0) - counts
+        within = torch.empty_like(group)
+        within[order] = torch.arange(len(group), device=group.device) - first[group[order]]
+        width = int(counts.max())
+        return cls(group, prompt_mask, group * width + within, width)
