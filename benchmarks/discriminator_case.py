@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-from benchmarks.step_case import Parts, Shape, draw, model_settings, moved, rollout_of, spread_weights
+from benchmarks.step_case import Parts, Shape, draw, model_settings, moved, rollout_of, spread_weights, stock_twin
 from prism_fast.config import DiscriminatorStep
+from prism_fast.models.blocks import Recompute
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.records import Lesson, Prompt, Rollout, Sample
 
@@ -24,6 +25,7 @@ class Case:
 
     shape: Shape
     discriminator: Discriminator
+    model: Qwen3VLMoeForConditionalGeneration
     lesson: Lesson
     rollout: Rollout
     parts: list[Parts]
@@ -34,10 +36,6 @@ class Case:
         return self.discriminator
 
     @property
-    def model(self) -> Qwen3VLMoeForConditionalGeneration:
-        return self.discriminator.model
-
-    @property
     def prompt(self) -> Prompt:
         return self.lesson.prompt
 
@@ -45,9 +43,9 @@ class Case:
         """Whether text layers and vision blocks recompute their activations in the backward."""
         if on:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.discriminator.checkpointing:
+        elif self.discriminator.recompute:
             self.model.gradient_checkpointing_disable()
-        self.discriminator.checkpointing = on
+        self.discriminator.recompute = Recompute() if on else None
 
     def few(self, count: int) -> Case:
         """The same with its first ``count`` responses."""
@@ -80,6 +78,7 @@ def build(
     prompt, (teacher, *parts) = draw(shape, seed)
     lesson = Lesson(Sample("benchmark:1", ()), prompt, teacher)
     tokens = shape.prompt + sum(len(ids) for pair in [teacher, *parts] for ids in pair)
-    case = Case(shape, Discriminator(model, head), lesson, rollout_of(prompt, parts), parts, tokens)
+    stock = stock_twin(model)
+    case = Case(shape, Discriminator(model, head), stock, lesson, rollout_of(prompt, parts), parts, tokens)
     case.checkpoint(checkpointing)
     return case

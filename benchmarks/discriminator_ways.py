@@ -14,17 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
 
 from benchmarks import step_flops
 from benchmarks.discriminator_case import STEP, Case
 from benchmarks.step_flops import Work
 from benchmarks.waterfall import Outcome, Way
-from prism_fast.models.backbone import ATTENTION, embed
+from prism_fast.models.backbone import embed
 from prism_fast.pack import build_pack, mrope_positions
 from prism_fast.steps.discriminator_step import discriminator_gradient, discriminator_trees
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_kernels import tree_attention
+
+# In transformers' registry: calls the layer's argument ``tree`` with (1, heads, T, D) of queries, keys and values.
+TREE = "benchmark_tree"
+
+
+def call_tree(module, query, key, value, attention_mask=None, scaling=None, tree=None, **unused):
+    return tree(query, key, value, scaling), None
+
+
+AttentionInterface.register(TREE, call_tree)
 
 # (caption, reasoning) of one response -> its two scores.
 Score = Callable[[tuple[Tensor, Tensor]], Tensor]
@@ -145,19 +156,20 @@ def tree(case: Case, *, read_out: bool) -> Outcome:
     pack = build_pack(trees, [(0, range(len(trees[0].branches)))], case.discriminator.image).to(device)
     text = case.model.model.language_model
     hidden, deepstack = embed(case.model.model, pack)
+    hidden = hidden[None]
     cos_sin = text.rotary_emb(hidden, pack.position_ids[:, None])
     stock = text.config._attn_implementation
-    text.config._attn_implementation = ATTENTION
+    text.config._attn_implementation = TREE
     try:
         for i, layer in enumerate(text.layers):
             if read_out and i == len(text.layers) - 1:
                 arguments = (layer, hidden[0], cos_sin, pack)
-                recompute = case.discriminator.checkpointing
+                recompute = case.discriminator.recompute
                 hidden = (
                     checkpoint(last_layer, *arguments, use_reentrant=False) if recompute else last_layer(*arguments)
                 )
                 break
-            hidden = layer(hidden, position_embeddings=cos_sin, attention_mask=None, prism=attend(pack))
+            hidden = layer(hidden, position_embeddings=cos_sin, attention_mask=None, tree=attend(pack))
             if i < len(deepstack):
                 hidden = hidden.index_add(1, pack.image_row, deepstack[i][None])
         hidden = text.norm(hidden if read_out else hidden[0, pack.readout_row])
@@ -174,7 +186,7 @@ def tree(case: Case, *, read_out: bool) -> Outcome:
 def attend(pack):
     """transformers' (1, heads, T, D) to the tree's (T, heads, D) and back."""
 
-    def run(layer_index, query, key, value, scaling):
+    def run(query, key, value, scaling):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return tree_attention(q, k, v, pack.layout, scale=scaling, impl="sdpa")[None]
 

@@ -7,8 +7,6 @@ forward's response rows all at once, ``log_softmax`` in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +15,9 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks import step_flops
-from benchmarks.step_case import Shape, draw, model_settings, moved, rollout_of, spread_weights
+from benchmarks.step_case import Shape, draw, model_settings, moved, rollout_of, spread_weights, stock_twin
 from benchmarks.step_flops import Work
 from benchmarks.waterfall import Outcome, Way
-from prism_fast.models.backbone import ATTENTION
 from prism_fast.models.policy import Policy
 from prism_fast.pack import pack
 from prism_fast.records import Rollout
@@ -36,6 +33,7 @@ class Case:
 
     shape: Shape
     policy: Policy
+    model: Qwen3VLForConditionalGeneration  # transformers' own layers over the policy's weights
     rollout: Rollout
     advantages: Tensor  # (N,) fp32, on the host
 
@@ -57,12 +55,14 @@ def build(
         config = Qwen3VLConfig(**model_settings(shape))
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype).train()
         spread_weights(model)
+    stock = stock_twin(model)
     policy = Policy(model)
     if checkpointing:
         policy.checkpoint_activations()
+        stock.gradient_checkpointing_enable({"use_reentrant": False})
     prompt, (_, *parts) = draw(shape, seed)
     advantages = torch.randn(shape.responses, generator=torch.Generator().manual_seed(seed))
-    return Case(shape, policy, rollout_of(prompt, parts), advantages)
+    return Case(shape, policy, stock, rollout_of(prompt, parts), advantages)
 
 
 def eager_logprob(case: Case, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def separate(case: Case, *, old_pass: bool) -> Outcome:
     """Stock forwards of prompt and response, one sequence each."""
     device = case.policy.head.device
     prompt = moved(case.rollout.prompts[0], device)
-    model, responses = case.policy.model, [ids.to(device) for ids in case.rollout.response_ids]
+    model, responses = case.model, [ids.to(device) for ids in case.rollout.response_ids]
 
     def logprob(response: Tensor) -> Tensor:
         ids = torch.cat([prompt.input_ids, response])[None]
@@ -124,30 +124,18 @@ def packed_eager(case: Case) -> Outcome:
     lengths = packed.sequence_start.diff().long()
     packed = packed.to(case.policy.head.device)
     advantage = case.advantages[packed.label].repeat_interleave(lengths).to(case.policy.head.device)
-    with tree_attention_in(case):
-        logprob = eager_logprob(case, case.policy(packed)[packed.predict_row], packed.target_ids)
-        loss = surrogate(logprob, logprob.detach(), advantage) / case.rows
-        loss.backward()
+    logprob = eager_logprob(case, case.policy(packed)[packed.predict_row], packed.target_ids)
+    loss = surrogate(logprob, logprob.detach(), advantage) / case.rows
+    loss.backward()
     return {"logprob": logprob.detach().mean(), "loss": loss.detach()}
 
 
 def ours(case: Case) -> Outcome:
     """The trainer's own code. The rollout's log-probs are 0 here, so the gap to them is the mean of the log-probs."""
-    with tree_attention_in(case):
-        metrics, _ = policy_gradient(
-            case.policy, case.rollout, case.advantages, OBJECTIVE, temperature=1.0, tokens_per_pack=tokens(case)
-        )
+    metrics, _ = policy_gradient(
+        case.policy, case.rollout, case.advantages, OBJECTIVE, temperature=1.0, tokens_per_pack=tokens(case)
+    )
     return {"logprob": -torch.tensor(metrics["sampler_gap/mean"]), "loss": torch.tensor(metrics["loss"])}
-
-
-@contextmanager
-def tree_attention_in(case: Case) -> Iterator[None]:
-    text = case.policy.model.config.text_config
-    stock, text._attn_implementation = text._attn_implementation, ATTENTION
-    try:
-        yield
-    finally:
-        text._attn_implementation = stock
 
 
 def tokens(case: Case) -> int:

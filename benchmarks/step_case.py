@@ -5,12 +5,14 @@ One prompt with one image, N responses, and a teacher's for a discriminator. Two
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prism_fast.records import Prompt, Rollout
 
@@ -131,6 +133,13 @@ def spread_weights(model: nn.Module) -> None:
             elif "embed_tokens" not in name and "pos_embed" not in name:
                 fan_in = value.shape[-1] if value.dim() == 3 else value[0].numel()  # 3: experts; 5: patches
                 value.normal_(std=fan_in**-0.5)
+
+
+def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Transformers' own layers over the same weights, buffers and vision tower; Policy and Discriminator put theirs
+    into the model that they are given."""
+    shared = [*model.parameters(), *model.buffers(), model.model.visual]
+    return copy.deepcopy(model, {id(kept): kept for kept in shared})
 
 
 def draw(shape: Shape, seed: int) -> tuple[Prompt, list[Parts]]:

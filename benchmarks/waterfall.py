@@ -183,7 +183,7 @@ def problem(
     result.update(flops=flops[ours], reference_flops=flops[0], bytes=2.0 * weights)
     if shape.experts:
         result["experts"] = fastest_experts(case, ways[1]) if given.experts == "fastest" else given.experts
-        case.module.model.set_experts_implementation(result["experts"])
+        case.model.set_experts_implementation(result["experts"])
     add_times(case, ways, ours, rows, flops, given)
     tokens = shape.prompt + sum(len(ids) for ids in case.rollout.response_ids)
     for row in rows:
@@ -216,7 +216,7 @@ def without_near_ties(step: Step, shape: Shape, device: torch.device, recompute:
         case = step.build(shape, dtype=torch.float32, device=device, checkpointing=recompute, seed=seed)
         if step.margin is None:
             return case
-        case.module.model.set_experts_implementation(EXPERTS[0])
+        case.model.set_experts_implementation(EXPERTS[0])
         margin = step.margin(case)
         if margin > NEAR_TIE[device.type]:
             return case
@@ -278,7 +278,7 @@ def fastest_experts(case: Any, way: Way) -> str:
     seconds, reasons = {}, []
     timer, sample = measure.Timer(next(case.module.parameters()).device), case.few(1)
     for name in EXPERTS:
-        case.module.model.set_experts_implementation(name)
+        case.model.set_experts_implementation(name)
         try:
             run(sample, way)
         except (NotImplementedError, RuntimeError, ImportError) as error:
@@ -358,7 +358,7 @@ def memory_call(step: Step, request: dict[str, Any]) -> Callable[[], Outcome]:
     small, case = (step.build(step.shapes[name], **options) for name in ("mini", request["shape"]))
     if request["experts"] is not None:
         for made in (small, case):
-            made.module.model.set_experts_implementation(request["experts"])
+            made.model.set_experts_implementation(request["experts"])
     run(small, way)
     return lambda: with_gradients(case, way)
 

@@ -11,13 +11,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prism_fast import metric_names as names
-from prism_kernels import TreeLayout
+from prism_kernels import RoutingStats, TreeLayout
 
 
 class DataError(ValueError):
@@ -204,6 +204,19 @@ class Rollout:
             if not logprob.isfinite().all():
                 return f"a log-prob of response {i} is not finite"
         return None
+
+
+class Judgement(NamedTuple):
+    """What the discriminator makes of one pack. Tuples of tensors alone: whoever shards a model looks into its output.
+
+    Of a pack with three branches, of a model with two layers of four experts::
+
+        score  [0.31, -0.12, 1.1]
+        stats  (RoutingStats(counts (7, 4), prob_sum (7, 4)), RoutingStats(counts (7, 4), prob_sum (7, 4)))
+    """
+
+    score: Tensor  # (branches,) fp32: head of the hidden state at each branch's last token, in stream order
+    stats: tuple[RoutingStats, ...]  # of every layer, by pack.KIND_NAMES
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,21 @@
-"""Qwen3-VL checkpoints as modules: opening them, the attention hook, images into the token stream."""
+"""Qwen3-VL checkpoints as modules: opening them, images into the token stream, the pass that both models share."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AutoConfig, PreTrainedModel
 
+from prism_fast.models.blocks import Attend, ReadOut, Recompute, TextModel, attend_tree, own_layers, run_layers
 from prism_fast.pack import ImageTokens
 from prism_fast.records import DataError, PackedTree
-from prism_kernels import TreeLayout, tree_attention
-
-ATTENTION = "prism_tree"
-
-
-def _attend(module, query, key, value, attention_mask=None, scaling=None, prism=None, **unused):
-    """transformers' attention interface: query (1, Hq, T, D), key and value (1, Hkv, T, D) -> (1, T, Hq, D).
-
-    ``prism`` says what the rows are: a TreeLayout, or a callable such as the rollout's cache.
-    """
-    if prism is None:
-        raise RuntimeError(f"attention {ATTENTION!r} needs its layout: call the model through Policy or Discriminator")
-    if isinstance(prism, TreeLayout):
-        out = tree_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), prism, scale=scaling)
-        return out[None], None
-    return prism(module.layer_idx, query, key, value, scaling), None
-
-
-# Both registries: without a mask function of its own, transformers would read restarted positions as packed sequences.
-AttentionInterface.register(ATTENTION, _attend)
-
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+from prism_kernels import RoutingStats
 
 
 def local_directory(path: str | Path) -> Path:
@@ -65,7 +45,7 @@ def read_config(path: Path, expected: str):
 
 
 def load_model(model_class, path: str | Path, expected: str, dtype: torch.dtype, device: torch.device | str, **kwargs):
-    """A Hugging Face model with tree attention in its text side, and every weight accounted for."""
+    """A Hugging Face model with every weight accounted for."""
     path = local_directory(path)
     config = read_config(path, expected)
     try:
@@ -82,28 +62,77 @@ def load_model(model_class, path: str | Path, expected: str, dtype: torch.dtype,
         raise DataError(
             f"{path}: {what} ({len(missing)} missing, {len(wrong)} mismatched); expected a whole {expected}"
         )
-    use_tree_attention(model)
     return model.to(device)
-
-
-def use_tree_attention(model: nn.Module) -> None:
-    """In the text side; the vision side keeps transformers' own (sdpa, per image)."""
-    model.config.text_config._attn_implementation = ATTENTION
 
 
 def image_tokens(config) -> ImageTokens:
     return ImageTokens(config.image_token_id, config.vision_config.spatial_merge_size)
 
 
-def embed(backbone: nn.Module, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
-    """Token embeddings (1, T, H) with image features in their rows, and the DeepStack features (image rows, H) each.
+class TreeModel(nn.Module):
+    """A Qwen3-VL(-MoE) of transformers that reads packed trees: what policy and discriminator share.
+
+    The vision tower stays transformers' own (sdpa, per image). ``norm``: see blocks.Norm.
+    """
+
+    model: Any  # transformers' modules say no attributes' types
+
+    def __init__(self, model: PreTrainedModel, *, norm: str):
+        super().__init__()
+        self.model = model
+        own_layers(self.text, norm=norm)
+        self.image = image_tokens(model.config)
+        self.recompute: Recompute | None = None
+
+    @property
+    def text(self) -> TextModel:
+        return self.model.model.language_model
+
+    @property
+    def visual(self) -> PreTrainedModel:
+        return self.model.model.visual
+
+    def freeze(self, *, vision: bool = False, embeddings: bool = False) -> None:
+        """Takes the vision tower, or the token embeddings (and a head tied to them), out of training."""
+        if vision:
+            self.visual.requires_grad_(False)
+        if embeddings:
+            self.model.get_input_embeddings().requires_grad_(False)
+
+    def hidden_states(
+        self,
+        pack: PackedTree,
+        *,
+        attend: Attend | None = None,
+        positions: Tensor | None = None,
+        read: ReadOut | None = None,
+    ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+        """Behind the last norm: (T, H), or with ``read`` (Q, H); and routing statistics where layers have experts.
+
+        ``attend``: what the rows see, by default the pack's tree; ``positions``: by default the pack's.
+        """
+        hidden, deepstack = embed(self.model.model, pack)
+        return run_layers(
+            self.text,
+            hidden,
+            pack.position_ids if positions is None else positions,
+            attend_tree(pack.layout) if attend is None else attend,
+            image=(pack.image_row, deepstack),
+            kind=pack.segment_kind,
+            read=read,
+            recompute=self.recompute,
+        )
+
+
+def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
+    """Token embeddings (T, H) with image features in their rows, and the DeepStack features (image rows, H) each.
 
     Images are taken from roots only (``pack.image_row``): a placeholder token in a branch stays an ordinary embedding.
     """
     hidden = backbone.get_input_embeddings()(pack.input_ids)
     if pack.pixel_values is None:
-        return hidden[None], []
+        return hidden, []
     visual = backbone.visual
     features = visual(pack.pixel_values.to(visual.dtype), grid_thw=pack.image_grid_thw, return_dict=True)
     hidden = hidden.index_copy(0, pack.image_row, features.pooler_output.to(hidden.dtype))
-    return hidden[None], list(features.deepstack_features)
+    return hidden, list(features.deepstack_features)

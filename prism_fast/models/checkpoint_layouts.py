@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism_fast.records import DataError
 
@@ -32,7 +33,7 @@ def read_head(path: Path) -> Tensor:
     raise DataError(f"{path}: no value head ({' or '.join(HEAD_KEYS)}) in its safetensors; is it a discriminator?")
 
 
-def settle_square_experts(model: nn.Module, path: Path) -> None:
+def settle_square_experts(model: Any, path: Path) -> None:
     """Transposes what the loader could not decide by shape: one of the two expert weights where 2I = H or I = H.
 
     The loader compares each tensor's shape with the model's; a square one passes in either layout, so the other tensor

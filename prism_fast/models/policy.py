@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
-from prism_fast.models.backbone import embed, image_tokens, load_model
+from prism_fast.models.backbone import TreeModel, load_model
+from prism_fast.models.blocks import Attend, Recompute, run_layers
 from prism_fast.records import PackedTree
 
 
@@ -24,7 +27,7 @@ class LMHead(nn.Linear):
         return super().forward(hidden) if op is None else op(hidden, self.weight, *args, **kwargs)
 
 
-class Policy(nn.Module):
+class Policy(TreeModel):
     """A Qwen3-VL whose forward takes a PackedTree and whose head is left to the fused ops.
 
     ``forbidden``: token ids that are never sampled (placeholders, padding); ``words``: tokens that the tokenizer knows,
@@ -32,14 +35,14 @@ class Policy(nn.Module):
     trainer alike: ``bias`` adds -1e9 to the logits of these.
     """
 
+    bias: Tensor  # (V,) fp32
+
     def __init__(
         self, model: Qwen3VLForConditionalGeneration, forbidden: tuple[int, ...] = (), words: int | None = None
     ):
-        super().__init__()
-        self.model = model
+        super().__init__(model, norm="reference")  # the bits of transformers' own forward
         model.lm_head.__class__ = LMHead  # in place: the weight may be tied to the embeddings
-        self.image = image_tokens(model.config)
-        bias = torch.zeros(model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
+        bias = torch.zeros(self.model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
         bias[list(forbidden)] = -1e9
         if words is not None:
             bias[words:] = -1e9
@@ -63,35 +66,29 @@ class Policy(nn.Module):
         """(V, H) weight of the LM head."""
         return self.model.lm_head.weight
 
-    def through_head(self, op: Callable, hidden: Tensor, *args, **kwargs):
-        """``op(hidden, head weight, ...)`` with one of prism_kernels' LM-head ops."""
-        return self.model.lm_head(hidden, op, *args, **kwargs)
-
     def checkpoint_activations(self) -> None:
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        """Layers and vision blocks recompute their activations in the backward; gradients stay the same."""
+        self.recompute = Recompute()
+        self.visual._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
 
-    def freeze(self, *, vision: bool = False, embeddings: bool = False) -> None:
-        """Takes the vision tower, or the token embeddings (and a head tied to them), out of training."""
-        if vision:
-            self.model.model.visual.requires_grad_(False)
-        if embeddings:
-            self.model.get_input_embeddings().requires_grad_(False)
+    def forward(self, pack: PackedTree, *, op: Callable | None = None, attend: Attend | None = None, **kwargs):
+        """Hidden states behind the last norm, (T, H); with ``op``, what this LM-head op makes of them.
 
-    def forward(self, pack: PackedTree, prism=None, past_key_values=None) -> Tensor:
-        """Hidden states after the last norm, (T, H). ``prism``: what attention sees, by default the pack's layout."""
-        hidden, deepstack = embed(self.model.model, pack)
-        rows = torch.zeros(1, pack.num_tokens, dtype=torch.bool, device=hidden.device)
-        rows[0, pack.image_row] = True
-        text_positions = torch.arange(pack.num_tokens, device=hidden.device)[None]
-        output = self.model.model.language_model(
-            inputs_embeds=hidden,
-            position_ids=torch.cat([text_positions, pack.position_ids])[:, None],
-            visual_pos_masks=rows if deepstack else None,
-            deepstack_visual_embeds=deepstack or None,
-            use_cache=False,
-            prism=pack.layout if prism is None else prism,
-        )
-        return output.last_hidden_state[0]
+        ``op`` is one of prism_kernels', called as ``op(hidden (R, H), head weight (V, H), targets (R,), **kwargs)``
+        with the R predicted tokens of the pack. The head is the last thing inside this call, so that whoever shards
+        weights has it gathered. ``attend``: what the rows see, by default the pack's tree.
+        """
+        hidden, _ = self.hidden_states(pack, attend=attend)
+        if op is None:
+            if kwargs:
+                raise TypeError(f"Policy: got {', '.join(kwargs)} without an op that takes them; pass op=")
+            return hidden
+        return self.model.lm_head(hidden[pack.predict_row], op, pack.target_ids, **kwargs)
+
+    def decode(self, token: Tensor, position: Tensor, attend: Attend) -> Tensor:
+        """One more token (B,) of each of B responses at position (B,) -> hidden states behind the last norm, (B, H)."""
+        hidden, _ = run_layers(self.text, self.text.embed_tokens(token), position.expand(3, -1), attend)
+        return hidden
 
     def save(self, path: str | Path) -> None:
         self.model.save_pretrained(path, safe_serialization=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-from prism_fast.models.backbone import load_model, use_tree_attention
+from prism_fast.models.backbone import load_model
 from prism_fast.models.discriminator import Discriminator
 
 
@@ -27,8 +28,8 @@ def upcycle(
     """
     dense = load_model(Qwen3VLForConditionalGeneration, dense_path, "qwen3_vl", dtype, "cpu")
     config = moe_config(dense.config, num_experts, top_k)
-    model = Qwen3VLMoeForConditionalGeneration(config).to(dtype)
-    use_tree_attention(model)
+    model: Any = Qwen3VLMoeForConditionalGeneration(config)
+    model = model.to(dtype)
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like, std):
@@ -48,7 +49,7 @@ def upcycle(
                 value.copy_(source[name.replace("experts.down_proj", "down_proj.weight")] + noise(value, expert_noise))
             else:
                 value.copy_(source[name])
-    hidden = config.text_config.hidden_size
+    hidden = model.config.text_config.hidden_size
     head = (torch.rand(hidden, generator=generator) * 2 - 1) / hidden**0.5
     return Discriminator(model, head)
 

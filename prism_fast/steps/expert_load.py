@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class ExpertLoad:
     def __init__(self):
         self._counts: list[Tensor] = []
 
-    def add(self, stats: list[RoutingStats]) -> None:
+    def add(self, stats: Sequence[RoutingStats]) -> None:
         counts = [s.counts.detach() for s in stats]
         self._counts = counts if not self._counts else [a + b for a, b in zip(self._counts, counts)]
 

@@ -48,13 +48,12 @@ def policy_gradient(
         sampled = torch.cat([rollout.logprob[i] for i in packed.label.tolist()]).to(device)
         advantage = advantages[packed.label].to(device)
         packed = packed.to(device)
-        out = policy.through_head(
-            linear_policy_loss,
-            policy(packed)[packed.predict_row],
-            packed.target_ids,
-            advantage,
-            packed.sequence_start,
-            objective,
+        out = policy(
+            packed,
+            op=linear_policy_loss,
+            advantages=advantage,
+            sequence_start=packed.sequence_start,
+            objective=objective,
             rollout_logprob=sampled,
             ref_logprob=None if reference is None else reference_logprob(reference, packed, policy.bias, temperature),
             normalizer=normalizer,
@@ -74,8 +73,7 @@ def policy_gradient(
 @torch.no_grad()
 def reference_logprob(reference: Policy, packed: PackedTree, bias: Tensor, temperature: float) -> Tensor:
     """(R,) fp32: the reference policy's log-probs of the pack's predicted tokens, over the tokens of the policy."""
-    hidden = reference(packed)[packed.predict_row]
-    return reference.through_head(linear_logprob, hidden, packed.target_ids, bias=bias, temperature=temperature).logprob
+    return reference(packed, op=linear_logprob, bias=bias, temperature=temperature).logprob
 
 
 def _over_packs(measured: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree, build_pack, merge_prompts, mrope_positions
 from prism_fast.records import Prompt, Rollout
-from prism_kernels import TreeLayout, tree_attention
+from prism_kernels import DecodeLayout, TreeLayout, shared_prompt_decode, tree_attention
 
 CACHE_BLOCK = 64  # the cache of generated tokens grows by so many
 # Logits at a time, as numbers: 34 and 268 MB in fp32, and in draw up to ten times that.
@@ -28,89 +28,60 @@ class _Prefill:
 
     def __init__(self, layout: TreeLayout):
         self.layout = layout
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, (Hkv, T, D)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.keys[layer], self.values[layer] = key[0], value[0]  # (Hkv, T, D)
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return tree_attention(q, k, v, self.layout, scale=scale)[None]
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+    ) -> Tensor:
+        self.kept[layer] = k.transpose(0, 1), v.transpose(0, 1)
+        return tree_attention(q, k, v, self.layout, scale=scale, query_row=query_row)
 
 
 class _Decode:
-    """Attention of one new token per row: to its group's prompt, stored once per group, and to its own tokens.
-
-    Both kinds of scores go through one softmax, so the result is exact; rows of a group share each read of the prompt.
-    """
+    """Attention of one new token per row: to its group's prompt, kept once per group, and to its own tokens."""
 
     def __init__(self, prefill: _Prefill, group: Tensor):
-        lengths = torch.tensor(prefill.layout.lengths)
-        longest = int(lengths.max())
-        starts = prefill.layout.segment_start[:-1].long()
-        rows = (starts[:, None].cpu() + torch.arange(longest)).clamp(max=prefill.layout.num_tokens - 1)
-        device = next(iter(prefill.keys.values())).device
-        rows = rows.to(device)
-        self.prompt_mask = (torch.arange(longest) < lengths[:, None]).to(device)  # (G, P)
+        self.layout = DecodeLayout.build(group, prefill.layout.lengths)
+        longest = self.layout.prompt_mask.shape[1]
+        starts = prefill.layout.segment_start[:-1, None].long()
+        rows = (starts + torch.arange(longest, device=starts.device)).clamp(max=prefill.layout.num_tokens - 1)
         self.prompt = {
-            layer: tuple(x[:, rows].transpose(0, 1) for x in (prefill.keys[layer], prefill.values[layer]))
-            for layer in prefill.keys
+            layer: (k[:, rows].transpose(0, 1), v[:, rows].transpose(0, 1)) for layer, (k, v) in prefill.kept.items()
         }  # (G, Hkv, P, D)
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (B, Hkv, capacity, D)
         self.length = 0
-        self.place(group)
-
-    def place(self, group: Tensor) -> None:
-        """Slots of the rows in their groups: row b is slot ``slot[b]`` of the (G, N) grid."""
-        order = torch.argsort(group, stable=True)
-        counts = torch.bincount(group, minlength=len(self.prompt_mask))
-        first = torch.cumsum(counts, 0) - counts
-        within = torch.empty_like(group)
-        within[order] = torch.arange(len(group), device=group.device) - first[group[order]]
-        self.width = int(counts.max())
-        self.group, self.slot = group, group * self.width + within
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on."""
-        self.own = {layer: tuple(x[rows] for x in pair) for layer, pair in self.own.items()}
-        self.place(self.group[rows])
+        self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
+        self.layout = self.layout.keep(rows)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (B, heads, D)
-        batch, heads, dim = q.shape
-        kv_heads = k.shape[1]
-        own_k, own_v = self._append(layer, k, v)
-        q = q.reshape(batch, kv_heads, heads // kv_heads, dim) * scale
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+    ) -> Tensor:
         prompt_k, prompt_v = self.prompt[layer]
-        on_prompt = self._ungrid(self._grid(q) @ prompt_k.transpose(2, 3))  # (B, Hkv, rep, P)
-        on_prompt = on_prompt.masked_fill(~self.prompt_mask[self.group][:, None, None], float("-inf"))
-        on_own = q @ own_k.transpose(2, 3)  # (B, Hkv, rep, L)
-        weight = torch.cat([on_prompt, on_own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
-        prompt_weight, own_weight = weight.split([on_prompt.shape[-1], on_own.shape[-1]], dim=-1)
-        out = self._ungrid(self._grid(prompt_weight) @ prompt_v) + own_weight @ own_v
-        return out.reshape(1, batch, heads, dim)
+        own_k, own_v = self._append(layer, k, v)
+        return shared_prompt_decode(q, prompt_k, prompt_v, own_k, own_v, self.layout, scale=scale)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, Hkv, D) behind the row's tokens so far -> (B, Hkv, L, D) each."""
         used = self.length
-        if layer not in self.own or self.own[layer][0].shape[2] == used:
-            grown = tuple(x.new_zeros(x.shape[0], x.shape[1], used + CACHE_BLOCK, x.shape[2]) for x in (k, v))
-            if layer in self.own:
-                for new, old in zip(grown, self.own[layer]):
-                    new[:, :, :used] = old
-            self.own[layer] = grown
+        kept = self.own.get(layer)
+        if kept is None or kept[0].shape[2] == used:
+            self.own[layer] = _grown(k, kept and kept[0], used), _grown(v, kept and kept[1], used)
         for cache, x in zip(self.own[layer], (k, v)):
             cache[:, :, used] = x
-        return tuple(cache[:, :, : used + 1] for cache in self.own[layer])
+        keys, values = self.own[layer]
+        return keys[:, :, : used + 1], values[:, :, : used + 1]
 
-    def _grid(self, x: Tensor) -> Tensor:
-        """(B, Hkv, rep, n) -> (G, Hkv, N * rep, n); slots without a row are 0."""
-        _, kv_heads, rep, n = x.shape
-        grid = x.new_zeros(len(self.prompt_mask) * self.width, kv_heads, rep, n).index_copy(0, self.slot, x)
-        return grid.view(-1, self.width, kv_heads, rep, n).transpose(1, 2).reshape(-1, kv_heads, self.width * rep, n)
 
-    def _ungrid(self, grid: Tensor) -> Tensor:
-        groups, kv_heads, both, n = grid.shape
-        grid = grid.view(groups, kv_heads, self.width, both // self.width, n).transpose(1, 2)
-        return grid.reshape(groups * self.width, kv_heads, both // self.width, n)[self.slot]
+def _grown(like: Tensor, kept: Tensor | None, used: int) -> Tensor:
+    """Room for CACHE_BLOCK more tokens behind the ``used`` ones of ``kept``; ``like`` (B, Hkv, D)."""
+    rows, heads, dim = like.shape
+    new = like.new_zeros(rows, heads, used + CACHE_BLOCK, dim)
+    if kept is not None:
+        new[:, :, :used] = kept
+    return new
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -177,12 +148,12 @@ def _generate(
     policy: Policy, chat: Chat, prompts: Sequence[Prompt], samples: int, uniform: Tensor, temperature: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(token ids, log-probs) of every row, on the host."""
-    device = policy.head.device
+    device = policy.bias.device
     distinct, which = merge_prompts(prompts)
     pack = build_pack([Tree(p, (), ()) for p in distinct], [(i, ()) for i in range(len(distinct))], policy.image)
     pack = pack.to(device)
     prefill = _Prefill(pack.layout)
-    hidden = policy(pack, prism=prefill)
+    hidden = policy(pack, attend=prefill)
     group = torch.tensor(which, device=device).repeat_interleave(samples)  # (B,) into distinct
     last = pack.layout.segment_start[1:].long() - 1
     state = hidden[last][group]  # (B, H)
@@ -206,11 +177,8 @@ def _generate(
         if finished * COMPACT_AT >= len(row):
             keep = (~done).nonzero().flatten()
             row, token, position, done = row[keep], token[keep], position[keep], done[keep]
-            if step:
-                cache.keep(keep)
-            else:
-                cache.place(cache.group[keep])
-        state = _advance(policy, token, position + step, cache)
+            cache.keep(keep)
+        state = policy.decode(token, position + step, cache)
         cache.length += 1
     lengths = (tokens >= 0).sum(1).tolist()
     tokens, logprob = tokens.cpu(), logprob.cpu()
@@ -219,7 +187,7 @@ def _generate(
 
 def _next_token(policy: Policy, state: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(tokens, log-probs) after hidden states (B, H), a block of rows at a time."""
-    rows = max(1, LOGITS[state.device.type] // policy.head.shape[0])
+    rows = max(1, LOGITS[state.device.type] // policy.bias.numel())
     parts = [
         draw(_product(some, policy.head) + policy.bias, u, temperature)
         for some, u in zip(state.split(rows), uniform.split(rows))
@@ -233,15 +201,3 @@ def _product(state: Tensor, head: Tensor) -> Tensor:
     if head.is_cuda and head.dtype != torch.float32:
         return torch.mm(state, head.T, out_dtype=torch.float32)
     return state.float() @ head.float().T
-
-
-def _advance(policy: Policy, token: Tensor, position: Tensor, cache: _Decode) -> Tensor:
-    """Hidden states (B, H) after one more token per row."""
-    embedded = policy.model.get_input_embeddings()(token)[None]
-    output = policy.model.model.language_model(
-        inputs_embeds=embedded,
-        position_ids=position.expand(4, 1, -1),
-        use_cache=False,
-        prism=cache,
-    )
-    return output.last_hidden_state[0]

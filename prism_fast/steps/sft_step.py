@@ -30,8 +30,7 @@ def supervised_gradient(policy: Policy, packs: Sequence[PackedTree]) -> float:
     loss = 0.0
     for packed in packs:
         packed = packed.to(policy.head.device)
-        hidden = policy(packed)[packed.predict_row]
-        part = policy.through_head(linear_cross_entropy, hidden, packed.target_ids, normalizer=rows)
+        part = policy(packed, op=linear_cross_entropy, normalizer=rows)
         part.backward()
         loss += part.detach()
     return float(loss)

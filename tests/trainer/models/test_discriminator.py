@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.checkpoint_layouts import HEAD_FILE
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.upcycle import upcycle
@@ -31,7 +30,6 @@ def pack_of(trees):
 
 def discriminator(model, head):
     mine = copy.deepcopy(model)
-    use_tree_attention(mine)
     return Discriminator(mine, head)
 
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.policy import Policy
 from prism_fast.pack import ImageTokens, Tree, build_pack, mrope_positions
 from tests.models import IMAGE_TOKEN, prompt, qwen, tokens
@@ -52,7 +51,6 @@ def packed_logprobs(policy, trees):
 def test_log_probs_and_gradients_equal_separate_forwards(checkpointing):
     stock = qwen()
     mine = copy.deepcopy(stock)
-    use_tree_attention(mine)
     policy = Policy(mine)
     if checkpointing:
         policy.checkpoint_activations()
@@ -80,7 +78,6 @@ def test_positions_equal_transformers():
 
 def test_placeholder_token_in_a_branch_is_not_an_image():
     policy = Policy(copy.deepcopy(qwen()))
-    use_tree_attention(policy.model)
     branch = tokens(1, 5)
     branch[2] = IMAGE_TOKEN
     tree = Tree(prompt(1, images=((4, 4),)), [branch], [2])
@@ -91,7 +88,6 @@ def test_placeholder_token_in_a_branch_is_not_an_image():
 
 def test_text_only_pack_and_forbidden_tokens():
     policy = Policy(copy.deepcopy(qwen()), forbidden=(IMAGE_TOKEN,))
-    use_tree_attention(policy.model)
     pack = build_pack([Tree(prompt(2), [tokens(3, 4)], [2])], [(0, [0])], IMAGE)
     logits = policy(pack) @ policy.head.T + policy.bias
     assert logits.softmax(-1)[:, IMAGE_TOKEN].max() == 0

@@ -1,6 +1,5 @@
 """A score that is not finite: the stage names whose it is, updates nothing in that step, and goes on."""
 
-import dataclasses
 import math
 
 import pytest
@@ -28,7 +27,7 @@ def break_score(monkeypatch, row, value):
             return judgement
         score = judgement.score.clone()
         score[row] = value
-        return dataclasses.replace(judgement, score=score)
+        return judgement._replace(score=score)
 
     monkeypatch.setattr(Discriminator, "forward", broken)
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from prism_fast.config import AdvantageConfig, CompatConfig, DiscriminatorStep
-from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree
@@ -69,7 +68,6 @@ def definition(model, head, lessons, rollout, parts, beta=0.0, clamp=None):
 
 def made(stock, head):
     mine = copy.deepcopy(stock)
-    use_tree_attention(mine)
     return Discriminator(mine, head)
 
 
@@ -153,7 +151,6 @@ def test_advantage_clamps_scores_and_only_there():
 def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, without_advantage):
     stock = qwen()
     mine = copy.deepcopy(stock)
-    use_tree_attention(mine)
     policy = Policy(mine)
     _, rollout, _ = batch()
     advantages = torch.randn(8)
@@ -199,7 +196,6 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, wi
 
 def test_without_any_advantage_nothing_is_computed():
     stock = qwen()
-    use_tree_attention(stock)
     policy = Policy(stock)
     _, rollout, _ = batch()
     settings = {"temperature": 1.0, "tokens_per_pack": 4096}

@@ -7,7 +7,6 @@ import torch
 
 import prism_fast.steps.sampler as rollout_module
 from prism_fast.config import Sampling
-from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
 from prism_fast.steps.sampler import draw, generate
@@ -30,7 +29,6 @@ def sampling(samples, max_tokens, temperature=1.0, rows_at_once=512):
 
 def policy(eos_bias=0.0):
     model = copy.deepcopy(qwen())
-    use_tree_attention(model)
     made = Policy(model, forbidden=FORBIDDEN)
     made.bias[EOS] += eos_bias
     return made

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 
-from prism_fast.models.backbone import use_tree_attention
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree, pack
 from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
@@ -16,7 +15,6 @@ from tests.trainer.models.test_policy import separate_logprobs
 def test_step_equals_separate_forwards(tokens_per_pack):
     stock = qwen()
     mine = copy.deepcopy(stock)
-    use_tree_attention(mine)
     policy = Policy(mine)
     demonstrations = [(prompt(2), tokens(1, 6)), (prompt(1, images=((4, 4),)), tokens(2, 9)), (prompt(2), tokens(3, 2))]
     trees = demonstration_trees(demonstrations)

@@ -1,0 +1,268 @@
+"""The decoder layers of policy and discriminator: Hugging Face's modules, weights and names with forwards of our own.
+
+:func:`own_layers` gives the modules of a loaded text model their classes here, in place: state_dict, ties, loading and
+saving stay Hugging Face's. A weight is read inside the call of the module that owns it, and all of a layer's inside the
+layer's, so that whoever shards weights gathers them by module hooks: :class:`TreeLayer` is the unit of one piece.
+
+Dimensions: T rows (tokens of a pack, or one token per response), H hidden, Hq and Hkv heads of D, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.qwen3_vl import modeling_qwen3_vl as dense
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as sparse
+
+from prism_fast.pack import KIND_NAMES
+from prism_kernels import Routing, RoutingStats, TreeLayout, moe_mlp, moe_route, tree_attention
+from prism_kernels.rms_norm import rms_norm, rms_norm_rotate
+
+
+class Attend(Protocol):
+    """What the rows of a pass see: q (T or Q, Hq, D), k and v (T, Hkv, D) of layer ``layer`` -> as q.
+
+    ``query_row`` (Q,) int64: the rows that the queries are of; None: all.
+    """
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+    ) -> Tensor: ...
+
+
+def attend_tree(layout: TreeLayout) -> Attend:
+    """A token sees the segments above its own and, causally, its own."""
+    return lambda layer, q, k, v, *, scale, query_row: tree_attention(q, k, v, layout, scale=scale, query_row=query_row)
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """Only these rows go on behind the last layer; keys and values need all of them.
+
+    ``balance``: its router still sees every row, because the load-balancing loss does.
+    """
+
+    rows: Tensor  # (Q,) int64
+    balance: bool = False
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Activation checkpointing of a pass."""
+
+    use_reentrant: bool = False
+
+
+class Norm(nn.Module):
+    """RMSNorm; with ``rotation``, of attention heads, their rotary embedding too.
+
+    ``impl`` (of ``prism_kernels.rms_norm``) is the model's choice. The two differ in their last bits: "reference" has
+    those of transformers' modules, "torch" keeps and moves less.
+    """
+
+    weight: Tensor
+    variance_epsilon: float
+    impl: str
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (T, H), or (T, heads, D) and ``rotation`` (cos, sin), (T, D) each -> as x."""
+        if rotation is None:
+            return rms_norm(x, self.weight, self.variance_epsilon, impl=self.impl)
+        return rms_norm_rotate(x, self.weight, *rotation, self.variance_epsilon, impl=self.impl)
+
+
+class Attention(nn.Module):
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: Norm
+    k_norm: Norm
+    head_dim: int
+    scaling: float
+    layer_idx: int
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, *, rows: Tensor | None, order: str
+    ) -> Tensor:
+        """x (T, H) -> (T, H), or at ``rows`` (Q,) -> (Q, H).
+
+        ``order``: "qkv" or "kvq", which projection runs first. The last one's gradient is the first that x gets, and a
+        sum of three depends on its order.
+        """
+        heads = {}
+        for name in order:
+            at_rows = name == "q" and rows is not None
+            turn = (rotation[0][rows], rotation[1][rows]) if at_rows else rotation
+            heads[name] = self._heads(name, x[rows] if at_rows else x, turn)
+        out = attend(self.layer_idx, heads["q"], heads["k"], heads["v"], scale=self.scaling, query_row=rows)
+        return self.o_proj(out.flatten(1))
+
+    def _heads(self, name: str, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Projection as (T, heads, D), queries and keys normalised and rotated."""
+        projected = getattr(self, f"{name}_proj")(x).view(x.shape[0], -1, self.head_dim)
+        return projected if name == "v" else getattr(self, f"{name}_norm")(projected, rotation)
+
+
+class Router(nn.Module):
+    weight: Tensor  # (E, H)
+    top_k: int
+
+    def forward(self, x: Tensor, kind: Tensor | None, expert_index: Tensor | None) -> Routing:
+        """x (T, H), kind (T,) of pack.KIND_NAMES; ``expert_index``: the experts to take instead of choosing."""
+        return moe_route(
+            x,
+            self.weight,
+            self.top_k,
+            segment_kind=kind,
+            num_kinds=len(KIND_NAMES),
+            expert_index=expert_index,
+        )
+
+
+class Experts(nn.Module):
+    gate_up_proj: Tensor  # (E, 2I, H)
+    down_proj: Tensor  # (E, H, I)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        return moe_mlp(x, self.gate_up_proj, self.down_proj, routing)
+
+
+class SparseMLP(nn.Module):
+    gate: Router
+    experts: Experts
+
+    def forward(self, x: Tensor, kind: Tensor | None, expert_index: Tensor | None) -> tuple[Tensor, Routing]:
+        routing = self.gate(x, kind, expert_index)
+        return self.experts(x, routing), routing
+
+
+class TreeLayer(nn.Module):
+    """One decoder layer, with a dense MLP or with experts."""
+
+    input_layernorm: Norm
+    self_attn: Attention
+    post_attention_layernorm: Norm
+    mlp: nn.Module | SparseMLP
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attend: Attend,
+        kind: Tensor | None = None,
+        read: ReadOut | None = None,
+        chosen: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """hidden (T, H) -> (hidden,), or of a layer with experts (hidden, counts, prob_sum), RoutingStats of ``kind``
+        (T,). With ``read``, hidden is (Q, H).
+
+        What the load-balancing loss needs is an output, so that it keeps its gradient under activation checkpointing.
+        ``chosen`` is filled with the experts of the first run; a recompute given the same takes them again, as a near
+        tie may fall the other way.
+        """
+        sparse = self.mlp if isinstance(self.mlp, SparseMLP) else None
+        balance = sparse is not None and read is not None and read.balance
+        rows = None if read is None or balance else read.rows
+        normed = self.input_layernorm(hidden)
+        attended = self.self_attn(normed, rotation, attend, rows=rows, order="qkv" if read is None else "kvq")
+        hidden = (hidden if rows is None else hidden[rows]) + attended
+        if sparse is None:
+            return (hidden + self.mlp(self.post_attention_layernorm(hidden)),)
+        chosen = {} if chosen is None else chosen
+        whole = None
+        if read is not None and read.balance:
+            whole = sparse.gate(self.post_attention_layernorm(hidden), kind, chosen.get("every"))
+            chosen.setdefault("every", whole.expert_index.detach())
+            hidden = hidden[read.rows]
+        kind = kind if read is None or kind is None else kind[read.rows]
+        out, routing = sparse(self.post_attention_layernorm(hidden), kind, chosen.get("taken"))
+        chosen.setdefault("taken", routing.expert_index.detach())
+        stats = (routing if whole is None else whole).stats
+        return hidden + out, stats.counts, stats.prob_sum
+
+
+OURS = {
+    dense.Qwen3VLTextDecoderLayer: TreeLayer,
+    dense.Qwen3VLTextAttention: Attention,
+    dense.Qwen3VLTextRMSNorm: Norm,
+    sparse.Qwen3VLMoeTextDecoderLayer: TreeLayer,
+    sparse.Qwen3VLMoeTextAttention: Attention,
+    sparse.Qwen3VLMoeTextRMSNorm: Norm,
+    sparse.Qwen3VLMoeTextSparseMoeBlock: SparseMLP,
+    sparse.Qwen3VLMoeTextTopKRouter: Router,
+    sparse.Qwen3VLMoeTextExperts: Experts,
+}
+
+
+class TextModel(Protocol):
+    """What a pass needs of transformers' text model."""
+
+    embed_tokens: nn.Embedding
+    rotary_emb: nn.Module
+    layers: nn.ModuleList
+    norm: Norm
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+def own_layers(text: TextModel, *, norm: str) -> None:
+    """Gives the modules of a Qwen3-VL(-MoE) text model their classes here; ``norm``: see :class:`Norm`.
+
+    In place: weights may be tied, sharded or on a device already. Raises TypeError on a layer that it does not know.
+    """
+    for module in text.modules():
+        module.__class__ = OURS.get(type(module), type(module))
+        if isinstance(module, Norm):
+            module.impl = norm
+    for i, layer in enumerate(text.layers):
+        if not isinstance(layer, TreeLayer):
+            raise TypeError(f"layer {i}: got {type(layer).__name__}, expected a decoder layer of Qwen3-VL(-MoE)")
+
+
+def run_layers(
+    text: TextModel,
+    hidden: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    *,
+    image: tuple[Tensor, Sequence[Tensor]] | None = None,
+    kind: Tensor | None = None,
+    read: ReadOut | None = None,
+    recompute: Recompute | None = None,
+) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+    """Embeddings -> the hidden states behind the last norm, and the routing statistics of the layers with experts.
+
+    hidden (T, H); positions (3, T) int64: t, h, w; ``image``: (rows (image tokens,) int64, DeepStack features
+    (image tokens, H) that are added there behind the first layers); kind (T,): see :class:`Router`. Returns (T, H), or
+    with ``read`` (Q, H).
+    """
+    cos, sin = text.rotary_emb(hidden[None], positions[:, None])
+    rotation = cos[0], sin[0]
+    image_row, deepstack = image or (positions[0, :0], ())
+    stats = []
+    for i, layer in enumerate(text.layers):
+        last = read if i == len(text.layers) - 1 else None
+        arguments = (rotation, attend, kind, last, {})
+        hidden, *routing = _run(layer, hidden, arguments, recompute)
+        if routing:
+            stats.append(RoutingStats(*routing))
+        if i < len(deepstack) and last is None:
+            hidden = hidden.index_add(0, image_row, deepstack[i].to(hidden.dtype))
+    return text.norm(hidden), tuple(stats)
+
+
+def _run(layer: nn.Module, hidden: Tensor, arguments: tuple, recompute: Recompute | None) -> tuple[Tensor, ...]:
+    if recompute is None or not torch.is_grad_enabled():
+        return layer(hidden, *arguments)
+    if recompute.use_reentrant and not hidden.requires_grad:
+        raise RuntimeError(
+            "checkpoint_activations: reentrant checkpointing gives no gradient where a layer's input has none "
+            "(embeddings and vision tower are frozen); use use_reentrant=False"
+        )
+    return checkpoint(layer, hidden, *arguments, use_reentrant=recompute.use_reentrant)
