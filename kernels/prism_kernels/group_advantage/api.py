@@ -155,7 +155,7 @@ def multi_reward_advantage(
         return run(responses, row, coefficients).float()
 
 
-def _check_row(name: str, value: object, dtype: str | tuple[torch.dtype, ...] | None, peer: str, like: Tensor) -> None:
+def _check_row(name: str, value: Tensor, dtype: str | tuple[torch.dtype, ...] | None, peer: str, like: Tensor) -> None:
     """One value per response, on the same device."""
     check_tensor(name, value, {"B": like.shape[-1]}, dtype)
     check_device(name, value, peer, like)

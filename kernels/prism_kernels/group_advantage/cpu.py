@@ -36,7 +36,7 @@ def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coeff
     groups = _find_groups(group_ids)
     rows = np.empty((2 if rule.reward is None else 3, group_ids.shape[0]))
     rows[0], rows[1] = _sort(_numpy(perception), groups), _sort(_numpy(reasoning), groups)
-    valid = _sort(_numpy(format_valid), groups).astype(bool, copy=False) if format_valid is not None else np.True_
+    valid = _sort(_numpy(format_valid), groups).astype(bool, copy=False) if format_valid is not None else np.array(True)
     accuracy = _sort(_numpy(accuracy), groups).astype(np.float64) if accuracy is not None else None
     with np.errstate(invalid="ignore", over="ignore"):
         if format_valid is not None:
@@ -54,6 +54,7 @@ def _combine(
         return np.array((0.0, multiples[0] * c.wrong_penalty, multiples[1] * c.format_penalty)).take(kind)
 
     if rule.reward is not None:
+        assert accuracy is not None  # such a rule reads it
         earned = c.accuracy_weight * accuracy + c.format_weight * valid  # r
         rows[2] = np.array((1.0, 1.0, rule.reward.invalid)).take(kind) * earned - amount(rule.reward.fine)
     z = _normalize(rows, groups, "mean", "std", c.eps)
@@ -82,7 +83,7 @@ def _normalize(rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps
         factor = factor * (size / np.maximum(size - 1.0, 1.0))
     if alone.any():
         centred = np.where(alone[of_row], rows, centred)
-    return centred * (factor if isinstance(factor, float) else _spread(factor, of_row))
+    return centred * (_spread(factor, of_row) if isinstance(factor, np.ndarray) else factor)
 
 
 def _replace_invalid(scores: np.ndarray, valid: np.ndarray, groups: _Groups) -> np.ndarray:

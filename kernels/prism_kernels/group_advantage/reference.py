@@ -66,6 +66,7 @@ def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coeff
     gate = rule.gate[0] * right + rule.gate[1] * wrong + rule.gate[2] * invalid
     advantage = align * gate - amount(rule.penalty)
     if rule.reward is not None:
+        assert accuracy is not None  # such a rule reads it
         earned = c.accuracy_weight * accuracy.double() + c.format_weight * valid.double()  # r
         share = right + wrong + rule.reward.invalid * invalid
         advantage = normalize(share * earned - amount(rule.reward.fine)) + advantage

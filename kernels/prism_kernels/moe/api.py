@@ -119,11 +119,12 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
     """
     num_experts = integer("num_experts", num_experts, 1)
     check_tensor("weight", weight, {"T": None, "k": None}, FLOATING)
-    dims = dict(zip(("T", "k"), weight.shape))
+    dims = {"T": weight.shape[0], "k": weight.shape[1]}
     _check_index("expert_index", expert_index, dims, ("num_experts", num_experts), "weight", weight)
     _, run = PLAN.select(impl, weight.device)
     with on_device_of(weight):
-        return Routing(expert_index.int(), weight, *run(expert_index, num_experts), None)
+        token_order, expert_offset = run(expert_index, num_experts)
+        return Routing(expert_index.int(), weight, token_order, expert_offset, None)
 
 
 def moe_mlp(
@@ -197,7 +198,7 @@ def _autocast(hidden: Tensor, *weights: Tensor) -> list[Tensor]:
 
 
 def _check_index(
-    name: str, value: object, dims: dict[str, int], bound: tuple[str, int], peer: str, like: Tensor
+    name: str, value: Tensor, dims: dict[str, int], bound: tuple[str, int], peer: str, like: Tensor
 ) -> None:
     """Integers in [0, bound), on the device of ``like``."""
     check_tensor(name, value, dims, INTEGER)

@@ -137,9 +137,9 @@ class _Experts(torch.autograd.Function):
             activation, d_product = _swiglu_backward(product, d_activation)
             d_weight[order[rows]] = torch.linalg.vecdot(d_activation.to(math), activation.to(math)).to(weight.dtype)
             beta = 0 if first else 1  # 0: what the new tensor holds is not read
-            if want_down:
+            if d_down is not None:
                 d_down[e].addmm_(dy.mul_(slot_weight[rows]).T, activation, beta=beta)
-            if want_gate_up:
+            if d_gate_up is not None:
                 x = hidden.index_select(0, token[rows]).mul_(slot_weight[rows])
                 d_gate_up[e].addmm_(d_product.T, x, beta=beta)
             if want_hidden:

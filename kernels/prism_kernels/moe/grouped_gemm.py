@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ def unaligned(gate_up: Tensor, down: Tensor) -> str | None:
     return None
 
 
-def _library_grouped() -> Callable | None:
+def _library_grouped() -> Any:
+    """torch's grouped GEMM, or None."""
     return getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 

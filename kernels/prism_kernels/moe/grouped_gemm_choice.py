@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import wrong
 from prism_kernels.dispatch import on_device_of
 from prism_kernels.moe.grouped_gemm import BACKENDS, GroupedGemm, able, load, unaligned, why_not
 
@@ -40,7 +41,7 @@ def load_product_choices(choices: Mapping[str, str]) -> None:
     """Take over the result of :func:`product_choices`. Raises ValueError for a backend that does not exist."""
     for case, name in choices.items():
         if name not in BACKENDS:
-            raise ValueError(f"choices: unknown backend {name!r} of {case!r}; expected one of {', '.join(BACKENDS)}")
+            raise wrong("choices", f"one of {', '.join(BACKENDS)}", f"{name!r} of {case!r}")
     _choices.update(choices)
 
 
@@ -73,7 +74,7 @@ def choose(gate_up: Tensor, down: Tensor) -> GroupedGemm:
     pinned = os.environ.get("PRISM_GROUPED_MM", "")
     if pinned:
         if pinned not in BACKENDS:
-            raise ValueError(f"PRISM_GROUPED_MM: got {pinned!r}, expected one of {', '.join(BACKENDS)}")
+            raise wrong("PRISM_GROUPED_MM", f"one of {', '.join(BACKENDS)}", repr(pinned))
         reason = why_not(pinned, gate_up, down)
         if reason is not None:
             raise RuntimeError(f"PRISM_GROUPED_MM={pinned} cannot run: {reason}; unset it, or set it to 'loop'")
@@ -119,7 +120,7 @@ def _case(gate_up: Tensor, down: Tensor) -> str:
 def _fastest(case: str, gate_up: Tensor, down: Tensor) -> str:
     with on_device_of(gate_up):
         seconds = {name: _measure(load(name), gate_up, down) for name in able(gate_up, down)}
-    chosen = min(seconds, key=seconds.get)
+    chosen = min(seconds, key=seconds.__getitem__)
     figures = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
     log.info("grouped GEMMs of %s: %s (%s)", case, chosen, figures)
     return chosen

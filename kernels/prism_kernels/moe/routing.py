@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import integer
+from prism_kernels.checks import check_tensor, integer, wrong
 
 
 class RoutingStats(NamedTuple):
@@ -69,25 +69,19 @@ def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int)
     Raises:
         ValueError: no layer, layers of different E, or top_k outside [1, E].
     """
-    expected = "stats_of_all_layers: expected one RoutingStats per MoE layer"
+    name, expected = "stats_of_all_layers", "one RoutingStats per MoE layer"
     if not isinstance(stats_of_all_layers, Iterable) or isinstance(stats_of_all_layers, RoutingStats | Tensor):
-        raise ValueError(f"{expected}, got {type(stats_of_all_layers).__name__}; is it a list?")
+        raise wrong(name, expected, type(stats_of_all_layers).__name__, "is it a list?")
     layers = list(stats_of_all_layers)
     if not layers:
-        raise ValueError(f"{expected}, got none")
+        raise wrong(name, expected, "none")
     for i, stats in enumerate(layers):
-        if not isinstance(stats, RoutingStats) or not all(isinstance(part, Tensor) for part in stats):
-            raise ValueError(f"stats_of_all_layers[{i}]: expected RoutingStats of tensors, got {type(stats).__name__}")
-        if stats.counts.dim() != 2 or stats.counts.shape[-1] != layers[0].counts.shape[-1]:
-            raise ValueError(
-                f"stats_of_all_layers[{i}]: expected counts (kinds, {layers[0].counts.shape[-1]}), "
-                f"got {tuple(stats.counts.shape)}"
-            )
-        if stats.prob_sum.shape != stats.counts.shape:
-            raise ValueError(
-                f"stats_of_all_layers[{i}]: expected prob_sum of the shape of counts {tuple(stats.counts.shape)}, "
-                f"got {tuple(stats.prob_sum.shape)}"
-            )
+        if not isinstance(stats, RoutingStats):
+            raise wrong(f"{name}[{i}]", "RoutingStats", type(stats).__name__)
+        experts = layers[0].counts.shape[-1] if i else None
+        check_tensor(f"{name}[{i}].counts", stats.counts, {"kinds": None, "E": experts}, None)
+        kinds, experts = stats.counts.shape
+        check_tensor(f"{name}[{i}].prob_sum", stats.prob_sum, {"kinds": kinds, "E": experts}, None)
     experts = layers[0].counts.shape[-1]
     top_k = integer("top_k", top_k, 1, experts)
     device = layers[0].prob_sum.device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable, Sequence
 
-from prism_kernels.checks import integer
+from prism_kernels.checks import integer, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op
 from prism_kernels.native import need_native
 from prism_kernels.packing import arguments
@@ -112,7 +112,7 @@ def balance(
         return run(numbers, num_ranks, bool(equal_count))
     members = arguments.read_groups(groups, len(numbers))
     if equal_count and len({len(member) for member in members}) > 1:
-        raise ValueError("groups: of different sizes, so equal_count=True may be impossible; use equal_count=False")
+        raise wrong("groups", "groups of one size", "different sizes", "equal_count=True may be impossible with these")
     sums = array("d")
     for member in members:
         total = 0.0

@@ -10,6 +10,8 @@ from itertools import accumulate, chain
 from operator import index
 from typing import Any, NamedTuple
 
+from prism_kernels.checks import number, plain, wrong
+
 MAX_LENGTH = 1 << 40  # tokens; a sum of many stays far from the end of int64 and is exact in a double
 
 
@@ -32,10 +34,8 @@ class PackCost:
     vision: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("token", "attention"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"cost.{name}: got {value!r}, expected a finite number >= 0")
+        number("cost.token", self.token, at_least=0)
+        number("cost.attention", self.attention, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,9 @@ class PackOptions(NamedTuple):
     cost_given: bool  # packs are evened out by cost
 
 
-def plain(values: Any) -> Any:
-    """Tensors and arrays as lists of Python numbers; anything else as it is."""
-    return values.tolist() if hasattr(values, "tolist") else values
-
-
 def read_trees(trees: Any, together: Any) -> Trees:
     if not hasattr(trees, "__iter__"):
-        raise ValueError(
-            f"trees: got {type(trees).__name__}, expected a sequence of (root_length, [branch_length, ...])"
-        )
+        raise wrong("trees", "a sequence of (root_length, [branch_length, ...])", type(trees).__name__)
     trees = list(trees)
     try:
         root = array("q", [length for length, _ in trees])
@@ -83,32 +76,30 @@ def read_trees(trees: Any, together: Any) -> Trees:
         start = array("q", accumulate(map(len, branches), initial=0))
         branch = array("q", chain.from_iterable(branches))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"trees: {_first_bad_tree(trees, error)}") from None
+        raise _first_bad_tree(trees, str(error)) from None
     if min(root, default=0) < 0 or min(branch, default=0) < 0:
-        raise ValueError(f"trees: {_first_bad_tree(trees, None)}")
+        raise _first_bad_tree(trees, "a negative length")
     return Trees(root, branch, start, None if together is None else _read_together(together, start))
 
 
-def _first_bad_tree(trees: list[Any], error: Exception | None) -> str:
-    """The message for the first tree that is not (length, [length, ...]); slow, so only on the way out."""
-    expected = "expected (root_length, [branch_length, ...]) with integer lengths >= 0"
+def _first_bad_tree(trees: list[Any], otherwise: str) -> ValueError:
+    """The error for the first tree that is not (length, [length, ...]); slow, so only on the way out."""
+    expected = "(root_length, [branch_length, ...]) with integer lengths >= 0"
     for i, entry in enumerate(trees):
         try:
             root, branches = entry
             lengths = [index(root), *map(index, plain(branches))]
         except (TypeError, ValueError):
-            return f"tree {i} is {str(entry)[:80]}, {expected}"
+            return wrong(f"trees[{i}]", expected, str(entry)[:80])
         if any(not 0 <= length < 1 << 63 for length in lengths):
-            return f"tree {i} is {str(entry)[:80]}, {expected}"
-    return str(error)
+            return wrong(f"trees[{i}]", expected, str(entry)[:80])
+    return wrong("trees", expected, otherwise)
 
 
 def _read_together(together: Any, start: array) -> bytearray:
     rows = list(together)
     if len(rows) != len(start) - 1:
-        raise ValueError(
-            f"together: {len(rows)} entries, expected one list of branch indices per tree ({len(start) - 1})"
-        )
+        raise wrong("together", f"one list of branch indices per tree ({len(start) - 1})", f"{len(rows)} entries")
     kept = bytearray(start[-1])
     for tree, branches in enumerate(rows):
         first, count = start[tree], start[tree + 1] - start[tree]
@@ -118,7 +109,7 @@ def _read_together(together: Any, start: array) -> bytearray:
             except TypeError:
                 inside = False
             if not inside:
-                raise ValueError(f"together: tree {tree} names branch {branch!r}, but has branches 0 to {count - 1}")
+                raise wrong(f"together[{tree}]", f"branches of the tree, 0 to {count - 1}", repr(branch))
             kept[first + index(branch)] = 1
     return kept
 
@@ -146,12 +137,12 @@ def read_cost(cost: Any, num_trees: int) -> tuple[float, float, array]:
     if cost is None:
         return 1.0, 0.0, array("d", bytes(8 * num_trees))
     if not isinstance(cost, PackCost):
-        raise ValueError(f"cost: got {type(cost).__name__}, expected None or prism_kernels.PackCost")
+        raise wrong("cost", "None or prism_kernels.PackCost", type(cost).__name__)
     if cost.vision is None:
         return float(cost.token), float(cost.attention), array("d", bytes(8 * num_trees))
     vision = read_numbers("cost.vision", cost.vision)
     if len(vision) != num_trees:
-        raise ValueError(f"cost.vision: {len(vision)} values, expected one per tree ({num_trees})")
+        raise wrong("cost.vision", f"one value per tree ({num_trees})", f"{len(vision)} values")
     return float(cost.token), float(cost.attention), vision
 
 
@@ -160,13 +151,12 @@ def read_numbers(name: str, values: Any) -> array:
     try:
         numbers = array("d", plain(values))
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {str(values)[:80]}, expected a one-dimensional sequence of numbers") from None
+        raise wrong(name, "a one-dimensional sequence of numbers", str(values)[:80]) from None
     # `not >=` is also true for NaN, which min() may step over: the sum finds NaN and infinity
     if not (min(numbers, default=0.0) >= 0 and math.isfinite(sum(numbers))):
-        for i, number in enumerate(numbers):
-            if not (number >= 0 and math.isfinite(number)):
-                raise ValueError(f"{name}: got {number} at index {i}, expected finite numbers >= 0")
-        raise ValueError(f"{name}: the sum is not finite")
+        for i, value in enumerate(numbers):
+            number(f"{name}[{i}]", value, at_least=0)
+        raise wrong(name, "numbers of a finite sum", f"a sum of {sum(numbers)}")
     return numbers
 
 
@@ -176,7 +166,7 @@ def read_groups(groups: Any, count: int) -> list[list[int]]:
     if rows and all(hasattr(row, "__len__") and not isinstance(row, (str, bytes)) for row in rows):
         return _groups_of_lists(rows, count)
     if len(rows) != count:
-        raise ValueError(f"groups: {len(rows)} labels, expected one per item ({count}), or lists of item indices")
+        raise wrong("groups", f"one label per item ({count}), or lists of item indices", f"{len(rows)} labels")
     found: dict[Any, list[int]] = {}
     for i, label in enumerate(rows):
         found.setdefault(label, []).append(i)
@@ -185,13 +175,13 @@ def read_groups(groups: Any, count: int) -> list[list[int]]:
 
 def _groups_of_lists(rows: list[Any], count: int) -> list[list[int]]:
     owner: dict[int, int] = {}
-    for number, row in enumerate(rows):
+    for group, row in enumerate(rows):
         for item in plain(row):
             if not isinstance(item, int) or not 0 <= item < count:
-                raise ValueError(f"groups: group {number} names item {item!r}, expected an index in [0, {count})")
+                raise wrong(f"groups[{group}]", f"item indices in [0, {count})", repr(item))
             if item in owner:
-                raise ValueError(f"groups: item {item} is in group {owner[item]} and in group {number}")
-            owner[item] = number
+                raise wrong(f"groups[{group}]", "items of no other group", f"item {item} of group {owner[item]}")
+            owner[item] = group
     found: dict[Any, list[int]] = {}
     for i in range(count):
         found.setdefault(owner.get(i, (i,)), []).append(i)

@@ -173,7 +173,9 @@ def _split_a_pack(packs: list[list[Part]]) -> bool:
         return False
     donor = max(donors, key=lambda i: (_cost(packs[i]), -i))
     pack = packs[donor]
-    packs[donor], added = ([pack[i] for i in side] for side in _halves([p.cost for p in pack], [0] * len(pack), 0))
+    halves = _halves([p.cost for p in pack], [0] * len(pack), 0)
+    assert halves is not None  # parts of no size fit
+    packs[donor], added = ([pack[i] for i in side] for side in halves)
     packs.append(added)
     return True
 

@@ -52,15 +52,15 @@ def _exchange(costs: array, ranks: list[list[int]], equal_count: bool) -> None:
         heavy = max(range(len(loads)), key=lambda r: (loads[r], -r))
         if loads[heavy] - mean <= NEAR * mean:
             break
+        best, light = None, heavy
         for light in sorted(range(len(loads)), key=loads.__getitem__):
             if loads[light] >= loads[heavy]:
-                light = heavy
                 break
             may_move = not equal_count or len(rows[heavy]) > len(rows[light])
             best = _best_exchange(rows[heavy], rows[light], loads[heavy], loads[light], may_move)
             if best is not None:
                 break
-        if light == heavy:
+        if best is None:
             break  # nothing helps
         given, taken, difference = best
         rows[heavy].remove(given)

@@ -46,31 +46,21 @@ def tree_attention(
     (Q, Hq, D); the read-out of a last layer. Returns q's shape and dtype, differentiable in q, k and v.
     Raises ValueError naming the argument; RuntimeError where an explicit ``impl`` cannot run.
     """
-    if q.dim() != 3 or k.dim() != 3 or v.shape != k.shape:
-        raise ValueError(
-            f"q, k, v: expected (T, Hq, D), (T, Hkv, D), (T, Hkv, D), "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
-    if query_row is not None and (query_row.dtype != torch.int64 or query_row.shape != q.shape[:1]):
-        raise ValueError(
-            f"query_row: expected ({q.shape[0]},) int64, one row per query, "
-            f"got {tuple(query_row.shape)} {query_row.dtype}"
-        )
-    if (query_row is None and k.shape[0] != q.shape[0]) or k.shape[2] != q.shape[2]:
-        raise ValueError(f"k: expected {q.shape[0]} tokens and head dim {q.shape[2]} as q has, got {tuple(k.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q: {q.shape[1]} heads are not a multiple of the {k.shape[1]} key-value heads")
     if not isinstance(layout, TreeLayout):
-        raise ValueError(
-            f"layout: expected a TreeLayout (TreeLayout.build(lengths, prefix)), got {type(layout).__name__}"
-        )
-    if layout.num_tokens != k.shape[0]:
-        raise ValueError(f"layout: has {layout.num_tokens} tokens, k has {k.shape[0]}; expected the same")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q is, got {tensor.dtype} on {tensor.device}")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q: expected a floating-point dtype, got {q.dtype}")
+        raise wrong("layout", "a TreeLayout (TreeLayout.build(lengths, prefix))", type(layout).__name__)
+    tokens = layout.num_tokens
+    if query_row is None:
+        check_tensor("q", q, {"T": tokens, "Hq": None, "D": None}, FLOATING, "T is that of layout")
+    else:
+        check_tensor("q", q, {"Q": None, "Hq": None, "D": None}, FLOATING)
+        check_tensor("query_row", query_row, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
+    _, heads, dim = q.shape
+    check_tensor("k", k, {"T": tokens, "Hkv": None, "D": dim}, (q.dtype,), "T is that of layout, the rest as of q")
+    check_tensor("v", v, {"T": tokens, "Hkv": k.shape[1], "D": dim}, (q.dtype,), "it is shaped as k")
+    check_device("k", k, "q", q)
+    check_device("v", v, "q", q)
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise wrong("q", f"a multiple of the Hkv = {k.shape[1]} heads of k and v", f"{heads} heads")
     _, function = _OP.select(impl, q.device)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     return function(q, k, v, layout.to(q.device), scale, query_row)

@@ -12,6 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import wrong
+
 # A group of segments is padded to its longest one while the padded area stays under this multiple of the exact area.
 PADDING_LIMIT = 1.3
 # Below this many query-key pairs a group costs less than the launch it saves, whatever its padding.
@@ -75,12 +77,12 @@ class TreeLayout:
         """
         lengths, prefix = _integers("lengths", lengths), _integers("prefix", prefix)
         if len(lengths) != len(prefix):
-            raise ValueError(f"prefix: got {len(prefix)} entries for {len(lengths)} lengths, expected as many")
+            raise wrong("prefix", f"as many entries as lengths ({len(lengths)})", str(len(prefix)))
         for i, (length, parent) in enumerate(zip(lengths, prefix)):
             if length < 0:
-                raise ValueError(f"lengths[{i}]: got {length}, expected a number of tokens >= 0")
+                raise wrong(f"lengths[{i}]", "a number of tokens >= 0", str(length))
             if not -1 <= parent < i:
-                raise ValueError(f"prefix[{i}]: got {parent}, expected -1 or the index of an earlier segment (< {i})")
+                raise wrong(f"prefix[{i}]", f"-1 or the index of an earlier segment (< {i})", str(parent))
         start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         return cls(lengths=lengths, prefix=prefix, segment_start=start)
 
@@ -144,9 +146,9 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
     try:
         result = tuple(int(v) for v in values)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a sequence of integers, got {values!r}") from None
+        raise wrong(name, "a sequence of integers", repr(values)) from None
     if any(r != v for r, v in zip(result, values)):
-        raise ValueError(f"{name}: expected whole numbers, got {values!r}")
+        raise wrong(name, "whole numbers", repr(values))
     return result
 
 
@@ -195,7 +197,7 @@ def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
     members: dict[int, list[int]] = {}
     for i, row in enumerate(chosen):
         if not 0 <= row < layout.num_tokens:
-            raise ValueError(f"query_row[{i}]: got {row}, expected a row of the {layout.num_tokens} tokens")
+            raise wrong(f"query_row[{i}]", f"a row of the {layout.num_tokens} tokens", str(row))
         members.setdefault(root[segment_of[row]], []).append(i)
     trees, output_row, offset = [], [0] * len(chosen), 0
     for tree, queries in members.items():

@@ -166,11 +166,11 @@ def test_layout_refuses(lengths, prefix, says):
 def test_arguments_are_checked():
     layout = TreeLayout.build([3], [-1])
     q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
-    with pytest.raises(ValueError, match="layout: has 3 tokens"):
+    with pytest.raises(ValueError, match=r"q: expected floating \(T = 3, Hq, D\), got \(4, 4, 8\)"):
         tree_attention(torch.randn(4, 4, 8), torch.randn(4, 2, 8), torch.randn(4, 2, 8), layout)
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match="q: expected a multiple of the Hkv = 2 heads of k and v, got 3 heads"):
         tree_attention(torch.randn(3, 3, 8), k, k, layout)
-    with pytest.raises(ValueError, match=r"v: expected torch.float32"):
+    with pytest.raises(ValueError, match=r"v: expected float32 \(T = 3, Hkv = 2, D = 8\), got .*float64"):
         tree_attention(q, k, k.double(), layout)
     with pytest.raises(ValueError, match="expected auto or one of"):
         tree_attention(q, k, k, layout, impl="nope")
