@@ -88,8 +88,8 @@ def discriminator_gradient(
         loss += float(part.detach())
         uncounted = uncounted.where(branch[labels.teacher[0]] < 0, 0)
         score_of_part[packed.label] = length_corrected(score.detach(), lengths, config.length_correction).cpu()
-    student = score_of_part[labels.student].where(valid, 0.0)
-    scores = Scores(*student, *score_of_part[labels.teacher], valid)
+    student, teacher = score_of_part[labels.student].where(valid, 0.0), score_of_part[labels.teacher]
+    scores = Scores(student[0], student[1], teacher[0], teacher[1], valid)
     metrics = {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group)}
     return scores, metrics, sum(p.num_tokens for p in packs)
 

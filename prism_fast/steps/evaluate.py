@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from scipy.stats import wasserstein_distance
 
@@ -106,7 +106,8 @@ def evaluator(
 
 def judge(name: str, samples: list[Sample], texts: list[str], lengths: list[int], k: int = 1) -> Evaluation:
     """Figures of given responses, k in a row for each prompt."""
-    rewards = [verifiable_reward(t, s.gold, equivalents=s.equivalents) for t, s in zip(texts, samples)]
+    golds = [cast(str, sample.gold) for sample in samples]  # an EvalSet admits no sample without
+    rewards = [verifiable_reward(t, gold, equivalents=s.equivalents) for t, s, gold in zip(texts, samples, golds)]
     right = [r.accuracy for r in rewards]
     by_type: dict[str, list[float]] = {}
     for sample, accuracy in zip(samples, right):
