@@ -117,7 +117,7 @@ def _pair_scores(
 def score_metrics(scores: Scores, group: Tensor) -> dict[str, float]:
     """Mean scores, and how often the teacher's part beats a valid student's; absent where none is valid."""
     valid = scores.format_valid
-    metrics = {
+    metrics: dict[str, float] = {
         names.TEACHER_SCORE["perception"]: float(scores.teacher_perception.mean()),
         names.TEACHER_SCORE["reasoning"]: float(scores.teacher_reasoning.mean()),
     }

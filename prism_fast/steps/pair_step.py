@@ -55,7 +55,7 @@ def pair_gradient(
     which the loss is not.
     """
     records = labels.teacher.shape[1]
-    metrics = {names.LOSS: 0.0, **{names.PAIR_LOSS[side]: 0.0 for side in names.SIDES}}
+    metrics: dict[str, float] = {names.LOSS: 0.0, **{names.PAIR_LOSS[side]: 0.0 for side in names.SIDES}}
     right: list[list[Tensor]] = [[], []]
     broken: set[int] = set()
     for packed in packs:
