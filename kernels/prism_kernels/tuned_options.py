@@ -1,7 +1,7 @@
 """Block sizes tuned on a GPU: ``<op>/tables/<gpu>.json`` where its GPU is this one, else the op's defaults.
 
 Autotuning at run time would need a driver, time and luck, and would differ between ranks; a checked-in table does not.
-``make gpu PART=tune`` (benchmarks/tune.py) writes the tables of the GPU it runs on; the compile gate compiles what they
+``make gpu PART=tune`` (benchmarks/gpu/tune.py) writes the tables of the GPU it runs on; the compile gate compiles what they
 say. Without a table, and none is checked in so far, an op's defaults run. A table::
 
     {"gpu": "NVIDIA H200", "date": "...", "commit": "...", "versions": {"torch": "...", "triton": "..."},
@@ -45,7 +45,7 @@ def tuned(op: str, key: str, default: Mapping[str, Any]) -> dict[str, Any]:
     if not set(entry) <= set(default):
         raise ValueError(
             f"{op} table, {key!r}: options {sorted(set(entry) - set(default))} are not the kernel's "
-            f"{sorted(default)}; tune again (benchmarks/tune.py)"
+            f"{sorted(default)}; tune again (make gpu PART=tune)"
         )
     return {**default, **entry}
 

@@ -1,7 +1,6 @@
 """`make gpu` without a GPU: its parts, how they run at once and in turn, what it refuses; the scripts of the parts."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,8 +9,12 @@ import time
 import pytest
 import torch
 
-from benchmarks import __main__ as command
-from benchmarks import gpu, harness, sanitize
+from benchmarks.catalog import CATALOG
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import run, sanitize
+from benchmarks.gpu.parts import Part, chosen, parts
+from benchmarks.harness import document, processes
+from benchmarks.harness.machine import ROOT
 
 CPU = torch.device("cpu")
 
@@ -25,8 +28,8 @@ def test_gpu_driver_without_a_gpu(monkeypatch, capsys):
 
 
 def test_gpu_parts_fit_the_time():
-    default = gpu.chosen(gpu.parts(dry_run=False), [])
-    batches = gpu.batches(default)
+    default = chosen(parts(dry_run=False), [])
+    batches = run.batches(default)
     assert sum(max(part.seconds for part in batch) for batch in batches) <= gpu.TOTAL_SECONDS
     build, checks, *benchmarks = batches
     assert [part.name for part in build] == ["build"]
@@ -35,38 +38,37 @@ def test_gpu_parts_fit_the_time():
 
 
 def test_gpu_parts_by_name_and_group():
-    every = gpu.parts(dry_run=False)
+    every = parts(dry_run=False)
 
     def names(*given):
-        return {part.name for part in gpu.chosen(every, given)}
+        return {part.name for part in chosen(every, given)}
 
     checks = {f"{check}-{op}" for check in ("tests", "memcheck", "racecheck") for op in ("moe", "advantage")}
     assert names("moe") == checks | {"bench-moe", "bench-advantage", "bench-discriminator"}
     assert names("linear") == {"tests-linear", "memcheck-linear", "racecheck-linear", "bench-linear", "bench-policy"}
     assert names("sanitizer") == names("memcheck", "racecheck") and len(names("memcheck")) == 3
-    assert [(part.name, part.seconds) for part in gpu.chosen(every, ["bench-moe=300"])] == [("bench-moe", 300.0)]
-    seconds = {part.name: part.seconds for part in gpu.chosen(every, ["benchmarks=200", "bench-moe=300"])}
+    assert [(part.name, part.seconds) for part in chosen(every, ["bench-moe=300"])] == [("bench-moe", 300.0)]
+    seconds = {part.name: part.seconds for part in chosen(every, ["benchmarks=200", "bench-moe=300"])}
     assert seconds["bench-moe"] == 300 and seconds["bench-linear"] == 200
     with pytest.raises(ValueError, match="moe=fast"):
-        gpu.chosen(every, ["moe=fast"])
+        chosen(every, ["moe=fast"])
 
 
 def test_every_test_of_the_gpu_is_in_one_part():
-    """An op's files in its own part, the rest in "tests-other"."""
-    every = {part.name: part.command for part in gpu.parts(dry_run=False)}
-    files = [word for op in ("advantage", "linear", "moe") for word in every[f"tests-{op}"] if word.endswith(".py")]
-    ignored = [word for word in every["tests-other"] if word.endswith(".py")]
-    assert files == ignored and len(set(files)) == len(files)
-    for path in files:
-        assert (harness.machine.ROOT / path).exists()
-    assert "tests/kernels/linear_logprob/test_gpu.py" in command.load("linear_logprob").TESTS
+    """An op's folder in its own part, the rest in "tests-other"."""
+    every = {part.name: part.command for part in parts(dry_run=False)}
+    folders = [every[f"tests-{op}"][-1] for op in ("advantage", "linear", "moe")]
+    assert folders == [word for word in every["tests-other"] if word.startswith("tests/")]
+    for folder in folders:
+        assert list((ROOT / folder).glob("test_*.py"))
+    assert folders == [entry.tests for entry in CATALOG.values() if entry.tests]
 
 
 def test_dry_run_of_one_part(tmp_path):
     assert gpu.main(["--dry-run", "--part", "bench-advantage", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*-advantage.json")
     found = json.loads(path.read_text())
-    harness.validate(found)
+    document.validate(found)
     assert found["part"]["status"] == "ok" and found["problems"][0]["status"] == "ok"
 
 
@@ -75,16 +77,16 @@ def test_dry_run_of_one_part(tmp_path):
 )
 def test_a_part_that_fails_leaves_a_result(code, status, tmp_path):
     path = tmp_path / "r.json"
-    outcome = gpu.Runner().part(
-        gpu.Part("p", (sys.executable, "-c", f"print('begun', flush=True); {code}"), 9), path, 2, "abc"
+    outcome = run.Runner().part(
+        Part("p", (sys.executable, "-c", f"print('begun', flush=True); {code}"), 9), path, 2, "abc"
     )
     found = json.loads(path.read_text())
-    harness.validate(found)
+    document.validate(found)
     assert outcome["status"] == found["part"]["status"] == status and outcome["tail"][0] == "begun"
 
 
 def script(name, code, seconds=20.0, alone=False, **more):
-    return gpu.Part(name, (sys.executable, "-c", code), seconds, alone=alone, **more)
+    return Part(name, (sys.executable, "-c", code), seconds, alone=alone, **more)
 
 
 MEET = """
@@ -108,26 +110,26 @@ def test_checks_run_at_once_and_cost_each_other_nothing(tmp_path, capsys):
         script("c", "raise SystemExit(3)"),
         script("d", "import pathlib, sys; pathlib.Path({!r}).touch()".format(str(tmp_path / "d")), alone=True),
     ]
-    outcomes = gpu.run_all(todo, folder, "abc", total=60)
+    outcomes = run.run_all(todo, folder, "abc", total=60)
     assert [(found["name"], found["status"]) for found in outcomes] == [
         ("a", "ok"), ("b", "ok"), ("c", "failed"), ("d", "ok"),
     ]  # fmt: skip
     assert "[b] met" in capsys.readouterr().out
     assert len(list(folder.glob("*-abc-?.json"))) == 4
-    assert [[part.name for part in batch] for batch in gpu.batches(todo)] == [["a", "b", "c"], ["d"]]
+    assert [[part.name for part in batch] for batch in run.batches(todo)] == [["a", "b", "c"], ["d"]]
 
 
 def test_a_part_takes_what_is_left_over_and_no_more(tmp_path):
     """a is sure of 1 s of 12 and has 12 - 9; what b is sure of stays."""
     todo = [script("a", "import time; time.sleep(60)", 1, alone=True), script("b", "pass", 9, alone=True)]
-    first, second = gpu.run_all(todo, tmp_path, "abc", total=12)
+    first, second = run.run_all(todo, tmp_path, "abc", total=12)
     assert first["status"] == "timeout" and first["budget_seconds"] == pytest.approx(3, abs=0.2)
     assert second["status"] == "ok" and second["budget_seconds"] >= 8
 
 
 def test_what_has_no_time_left_says_so(tmp_path):
     todo = [script("a", "pass", alone=True), script("b", "pass", alone=True)]
-    assert [found["status"] for found in gpu.run_all(todo, tmp_path, "abc", total=1)] == ["not run", "not run"]
+    assert [found["status"] for found in run.run_all(todo, tmp_path, "abc", total=1)] == ["not run", "not run"]
 
 
 def test_an_interrupt_stops_what_runs_and_keeps_its_result(tmp_path, monkeypatch):
@@ -135,10 +137,10 @@ def test_an_interrupt_stops_what_runs_and_keeps_its_result(tmp_path, monkeypatch
         time.sleep(2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu, "wait", interrupted)
+    monkeypatch.setattr(run, "wait", interrupted)
     slow = "import time; print('begun', flush=True); time.sleep(60)"
     began = time.monotonic()
-    outcomes = gpu.run_all([script("a", slow), script("b", slow), script("c", "pass", alone=True)], tmp_path, "abc", 90)
+    outcomes = run.run_all([script("a", slow), script("b", slow), script("c", "pass", alone=True)], tmp_path, "abc", 90)
     assert time.monotonic() - began < 30
     assert [found["status"] for found in outcomes] == ["interrupted", "interrupted", "not run"]
     assert json.loads(next(tmp_path.glob("*-a.json")).read_text())["part"]["tail"][0] == "begun"
@@ -149,9 +151,9 @@ def test_no_speed_is_printed_where_the_tests_failed(tmp_path, capsys):
     red.write_text("def test_red():\n    assert False\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     pytest_command = ("-m", "pytest", str(red), "-c", str(tmp_path / "pytest.ini"), "-p", "no:cacheprovider")
-    tests = gpu.Part("tests-x", (sys.executable, *pytest_command, "--junitxml", "{xml}"), 20, alone=False)
+    tests = Part("tests-x", (sys.executable, *pytest_command, "--junitxml", "{xml}"), 20, alone=False)
     todo = [tests, script("bench-x", "print('1.5 TFLOP/s')", alone=True, writes=True)]
-    assert [found["status"] for found in gpu.run_all(todo, tmp_path, "abc", 60)] == ["failed", "ok"]
+    assert [found["status"] for found in run.run_all(todo, tmp_path, "abc", 60)] == ["failed", "ok"]
     printed = capsys.readouterr().out
     assert "no speed is shown" in printed and "TFLOP" not in printed
 
@@ -160,18 +162,9 @@ def test_tests_out_of_time_leave_their_counts(tmp_path):
     """pytest writes its report when it is interrupted."""
     (tmp_path / "test_slow.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    command = (
-        sys.executable,
-        "-m",
-        "pytest",
-        str(tmp_path),
-        "-c",
-        str(tmp_path / "pytest.ini"),
-        "-p",
-        "no:cacheprovider",
-    )
-    part = gpu.Part("p", (*command, "--junitxml", "{xml}"), 9)
-    outcome = gpu.Runner().part(part, tmp_path / "r.json", 6, "abc")
+    command = ("-m", "pytest", str(tmp_path), "-c", str(tmp_path / "pytest.ini"), "-p", "no:cacheprovider")
+    part = Part("p", (sys.executable, *command, "--junitxml", "{xml}"), 9)
+    outcome = run.Runner().part(part, tmp_path / "r.json", 6, "abc")
     assert outcome["status"] == "timeout" and outcome["tests"]["passed"] == 1
 
 
@@ -183,7 +176,7 @@ def test_junit_tells_failures_from_what_was_not_collected(tmp_path):
         '<testcase classname="" name="tests.test_x"><error message="collection failure">'
         "E   ModuleNotFoundError: No module named 'pydantic'\n</error></testcase></testsuite></testsuites>"
     )
-    counts = gpu._junit(path)
+    counts = run._junit(path)
     assert (counts["passed"], counts["failed"]) == (1, 1)
     assert counts["not collected"] == ["tests.test_x: No module named 'pydantic'"]
 
@@ -191,17 +184,15 @@ def test_junit_tells_failures_from_what_was_not_collected(tmp_path):
 def interpreted(*words):
     """Standard output of a script in Triton's interpreter, which must be chosen before triton is imported."""
     pytest.importorskip("triton")
-    root = harness.machine.ROOT
-    paths = os.pathsep.join([str(root), str(root / "kernels")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, *words], env=environment, cwd=root, capture_output=True, text=True)
+    environment = processes.environment(TRITON_INTERPRET="1")
+    done = subprocess.run([sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
 def test_tuning_in_the_interpreter():
-    printed = interpreted("-m", "benchmarks.tune", "--dry-run", "--op", "linear_logprob")
+    printed = interpreted("-m", "benchmarks.gpu.tune", "--dry-run", "--op", "linear_logprob")
     assert "linear_logprob, gradient 4: default" in printed
 
 
@@ -210,7 +201,7 @@ import sys
 from triton.runtime.interpreter import InterpretedFunction
 launched, run = set(), InterpretedFunction.run
 InterpretedFunction.run = lambda self, *given, **named: (launched.add(self.fn.__name__), run(self, *given, **named))[1]
-from benchmarks import sanitize
+from benchmarks.gpu import sanitize
 status = sanitize.main(["--device", "cpu"])
 print("launched:", *sorted(launched))
 sys.exit(status)
@@ -221,7 +212,7 @@ sys.exit(status)
 def test_the_sanitizer_sees_every_kernel():
     """What is decorated and not named as a helper, by "_", is launched; and the sanitizer's filter names it."""
     pytest.importorskip("triton")
-    sources = (harness.machine.ROOT / "kernels" / "prism_kernels").glob("*/*.py")
+    sources = (ROOT / "kernels" / "prism_kernels").glob("*/*.py")
     decorated = {
         name
         for path in sources
@@ -234,7 +225,7 @@ def test_the_sanitizer_sees_every_kernel():
 
 def test_every_check_of_the_sanitizer_belongs_to_a_part():
     pytest.importorskip("triton")
-    every = [part for part in gpu.parts(dry_run=False) if "memcheck" in part.groups]
+    every = [part for part in parts(dry_run=False) if "memcheck" in part.groups]
     only = [part.command[part.command.index("--only") + 1] for part in every]
     for name in sanitize.checks(CPU):
         assert any(word in name for word in only), name

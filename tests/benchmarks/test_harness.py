@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, harness, make_results, measure, peers, targets, tested
-from benchmarks.harness import Contender, Options, Problem, Tolerance
-from benchmarks.measure import Summary, Timer, Unavailable
+from benchmarks.catalog import CATALOG, load
+from benchmarks.harness import compare, machine, measure, op, peers, run
+from benchmarks.harness.document import RESULTS, exit_status, validate
+from benchmarks.harness.measure import Summary, Timer, Unavailable
+from benchmarks.harness.op import Contender, Problem, Tolerance
+from benchmarks.harness.run import Options
+from benchmarks.report import results, targets, tested
 from prism_kernels import tuned_options
 
 CPU = torch.device("cpu")
@@ -63,7 +67,7 @@ def problem(ours=1.0, peer=1.0, **changes):
 
 
 def test_error_and_reason_stand_beside_the_time():
-    result = harness.run_problem("op", problem(peer=1.05), QUICK, Timer(CPU))
+    result = op.run_problem("module", problem(peer=1.05), QUICK, Timer(CPU))
     ours, peer, absent = result["rows"]
     assert result["status"] == "ok" and ours["samples"] == 3 and ours["errors"]["y"]["value"] == 0
     assert peer["errors"]["y"]["value"] == pytest.approx(0.05, rel=1e-5) and peer["times_ours"] > 0
@@ -72,40 +76,42 @@ def test_error_and_reason_stand_beside_the_time():
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
 def test_no_speed_where_ours_is_wrong(wrong):
-    result = harness.run_problem("op", problem(ours=wrong), QUICK, Timer(CPU))
+    result = op.run_problem("module", problem(ours=wrong), QUICK, Timer(CPU))
     assert result["status"] == "refused" and "differs from float64" in result["reason"]
     assert not any("median_s" in row for row in result["rows"])
-    assert harness.exit_status({"tests": None, "problems": [result]}) == 1
+    assert exit_status({"tests": None, "problems": [result]}) == 1
     json.dumps(result, allow_nan=False)
 
 
 def test_no_speed_for_a_wrong_peer_alone():
-    result = harness.run_problem("op", problem(peer=2.0), QUICK, Timer(CPU))
+    result = op.run_problem("module", problem(peer=2.0), QUICK, Timer(CPU))
     ours, peer, _ = result["rows"]
     assert result["status"] == "ok" and "median_s" in ours
     assert peer["status"] == "wrong" and "median_s" not in peer
 
 
 def test_failing_tests_of_the_op_stop_everything(tmp_path, monkeypatch):
-    (tmp_path / "test_red.py").write_text("def test_red():\n    assert False\n")
-    monkeypatch.setattr(harness.machine, "ROOT", tmp_path)
+    (tmp_path / "red").mkdir()
+    (tmp_path / "red" / "test_red.py").write_text("def test_red():\n    assert False\n")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     cache = tmp_path / "cache" / "passed.json"
-    verdict = harness.run_tests(["test_red.py"], cache)
+    verdict = run.run_tests("red", cache)
     assert verdict["status"] == "failed" and not cache.exists()
-    assert harness.exit_status({"tests": verdict, "problems": []}) == 1
-    assert harness.run_tests(["test_absent.py"], cache)["status"] == "not run"
+    assert exit_status({"tests": verdict, "problems": []}) == 1
+    assert run.run_tests("absent", cache)["status"] == "not run"
 
 
 def test_passing_tests_run_again_only_after_a_change(tmp_path, monkeypatch):
-    test, cache = tmp_path / "test_green.py", tmp_path / "passed.json"
+    test, cache = tmp_path / "green" / "test_green.py", tmp_path / "passed.json"
+    test.parent.mkdir()
     count = "import pathlib\ndef test_green():\n    pathlib.Path('runs').open('a').write('x')\n"
     test.write_text(count)
-    monkeypatch.setattr(harness.machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     for _ in range(2):
-        assert harness.run_tests(["test_green.py"], cache)["status"] == "passed"
+        assert run.run_tests("green", cache)["status"] == "passed"
     assert (tmp_path / "runs").read_text() == "x"
     test.write_text(count + "# changed\n")
-    assert harness.run_tests(["test_green.py"], cache)["status"] == "passed"
+    assert run.run_tests("green", cache)["status"] == "passed"
     assert (tmp_path / "runs").read_text() == "xx"
 
 
@@ -125,11 +131,19 @@ def test_command_line_ends_with_json(capsys, tmp_path):
     arguments = ["advantage", "--device", "cpu", "--shape", "tiny", "--peers", "loop", "--rounds", "2", "--dry-run"]
     assert command.main([*arguments, "--json", str(path), "--plot", str(tmp_path / "a.png"), "--no-memory"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    harness.validate(document)
+    validate(document)
     assert document == json.loads(path.read_text())
     names = [row["name"] for row in document["problems"][0]["rows"]]
     assert "prism" in names and "loop over groups" in names and "torch eager, index_add" not in names
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("words", [[], *([op] for op in CATALOG)], ids=["all", *CATALOG])
+def test_help_names_every_benchmark_and_what_one_takes(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main([*words, "--help"])
+    shown, names = capsys.readouterr().out, ("--device", "--shape", "--json", "tiny") if words else CATALOG
+    assert end.value.code == 0 and all(name in shown for name in names)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +152,8 @@ def test_command_line_ends_with_json(capsys, tmp_path):
         (["advantage", "--shape", "Q=1"], "expected one of published"),
         (["advantage", "--shape", "B=x"], "expected int"),
         (["nothing"], "invalid choice"),
+        (["moe", "--problem", "nothing"], "invalid choice: 'nothing'"),
+        (["policy", "--save", "--dry-run"], "made from tested results"),
         (["advantage", "--save", "--no-tests"], "made from tested results"),
         (["advantage", "--save", "--dry-run"], "made from tested results"),
         (["advantage", "--save", "--base", "HEAD"], "compares commits"),
@@ -150,12 +166,14 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     assert error.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("op", ["linear_logprob", "advantage", "moe"])
-def test_every_peer_has_a_row_with_its_reason(op):
-    module = command.load(op)
-    for found in module.problems(module.SHAPES["tiny"][0], CPU):
+@pytest.mark.parametrize("name", ["linear_logprob", "advantage", "moe"])
+def test_every_peer_has_a_row_with_its_reason(name):
+    bench = load(name)
+    problems = bench.problems(bench.shapes["tiny"][0], CPU)
+    assert tuple(problem.name for problem in problems) == bench.names
+    for found in problems:
         for contender in found.contenders:
-            row = harness._prepare(contender).row
+            row = op._prepare(contender).row
             assert row["status"] in ("ok", "unavailable"), row
             if row["status"] == "unavailable":
                 assert row["reason"].startswith(("not installed (", "needs a GPU")), row
@@ -165,7 +183,7 @@ def test_every_peer_has_a_row_with_its_reason(op):
 def test_published_shapes_of_the_lm_head():
     named = {
         c.name
-        for p in command.load("linear_logprob").problems({"T": 4, "H": 8, "V": 50, "dtype": "fp32"}, CPU)
+        for p in load("linear_logprob").problems({"T": 4, "H": 8, "V": 50, "dtype": "fp32"}, CPU)
         for c in p.contenders
     }
     wanted = ("torch eager", "torch.compile", "Liger fused linear CE", "Liger fused linear GRPO", "Liger scaled CE")
@@ -177,7 +195,7 @@ def test_absent_package():
     with pytest.raises(Unavailable, match=r"not installed \(some-peer\)"):
         peers.need("surely_absent.kernels", "some-peer")
     with pytest.raises(Unavailable, match=r"not installed \(some-peer\)"):
-        peers.need_alone("surely_absent.deep.kernels", "some-peer")
+        peers.need("surely_absent.deep.kernels", "some-peer", alone=True)
     with pytest.raises(Unavailable, match="needs a GPU"):
         peers.need("json", "json", CPU)
 
@@ -208,9 +226,9 @@ def document(**changes):
 
 
 def test_results_without_measurements_say_so():
-    text = make_results.render([])
+    text = results.render([])
     cells = [line for line in text.splitlines() if line.startswith("| ") and "must" not in line]
-    assert len(cells) == len(targets.TARGETS) and all(make_results.EMPTY in line for line in cells)
+    assert len(cells) == len(targets.TARGETS) and all(results.EMPTY in line for line in cells)
 
 
 def test_results_are_read_from_files(tmp_path):
@@ -223,12 +241,12 @@ def test_results_are_read_from_files(tmp_path):
     for found in (document(), older):
         tests = {**checked("ok"), "commit": found["commit"]}
         (folder / f"tests-{found['commit']}.json").write_text(json.dumps(tests))
-    make_results.write(tmp_path / "results", tmp_path / "RESULTS.md")
+    results.write(tmp_path / "results", tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| verl: its time over ours | >= 2.30x |  | 2.40x | yes | NVIDIA H200, 2026-01-02, abc |" in text
     line = next(line for line in text.splitlines() if line.startswith("| policy loss forward + backward, over F3"))
     assert "1.10x | yes" in line  # must 1.15, stretch 1.05; the newest result counts
-    assert f"| {make_results.EMPTY} |" in text
+    assert f"| {results.EMPTY} |" in text
     assert "policy loss" in text and "torch 2.11" in text
 
 
@@ -247,9 +265,9 @@ TARGET = next(
 
 def test_no_speed_is_shown_of_an_op_whose_tests_failed():
     red = checked(failed=1, failures=["tests.test_linear_logprob::test_a: no"])
-    text = make_results.render([document(**BENCH), red])
+    text = results.render([document(**BENCH), red])
     line = next(line for line in text.splitlines() if line.startswith(f"| {TARGET.quantity}"))
-    assert f"| {tested.REFUSED} | |" in line and "| prism |" not in text and "4.8 s" not in text
+    assert f"| {tested.REFUSED} |  |" in line and "| prism |" not in text and "4.8 s" not in text
     assert f"dtype bf16)\n{tested.REFUSED}\n" in text
     assert "tests: failed (7 passed, 1 failed)" in text and "test_linear_logprob::test_a" in text
     assert targets.look_up(TARGET, [document(**BENCH), red])[0] is None
@@ -284,16 +302,13 @@ def test_tests_count_that_ran_on_the_same_commit_and_device_last():
 
 
 def test_results_say_where_the_tests_were_not_run():
-    text = make_results.render([document()])
+    text = results.render([document()])
     assert "\ntests: not run\n" in text and "abc; tests: not run |" in text
 
 
 def test_results_in_this_tree_are_made_from_its_measurements():
-    folder = Path(make_results.__file__).parent
-    written = (folder / "RESULTS.md").read_text()
-    assert written == make_results.render(make_results.read(folder / "results")), (
-        "run python -m benchmarks.make_results"
-    )
+    written = results.PAGE.read_text()
+    assert written == results.render(results.read(RESULTS)), "run python -m benchmarks.report.results"
 
 
 def test_results_refuse_a_speed_that_was_refused(tmp_path):
@@ -303,7 +318,7 @@ def test_results_refuse_a_speed_that_was_refused(tmp_path):
     folder.mkdir()
     (folder / "bad.json").write_text(json.dumps(bad))
     with pytest.raises(ValueError, match=r"bad\.json.*shows a speed"):
-        make_results.read(tmp_path)
+        results.read(tmp_path)
 
 
 def test_tables(tmp_path, monkeypatch):
@@ -335,11 +350,11 @@ def test_checked_in_tables_fit_their_gpu():
 def test_a_comparison_is_refused_where_the_tests_fail(monkeypatch, capsys):
     asked = []
     verdict = {"status": "failed", "summary": "1 failed"}
-    monkeypatch.setattr(harness, "run_tests", lambda paths: (asked.append(paths), verdict)[1])
+    monkeypatch.setattr(run, "run_tests", lambda folder: (asked.append(folder), verdict)[1])
     monkeypatch.setattr(compare, "checkout", lambda *_: pytest.fail("nothing is checked out"))
     assert command.main(["advantage", "--base", "HEAD", "--device", "cpu"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["problems"] == [] and found["tests"] == verdict and asked == [command.load("advantage").TESTS]
+    assert found["problems"] == [] and found["tests"] == verdict and asked == [CATALOG["advantage"].tests]
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
@@ -350,22 +365,44 @@ def test_a_comparison_is_refused_where_a_commit_is_wrong(wrong):
 
         def ask(self, do, **_):
             assert do == "prepare"  # nothing is timed
-            about = {"name": "p", "title": "P", "shape": {}, "flops": 1.0, "bytes": 1.0}
-            reason = "" if self.right else "differs from float64"
-            return {"status": "ok" if self.right else "wrong", "reason": reason, "errors": {}, "problem": about}
+            about = {"name": "p", "title": "P", "shape": {}, "flops": 1.0, "bytes": 1.0, "status": "ok"}
+            row = {"status": "ok"} if self.right else {"status": "wrong", "reason": "differs from float64"}
+            return {"row": {"name": "prism", "role": "ours", "errors": {}, **row}, "problem": about}
 
-    found = compare._problem([Worker("tree", wrong != 0), Worker("base", wrong != 1)], "op", "p", {}, QUICK)
+    found = compare.compare({}, [Worker("tree", wrong != 0), Worker("base", wrong != 1)], QUICK)
     assert found["status"] == "refused" and ("tree", "base")[wrong] in found["reason"]
+
+
+def test_a_side_that_dies_while_it_is_timed_leaves_no_speed():
+    class Worker:
+        name = "this work tree"
+
+        def ask(self, do, **_):
+            if do == "time":
+                raise RuntimeError("the process of this work tree ended")
+            row = {"name": "prism", "role": "ours", "status": "ok", "errors": {}}
+            about = {"name": "p", "title": "P", "shape": {}, "flops": 1.0, "bytes": 1.0, "status": "ok"}
+            return {"row": row, "problem": about}
+
+    class Other(Worker):
+        name = "base"
+
+        def ask(self, do, **_):
+            return {"seconds": 1.0} if do == "time" else super().ask(do)
+
+    found = compare.compare({}, [Worker(), Other()], QUICK)
+    assert found["status"] == "refused" and "work tree ended" in found["reason"]
+    assert not any("median_s" in row for row in found["rows"])
 
 
 @pytest.mark.slow
 def test_comparing_with_a_commit(tmp_path):
-    with pytest.raises(ValueError, match="knows no commit"), compare.checkout("no-such-revision", harness.machine.ROOT):
+    with pytest.raises(ValueError, match="knows no commit"), compare.checkout("no-such-revision", machine.ROOT):
         pass
-    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=harness.machine.ROOT, capture_output=True).returncode:
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=machine.ROOT, capture_output=True).returncode:
         pytest.skip("this copy is no git repository")
     options = Options(device=CPU, shapes=[{"B": 16, "N": 4}], rounds=2)
-    found = compare.compare("advantage", "HEAD", options)
-    harness.validate(found)
+    found = run.run(compare.Comparison(load("advantage"), "HEAD"), options)
+    validate(found)
     ours, base = found["problems"][0]["rows"]
     assert ours["samples"] == base["samples"] == 2 and base["name"] == "base HEAD" and base["times_ours"] > 0

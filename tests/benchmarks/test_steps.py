@@ -9,36 +9,38 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_discriminator, bench_policy, discriminator_case, discriminator_ways, policy_ways, waterfall
-from benchmarks.step_case import GPU, MINI
+from benchmarks.__main__ import main
+from benchmarks.harness import processes
+from benchmarks.steps import discriminator, discriminator_case, policy, step
+from benchmarks.steps.case import GPU, MINI
 
 QUICK = ["--shape", "mini", "--rounds", "1", "--experts", "eager", "--no-memory"]
 STEPS = pytest.mark.parametrize(
-    ("bench", "module", "outputs"),
+    ("module", "outputs"),
     [
-        (bench_discriminator, discriminator_ways, {"student", "teacher", "loss", "gradient", "worst parameter"}),
-        (bench_policy, policy_ways, {"logprob", "loss", "gradient", "worst parameter"}),
+        (discriminator, {"student", "teacher", "loss", "gradient", "worst parameter"}),
+        (policy, {"logprob", "loss", "gradient", "worst parameter"}),
     ],
     ids=["discriminator", "policy"],
 )
 
 
-def case_of(step, *, checkpointing=False, **changes):
-    shape = replace(step.shapes["mini"], **changes)
-    case = step.build(shape, dtype=torch.float32, device=torch.device("cpu"), checkpointing=checkpointing)
+def case_of(bench, *, checkpointing=False, **changes):
+    shape = replace(bench.shapes["mini"], **changes)
+    case = bench.build(shape, dtype=torch.float32, device=torch.device("cpu"), checkpointing=checkpointing)
     if shape.experts:
         case.model.set_experts_implementation("eager")
     return case
 
 
 @STEPS
-def test_all_ways_agree_and_the_waterfall_is_printed(bench, module, outputs, tmp_path, capsys):
-    files = ["--plot", str(tmp_path / "waterfall.png"), "--json", str(tmp_path / "result.json")]
-    assert bench.main([*QUICK, *files]) == 0
+def test_all_ways_agree_and_the_waterfall_is_printed(module, outputs, tmp_path, capsys):
+    files = ["--plot", str(tmp_path / "step.png"), "--json", str(tmp_path / "result.json")]
+    assert main([module.BENCH.op, *QUICK, *files]) == 0
     printed = capsys.readouterr().out.splitlines()
     document = json.loads(printed[-1])
     assert document == json.loads((tmp_path / "result.json").read_text())
-    assert (tmp_path / "waterfall.png").stat().st_size > 1000
+    assert (tmp_path / "step.png").stat().st_size > 1000
     (problem,) = document["problems"]
     assert problem["status"] == "ok"
     assert [row["name"] for row in problem["rows"]] == [way.name for way in module.WAYS]
@@ -52,7 +54,7 @@ def test_all_ways_agree_and_the_waterfall_is_printed(bench, module, outputs, tmp
 
 @pytest.mark.parametrize("part", ["student", "gradient", "worst parameter"])
 def test_a_wrong_way_is_refused(monkeypatch, capsys, part):
-    ways = discriminator_ways.WAYS
+    ways = discriminator.WAYS
     right = ways[-1].run
 
     def wrong(case):
@@ -60,13 +62,13 @@ def test_a_wrong_way_is_refused(monkeypatch, capsys, part):
         if part == "student":
             return {**outcome, "student": outcome["student"] * 1.001}
         if part == "worst parameter":  # too small a part of all gradients to show there
-            min(waterfall.gradients(case).values(), key=lambda grad: grad.norm()).mul_(1 + 3e-5)
+            min(step.gradients(case).values(), key=lambda grad: grad.norm()).mul_(1 + 3e-5)
             return outcome
-        next(p for p in case.discriminator.parameters() if p.grad is not None).grad.mul_(1.001)
+        next(p for p in case.module.parameters() if p.grad is not None).grad.mul_(1.001)
         return outcome
 
-    monkeypatch.setattr(discriminator_ways, "WAYS", (ways[0], replace(ways[-1], run=wrong)))
-    assert bench_discriminator.main(QUICK) == 1
+    monkeypatch.setattr(discriminator, "WAYS", (ways[0], replace(ways[-1], run=wrong)))
+    assert main(["discriminator", *QUICK]) == 1
     out = capsys.readouterr()
     (problem,) = json.loads(out.out.splitlines()[-1])["problems"]
     assert problem["status"] == "refused"
@@ -76,7 +78,7 @@ def test_a_wrong_way_is_refused(monkeypatch, capsys, part):
 
 
 def test_ours_failing_is_no_success(monkeypatch, capsys):
-    ways, calls = policy_ways.WAYS, []
+    ways, calls = policy.WAYS, []
 
     def fails(case):
         calls.append(1)
@@ -84,8 +86,8 @@ def test_ours_failing_is_no_success(monkeypatch, capsys):
             raise RuntimeError("out of memory")
         return ways[-1].run(case)
 
-    monkeypatch.setattr(policy_ways, "WAYS", (ways[0], replace(ways[-1], run=fails)))
-    assert bench_policy.main(QUICK) == 1
+    monkeypatch.setattr(policy, "WAYS", (ways[0], replace(ways[-1], run=fails)))
+    assert main(["policy", *QUICK]) == 1
     (problem,) = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
     assert problem["status"] == "refused" and "out of memory" in problem["reason"]
 
@@ -100,17 +102,17 @@ def three_products(hidden, weight, *_, out_shape=None, **kwargs):
 
 @STEPS
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_equal_the_counted_ones(bench, module, outputs, checkpointing):
+def test_flops_equal_the_counted_ones(module, outputs, checkpointing):
     """Lengths are equal within a side, so that torch's attention pads nothing; its math form counts every product."""
-    step = bench.STEP
-    case = case_of(step, checkpointing=checkpointing, caption=40, reasoning=80, responses=2, spread=0.0)
-    expected = step.flops(case, checkpointing=checkpointing)
-    for way, flops in zip(step.ways(checkpointing), expected, strict=True):
+    bench = module.BENCH
+    case = case_of(bench, checkpointing=checkpointing, caption=40, reasoning=80, responses=2, spread=0.0)
+    expected = bench.flops(case, checkpointing=checkpointing)
+    for way, flops in zip(bench.ways(checkpointing), expected, strict=True):
         # What the counter does not know: the experts' weight gradients, and our head, an operator of its own.
         known = {torch.ops.aten.addmm_: in_place_addmm, torch.ops.prism_kernels.linear_policy_loss: three_products}
         counter = FlopCounterMode(display=False, custom_mapping=known)
         with sdpa_kernel(SDPBackend.MATH), counter:
-            waterfall.run(case, way)
+            step.run(case, way)
         assert counter.get_total_flops() == pytest.approx(flops, rel=0.02), way.name
 
 
@@ -118,60 +120,60 @@ def test_flops_at_the_published_lengths():
     """docs/method.md: about 3,430 TFLOP against 480 with the same recompute, 360 without."""
     lengths = [(torch.empty(300), torch.empty(1000))] * 17
     case = SimpleNamespace(shape=GPU, parts=lengths[1:], lesson=SimpleNamespace(teacher=lengths[0]))
-    reference, *_, ours, kept = discriminator_ways.flops_of_ways(case, checkpointing=True)
+    reference, *_, ours, kept = discriminator.flops_of_ways(case, checkpointing=True)
     assert reference == pytest.approx(3430e12, rel=0.02)
     assert ours == pytest.approx(480e12, rel=0.03)
     assert kept == pytest.approx(360e12, rel=0.03)
-    assert discriminator_ways.flops_of_ways(case)[-1] == kept
+    assert discriminator.flops_of_ways(case)[-1] == kept
 
 
 def test_the_reference_encodes_prompt_and_image_96_times():
-    case = case_of(bench_discriminator.STEP, responses=16, caption=2, reasoning=3, prompt=8, grid=(4, 4))
+    case = case_of(discriminator.BENCH, responses=16, caption=2, reasoning=3, prompt=8, grid=(4, 4))
     seen = {"scoring": 0, "update": 0}
 
     def count(module, arguments, output):
         seen["update" if torch.is_grad_enabled() else "scoring"] += 1
 
     with case.model.model.visual.patch_embed.register_forward_hook(count):
-        discriminator_ways.reference(case)
+        discriminator.reference(case)
         assert seen == {"scoring": 32, "update": 64}
         seen.update(scoring=0, update=0)
-        discriminator_ways.ours(case)
+        discriminator.ours(case)
         assert seen == {"scoring": 0, "update": 1}
 
 
 def test_data_with_a_near_tie_of_the_router_is_passed_over(monkeypatch):
     """Two right ways may route such a token differently."""
     margins = iter([1e-9, 1e-9, 0.01])
-    step = replace(bench_discriminator.STEP, margin=lambda case: next(margins))
+    bench = replace(discriminator.BENCH, margin=lambda case: next(margins))
     seeds = []
     monkeypatch.setattr(discriminator_case, "draw", lambda shape, seed, draw=discriminator_case.draw: (
         seeds.append(seed), draw(shape, seed))[1])  # fmt: skip
-    waterfall.without_near_ties(step, MINI, torch.device("cpu"), False)
+    step.without_near_ties(bench, MINI, torch.device("cpu"), False)
     assert seeds == [0, 1, 2]
 
 
 def test_peak_memory_on_a_gpu_is_over_weights_without_earlier_gradients(monkeypatch):
     """torch's counters, played: what is allocated is the gradients, and the peak 100 bytes more."""
-    case = case_of(bench_policy.STEP)
+    case = case_of(policy.BENCH)
 
     def allocated():
-        return 1000 + sum(grad.nbytes for grad in waterfall.gradients(case).values())
+        return 1000 + sum(grad.nbytes for grad in step.gradients(case).values())
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", allocated)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocated() + 100)
     row = {}
     for _ in range(2):
-        outcome = waterfall.with_peak(case, policy_ways.WAYS[-1], row)
-        size = sum(grad.nbytes for grad in waterfall.gradients(case).values())
+        outcome = step.with_peak(case, policy.WAYS[-1], row)
+        size = sum(grad.nbytes for grad in step.gradients(case).values())
         outputs = sum(value.untyped_storage().nbytes() for value in outcome.values())
         assert row == {"peak_bytes": size + 100, "output_bytes": size + outputs}
 
 
 def test_peak_memory_of_a_step_holds_its_gradients():
-    request = {"op": "policy", "shape": "mini", "way": "ours (+ fused head)", "dtype": "float32"}
+    request = {"module": policy.__name__, "shape": "mini", "way": "ours (+ fused head)", "dtype": "float32"}
     request |= {"recompute": False, "experts": None}
-    peak, outputs = waterfall.harness.child_memory(request)
-    case = case_of(bench_policy.STEP)
-    assert peak >= outputs >= sum(p.numel() * 4 for p in case.policy.parameters())
+    peak, outputs = processes.peak_memory(request)
+    case = case_of(policy.BENCH)
+    assert peak >= outputs >= sum(p.numel() * 4 for p in case.module.parameters())

@@ -1,0 +1,57 @@
+"""Every benchmark: where it is, what its tests are, and its part of ``make gpu``. A new one adds a row.
+
+Nothing is imported before it is loaded: what a benchmark compares with may not be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``seconds``: what its benchmark is sure of in ``make gpu``; ``arguments``: its options there.
+
+    ``tests``: the folder of the op's tests, which must pass before a speed is shown; "" for a whole step, which shows
+    none where its ways disagree.
+    """
+
+    module: str  # below benchmarks; its BENCH is what runs
+    title: str
+    part: str  # names of its parts: bench-<part>, tests-<part>, memcheck-<part>, racecheck-<part>
+    seconds: float
+    arguments: tuple[str, ...]
+    tests: str = ""
+    group: str = ""  # a part whose kernels it runs, and whose name selects it too
+
+
+# A short one first; then by the targets that hang on them; what is left over goes to the whole steps, at the end.
+CATALOG = {
+    "advantage": Entry(
+        "ops.advantage.bench", "group advantages, rule align", "advantage", 20, ("--seconds", "3"),
+        tests="tests/kernels/group_advantage", group="moe",
+    ),
+    "linear_logprob": Entry(
+        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 95,
+        ("--seconds", "4"), tests="tests/kernels/linear_logprob",
+    ),
+    "moe": Entry(
+        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 110, ("--seconds", "3"),
+        tests="tests/kernels/moe",
+    ),
+    "discriminator": Entry(
+        "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",
+        "discriminator", 110, ("--rounds", "2"), group="moe",
+    ),
+    "policy": Entry(
+        "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,
+        ("--rounds", "2"), group="linear",
+    ),
+}  # fmt: skip
+
+
+def load(op: str) -> Any:
+    """The benchmark: a ``harness.op.Op`` or a ``steps.step.Step``."""
+    return importlib.import_module(f"benchmarks.{CATALOG[op].module}").BENCH

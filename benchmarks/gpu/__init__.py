@@ -1,0 +1,1 @@
+"""``make gpu``: all that needs a GPU, in parts, within a time limit."""

@@ -1,0 +1,105 @@
+"""A result as JSON: how it is made, written, checked and read by its exit status; RESULTS.md is made from these."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import machine
+from benchmarks.harness.measure import Summary
+
+SCHEMA = 1
+RESULTS = machine.ROOT / "benchmarks" / "results"
+
+
+def new(op: str, device: torch.device, **more: Any) -> dict[str, Any]:
+    """Without problems yet; ``more`` is added, or stands in place of what is here (commit, tests)."""
+    return {
+        "schema": SCHEMA,
+        "op": op,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": machine.commit(),
+        "environment": machine.environment(device),
+        "tests": None,
+        "limits": {},
+        "problems": [],
+        **more,
+    }
+
+
+def add_times(
+    row: dict[str, Any],
+    values: list[float],
+    *,
+    flops: float | None = None,
+    bytes: float | None = None,
+    ours: list[float] | None = None,
+) -> None:
+    """Fills a row from its seconds, round by round. ``flops``, ``bytes``: of one call. ``ours``: seconds of ours in the
+    same rounds; ratios are taken within a round, as what slows a whole round down cancels."""
+    summary = Summary.of(values)
+    row.update(median_s=summary.median, low_s=summary.low, high_s=summary.high, samples=summary.samples)
+    if flops is not None:
+        row["tflops"] = flops / summary.median / 1e12
+    if bytes is not None:
+        row["gbps"] = bytes / summary.median / 1e9
+    if ours is not None:
+        ratio = Summary.of([theirs / mine for theirs, mine in zip(values, ours)])
+        row.update(times_ours=ratio.median, times_ours_low=ratio.low, times_ours_high=ratio.high)
+
+
+def file_end(commit: str, name: str) -> str:
+    return f"{commit.replace('+', '-dirty')}-{name}.json"
+
+
+def result_path(op: str, device: torch.device) -> Path:
+    """Where ``--save`` writes: results/<device>/<date>-<commit>-<op>.json."""
+    stamp = time.strftime("%Y%m%d-%H%M", time.gmtime())
+    return RESULTS / machine.slug(machine.device_name(device)) / f"{stamp}-{file_end(machine.commit(), op)}"
+
+
+def save(document: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.replace(path)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The last line of a benchmark's output."""
+    print(json.dumps(document, separators=(",", ":")), flush=True)
+
+
+def exit_status(document: dict[str, Any]) -> int:
+    tests = document["tests"]
+    refused = any(problem["status"] == "refused" for problem in document["problems"])
+    return 1 if refused or (tests is not None and tests["status"] != "passed") else 0
+
+
+def validate(document: dict[str, Any]) -> None:
+    """Raises ValueError where a document is not one of this schema."""
+    _require(document, ("schema", "op", "date", "commit", "environment", "limits", "problems"), "")
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"result: schema {document['schema']}, expected {SCHEMA}")
+    for problem in document["problems"]:
+        where = f"problem {problem.get('name')}: "
+        _require(problem, ("name", "title", "shape", "flops", "bytes", "status", "rows"), where)
+        for row in problem["rows"]:
+            timed = "median_s" in row
+            if not {"name", "role", "status"} <= set(row) or (timed and row["status"] != "ok"):
+                raise ValueError(f"result: {where}bad row {row}")
+            if timed and problem["status"] != "ok":
+                raise ValueError(f"result: problem {problem['name']} is {problem['status']} but shows a speed")
+
+
+def _require(values: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    missing = sorted(set(keys) - set(values))
+    if missing:
+        raise ValueError(f"result: {where}keys missing: {missing}")

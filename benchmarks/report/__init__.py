@@ -1,0 +1,1 @@
+"""RESULTS.md, targets and pictures, all from the results as JSON."""
