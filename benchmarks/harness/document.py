@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,16 @@ def new(op: str, device: torch.device, **more: Any) -> dict[str, Any]:
         "problems": [],
         **more,
     }
+
+
+def add_errors(row: dict[str, Any], errors: dict[str, float], metrics: dict[str, str], bounds: dict[str, float]) -> str:
+    """Fills a row with {output: error}; what is not finite is None. Returns what is beyond its bound, or ""."""
+    row["errors"] = {
+        name: {"metric": metrics[name], "value": value if math.isfinite(value) else None}
+        for name, value in errors.items()
+    }
+    bad = [name for name, value in errors.items() if not value <= bounds[name]]  # NaN is bad
+    return ", ".join(f"{name} {errors[name]:.2e} > {bounds[name]:.0e}" for name in bad)
 
 
 def add_times(

@@ -7,7 +7,6 @@ shown at all.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import measure, processes
-from benchmarks.harness.document import add_times
+from benchmarks.harness.document import add_errors, add_times
 from benchmarks.harness.measure import DTYPES, Timer, Unavailable
 from benchmarks.harness.run import Options
 
@@ -260,16 +259,11 @@ def _check(problem: Problem, rows: list[Ready]) -> None:
             measure.free(device)
             measure.require_alive(device, ready.contender.name)
             continue
-        ready.row["errors"] = {
-            name: {"metric": problem.tolerances[name].metric, "value": error if math.isfinite(error) else None}
-            for name, error in errors.items()
-        }
-        side = "ours" if ready.contender.role == "ours" else "peer"
-        bound = {name: getattr(problem.tolerances[name], side) for name in errors}
-        bad = [name for name, e in errors.items() if not e <= bound[name]]  # NaN is bad
+        metrics = {name: problem.tolerances[name].metric for name in errors}
+        bounds = {name: getattr(problem.tolerances[name], ready.contender.role) for name in errors}
+        bad = add_errors(ready.row, errors, metrics, bounds)
         if bad or not errors:
-            shown = ", ".join(f"{name} {errors[name]:.2e} > {bound[name]:.0e}" for name in bad)
-            ready.row.update(status="wrong", reason=f"differs from float64: {shown or 'no output to compare'}")
+            ready.row.update(status="wrong", reason=f"differs from float64: {bad or 'no output to compare'}")
             ready.call = None
 
 

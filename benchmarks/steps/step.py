@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import measure, processes
-from benchmarks.harness.document import add_times
+from benchmarks.harness.document import add_errors, add_times
 from benchmarks.harness.measure import DTYPES
 from benchmarks.harness.op import Outputs, Tolerance
 from benchmarks.harness.run import Options
@@ -215,15 +215,13 @@ def check(case: Case, ways: Sequence[Way], rows: list[dict[str, Any]]) -> str:
             truth, true_gradients = {name: value.double() for name, value in outcome.items()}, mine
         errors = {name: TOLERANCE.error(outcome[name], truth[name]) for name in truth}
         errors["gradient"], errors["worst parameter"] = gradient_errors(mine, true_gradients)
-        row["errors"] = {name: {"metric": TOLERANCE.metric, "value": value} for name, value in errors.items()}
         bounds = dict.fromkeys(errors, TOLERANCE.ours)
         if case.device.type == "cuda":
             bounds = dict.fromkeys(errors, GPU_BOUND) | {"worst parameter": GPU_WORST * GPU_BOUND}
-        bad = [name for name, value in errors.items() if not value <= bounds[name]]  # NaN is bad
+        bad = add_errors(row, errors, dict.fromkeys(errors, TOLERANCE.metric), bounds)
         if bad:
-            row["status"] = "wrong"
-            row["reason"] = ", ".join(f"{name} {errors[name]:.1e} > {bounds[name]:.0e}" for name in bad)
-            wrong.append(f"{way.name}: {row['reason']}")
+            row.update(status="wrong", reason=bad)
+            wrong.append(f"{way.name}: {bad}")
     return "; ".join(wrong)
 
 

@@ -1,8 +1,8 @@
 """Block sizes tuned on a GPU: ``<op>/tables/<gpu>.json`` where its GPU is this one, else the op's defaults.
 
 Autotuning at run time would need a driver, time and luck, and would differ between ranks; a checked-in table does not.
-``make gpu PART=tune`` (benchmarks/gpu/tune.py) writes the tables of the GPU it runs on; the compile gate compiles what they
-say. Without a table, and none is checked in so far, an op's defaults run. A table::
+``make gpu PART=tune`` (benchmarks/gpu/tune.py) writes the tables of the GPU it runs on; the compile gate compiles what
+they say. Without a table, and none is checked in so far, an op's defaults run. A table::
 
     {"gpu": "NVIDIA H200", "date": "...", "commit": "...", "versions": {"torch": "...", "triton": "..."},
      "entries": {"tile 2": {"options": {"BLOCK_N": 256, "num_warps": 8}, "us": ..., "default_us": ...}}}

@@ -6,6 +6,7 @@ One product T x H times H x V of the library, measured in the same run, is the l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,24 +98,20 @@ def _ours(head: Head, make: Callable[..., Loss]) -> list[Contender]:
 
 
 def _limits(head: Head) -> list[Contender]:
-    def one() -> Call:
+    def products(count: int) -> Call:
         x, w = head.hidden.detach(), head.weight.detach()
         z = x.new_empty(x.shape[0], w.shape[0])
-        return lambda: {"z": torch.mm(x, w.T, out=z)}
-
-    def three() -> Call:
-        x, w = head.hidden.detach(), head.weight.detach()
-        z, dx, dw = x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)
+        factors = ((x, w.T, z), (z, w, torch.empty_like(x)), (z.T, x, torch.empty_like(w)))[:count]
 
         def call() -> Outputs:
-            torch.mm(x, w.T, out=z)
-            torch.mm(z, w, out=dx)
-            torch.mm(z.T, x, out=dw)
+            for a, b, out in factors:
+                torch.mm(a, b, out=out)
             return {}
 
         return call
 
-    return [Contender("one product", one, "limit"), Contender("three products", three, "limit")]
+    counts = {"one product": 1, "three products": 3}
+    return [Contender(name, partial(products, count), "limit") for name, count in counts.items()]
 
 
 BENCH = Op(
