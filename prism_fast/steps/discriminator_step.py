@@ -49,7 +49,8 @@ def discriminator_trees(
         [-1, -1] if pair is None else trees.add(group, pair, STUDENT_KINDS)
         for pair, group in zip(parts, rollout.group.tolist())
     ]
-    return trees.trees(), PartLabels(torch.tensor(teacher).T, torch.tensor(student).T, len(trees))
+    by_side = (torch.tensor(labels).T.contiguous() for labels in (teacher, student))  # scores are read in this layout
+    return trees.trees(), PartLabels(*by_side, len(trees))
 
 
 def discriminator_gradient(
