@@ -33,6 +33,12 @@ class Case:
     def leaves(self):
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
 
+    @property
+    def terms(self):
+        """Roundings on the way to a gradient (tests/oracle.py): a logit, its softmax, then a sum over words or rows."""
+        rows, words, width = *self.targets.shape, *self.weight.shape
+        return width + words + max(words, rows)
+
 
 def make(rows, words, device="cpu", dtype=torch.float32, width=16, bias=False, skipped=0.2, seed=0):
     random = torch.Generator().manual_seed(seed)
