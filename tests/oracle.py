@@ -161,7 +161,8 @@ def assert_same(actual, expected, terms, what="", scale=None):
     _check_shape(actual, expected, what)
     unit = _largest(expected if scale is None else torch.as_tensor(scale).detach())
     if not _largest(actual - expected) <= bound * unit:
-        _fail(actual, expected, f"{what}: difference {_largest(actual - expected):.3e}, allowed {bound:.1e} x {unit:.3e}")
+        found = f"{what}: difference {_largest(actual - expected):.3e}, allowed {bound:.1e} x {unit:.3e}"
+        _fail(actual, expected, found)
 
 
 def _norm(t):
@@ -179,4 +180,5 @@ def _check_shape(actual, expected, what):
 def _fail(actual, expected, message):
     distance = (actual - expected).abs().nan_to_num(nan=math.inf)
     worst = tuple(int(i) for i in torch.unravel_index(distance.argmax(), distance.shape)) if distance.dim() else ()
-    raise AssertionError(f"{message}; worst at {list(worst)}: {float(actual[worst])!r}, expected {float(expected[worst])!r}")
+    pair = f"{float(actual[worst])!r}, expected {float(expected[worst])!r}"
+    raise AssertionError(f"{message}; worst at {list(worst)}: {pair}")

@@ -90,7 +90,7 @@ def test_logits_shifted_to_minus_ten(impl, device):
 @pytest.mark.parametrize("impl,device", IMPLS)
 @pytest.mark.parametrize("scale", [0.25, 1, 4])
 def test_logits_shifted_to_ten_thousand(impl, device, scale):
-    """Logits that fp32 holds exactly; their log-sum-exp it rounds to 1e-3, which p must not see: eager without a shift."""
+    """Logits that fp32 holds exactly; their log-sum-exp it rounds to 1e-3, which p must not see: as without a shift."""
     case = make(9, 1003, device, bias=True)
     with torch.no_grad():
         for t in case.leaves[:2]:
@@ -99,7 +99,6 @@ def test_logits_shifted_to_ten_thousand(impl, device, scale):
         case.bias.fill_(10_000)
     out = linear_logprob(case.hidden, case.weight, case.targets, bias=case.bias, with_entropy=True, impl=impl)
     ours = gradients(out.logprob.sum() - out.entropy.sum(), case.leaves)
-
 
     def plain(hidden, weight, bias):
         logprob, _, entropy = oracle.log_probs(hidden, weight, case.targets, bias)
@@ -156,9 +155,9 @@ def test_word_with_probability_0_9999(impl, device, dtype, words):
     wide = [t.detach().float().requires_grad_() for t in case.leaves]
     eager = relative(oracle.log_probs(*wide, case.targets)[0], wide[0])
     ours = relative(linear_logprob(case.hidden, case.weight, case.targets, impl=impl).logprob, case.hidden)
-    # The digits are those of the sum of exponentials, 1.0001, to which a word of p = 1e-7 adds an ulp or two: that is
-    # rounded by as much as it is where words are added one by one, so eager's error and u * sqrt(words) count; and u for
-    # each of some functions, but not the u * 10 of z - logsumexp, which four words show.
+    # The digits are those of the sum of exponentials, 1.0001, to which a word of p = 1e-7 adds an ulp or two, rounded
+    # by as much where words are added one by one: so eager's error and u * sqrt(words) count, and u for each of some
+    # functions; but not the u * 10 of z - logsumexp, which four words show.
     slack = oracle.roundoff(FP32) * (words**0.5 + 4) / -float(true[0])
     rounding = torch.finfo(BF16).eps if dtype is BF16 else 0.0  # of the gradient, which the interpreter truncates
     assert ours[0] <= oracle.FACTOR * eager[0] + slack
@@ -239,10 +238,9 @@ def test_padded_columns_are_neither_read_nor_written(impl, device):
     buffer = torch.full((5, 1016), float("nan"), device=device)
     z = buffer[:, :1003]
     z.copy_(head.hidden @ head.weight.T)
-    truth, eager = (
-        oracle.log_probs(*(t.to(dtype) for t in (head.hidden, head.weight)), case.targets, head.bias.to(dtype), 0.9, 7.0)
-        for dtype in (FP64, FP32)
-    )
+    leaves = (head.hidden, head.weight, head.bias)
+    wide = [t.double() for t in leaves]
+    truth, eager = (oracle.log_probs(x, w, case.targets, b, 0.9, 7.0) for x, w, b in (wide, leaves))
     kernels.prepare(z, head)
     out = kernels.statistics(z, case.targets, head, True)
     for a, t, e in zip((out.logprob, out.logsumexp, out.entropy), truth, eager):
@@ -342,7 +340,6 @@ def test_fp16_gradients_at_extreme_temperatures(impl, device, temperature):
     case = make(FEW, 1000, device, FP16, width=16, skipped=0)
     loss = linear_logprob(case.hidden, case.weight, case.targets, temperature=temperature, impl=impl).logprob.mean()
 
-
     def plain(leaves, dtype):
         wide = [t.to(dtype) for t in leaves]
         return gradients(oracle.log_probs(*wide, case.targets, temperature=temperature)[0].mean(), leaves)
@@ -359,7 +356,6 @@ def test_large_softcap_changes_little(impl, device, softcap):
     """tanh of a small number, times a large one: its digits show."""
     case = make(FEW, 1000, device, skipped=0)
     out = linear_logprob(case.hidden, case.weight, case.targets, softcap=softcap, impl=impl)
-
 
     def plain(leaves):
         logprob = oracle.log_probs(*leaves, case.targets, softcap=softcap)[0]

@@ -8,7 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_kernels import TreeLayout, tree_attention
 from prism_kernels.tree_attention import sdpa
+from tests.oracle import assert_as_exact, assert_same
 
+TERMS = 8 + 8  # of a product of width 8, and the functions of a softmax; to which come the tokens that it is over
 IMPLS = ["reference", "sdpa"]
 
 
@@ -40,6 +42,13 @@ def separate(q, k, v, layout, scale):
     return out
 
 
+def assert_same_gradients(got, want, terms):
+    """Of q, k and v: to the size of the largest, since a softmax over one token cancels all that q and k would get."""
+    scale = max(float(b.abs().max()) for b in want)
+    for a, b in zip(got, want):
+        assert_same(a, b, terms, scale=scale)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
 @given(layout=forests())
@@ -50,24 +59,22 @@ def test_equals_separate_sequences(impl, heads, layout):
     k, v = (torch.randn(total, heads[1], 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     out = tree_attention(q, k, v, layout, impl=impl)
     expected = separate(q, k, v, layout, 8**-0.5)
-    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+    assert_same(out, expected, TERMS + total)
     if not total:
         return
     weight = torch.randn_like(out)
     got = torch.autograd.grad((out * weight).sum(), (q, k, v))
     want = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    assert_same_gradients(got, want, 2 * (TERMS + total))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_production_like_shape_in_fp32(impl):
     layout = TreeLayout.build([150, 40, 73, 1, 60, 33], [-1, 0, 0, 0, -1, 4])
     q, k, v = (torch.randn(layout.num_tokens, h, 64) for h in (4, 2, 2))
-    truth = separate(*(x.double() for x in (q, k, v)), layout, 0.2)
-    torch.testing.assert_close(
-        tree_attention(q, k, v, layout, scale=0.2, impl=impl).double(), truth, atol=2e-6, rtol=1e-5
-    )
+    truth, eager = (separate(*(x.to(dtype) for x in (q, k, v)), layout, 0.2) for dtype in (torch.float64, q.dtype))
+    out = tree_attention(q, k, v, layout, scale=0.2, impl=impl)
+    assert_as_exact(out, truth, eager, 64 + layout.num_tokens)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -81,9 +88,9 @@ def test_chosen_rows_equal_the_full_computation(impl, layout, data):
     q, k, v = (torch.randn(total, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     full = tree_attention(q, k, v, layout, impl="reference")[rows]
     some = tree_attention(q[rows], k, v, layout, query_row=rows, impl=impl)
-    torch.testing.assert_close(some, full, atol=1e-10, rtol=1e-10)
-    for a, b in zip(torch.autograd.grad(some.sum(), (q, k, v)), torch.autograd.grad(full.sum(), (q, k, v))):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    assert_same(some, full, TERMS + total)
+    got, want = (torch.autograd.grad(x.sum(), (q, k, v)) for x in (some, full))
+    assert_same_gradients(got, want, 2 * (TERMS + total))
 
 
 def test_nan_stays_in_its_tree():
@@ -113,10 +120,11 @@ def test_what_a_gpu_calls_equals_separate_sequences(monkeypatch, name):
     assert all(group.aligned for group in layout.group_plan().groups) == (name == "aligned")
     q, k, v = (torch.randn(layout.num_tokens, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     out, expected = tree_attention(q, k, v, layout), separate(q, k, v, layout, 8**-0.5)
-    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+    terms = TERMS + layout.num_tokens
+    assert_same(out, expected, terms)
     weight = torch.randn_like(out)
-    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    got, want = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
+    assert_same_gradients(got, want, 2 * terms)
 
 
 @pytest.mark.gpu
@@ -133,13 +141,15 @@ def test_a_gpu_builds_no_score_matrix(name, width):
         out = tree_attention(q, k, v, layout.to("cuda"))
         some = tree_attention(q[rows], k, v, layout.to("cuda"), query_row=rows)
         grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-    wide = [x.double().requires_grad_() for x in tensors]
-    expected = separate(*wide, layout, width**-0.5)
-    want = torch.autograd.grad(expected.square().sum(), wide)
-    assert (out.cpu().double() - expected).norm() <= 1e-2 * expected.norm()
-    assert (some.cpu().double() - expected[rows.cpu()]).norm() <= 1e-2 * expected[rows.cpu()].norm()
-    for a, b in zip(grads, want):
-        assert (a.cpu().double() - b).norm() <= 2e-2 * b.norm()
+
+    def plain(leaves):
+        result = separate(*leaves, layout, width**-0.5)
+        wide = torch.promote_types(result.dtype, torch.float32)
+        return result, result[rows.cpu()], *torch.autograd.grad(result.to(wide).square().sum(), leaves)
+
+    truth, eager = plain([x.double().requires_grad_() for x in tensors]), plain([x.requires_grad_() for x in tensors])
+    for a, t, e in zip((out, some, *grads), truth, eager):
+        assert_as_exact(a, t, e, 2 * (width + layout.num_tokens))
 
 
 def test_gradients_are_repeatable():
