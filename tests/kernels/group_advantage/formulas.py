@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from itertools import pairwise
 from pathlib import Path
 
@@ -83,3 +84,17 @@ def _expression(formula):
         side_by_side = re.fullmatch(r"(?!GN$)\w[\w.]*|\)", left) and re.fullmatch(r"\w[\w.]*|\(", right)
         out += f" * {right}" if side_by_side else f" {right}"
     return out
+
+
+# Roundings: sums over a group, then a few functions. The difference to the mean loses the digits that scores share.
+FUNCTIONS = 16
+
+
+def condition(rows, groups):
+    """How much larger than the spread of their group scores are, at most, and at least 1 (a group of one: std 1)."""
+    worst = 1.0
+    for row, group in [(row, group) for row in rows for group in set(groups)]:
+        values = [float(v) for v, g in zip(row, groups) if g == group]
+        spread = statistics.stdev(values) if len(values) > 1 and len(set(values)) > 1 else 1.0
+        worst = max(worst, max(map(abs, values)) / spread)
+    return worst

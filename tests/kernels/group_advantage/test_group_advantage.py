@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from prism_kernels import group_normalize, multi_reward_advantage
 from prism_kernels.group_advantage import api
 from prism_kernels.group_advantage.rules import RULES, Reward, Rule
-from tests.kernels.group_advantage.formulas import advantage, documented, random_case, truth
+from tests.kernels.group_advantage.formulas import FUNCTIONS, advantage, condition, documented, random_case, truth
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
+from tests.oracle import assert_same
 
 IMPLS = (
     [("triton", "cpu")]
@@ -52,7 +53,7 @@ if INTERPRETED:  # milliseconds a program: more responses in one, and steps shor
 
 @pytest.mark.parametrize("number", range(len(GOLDEN)))
 def test_golden_vectors(impl, device, number):
-    """Vectors of the reference implementation, which ran in fp32: 1e-5."""
+    """Vectors of the reference implementation, which ran in fp32."""
     given_ = GOLDEN[number]
     perception, reasoning, accuracy, valid = (
         torch.tensor(given_[name], device=device) for name in ("caption", "cot", "acc", "fmt")
@@ -70,9 +71,9 @@ def test_golden_vectors(impl, device, number):
             **{COEFFICIENTS.get(name, name): value for name, value in case["coef"].items()},
         )
         assert got.dtype == torch.float32
-        torch.testing.assert_close(
-            got.cpu(), torch.tensor(case["adv"]), rtol=0, atol=1e-5, msg=lambda m, c=case: f"{c}: {m}"
-        )
+        expected = torch.tensor(case["adv"])
+        scale = condition([given_["caption"], given_["cot"]], given_["group"]) * max(1.0, expected.abs().max())
+        assert_same(got.cpu(), expected, len(expected) + FUNCTIONS, str(case), scale)
 
 
 @st.composite
@@ -92,7 +93,8 @@ def test_normalize_equals_the_formula(impl, device, batch, baseline, scale):
     ids = torch.tensor(group, device=device)
     got = group_normalize(scores.to(device), ids, baseline=baseline, scale=scale, impl=impl)
     expected = torch.tensor([truth(row, group, baseline, scale) for row in scores.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-9)
+    size = condition(scores.tolist(), group) * max(1.0, expected.abs().max())
+    assert_same(got.cpu(), expected, len(group) + FUNCTIONS, scale=size)
     one = group_normalize(scores[0].float().to(device), ids, baseline=baseline, scale=scale, impl=impl)
     assert one.shape == (len(group),) and one.dtype == torch.float32
 
@@ -114,7 +116,7 @@ def assert_follows(formula, rule, impl, device, batch, seed):
         **coefficients,
     )
     assert got.shape == (len(group),) and got.dtype == torch.float32
-    torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert_same(got.cpu(), expected, len(group) + FUNCTIONS, scale=max(1.0, expected.abs().max()))  # float64 inside
 
 
 @given(batches(), st.sampled_from(list(RULES)), st.integers(0, 2**31))
@@ -144,7 +146,7 @@ def test_a_new_rule_is_one_row(impl, device, name, monkeypatch):
     scores, group = torch.randn(4, device=device), torch.zeros(4, dtype=torch.int64, device=device)
     if name == "muted":
         got = multi_reward_advantage(scores, scores, group, rule=name, impl=impl)
-        torch.testing.assert_close(got, 0.3 * group_normalize(scores, group, impl=impl))
+        assert_same(got, 0.3 * group_normalize(scores, group, impl=impl), 4 + FUNCTIONS)
     else:
         with pytest.raises(ValueError, match=f"accuracy: .*rule '{name}' reads, got None"):
             multi_reward_advantage(scores, scores, group, rule=name, impl=impl)
@@ -179,7 +181,7 @@ def test_rewards_do_not_depend_on_the_type_of_the_flags(impl, device, dtype):
             )
             for d, i in ((dtype, impl), (torch.float64, "reference"))
         )  # fmt: skip
-        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+        assert_same(got, exact, 8 + FUNCTIONS)
     options = {"rule": "verified_penalised", "align_coef": 0.0, "format_weight": 0.2, "wrong_penalty": 0.5}
     wrong, half = torch.zeros(8, device=device, dtype=dtype), group.new_tensor([0, 1] * 4).to(dtype)
     got = multi_reward_advantage(
@@ -204,8 +206,8 @@ def test_huge_and_tiny_scores(impl, device, size):
     group, eps = torch.zeros(4, dtype=torch.int64, device=device), 1e-6 if size > 1 else 0.0
     expected = torch.tensor(truth([1.0, 2.0, 4.0, -1.0], [0] * 4, eps=0.0))
     got = multi_reward_advantage(scores, 2 * scores, group, eps=eps, impl=impl)
-    torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(group_normalize(scores, group, eps=eps, impl=impl).cpu(), expected, rtol=1e-6, atol=1e-6)
+    assert_same(got.cpu(), expected, 4 + FUNCTIONS)
+    assert_same(group_normalize(scores, group, eps=eps, impl=impl).cpu(), expected, 4 + FUNCTIONS)
     if size > 1:
         valid = torch.tensor([True, False, False, False], device=device)
         assert not multi_reward_advantage(scores, scores, group, format_valid=valid, impl=impl).any()
@@ -238,7 +240,8 @@ def test_groups_of_one_and_groups_without_a_valid_response(impl, device):
     group = torch.tensor([9, -1, -1, 3], device=device)
     valid = torch.tensor([True, False, False, False], device=device)
     got = multi_reward_advantage(scores, scores, group, format_valid=valid, format_penalty=1.5, impl=impl)
-    torch.testing.assert_close(got.cpu(), torch.tensor([2.0, -1.5, -1.5, -2.5]), rtol=0, atol=4e-6)
+    exact = torch.tensor([2 / (1 + 1e-6), -1.5, -1.5, -1 / (1 + 1e-6) - 1.5])  # a std of 1, and eps
+    assert_same(got.cpu(), exact, 4 + FUNCTIONS)
     alone = torch.arange(4, device=device)
     for baseline in ("mean", "leave_one_out"):
         got = group_normalize(scores, alone, baseline=baseline, scale="none", impl=impl)
@@ -249,7 +252,7 @@ def test_any_order_of_responses(impl, device):
     scores, group = torch.randn(3, 33, device=device), torch.randint(0, 5, (33,), device=device)
     perm = torch.randperm(33, device=device)
     got = group_normalize(scores, group, impl=impl)
-    torch.testing.assert_close(group_normalize(scores[:, perm], group[perm], impl=impl), got[:, perm])
+    assert_same(group_normalize(scores[:, perm], group[perm], impl=impl), got[:, perm], 33 + FUNCTIONS)
     assert torch.equal(got, group_normalize(scores, group, impl=impl))  # the same bits again
 
 
@@ -257,11 +260,10 @@ def test_strided_and_narrow_input(impl, device):
     wide = torch.randn(40, 3, device=device)
     group = torch.arange(80, device=device, dtype=torch.int32)[::2] // 10
     got = group_normalize(wide.T, group, impl=impl)
-    torch.testing.assert_close(got, group_normalize(wide.T.contiguous(), group.long(), impl="reference"))
+    assert_same(got, group_normalize(wide.T.contiguous(), group.long(), impl="reference"), 10 + FUNCTIONS)
     half = wide[:, 0].bfloat16()
-    torch.testing.assert_close(
-        group_normalize(half, group, impl=impl), group_normalize(half.float(), group, impl="reference")
-    )
+    exact = group_normalize(half.float(), group, impl="reference")
+    assert_same(group_normalize(half, group, impl=impl), exact, 10 + FUNCTIONS)
     assert not group_normalize(wide.T.requires_grad_(), group, impl=impl).requires_grad
 
 
