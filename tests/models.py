@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from prism_fast.records import Prompt
+from tests.oracle import assert_as_exact
 
 IMAGE_TOKEN, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94
 VOCAB = 96
@@ -102,3 +104,31 @@ def moe(seed: int = 0, experts: int = 4, top_k: int = 2, **kwargs):
             elif "embed_tokens" not in name:
                 value.mul_(3)
     return model
+
+
+# ---- "the same as separate stock forwards", by the law of tests/oracle.py: the stock model is eager torch, its float64
+# copy the truth.
+
+
+def exact(model):
+    """A float64 copy, whose gradients are its own; its experts one by one, since torch groups no float64 products."""
+    copied = copy.deepcopy(model).double().requires_grad_()
+    if hasattr(copied.config.get_text_config(), "num_experts"):
+        copied.set_experts_implementation("eager")
+    return copied
+
+
+def roundings(model, rows: int) -> int:
+    """On the way to a gradient, for trees of this many rows: the sums of every layer there and back, head, rows."""
+    text = model.config.get_text_config()
+    attention = 2 * text.hidden_size + text.head_dim + 2 * rows + text.num_attention_heads * text.head_dim
+    layer = attention + 2 * text.hidden_size + text.intermediate_size
+    return 2 * text.num_hidden_layers * layer + text.vocab_size + rows
+
+
+def assert_gradients_as_exact(mine, truth, stock, terms: int, without: tuple[str, ...] = ()) -> None:
+    """Of every parameter; where one model has none, as of a vision tower without an image, it is 0."""
+    for (name, a), (_, t), (_, e) in zip(*(model.named_parameters() for model in (mine, truth, stock)), strict=True):
+        if not name.startswith(without):
+            found = (torch.zeros_like(p) if p.grad is None else p.grad for p in (a, t, e))
+            assert_as_exact(*found, terms, name)

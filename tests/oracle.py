@@ -143,6 +143,7 @@ def assert_as_exact(actual, truth, eager, terms, what="", factor=FACTOR):
     if actual.dtype is torch.float64:
         assert_same(actual, truth, terms, what)
         return
+    assert terms >= 1, f"terms: expected the number of roundings, got {terms}"
     actual, truth, eager = (t.detach().double().cpu() for t in (actual, truth, eager))
     _check_shape(actual, truth, what)
     slack = roundoff(torch.float32) * math.sqrt(terms)
@@ -156,6 +157,7 @@ def assert_as_exact(actual, truth, eager, terms, what="", factor=FACTOR):
 def assert_same(actual, expected, terms, what="", scale=None):
     """Law 2. ``terms`` is n; ``scale`` the size of what is summed, where cancellation leaves less: the largest element
     of ``expected`` otherwise."""
+    assert terms >= 1, f"terms: expected the number of roundings, got {terms}"
     bound = 2 * terms * roundoff(actual.dtype, expected.dtype)
     actual, expected = (t.detach().double().cpu() for t in (actual, expected))
     _check_shape(actual, expected, what)

@@ -7,7 +7,8 @@ import torch
 
 from prism_fast.models.policy import Policy
 from prism_fast.pack import ImageTokens, Tree, build_pack, mrope_positions
-from tests.models import IMAGE_TOKEN, prompt, qwen, tokens
+from tests.models import IMAGE_TOKEN, assert_gradients_as_exact, exact, prompt, qwen, roundings, tokens
+from tests.oracle import assert_as_exact
 
 IMAGE = ImageTokens(IMAGE_TOKEN, 2)
 
@@ -56,14 +57,14 @@ def test_log_probs_and_gradients_equal_separate_forwards(checkpointing):
         policy.checkpoint_activations()
         policy.train()
     trees = forest()
-    expected = separate_logprobs(stock, trees)
+    truth, terms = exact(stock), roundings(stock, 60)
+    expected, eager = (separate_logprobs(model, trees) for model in (truth, stock))
     got = packed_logprobs(policy, trees)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    weight = torch.randn_like(expected)
-    (expected * weight).sum().backward()
-    (got * weight).sum().backward()
-    for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+    assert_as_exact(got, expected, eager, terms)
+    weight = torch.randn_like(got)
+    for logprob in (expected, eager, got):
+        (logprob * weight).sum().backward()
+    assert_gradients_as_exact(policy.model, truth, stock, terms)
 
 
 def test_positions_equal_transformers():
