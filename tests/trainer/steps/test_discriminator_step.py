@@ -16,7 +16,8 @@ from prism_fast.steps.discriminator_step import discriminator_gradient, discrimi
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
 from prism_kernels import PolicyObjective
-from tests.models import EOS, IMAGE_TOKEN, moe, prompt, qwen, tokens
+from tests.models import EOS, IMAGE_TOKEN, assert_gradients_as_exact, exact, moe, prompt, qwen, roundings, tokens
+from tests.oracle import assert_as_exact, assert_same
 from tests.trainer.models.test_discriminator import separate_scores
 
 
@@ -84,22 +85,26 @@ def test_discriminator_step_equals_the_definition(tokens_per_pack, valid, beta):
     scores, metrics, _ = discriminator_gradient(
         mine, lessons, rollout, parts, config, tokens_per_pack=tokens_per_pack, load=ExpertLoad()
     )
-    expected = definition(stock, head, lessons, rollout, parts, beta)
-    expected.backward()
-    assert metrics["loss/discriminator"] == pytest.approx(float(expected), rel=1e-5)
-    for (name, a), (_, b) in zip(mine.model.named_parameters(), stock.named_parameters()):
-        if b.grad is not None and not name.startswith("lm_head"):
-            assert (a.grad - b.grad).abs().max() <= 1e-5 * max(1.0, float(b.grad.abs().max())), name
+    truth, terms = exact(stock), roundings(stock, 100)
+    expected = definition(truth, head.double(), lessons, rollout, parts, beta)
+    eager = definition(stock, head, lessons, rollout, parts, beta)
+    for loss in (expected, eager):
+        loss.backward()
+    assert_as_exact(torch.tensor(metrics["loss/discriminator"]), expected, eager, terms)
+    assert_gradients_as_exact(mine.model, truth, stock, terms, without=("lm_head",))
     for i, part in enumerate(parts):
         item = lessons[int(rollout.group[i])]
         if part is None:
             assert scores.perception[i] == scores.reasoning[i] == 0
             assert not scores.format_valid[i]
             continue
-        want = separate_scores(stock, head, [Tree(item.prompt, part, ())]).detach()
-        want = want - beta * torch.log1p(torch.tensor([float(len(p)) for p in part]))
+        want, plain = (
+            separate_scores(model, head.to(dtype), [Tree(item.prompt, part, ())]).detach()
+            - beta * torch.log1p(torch.tensor([float(len(p)) for p in part], dtype=dtype))
+            for model, dtype in ((truth, torch.float64), (stock, torch.float32))
+        )
         got = torch.stack([scores.perception[i], scores.reasoning[i]])
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert_as_exact(got, want, plain, terms)
     assert ("discriminator_accuracy/perception" in metrics) == any(valid)  # nothing to measure, nothing reported
 
 
@@ -110,8 +115,11 @@ def test_compat_clamps_inside_the_loss():
     _, metrics, _ = discriminator_gradient(
         made(stock, head), lessons, rollout, parts, config, tokens_per_pack=4096, load=ExpertLoad()
     )
-    expected = definition(stock, head, lessons, rollout, parts, clamp=10.0)
-    assert metrics["loss/discriminator"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    expected, eager = (
+        definition(model, h, lessons, rollout, parts, clamp=10.0)
+        for model, h in ((exact(stock), head.double()), (stock, head))
+    )
+    assert_as_exact(torch.tensor(metrics["loss/discriminator"]), expected, eager, roundings(stock, 100))
 
 
 def test_equal_parts_stand_once_and_the_teacher_in_every_part():
@@ -139,7 +147,8 @@ def test_advantage_clamps_scores_and_only_there():
         torch.tensor([True, True, True]),
     )
     got = alignment_advantage(scores, torch.zeros(3, dtype=torch.int64), AdvantageConfig(), 10.0)
-    assert got[0] - got[1] == pytest.approx(-0.5, abs=1e-5)  # perception ties at the clamp, reasoning differs by one z
+    difference = torch.tensor(-0.5 / (1 + 1e-6))  # perception ties at the clamp, reasoning differs by one z, and eps
+    assert_same(got[0] - got[1], difference, 3 + 16, scale=got.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -158,36 +167,42 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, wi
     metrics, computed = policy_gradient(
         policy, rollout, advantages, objective, temperature=1.0, tokens_per_pack=tokens_per_pack
     )
-    loss = 0.0
     left_out = without_advantage if objective.entropy_coef == 0 else []
     lengths = [len(ids) for ids in rollout.response_ids]
-    for i, ids in enumerate(rollout.response_ids):
-        root = rollout.prompts[int(rollout.group[i])]
-        whole = torch.cat([root.input_ids, ids])[None]
-        logits = stock(
-            input_ids=whole,
-            attention_mask=torch.ones_like(whole),
-            pixel_values=root.pixel_values,
-            image_grid_thw=root.image_grid_thw,
-            mm_token_type_ids=(whole == IMAGE_TOKEN).int(),
-        ).logits[0, len(root) - 1 : -1]
-        full = logits.log_softmax(-1)
-        logprob = full.gather(1, ids[:, None])[:, 0]
-        entropy = -(full.exp() * full).sum(-1)
-        row = -(logprob - logprob.detach()).exp() * advantages[i] - objective.entropy_coef * entropy
-        weight = {
-            "token_mean": 1 / sum(lengths),
-            "sequence_mean": 1 / (len(ids) * 8),
-            "fixed_length": 1 / (8 * 12),
-        }[objective.aggregate]
-        loss = loss + row.sum() * weight
-    loss.backward()
-    assert metrics["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
-    assert metrics["entropy"] == pytest.approx(-float(torch.cat(list(rollout.logprob)).mean()), rel=1e-5)
+
+    def plain(model):
+        loss = 0.0
+        for i, ids in enumerate(rollout.response_ids):
+            root = rollout.prompts[int(rollout.group[i])]
+            whole = torch.cat([root.input_ids, ids])[None]
+            logits = model(
+                input_ids=whole,
+                attention_mask=torch.ones_like(whole),
+                pixel_values=root.pixel_values,
+                image_grid_thw=root.image_grid_thw,
+                mm_token_type_ids=(whole == IMAGE_TOKEN).int(),
+            ).logits[0, len(root) - 1 : -1]
+            full = logits.log_softmax(-1)
+            logprob = full.gather(1, ids[:, None])[:, 0]
+            entropy = -(full.exp() * full).sum(-1)
+            row = -(logprob - logprob.detach()).exp() * advantages[i] - objective.entropy_coef * entropy
+            weight = {
+                "token_mean": 1 / sum(lengths),
+                "sequence_mean": 1 / (len(ids) * 8),
+                "fixed_length": 1 / (8 * 12),
+            }[objective.aggregate]
+            loss = loss + row.sum() * weight
+        loss.backward()
+        return loss.detach()
+
+    truth, terms = exact(stock), roundings(stock, 150)
+    expected, eager = plain(truth), plain(stock)
+    # A row adds its advantage, or part of the entropy: of size 1, whatever their mean.
+    assert_same(torch.tensor(metrics["loss"]), expected, sum(lengths), scale=max(1.0, abs(float(eager))))
+    sampled = torch.cat(list(rollout.logprob))
+    assert_same(torch.tensor(metrics["entropy"]), -sampled.mean(), len(sampled))
     assert metrics["zero_advantage"] == len(without_advantage) / 8
-    for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
-        mine = torch.zeros_like(b) if a.grad is None else a.grad  # vision, where no image was computed
-        assert (mine - b.grad).abs().max() <= 2e-5 * max(1.0, float(b.grad.abs().max())), name
+    assert_gradients_as_exact(policy.model, truth, stock, terms)
     kept = [i for i in range(8) if i not in left_out]
     roots = {int(rollout.group[i]) for i in kept}
     least = sum(lengths[i] for i in kept) + sum(len(rollout.prompts[group]) for group in roots)
