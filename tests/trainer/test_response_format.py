@@ -1,7 +1,6 @@
 """The response format: one linear scan against the definitions of docs/method.md 2."""
 
 import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from prism_fast.reward import count_caption_items, count_reasoning_steps, is_valid, split_parts
 from prism_kernels import find_tag_spans
+from tests.timing import assert_linear
 
 GOOD = "<caption>3; 7</caption> <think>3+7=10</think>\n<answer> 10 </answer>"
 MARKS = ["<caption>", "</caption>", "<think>", "</think>", "<answer>", "</answer>"]
@@ -124,17 +124,18 @@ def test_unknown_mode():
         split_parts(GOOD, "strict")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fixed", "compat"])
 @pytest.mark.parametrize(
     "unit", ["<caption>", "</caption>", "</caption><think>", "</think><answer>", "</caption> ", " ", "<", *MARKS[3:]]
 )
 def test_linear_time(mode, unit):
-    hostile = "<caption>" + unit * (26_000 // len(unit)) + "x</answer>"
-    nearly = "<caption></caption>" + unit * (26_000 // len(unit)) + "<think></think><answer></answer>"
-    started = time.process_time()
-    split_parts(hostile, mode)
-    split_parts(nearly, mode)
-    assert time.process_time() - started < 0.05
+    def make(size):
+        hostile = "<caption>" + unit * (size // len(unit)) + "x</answer>"
+        nearly = "<caption></caption>" + unit * (size // len(unit)) + "<think></think><answer></answer>"
+        return lambda: (split_parts(hostile, mode), split_parts(nearly, mode))
+
+    assert_linear(make, 6_500)
 
 
 def _response(caption="c", think="t"):
@@ -183,10 +184,11 @@ def test_an_invalid_response_counts_nothing():
     assert count_caption_items("3; 7") == count_reasoning_steps("3+7=10") == 0
 
 
-def test_counts_take_linear_time():
-    for unit in ("- ", "1. ", ". ", ";", "Step 1: ", "   ", "\n", "1.\n", "**", "a.b "):
-        text = _response(unit * (26_000 // len(unit)), unit * (26_000 // len(unit)))
-        started = time.process_time()
-        count_caption_items(text)
-        count_reasoning_steps(text)
-        assert time.process_time() - started < 0.3, unit
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["- ", "1. ", ". ", ";", "Step 1: ", "   ", "\n", "1.\n", "**", "a.b "])
+def test_counts_take_linear_time(unit):
+    def make(size):
+        text = _response(unit * (size // len(unit)), unit * (size // len(unit)))
+        return lambda: (count_caption_items(text), count_reasoning_steps(text))
+
+    assert_linear(make, 4_000)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import time
 import types
 
 import pytest
@@ -36,6 +37,7 @@ def strict(path):
 
 
 def test_a_line_per_step_on_disk_at_once(tmp_path):
+    began = time.time()
     with Monitor("sft", tmp_path / "sft", 3, quiet=True) as monitor:
         for step in (1, 2, 3):
             monitor.step(stats(step))
@@ -45,7 +47,7 @@ def test_a_line_per_step_on_disk_at_once(tmp_path):
     lines = read_metrics(tmp_path / "sft" / "metrics.jsonl")
     assert lines[1]["loss"] == 0.5 and lines[1]["seconds/rollout"] == 0.5 and lines[1]["tokens/rollout"] == 100
     assert lines[1]["tokens_per_second"] == 200.0  # evaluation is no part of a step
-    assert abs(lines[0]["time"] - lines[-1]["time"]) < 60
+    assert began <= lines[0]["time"] <= lines[-1]["time"] <= time.time()
     assert lines[3]["eval/accuracy"] == 0.5 and lines[3]["eval/format_valid"] == 1.0
     assert lines[4]["warning"] == "look" and lines[4]["step"] == 3
 
