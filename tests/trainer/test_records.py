@@ -3,6 +3,7 @@
 import torch
 
 from prism_fast.records import Experience, Prompt, Rollout
+from tests.oracle import assert_same
 
 
 def experience(first, lengths):
@@ -29,8 +30,8 @@ def told(batch):
         assert int(rollout.prompts[number].input_ids) == prompt
         assert ids.tolist() == [prompt] * length and rollout.logprob[i].tolist() == [-prompt] * length
         assert bool(rollout.finished[i]) == bool(batch.format_valid[i]) == (length > 1)
-        assert abs(float(batch.reward[i]) - prompt - length / 10) < 1e-5
-        assert abs(float(batch.accuracy[i]) - 100 - prompt - length / 10) < 1e-4
+        assert_same(batch.reward[i], torch.tensor(prompt + length / 10), 2)
+        assert_same(batch.accuracy[i], torch.tensor(100 + prompt + length / 10), 3)
     assert len(batch.rollout) == len(batch.reward) == len(batch.accuracy) == len(batch.format_valid)
     return list(rollout.text)
 

@@ -101,7 +101,7 @@ def test_experience_rewards_every_response_by_its_own_gold(monkeypatch):
     batch = experience("policy", "chat", questions, sampling, config, seed=5)
     assert asked == [(("policy", "chat", [prompt for _, prompt in questions], sampling), 5)]
     assert batch.accuracy.tolist() == [1, 0, 0, 1] and batch.format_valid.tolist() == [True, False, True, True]
-    torch.testing.assert_close(batch.reward, torch.tensor([1.0, 0.0, 0.4, 0.5]))
+    assert_same(batch.reward, torch.tensor([1.0, 0.0, 0.4, 0.5]), 4)
 
 
 def test_answer_accuracy_needs_every_gold_answer():

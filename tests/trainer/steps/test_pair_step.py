@@ -11,7 +11,8 @@ from prism_fast.pack import Tree, pack
 from prism_fast.records import PairRecord
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
-from tests.models import moe, prompt, tokens
+from tests.models import assert_gradients_as_exact, exact, moe, prompt, roundings, tokens
+from tests.oracle import assert_as_exact, assert_same
 from tests.trainer.models.test_discriminator import discriminator, separate_scores
 
 
@@ -38,24 +39,29 @@ def test_step_equals_the_definition(tokens_per_pack):
     mine, batch = discriminator(stock, head), records()
     (metrics, broken), packs, _ = gradient(mine, batch, tokens_per_pack)
     assert len(packs) == 1 if tokens_per_pack == 4096 else len(packs) > 2  # of two trees
-    loss, right = [0.0, 0.0], [0, 0]
-    for record in batch:
-        teacher, student = (
-            separate_scores(stock, head, [Tree(record.prompt, parts, ())]) for parts in (record.teacher, record.student)
-        )
-        for side in range(2):
-            loss[side] = loss[side] + F.softplus(student[side] - teacher[side]) / len(batch)
-            right[side] += bool(teacher[side] > student[side])
-    total = (loss[0] + loss[1]) / 2
-    total.backward()
-    assert metrics["loss"] == pytest.approx(float(total.detach()), rel=1e-5)
+
+    def definition(model, head):
+        loss, right = [0.0, 0.0], [0, 0]
+        for record in batch:
+            teacher, student = (
+                separate_scores(model, head, [Tree(record.prompt, parts, ())])
+                for parts in (record.teacher, record.student)
+            )
+            for side in range(2):
+                loss[side] = loss[side] + F.softplus(student[side] - teacher[side]) / len(batch)
+                right[side] += bool(teacher[side] > student[side])
+        ((loss[0] + loss[1]) / 2).backward()
+        return (loss[0] + loss[1]) / 2, loss, right
+
+    truth, terms = exact(stock), roundings(stock, 60)
+    total, loss, right = definition(truth, head.double())
+    eager_total, eager_loss, _ = definition(stock, head)
+    assert_as_exact(torch.tensor(metrics["loss"]), total, eager_total, terms)
     for side, name in enumerate(("perception", "reasoning")):
-        assert metrics[f"loss/pair_{name}"] == pytest.approx(float(loss[side].detach()), rel=1e-5)
+        assert_as_exact(torch.tensor(metrics[f"loss/pair_{name}"]), loss[side], eager_loss[side], terms, name)
         assert metrics[f"pair_accuracy/{name}"] == right[side] / len(batch)
     assert not broken and "loss/balance" not in metrics
-    for (name, a), (_, b) in zip(mine.model.named_parameters(), stock.named_parameters()):
-        if b.grad is not None and not name.startswith("lm_head"):
-            assert (a.grad - b.grad).abs().max() <= 1e-5 * max(1.0, float(b.grad.abs().max())), name
+    assert_gradients_as_exact(mine.model, truth, stock, terms, without=("lm_head",))
     held_out = pair_accuracy(mine, batch, tokens_per_pack=tokens_per_pack)
     assert held_out == {
         f"pair_accuracy_{name}": metrics[f"pair_accuracy/{name}"] for name in ("perception", "reasoning")
@@ -66,7 +72,7 @@ def test_balance_is_added_with_its_coefficient():
     mine, batch = discriminator(moe(), torch.randn(32)), records()
     (metrics, _), _, _ = gradient(mine, batch, 4096, balance_coef=0.5)
     pairs = (metrics["loss/pair_perception"] + metrics["loss/pair_reasoning"]) / 2
-    assert metrics["loss"] == pytest.approx(pairs + 0.5 * metrics["loss/balance"], rel=1e-5)
+    assert_same(torch.tensor(metrics["loss"]), torch.tensor(pairs + 0.5 * metrics["loss/balance"]), 4 + 4)
 
 
 def test_a_score_that_is_not_finite_is_named_by_record_side_and_voice():

@@ -3,11 +3,13 @@
 import copy
 
 import pytest
+import torch
 
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree, pack
 from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
-from tests.models import prompt, qwen, tokens
+from tests.models import assert_gradients_as_exact, exact, prompt, qwen, roundings, tokens
+from tests.oracle import assert_as_exact
 from tests.trainer.models.test_policy import separate_logprobs
 
 
@@ -22,8 +24,9 @@ def test_step_equals_separate_forwards(tokens_per_pack):
     packs = pack(trees, tokens_per_pack, policy.image)
     assert len(packs) == (1 if tokens_per_pack == 4096 else 2)
     loss = supervised_gradient(policy, packs)
-    expected = -separate_logprobs(stock, [Tree(p, [ids], ()) for p, ids in demonstrations]).mean()
-    expected.backward()
-    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
-    for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters()):
-        assert (a.grad - b.grad).abs().max() <= 2e-5 * max(1.0, float(b.grad.abs().max())), name
+    truth, terms, alone = exact(stock), roundings(stock, 50), [Tree(p, [ids], ()) for p, ids in demonstrations]
+    expected, eager = (-separate_logprobs(model, alone).mean() for model in (truth, stock))
+    for each in (expected, eager):
+        each.backward()
+    assert_as_exact(torch.tensor(loss), expected, eager, terms)
+    assert_gradients_as_exact(policy.model, truth, stock, terms)
