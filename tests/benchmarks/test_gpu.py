@@ -204,6 +204,8 @@ from triton.runtime.interpreter import InterpretedFunction
 launched, run = set(), InterpretedFunction.run
 InterpretedFunction.run = lambda self, *given, **named: (launched.add(self.fn.__name__), run(self, *given, **named))[1]
 from benchmarks.gpu import sanitize
+from prism_kernels.group_advantage import triton_kernel
+triton_kernel.I_BLOCK = triton_kernel.J_BLOCK = 16  # more responses in a program, which takes milliseconds
 status = sanitize.main(["--device", "cpu"])
 print("launched:", *sorted(launched))
 sys.exit(status)

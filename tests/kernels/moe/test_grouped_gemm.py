@@ -15,7 +15,7 @@ import torch
 from prism_kernels import moe_mlp
 from prism_kernels.moe import grouped_gemm, grouped_gemm_choice, load_product_choices, product_choices, settle_products
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
-from tests.kernels.moe.test_moe import HALF, LOADS, fixed_routing, mlp_truth, normal, weights
+from tests.kernels.moe.test_moe import HALF, LOADS, arranged, fixed_routing, mlp_truth, normal, weights
 from tests.oracle import assert_as_exact
 
 ROOT = Path(__file__).parents[3]
@@ -126,14 +126,13 @@ def test_clear_empty(device):
     assert not out[[0, 2]].any() and out[[1, 3]].isnan().all()
 
 
-@pytest.mark.parametrize("load", list(LOADS))
-@pytest.mark.parametrize("layout", ["v5", "v4"])
+@arranged
 @pytest.mark.parametrize(
     ("name", "device", "dtype"), [("triton", "cpu", HALF), ("loop", "cpu", HALF)] if INTERPRETED else on_gpu
 )
 def test_mlp_by_every_backend(name, device, dtype, layout, load, monkeypatch, poisoned):
     """Forward and backward of the whole op with the GEMMs pinned."""
-    tokens = 40
+    tokens = 24 if INTERPRETED else 40
     index = LOADS[load](tokens, 2, E).to(device)
     x = normal(tokens, H, device=device, dtype=dtype, seed=5).requires_grad_()
     weight = torch.rand(tokens, 2, device=device).requires_grad_()
