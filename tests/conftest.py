@@ -1,6 +1,7 @@
 """Shared fixtures. GPU tests skip, with a reason, where there is no GPU."""
 
 import os
+from functools import cache
 
 import pytest
 import torch
@@ -20,14 +21,30 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """data/, base/ and discriminator/ of a tiny run."""
+    """data/, base/ and discriminator/ of a tiny run, which stages read (tests/tiny_run.py)."""
     from tests.tiny_run import prepare
 
     return prepare(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_folder, tmp_path_factory):
+    """finished(stage) -> the folder of that stage's tiny run, of all its steps. Run once; a test that changes it copies
+    it first. A test that asks for it puts torch's settings back (``torch_settings``)."""
+    from tests.tiny_run import run_stage, settings
+
+    @cache
+    def run(stage):
+        out = tmp_path_factory.mktemp("finished") / stage
+        run_stage(stage, settings(tiny_folder, stage, out))
+        return out
+
+    return run
+
+
 @pytest.fixture(autouse=True)
 def seeded():
+    """Every test draws the same random numbers, whichever ran before it."""
     torch.manual_seed(0)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
+import os
+import sys
 from pathlib import Path
 
 from prism_fast.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, load_config
@@ -10,6 +12,7 @@ from prism_fast.data.formats import read_align, read_sft, write_warmup
 from prism_fast.demo.digits import DemoSizes, write_demo_data
 from prism_fast.demo.tiny import make_tiny_model
 from prism_fast.models.upcycle import upcycle
+from prism_fast.run.session import Stopped
 from prism_fast.stages.align import align
 from prism_fast.stages.rlvr import rlvr
 from prism_fast.stages.sft import sft
@@ -43,11 +46,12 @@ def prepare(folder: Path) -> Path:
 
 
 def settings(folder: Path, stage: str, out: Path, **changes) -> dict:
-    """The configuration tree of a stage of eight steps that saves every two."""
+    """The configuration tree of a stage of eight steps that saves every two, and keeps two checkpoints."""
     model, judge = {"path": str(folder / "base")}, {"path": str(folder / "discriminator")}
     data = folder / "data"
     small = {"prompts_per_step": 2, "samples": 4, "max_response_tokens": 12}
-    run = {"out": str(out), "tokens_per_pack": 512, "save_every": 2, "eval_every": 4, "threads": 1, "seed": 3}
+    run = {"out": str(out), "tokens_per_pack": 512, "threads": 1, "seed": 3}
+    run |= {"save_every": 2, "keep_last": 2, "eval_every": 4}
     trees = {
         "sft": {
             "model": model,
@@ -85,13 +89,25 @@ def run_stage(stage: str, tree: dict, *, resume: bool = False) -> dict:
     return function(load_config(cls, None, base=tree), resume=resume)
 
 
-if __name__ == "__main__":  # python -m tests.tiny_run STAGE SETTINGS.json: a stage in a process that a test can kill
-    import sys
+# Forked from a process that has imported all of this, which takes seconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
 
-    from prism_fast.run.session import Stopped
 
-    try:
-        run_stage(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), resume="--resume" in sys.argv)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signum)
+def start_stage(stage: str, tree: dict, said: Path) -> multiprocessing.Process:
+    """A stage in a process that a test can kill; its errors go to the file ``said``, its exit status is the program's."""
+    process = PROCESSES.Process(target=_in_a_process, args=(stage, tree, said), daemon=True)
+    process.start()
+    return process
+
+
+def _in_a_process(stage: str, tree: dict, said: Path) -> None:
+    with open(os.devnull, "w") as nowhere, open(said, "w", buffering=1) as errors:
+        sys.stdout, sys.stderr = nowhere, errors
+        try:
+            run_stage(stage, tree)
+        except Stopped as stop:
+            print(stop, file=errors)
+            sys.exit(128 + stop.signum)
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__

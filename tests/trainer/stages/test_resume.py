@@ -1,12 +1,9 @@
 """A killed stage, resumed, gives the same losses and the same final weights, bit for bit on a CPU."""
 
 import json
-import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,39 +16,21 @@ from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
 from prism_fast.run.session import Clock, Session
 from prism_kernels.moe import grouped_gemm_choice, product_choices
-from tests.tiny_run import run_stage, settings
-
-ROOT = Path(__file__).parents[3]
+from tests.tiny_run import run_stage, settings, start_stage
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
-def start(stage, tree, tmp_path):
-    file = tmp_path / "settings.json"
-    file.write_text(json.dumps(tree))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.tiny_run", stage, str(file)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def wait_for_step(out, step, process):
     """Returns once metrics.jsonl has the step and a checkpoint is there."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    while True:
         lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
         if any(json.loads(x)["step"] >= step for x in lines if x.endswith("}")) and checkpoint.steps(
             out / "checkpoints"
         ):
             return
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), (process.exitcode, (out.parent / "said").read_text())
         time.sleep(0.002)
-    raise AssertionError("the stage did not get far enough in time")
 
 
 def losses(out):
@@ -67,14 +46,13 @@ def weights(out):
 
 
 @pytest.mark.parametrize("stage", ["sft", "warmup", "align", "rlvr"])
-def test_killed_and_resumed_equals_uninterrupted(stage, tiny_folder, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_stage(stage, settings(tiny_folder, stage, whole))
-    process = start(stage, settings(tiny_folder, stage, cut), tmp_path)
+def test_killed_and_resumed_equals_uninterrupted(stage, tiny_folder, finished, tmp_path):
+    whole, cut = finished(stage), tmp_path / "cut"
+    process = start_stage(stage, settings(tiny_folder, stage, cut), tmp_path / "said")
     wait_for_step(cut, 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (cut / "final").exists()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (cut / "final").exists()
     run_stage(stage, settings(tiny_folder, stage, cut), resume=True)
     assert losses(cut) == losses(whole)
     assert warnings(cut) == warnings(whole)
@@ -102,29 +80,24 @@ def test_bf16_weights_resume_with_their_fp32_masters(tiny_folder, tmp_path):
 
 def test_sigterm_saves_says_so_and_resumes(tiny_folder, tmp_path):
     out = tmp_path / "run"
-    process = start("sft", settings(tiny_folder, "sft", out, steps=400), tmp_path)
+    process = start_stage("sft", settings(tiny_folder, "sft", out, steps=400), tmp_path / "said")
     wait_for_step(out, 2, process)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    said = (tmp_path / "said").read_text()
     assert "SIGTERM" in said and "--resume" in said
     saved = checkpoint.steps(out / "checkpoints")[-1]
     assert losses(out)[-1][0] == saved  # nothing that was computed is lost
 
 
-def test_an_earlier_run_is_not_overwritten(tiny_folder, tmp_path):
-    out = tmp_path / "run"
-    tree = settings(tiny_folder, "sft", out, steps=1)
-    run_stage("sft", tree)
+def test_an_earlier_run_is_not_overwritten(tiny_folder, finished):
     with pytest.raises(DataError, match="--resume"):
-        run_stage("sft", tree)
+        run_stage("sft", settings(tiny_folder, "sft", finished("sft"), steps=1))
 
 
-def test_only_the_last_and_the_best_checkpoints_are_kept(tiny_folder, tmp_path):
-    out = tmp_path / "run"
-    tree = settings(tiny_folder, "sft", out)
-    tree["run"]["keep_last"] = 2
-    run_stage("sft", tree)
+def test_only_the_last_and_the_best_checkpoints_are_kept(finished):
+    out = finished("sft")
     assert checkpoint.steps(out / "checkpoints") == [6, 8]
     assert {p.name for p in (out / "checkpoints" / "step-000008").iterdir()} == {
         "policy",
@@ -133,15 +106,12 @@ def test_only_the_last_and_the_best_checkpoints_are_kept(tiny_folder, tmp_path):
     }
 
 
-def test_another_thread_count_is_refused(tiny_folder, tmp_path):
-    out = tmp_path / "run"
-    tree = settings(tiny_folder, "sft", out, steps=2)
-    run_stage("sft", tree)
-    state = json.loads((out / "checkpoints/step-000002/trainer.json").read_text())
-    (out / "checkpoints/step-000002/trainer.json").write_text(json.dumps({**state, "threads": 7}))
-    tree["steps"] = 4
+def test_another_thread_count_is_refused(tiny_folder, finished, tmp_path):
+    out = shutil.copytree(finished("sft"), tmp_path / "run")
+    file = out / "checkpoints/step-000008/trainer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "threads": 7}))
     with pytest.raises(DataError, match="threads=7"):
-        run_stage("sft", tree, resume=True)
+        run_stage("sft", settings(tiny_folder, "sft", out, steps=10), resume=True)
 
 
 def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
