@@ -1,4 +1,4 @@
-# Targets: make setup | demo | test | lint | bench | gate | gpu | clean
+# Targets: make setup | demo | test | test-portable | lint | bench | gate | gpu | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test lint bench gate gpu clean
+.PHONY: setup demo test test-portable lint bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -22,8 +22,21 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 demo: setup
 	$(BIN)/prism-fast demo --out $(OUT)
 
+# Slow tests start first (tests/conftest.py); a worker that is done takes over what another has left.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	$(PYTEST)
+
+# The numerical tests again, as other CPUs would compute: narrower vectors, other products. Each in processes of its own.
+OTHER_CPUS = ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE
+test-portable: setup
+	@failed=; for cpu in $(OTHER_CPUS); do \
+	  echo "=== $$cpu"; \
+	  env $$cpu $(PYTEST) -q -rfE -m numerical || failed="$$failed $$cpu"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "test-portable: failed under$$failed"; exit 1; fi; \
+	echo "test-portable: passed under $(OTHER_CPUS)"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,8 @@
-"""Shared fixtures. GPU tests skip, with a reason, where there is no GPU."""
+"""What all tests share: fixtures, and marks that follow from where a test stands.
+
+GPU tests skip, with a reason, where there is no GPU. Tests of a file that knows tests/oracle.py are ``numerical``: they
+hold on every machine (make test-portable). Slow tests come first, so that no worker is left with one at the end.
+"""
 
 import os
 from functools import cache
@@ -11,12 +15,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        if knows_the_oracle(item.module):
+            item.add_marker(pytest.mark.numerical)
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+@cache
+def knows_the_oracle(module):
+    known = vars(module).values()
+    return any("tests.oracle" in (getattr(it, "__module__", None), getattr(it, "__name__", None)) for it in known)
 
 
 @pytest.fixture(scope="session")

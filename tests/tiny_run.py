@@ -95,7 +95,7 @@ PROCESSES.set_forkserver_preload([__name__])
 
 
 def start_stage(stage: str, tree: dict, said: Path) -> multiprocessing.Process:
-    """A stage in a process that a test can kill; its errors go to the file ``said``, its exit status is the program's."""
+    """A stage in a process that a test can kill; its errors go to the file ``said``, it exits as the program does."""
     process = PROCESSES.Process(target=_in_a_process, args=(stage, tree, said), daemon=True)
     process.start()
     return process

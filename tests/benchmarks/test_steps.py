@@ -33,6 +33,7 @@ def case_of(bench, *, checkpointing=False, **changes):
     return case
 
 
+@pytest.mark.numerical
 @STEPS
 def test_all_ways_agree_and_the_waterfall_is_printed(module, outputs, tmp_path, capsys):
     files = ["--plot", str(tmp_path / "step.png"), "--json", str(tmp_path / "result.json")]

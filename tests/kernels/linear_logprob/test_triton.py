@@ -36,6 +36,8 @@ def run(*command, **environment):
     return result.returncode, result.stdout[-6000:] + result.stderr[-2000:]
 
 
+@pytest.mark.numerical
+@pytest.mark.slow
 @skip_interpreted
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the same tests")
 @pytest.mark.skipif(

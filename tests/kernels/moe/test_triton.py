@@ -13,6 +13,8 @@ triton = pytest.importorskip("triton")
 pytestmark = skip_interpreted
 
 
+@pytest.mark.numerical
+@pytest.mark.slow
 @pytest.mark.skipif(
     version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4),
     reason="triton 3.6's interpreter takes int() of an array of one element, which numpy 2.4 refuses",

@@ -63,6 +63,7 @@ def assert_everything_is_drawn(run, monkeypatch):
     assert absent == set()
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     out = tmp_path / "demo"
     returned = demo(out, smoke=True, seed=1, overrides=FEW, compare=1)
