@@ -1,13 +1,9 @@
-"""metrics.jsonl, the progress display, the warnings."""
+"""metrics.jsonl and the progress display."""
 
-import importlib.machinery
-import importlib.util
 import io
 import json
 import math
-import sys
 import time
-import types
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ from rich.console import Console
 
 from prism_fast.records import DataError, StepStats
 from prism_fast.run import monitor as metrics
-from prism_fast.run.alerts import Watch
 from prism_fast.run.monitor import Monitor, breakdown, read_metrics, tokens_per_second
 
 
@@ -190,134 +185,9 @@ def test_an_error_closes_the_file_and_passes(tmp_path):
         Monitor("sft", tmp_path, 2, start_step=-1)
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(DataError, match=f"the package {name} is not installed: pip install {name}") as error:
-        Monitor("sft", tmp_path / "sft", 2, tracker=name)
-    assert "\n" not in str(error.value) and not (tmp_path / "sft").exists()
-    Monitor("sft", tmp_path, 2, tracker=name, active=False)  # other ranks need no tracker
-
-
-def test_a_folder_named_like_the_tracker_is_not_its_package(tmp_path, monkeypatch):
-    (tmp_path / "wandb").mkdir()
-    spec = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
-    with pytest.raises(DataError, match="not installed"):
-        Monitor("sft", tmp_path, 2, tracker="wandb")
-    with pytest.raises(ValueError, match="tracker"):
-        Monitor("sft", tmp_path, 2, tracker="mlflow")
-
-
-def test_weights_and_biases_gets_the_figures_and_resumes_its_run(tmp_path, monkeypatch):
-    logged, opened = [], []
-
-    class FakeRun:
-        def log(self, figures, step):
-            logged.append((step, figures))
-
-        def finish(self):
-            logged.append("finished")
-
-    fake = types.ModuleType("wandb")
-    fake.Settings = lambda **options: options
-    fake.init = lambda **options: opened.append(options) or FakeRun()
-    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="fake")
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for start in (0, 1, 0):
-        with Monitor("sft", tmp_path / "sft", 2, tracker="wandb", start_step=start, quiet=True) as monitor:
-            monitor.step(stats(start + 1, entropy=math.nan))
-    assert logged[0][0] == 1 and logged[0][1]["loss"] == 1.0
-    assert "entropy" not in logged[0][1] and "step" not in logged[0][1]
-    assert logged[1] == "finished" and len(logged) == 6
-    identities = [options["id"] for options in opened]
-    assert identities[0] == identities[1] != identities[2]  # resumed, then a new run
-
-
 def test_breakdown_and_rate():
     lines = [stats(1).record(), stats(2).record(), {"step": 2, "eval/accuracy": 1.0}, {"step": 3, "seconds/eval": None}]
     seconds, tokens = breakdown(lines)
     assert seconds == {"rollout": 1.0, "eval": 18.0} and tokens == {"rollout": 200}
     assert tokens_per_second(seconds, tokens) == 200.0
     assert tokens_per_second({}, {"rollout": 3}) is None and tokens_per_second({"rollout": 1.0}, {}) is None
-
-
-def feed(watch, name, values, start=1):
-    """(step, warning) for every warning that the values of one metric give rise to."""
-    found = []
-    for step, value in enumerate(values, start):
-        found += [(step, text) for text in watch.observe(StepStats(step, {} if value is None else {name: value}))]
-    return found
-
-
-def steps(found):
-    return [step for step, _ in found]
-
-
-def test_watch_entropy():
-    watch = Watch(entropy_floor=0.5, patience=3)
-    values = [1.0, 1.2, 0.8, 0.6, 0.4, 0.4, 0.6, 0.4, 0.4, 0.4, 0.4, 0.4, 0.7, 0.1, 0.1, 0.1]
-    found = feed(watch, "entropy", values)  # early level 1.0
-    assert steps(found) == [10, 16]  # three in a row; not again until it has cleared
-    assert "entropy collapses: 0.4, for 3 steps below 50% of its early level 1" in found[0][1]
-    assert "\n" not in found[0][1]
-
-
-def test_watch_discriminator_sides_apart():
-    watch = Watch(saturation=0.98, patience=2)
-    assert feed(watch, "discriminator_accuracy/perception", [0.98, 0.98, 0.98]) == []  # above, not at
-    found = feed(watch, "discriminator_accuracy/perception", [1.0, 1.0, 1.0, 0.9, 0.99, 0.99])
-    assert steps(found) == [2, 6] and all("saturates on perception" in text for _, text in found)
-    both = {"discriminator_accuracy/perception": 1.0, "discriminator_accuracy/reasoning": 1.0}
-    assert watch.observe(StepStats(9, both)) == []
-    (text,) = watch.observe(StepStats(10, both))
-    assert "reasoning" in text
-
-
-def test_watch_format():
-    watch = Watch(format_floor=0.5, format_margin=0.2, patience=2)
-    assert steps(feed(watch, "format_valid", [0.4, 0.45, 0.6, 0.9, 0.75, 0.75])) == [2]  # under the floor
-    found = feed(watch, "format_valid", [0.65, 0.66, 0.6, 0.71, 0.3, 0.2])  # under the best, 0.9, by the margin
-    assert steps(found) == [2, 6] and "below 70.0% (best 90.0%)" in found[0][1]
-
-
-def test_watch_skips_what_was_not_measured():
-    watch = Watch(saturation=0.9, patience=3)
-    values = [1.0, None, 1.0, math.nan, None, 1.0]
-    assert steps(feed(watch, "discriminator_accuracy/reasoning", values)) == [6]
-    assert feed(Watch(patience=1), "loss", [1.0, 2.0]) == []
-
-
-def test_watch_state_round_trip_at_every_step():
-    generator = torch.Generator().manual_seed(3)
-    run = [
-        StepStats(
-            step,
-            {
-                "entropy": float(torch.rand((), generator=generator)),
-                "format_valid": float(torch.rand((), generator=generator)),
-                "discriminator_accuracy/perception": float(torch.rand((), generator=generator)),
-                "discriminator_accuracy/reasoning": float(torch.rand((), generator=generator)),
-            },
-        )
-        for step in range(1, 61)
-    ]
-    settings = {"entropy_floor": 0.8, "saturation": 0.4, "format_floor": 0.6, "format_margin": 0.1, "patience": 2}
-    whole = Watch(**settings)
-    expected = [whole.observe(step) for step in run]
-    assert sum(map(len, expected)) > 10
-    for cut in range(len(run)):
-        first, second = Watch(**settings), Watch(**settings)
-        for step in run[:cut]:
-            first.observe(step)
-        second.load(json.loads(json.dumps(first.state())))
-        assert [second.observe(step) for step in run[cut:]] == expected[cut:]
-        assert second.state() == whole.state()
-
-
-@pytest.mark.parametrize(
-    "setting", [{"patience": 0}, {"saturation": 1.5}, {"entropy_floor": -1.0}, {"format_margin": 2}]
-)
-def test_watch_settings_are_checked(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        Watch(**setting)
