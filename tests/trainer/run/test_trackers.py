@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from prism_fast.records import DataError
 from prism_fast.run.monitor import Monitor
 from tests.trainer.run.test_monitor import stats
 
