@@ -30,7 +30,7 @@ def wait_for_step(out, step, process):
         ):
             return
         assert process.is_alive(), (process.exitcode, (out.parent / "said").read_text())
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def losses(out):
