@@ -105,13 +105,13 @@ def policy_loss(logprob, entropy, targets, advantages, starts, objective, old, r
 #    same machine, plus a slack of u * sqrt(n) for n terms. Sums of n terms lose that much where their roundings are
 #    random (Higham and Mary 2019: a small constant times sqrt(n) u), and at worst where they are blocked by
 #    sqrt(n). The slack is needed where eager is exact by luck. FACTOR is the 2 of QuACK's products
-#    (tests/test_linear.py: 2 x the largest error of eager, plus 1e-6) and of flash-attention's tests, where softcap and
-#    some gradients get 3, WORST; cut-cross-entropy's take eager's error plus a fixed 1e-3 or 1e-2 by dtype.
+#    (tests/test_linear.py: 2 x the largest error of eager, plus 1e-6) and of flash-attention's tests, where softcap
+#    gets the 3 that WORST is; cut-cross-entropy's take eager's error plus a fixed 1e-3 or 1e-2 by dtype.
 # 2. ``assert_same``, two ways to the same numbers in one dtype, float64 truth for float64 code among them: n * eps.
 #    Any order of a sum of n terms is right to n * u times the sum of their sizes (Higham 2002, section 4.2), each way.
 #
 # n counts the roundings on the way to an element: the lengths of the sums, one after the other, and the elementary
-# functions between them. It need not be exact, since the result goes with its root, but it is counted from shapes.
+# functions between them. It is counted from shapes, and need not be exact: law 1 goes with its root.
 FACTOR, WORST = 2.0, 3.0
 
 
