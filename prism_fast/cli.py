@@ -168,6 +168,8 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     console.print(table)
     for name, value in result.figures().items():
         console.print(f"{name} {value:.4g}")
+    for line in held_out.skipped:
+        console.print(f"skipped: {line}", markup=False, highlight=False, soft_wrap=True)
     result.write(settings.out)
     console.print(f"written: {settings.out}", soft_wrap=True)
 

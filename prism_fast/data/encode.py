@@ -14,15 +14,18 @@ from prism_fast.records import DataError, Lesson, PairRecord, Prompt, Sample
 
 T = TypeVar("T")
 
+NO_RECORDS = "every record of the step is bad; no update was made"  # what a stage says of such a step
+
 
 def encode_all(data: Dataset, picked: list[int], encode: Callable[[Sample], T]) -> list[T]:
-    """``encode`` of the picked records. A bad one raises, or is counted where skip_bad_records allows it."""
+    """``encode`` of the picked records; empty where all are bad. A bad one raises, or is counted where
+    skip_bad_records allows it."""
     made = []
     for index in picked:
         try:
             made.append(encode(data[index]))
         except DataError as error:
-            data.skip(error)
+            data.skip(index, error)
     return made
 
 

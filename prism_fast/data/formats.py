@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.images import image_ref, open_image
 from prism_fast.data.source import Source, open_source
 from prism_fast.data.writers import write_align, write_rlvr, write_sft, write_warmup
@@ -43,22 +44,22 @@ __all__ = [
 IMAGE = "<image>"
 VIDEO = "<video>"
 Paths = str | Path | Sequence[str | Path]
+Skip = int | BadRecords  # how many bad records are allowed, or the account of a command that reads other files too
 Convert = Callable[["Fields"], Sample]
 
 
 class Dataset(Sequence[Sample]):
     """Validated records of one or more files, parsed when indexed.
 
-    ``skipped`` lists the message of every bad record that was passed over; more than ``skip_bad`` of them raise. A
-    stage that finds a bad record later (an image that does not open) reports it through ``skip`` to the same account.
+    ``bad`` is the account of the bad records that were passed over; more than ``skip_bad`` of them raise. A stage that
+    finds a bad record later (an image that does not open) reports it through ``skip`` to the same account.
     """
 
-    def __init__(self, paths: Paths, convert: Convert, skip_bad: int = 0, system_prompt: str | None = None):
+    def __init__(self, paths: Paths, convert: Convert, skip_bad: Skip = 0, system_prompt: str | None = None):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise DataError("no data file given; name at least one")
-        self.skip_bad = skip_bad
-        self.skipped: list[str] = []
+        self.bad = skip_bad if isinstance(skip_bad, BadRecords) else BadRecords(skip_bad)
         self._convert = convert
         self._system_prompt = system_prompt
         self._sources: list[Source] = [open_source(path) for path in paths]
@@ -68,12 +69,13 @@ class Dataset(Sequence[Sample]):
                 try:
                     self._read(file, record)
                 except DataError as error:
-                    self.skip(error)
+                    self.bad.add(source.place(record), error)
                 else:
                     good.append((file, record))
         self._index = np.array(good, dtype=np.int64).reshape(-1, 2)
         if not good:
-            raise DataError(f"{paths[0]}: no valid record is left after skipping {len(self.skipped)}; correct the file")
+            first = self.bad.messages[0]
+            raise DataError(f"{paths[0]}: no valid record is left, {len(self.bad)} are bad; correct the file ({first})")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -89,15 +91,10 @@ class Dataset(Sequence[Sample]):
         fields = Fields(source[record], source.place(record), source.path.parent, self._system_prompt)
         return self._convert(fields)
 
-    def skip(self, error: DataError) -> None:
-        """Count a bad record; raises once there are more than ``skip_bad`` (at once by default)."""
-        if self.skip_bad == 0:
-            raise error
-        self.skipped.append(str(error))
-        if len(self.skipped) > self.skip_bad:
-            raise DataError(
-                f"{error} (more than skip_bad_records={self.skip_bad} bad records, the first: {self.skipped[0]})"
-            ) from error
+    def skip(self, index: int, error: DataError) -> None:
+        """Count record ``index`` as bad; raises once there are more than are allowed (at once by default)."""
+        file, record = self._index[index]
+        self.bad.add(self._sources[file].place(int(record)), error)
 
 
 class Fields:
@@ -298,25 +295,26 @@ def _rlvr(fields: Fields) -> Sample:
     return Sample(fields.place, **fields.prompt("prompt"), **_gold(fields, required=True))
 
 
-def read_sft(paths: Paths, *, skip_bad: int = 0, system_prompt: str | None = None) -> Dataset:
+def read_sft(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
     """LLaMA-Factory sharegpt demonstrations: ``messages`` and ``images``; the last assistant turn is the response.
 
-    skip_bad: bad records that may be passed over (counted and listed). system_prompt: for records without one.
+    skip_bad: how many bad records may be passed over, or the account that counts them. system_prompt: for records
+    without one.
     """
     return Dataset(paths, _sft, skip_bad, system_prompt)
 
 
-def read_warmup(paths: Paths, *, skip_bad: int = 0, system_prompt: str | None = None) -> Dataset:
+def read_warmup(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
     """Teacher/student pairs: ``prompt`` or ``question``, ``image`` (a path, null, or a list), captions and cots or
     whole responses. A question without a placeholder gets its image in front. Options as in ``read_sft``."""
     return Dataset(paths, _warmup, skip_bad, system_prompt)
 
 
-def read_align(paths: Paths, *, skip_bad: int = 0, system_prompt: str | None = None) -> Dataset:
+def read_align(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
     """Prompts with a teacher's response; the gold answer may be absent. Options as in ``read_sft``."""
     return Dataset(paths, _align, skip_bad, system_prompt)
 
 
-def read_rlvr(paths: Paths, *, skip_bad: int = 0, system_prompt: str | None = None) -> Dataset:
+def read_rlvr(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
     """Prompts with a gold answer; teacher fields, if any, are ignored. Options as in ``read_sft``."""
     return Dataset(paths, _rlvr, skip_bad, system_prompt)

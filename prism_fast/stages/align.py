@@ -10,7 +10,7 @@ from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import AlignConfig
-from prism_fast.data.encode import encode_all, lesson
+from prism_fast.data.encode import NO_RECORDS, encode_all, lesson
 from prism_fast.data.formats import read_align
 from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, load_discriminator, open_policy, with_chat
@@ -43,8 +43,8 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
             config.steps,
             models={"policy": with_chat(policy, chat), "discriminator": with_chat(discriminator, chat)},
             optimizers={"policy/": updater, "discriminator/": judge_updater},
-            parts={"product_choices": ProductChoices()},
-            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed),
+            parts={"product_choices": ProductChoices(), "bad_records": data.bad},
+            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
         encode = partial(lesson, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, config=config)
@@ -54,6 +54,12 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
             clock, metrics = Clock(), {}
             with clock("data"):
                 lessons = encode_all(data, order(len(data), config.run.seed, step * prompts, prompts), encode)
+            if not lessons:
+                metrics[names.LEARNING_RATE] = updater.lr
+                judge_updater.next_step()
+                updater.next_step()
+                session.end_of_step(step + 1, clock, {"rollout": 0}, metrics, [NO_RECORDS])
+                continue
             with clock("rollout"):
                 seed = config.run.seed * 1_000_003 + step
                 rollout = generate(policy, chat, [item.prompt for item in lessons], config.rollout, seed=seed)
@@ -87,7 +93,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
                 updater.next_step()
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions()
             session.end_of_step(step + 1, clock, tokens, metrics, _warnings(fault, tokens, metrics))
-        return session.finish(data.skipped)
+        return session.finish(data.bad.messages)
 
 
 def _warnings(fault: str | None, tokens: dict[str, int], metrics: dict[str, float]) -> list[str]:

@@ -39,7 +39,7 @@ def pairs(config: PairsConfig, progress: Progress | None = None) -> dict[str, in
         "responses": len(rollout),
         "written": len(records),
         "invalid_format": len(rollout) - len(records),
-        "skipped_records": len(data.skipped),
+        "skipped_records": len(data.bad),
     }
 
 
@@ -58,7 +58,7 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None) -> di
         "kept": len(kept[: config.keep]),
         "too_hard": sum(r < config.low for r in rate),
         "too_easy": sum(r > config.high for r in rate),
-        "skipped_records": len(data.skipped),
+        "skipped_records": len(data.bad),
     }
     if not kept:
         raise DataError(
@@ -76,6 +76,8 @@ def _roll_out(
     picked = list(range(min(len(data), config.limit or len(data))))
     encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
     encoded = encode_all(data, picked, encode)
+    if not encoded:
+        raise DataError(f"{config.data.files[0]}: each of {len(picked)} records is bad ({data.bad.messages[0]})")
     total = len(encoded) * config.samples
     rollout = generate(
         policy,

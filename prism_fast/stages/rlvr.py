@@ -8,7 +8,7 @@ from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import RLVRConfig
-from prism_fast.data.encode import encode_all, question
+from prism_fast.data.encode import NO_RECORDS, encode_all, question
 from prism_fast.data.formats import read_rlvr
 from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, load_policy, open_policy, with_chat
@@ -34,8 +34,8 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
             config.steps,
             models={"policy": with_chat(policy, chat)},
             optimizers={"": updater},
-            parts={"product_choices": ProductChoices()},
-            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed),
+            parts={"product_choices": ProductChoices(), "bad_records": data.bad},
+            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
         objective = config.objective.build(config.rollout.max_response_tokens)
@@ -45,10 +45,10 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
         if config.dynamic_sampling is not None:
             sampler = partial(mixed_groups, config=config.dynamic_sampling)
 
-        def draw(step: int, start: int, number: int, attempt: int) -> Experience:
+        def draw(step: int, start: int, number: int, attempt: int) -> Experience | None:
             seed = (config.run.seed * 1_000_003 + step) * 101 + attempt
             questions = encode_all(data, order(len(data), config.run.seed, start, number), encode)
-            return experience(policy, chat, questions, config.rollout, config, seed=seed)
+            return experience(policy, chat, questions, config.rollout, config, seed=seed) if questions else None
 
         position = session.state.get("position", 0)
         for step in range(first, config.steps):
@@ -56,8 +56,10 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
             with clock("rollout"):
                 batch, position, metrics = sampler(partial(draw, step), position, config.rollout.prompts_per_step)
             tokens = {"rollout": int(metrics.pop("sampled_tokens")), "update_policy": 0}
+            metrics[names.LEARNING_RATE] = updater.lr
             if batch is None:
-                warnings.append("every group had equal accuracies; no update was made")
+                equal = "every group had equal accuracies; no update was made"
+                warnings.append(equal if tokens["rollout"] else NO_RECORDS)
                 updater.next_step()
             else:
                 with clock("advantage"):
@@ -66,7 +68,6 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
                     learned, tokens["update_policy"] = policy_gradient(
                         policy, batch.rollout, advantages, objective, reference=reference, **settings
                     )
-                    metrics[names.LEARNING_RATE] = updater.lr
                     metrics[names.GRAD_NORM] = updater.step()
                 metrics |= learned | experience_metrics(batch)
                 if not tokens["update_policy"]:
@@ -75,4 +76,4 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
                     fault = batch.rollout.fault() or "a gradient is not finite"
                     warnings.append(f"{fault}; that update was skipped")
             session.end_of_step(step + 1, clock, tokens, metrics, warnings, {"position": position})
-        return session.finish(data.skipped)
+        return session.finish(data.bad.messages)

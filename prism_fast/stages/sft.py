@@ -7,7 +7,7 @@ from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import SFTConfig
-from prism_fast.data.encode import demonstration, encode_all
+from prism_fast.data.encode import NO_RECORDS, demonstration, encode_all
 from prism_fast.data.formats import read_sft
 from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, open_policy, with_chat
@@ -29,8 +29,8 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
             total,
             models={"policy": with_chat(policy, chat)},
             optimizers={"": updater},
-            parts={"product_choices": ProductChoices()},
-            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed),
+            parts={"product_choices": ProductChoices(), "bad_records": data.bad},
+            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
         )
         encode = partial(
             demonstration, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
@@ -41,10 +41,15 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
                 picked = order(len(data), config.run.seed, step * config.batch_size, config.batch_size)
                 trees = demonstration_trees(encode_all(data, picked, encode))
                 packs = pack(trees, config.run.tokens_per_pack, policy.image)
-            with clock("update"):
-                metrics = {names.LOSS: supervised_gradient(policy, packs), names.LEARNING_RATE: updater.lr}
-                metrics[names.GRAD_NORM] = updater.step()
-            if not math.isfinite(metrics[names.GRAD_NORM]):
-                warnings.append("a gradient is not finite; that update was skipped")
+            metrics = {names.LEARNING_RATE: updater.lr}
+            if not packs:
+                warnings.append(NO_RECORDS)
+                updater.next_step()
+            else:
+                with clock("update"):
+                    metrics[names.LOSS] = supervised_gradient(policy, packs)
+                    metrics[names.GRAD_NORM] = updater.step()
+                if not math.isfinite(metrics[names.GRAD_NORM]):
+                    warnings.append("a gradient is not finite; that update was skipped")
             session.end_of_step(step + 1, clock, {"update": sum(p.num_tokens for p in packs)}, metrics, warnings)
-        return session.finish(data.skipped)
+        return session.finish(data.bad.messages)

@@ -8,7 +8,7 @@ from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import WarmupConfig
-from prism_fast.data.encode import encode_all, pair_record
+from prism_fast.data.encode import NO_RECORDS, encode_all, pair_record
 from prism_fast.data.formats import Dataset, read_warmup
 from prism_fast.data.order import order
 from prism_fast.models.discriminator import Discriminator
@@ -37,29 +37,34 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, float]:
             total,
             models={"discriminator": with_chat(discriminator, chat)},
             optimizers={"": updater},
-            parts={"product_choices": ProductChoices()},
+            parts={"product_choices": ProductChoices(), "bad_records": data.bad},
             evaluate=lambda: _evaluate(discriminator, held_out, config),
             watch=config.watch,
         )
         for step in range(first, total):
-            clock, warnings = Clock(), []
+            clock, warnings, lr = Clock(), [], updater.lr
             with clock("data"):
                 picked = order(count, config.run.seed, step * config.batch_size, config.batch_size)
                 records = encode_all(data, picked, encode)
+            if not records:
+                updater.next_step()
+                session.end_of_step(step + 1, clock, {"update": 0}, {names.LEARNING_RATE: lr}, [NO_RECORDS])
+                continue
+            with clock("data"):
                 trees, labels = pair_trees(records)
                 packs = pack(trees, config.run.tokens_per_pack, discriminator.image)
             with clock("update"):
                 metrics, broken = pair_gradient(
                     discriminator, packs, labels, balance_coef=config.balance_coef, load=load
                 )
-                metrics[names.LEARNING_RATE] = updater.lr
+                metrics[names.LEARNING_RATE] = lr
                 metrics[names.GRAD_NORM] = updater.step()
             metrics.update(load.fractions())
             if not math.isfinite(metrics[names.GRAD_NORM]):
                 fault = not_finite(broken, labels, records) or "a gradient is not finite"
                 warnings.append(f"{fault}; that update was skipped")
             session.end_of_step(step + 1, clock, {"update": sum(p.num_tokens for p in packs)}, metrics, warnings)
-        return session.finish(data.skipped)
+        return session.finish(data.bad.messages)
 
 
 def _held_out(
@@ -67,13 +72,15 @@ def _held_out(
 ) -> tuple[int, list[PairRecord]]:
     """(records to train on, held-out records): those of data.eval_files, or the last eval_fraction of ``data``."""
     if config.data.eval_files:
-        other = read_warmup(config.data.eval_files, system_prompt=config.data.system_prompt)
+        other = read_warmup(config.data.eval_files, skip_bad=data.bad, system_prompt=config.data.system_prompt)
         count, held_out = len(data), encode_all(other, list(range(len(other))), encode)
     else:
         count = len(data) - max(1, round(config.eval_fraction * len(data)))
         held_out = encode_all(data, list(range(count, len(data))), encode)
     if count < 1:
         raise DataError(f"{config.data.files[0]}: {len(data)} records, expected at least 2; one is kept for evaluation")
+    if not held_out:
+        raise DataError(f"{config.data.files[0]}: every record kept for evaluation is bad ({data.bad.messages[-1]})")
     return count, held_out
 
 

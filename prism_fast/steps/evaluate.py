@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from scipy.stats import wasserstein_distance
 
 from prism_fast.config import DataConfig, EvalConfig, Sampling
+from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.chat import Chat
+from prism_fast.data.encode import encode_all, question
 from prism_fast.data.formats import read_align, read_rlvr
 from prism_fast.data.images import image_uri
 from prism_fast.files import write_json
@@ -28,18 +31,34 @@ class EvalSet:
 
     samples: list[Sample]
     prompts: list[Prompt]
+    skipped: list[str] = field(default_factory=list)  # messages of bad records that were passed over
 
     @classmethod
-    def read(cls, data: DataConfig, files: Sequence[Path], limit: int | None, chat: Chat) -> EvalSet | None:
-        """From alignment or RLVR files; None where there are none."""
+    def read(
+        cls,
+        data: DataConfig,
+        files: Sequence[Path],
+        limit: int | None,
+        chat: Chat,
+        bad: BadRecords | None = None,
+    ) -> EvalSet | None:
+        """The first ``limit`` good records of alignment or RLVR files; None where there are no files.
+
+        ``bad``: the account of a command that reads other files too.
+        """
         if not files:
             return None
-        dataset = read_rlvr(files, **data.reading)
-        samples = [dataset[i] for i in range(min(len(dataset), limit or len(dataset)))]
-        for sample in samples:
-            if sample.gold is None:
-                raise DataError(f"{sample.place}: reward_model.ground_truth: missing; evaluation needs a gold answer")
-        return cls(samples, [chat.encode_prompt(s, data.max_prompt_tokens) for s in samples])
+        options = data.reading if bad is None else {**data.reading, "skip_bad": bad}
+        dataset = read_rlvr(files, **options)
+        encode = partial(question, chat=chat, max_prompt_tokens=data.max_prompt_tokens)
+        questions: list[tuple[Sample, Prompt]] = []
+        for index in range(len(dataset)):
+            if len(questions) == limit:
+                break
+            questions += encode_all(dataset, [index], encode)
+        if not questions:
+            raise DataError(f"{files[0]}: each of {len(dataset)} records is bad ({dataset.bad.messages[-1]})")
+        return cls([sample for sample, _ in questions], [prompt for _, prompt in questions], dataset.bad.messages)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -90,10 +109,12 @@ def evaluate(
 
 
 def evaluator(
-    policy: Policy, chat: Chat, data: DataConfig, config: EvalConfig, seed: int
+    policy: Policy, chat: Chat, data: DataConfig, config: EvalConfig, seed: int, *, bad: BadRecords
 ) -> Callable[[], tuple[dict[str, float], float]] | None:
-    """() -> (figures, accuracy) on ``data.eval_files`` of the policy as it then is; None where there are no files."""
-    held_out = EvalSet.read(data, data.eval_files, config.limit, chat)
+    """() -> (figures, accuracy) on ``data.eval_files`` of the policy as it then is; None where there are no files.
+
+    ``bad``: the stage's account of bad records."""
+    held_out = EvalSet.read(data, data.eval_files, config.limit, chat, bad)
     if held_out is None:
         return None
 

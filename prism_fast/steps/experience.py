@@ -15,8 +15,8 @@ from prism_fast.records import Experience, Prompt, Rollout, Sample
 from prism_fast.reward import Reward, verifiable_reward
 from prism_fast.steps.sampler import generate
 
-# draw(first prompt, number of prompts, try) -> their Experience
-Draw = Callable[[int, int, int], Experience]
+# draw(first prompt, number of prompts, try) -> their Experience; None where every record among them is bad
+Draw = Callable[[int, int, int], Experience | None]
 
 
 def experience(
@@ -76,10 +76,10 @@ def overlong_penalty(lengths: Tensor, limit: int, config: OverlongConfig) -> Ten
     return -(beyond / config.buffer).clamp(max=1.0) * config.factor
 
 
-def uniform_prompts(draw: Draw, position: int, wanted: int) -> tuple[Experience, int, dict[str, float]]:
-    """The next ``wanted`` prompts in order: (batch, next position, metrics)."""
+def uniform_prompts(draw: Draw, position: int, wanted: int) -> tuple[Experience | None, int, dict[str, float]]:
+    """The next ``wanted`` prompts in order: (batch, next position, metrics); None where none of them is usable."""
     batch = draw(position, wanted, 0)
-    return batch, position + wanted, {"sampled_tokens": batch.rollout.num_tokens}
+    return batch, position + wanted, {"sampled_tokens": 0 if batch is None else batch.rollout.num_tokens}
 
 
 def mixed_groups(
@@ -94,7 +94,10 @@ def mixed_groups(
     while have < wanted and attempt < config.max_tries:
         batch = draw(position, wanted * config.generation_factor, attempt)
         position += wanted * config.generation_factor
-        attempt, drawn = attempt + 1, drawn + len(batch.rollout.prompts)
+        attempt += 1
+        if batch is None:
+            continue
+        drawn += len(batch.rollout.prompts)
         sampled += batch.rollout.num_tokens
         mixed = groups_with_mixed_accuracy(batch)
         kept.append(batch.select_groups(mixed))

@@ -310,9 +310,9 @@ def test_skipped_records_are_counted_and_listed(tmp_path):
     path = write(tmp_path, "sft", record("sft"), bad, record("sft"), bad)
     data = read_sft(path, skip_bad=2)
     assert [sample.place for sample in data] == [f"{path}:1", f"{path}:3"]
-    assert [line.split(": ")[0] for line in data.skipped] == [f"{path}:2", f"{path}:4"]
+    assert [line.split(": ")[0] for line in data.bad.messages] == [f"{path}:2", f"{path}:4"]
     with pytest.raises(DataError, match="skip_bad_records=2"):
-        data.skip(DataError("a third"))
+        data.skip(0, DataError("a third"))
     refuse(read_sft, path, f"{path}:4", "skip_bad_records=1", f"{path}:2", skip_bad=1)
     path = write(tmp_path, "sft", bad)
     refuse(read_sft, path, "no valid record", skip_bad=9)
