@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from prism_fast.data.bad_records import BadRecords
-from prism_fast.data.images import image_ref, open_image
+from prism_fast.data.fields import IMAGE, Fields, is_read, looks_like_content, missing
+from prism_fast.data.images import open_image
 from prism_fast.data.source import Source, open_source
 from prism_fast.data.writers import write_align, write_rlvr, write_sft, write_warmup
 from prism_fast.records import DataError, Message, Sample
@@ -41,8 +42,8 @@ __all__ = [
     "write_warmup",
 ]
 
-IMAGE = "<image>"
-VIDEO = "<video>"
+PROGRESS_EVERY = 256  # records
+REWARD = ("style", "ground_truth", "equivalent_answers")
 Paths = str | Path | Sequence[str | Path]
 Skip = int | BadRecords  # how many bad records are allowed, or the account of a command that reads other files too
 Convert = Callable[["Fields"], Sample]
@@ -52,20 +53,31 @@ class Dataset(Sequence[Sample]):
     """Validated records of one or more files, parsed when indexed.
 
     ``bad`` is the account of the bad records that were passed over; more than ``skip_bad`` of them raise. A stage that
-    finds a bad record later (an image that does not open) reports it through ``skip`` to the same account.
+    finds a bad record later (an image that does not open) reports it through ``skip`` to the same account. ``progress``
+    is told (good records, records) while the files are read.
     """
 
-    def __init__(self, paths: Paths, convert: Convert, skip_bad: Skip = 0, system_prompt: str | None = None):
+    def __init__(
+        self,
+        paths: Paths,
+        convert: Convert,
+        skip_bad: Skip = 0,
+        system_prompt: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise DataError("no data file given; name at least one")
         self.bad = skip_bad if isinstance(skip_bad, BadRecords) else BadRecords(skip_bad)
         self._convert = convert
         self._system_prompt = system_prompt
-        self._sources: list[Source] = [open_source(path) for path in paths]
+        self._sources: list[Source] = [open_source(path, is_read) for path in paths]
         good = []
+        total = sum(map(len, self._sources))
         for file, source in enumerate(self._sources):
             for record in range(len(source)):
+                if progress is not None and record % PROGRESS_EVERY == 0:
+                    progress(len(good), total)
                 try:
                     self._read(file, record)
                 except DataError as error:
@@ -89,101 +101,14 @@ class Dataset(Sequence[Sample]):
     def _read(self, file: int, record: int) -> Sample:
         source = self._sources[file]
         fields = Fields(source[record], source.place(record), source.path.parent, self._system_prompt)
-        return self._convert(fields)
+        sample = self._convert(fields)
+        fields.refuse_dropped(sample)
+        return sample
 
     def skip(self, index: int, error: DataError) -> None:
         """Count record ``index`` as bad; raises once there are more than are allowed (at once by default)."""
         file, record = self._index[index]
         self.bad.add(self._sources[file].place(int(record)), error)
-
-
-class Fields:
-    """One raw record and where it stands: typed access to its fields, with errors that name place and field."""
-
-    def __init__(self, record: dict[str, Any], place: str, folder: Path, system_prompt: str | None):
-        self.record, self.place, self.folder, self.system_prompt = record, place, folder, system_prompt
-        for key in ("video", "videos", "audio", "audios"):
-            if record.get(key):
-                raise self.error(key, f"{key.rstrip('s')} is not supported", "remove the record")
-
-    def error(self, field: str, problem: str, remedy: str) -> DataError:
-        return DataError(f"{self.place}: {field}: {problem}; {remedy}")
-
-    def has(self, key: str) -> bool:
-        return self.record.get(key) is not None
-
-    def text(self, key: str) -> str:
-        """A field that must be there and hold some text."""
-        value = self.record.get(key)
-        if value is None:
-            raise self.error(key, "the field is missing", f"add it (the record has {', '.join(self.record) or 'none'})")
-        if not isinstance(value, str):
-            raise self.error(key, f"expected a text, got {type(value).__name__}", "write it as a string")
-        if not value.strip():
-            raise self.error(key, "the text is empty", "fill it in or remove the record")
-        return value
-
-    def struct(self, key: str) -> dict[str, Any]:
-        value = self.record.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, f"expected named fields, got {type(value).__name__}", "write it as an object")
-        return value or {}
-
-    def messages(self, key: str) -> list[Message]:
-        """Turns with the roles [system], user, assistant, user, ...; a text is one user turn."""
-        value = self.record.get(key)
-        if isinstance(value, str):
-            value = [{"role": "user", "content": self.text(key)}]
-        if value is None:
-            self.text(key)
-        if not isinstance(value, list) or not value:
-            raise self.error(key, "expected a list of turns", 'write [{"role": ..., "content": ...}]')
-        turns = []
-        for number, turn in enumerate(value):
-            name = f"{key}[{number}]"
-            if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-                raise self.error(name, "expected an object with role and content", "rename its fields")
-            if not isinstance(turn["content"], str):
-                raise self.error(
-                    f"{name}.content", f"expected a text, got {type(turn['content']).__name__}", "use a string"
-                )
-            if VIDEO in turn["content"]:
-                raise self.error(f"{name}.content", "video is not supported", "remove the record")
-            turns.append(Message(str(turn["role"]), turn["content"]))
-        roles = [turn.role for turn in turns]
-        start = int(roles[0] == "system")
-        if roles[start:] != [("user", "assistant")[i % 2] for i in range(len(roles) - start)] or len(roles) == start:
-            raise self.error(
-                key, f"expected the roles [system,] user, assistant, ..., got {', '.join(roles)}", "correct them"
-            )
-        if self.system_prompt is not None and not start:
-            turns.insert(0, Message("system", self.system_prompt))
-        return turns
-
-    def prompt(self, key: str, image_key: str = "images") -> dict[str, Any]:
-        """The Sample fields ``messages`` and ``images`` of a prompt that ends with the user's turn."""
-        turns = self.messages(key)
-        if turns[-1].role != "user":
-            raise self.error(
-                key, f"a prompt ends with the user's turn, this one with {turns[-1].role}", "remove the last turn"
-            )
-        return {"messages": tuple(turns), "images": self.images(turns, key, image_key)}
-
-    def images(self, turns: Sequence[Message], key: str, image_key: str) -> tuple[Any, ...]:
-        value = self.record.get(image_key)
-        if value is None:
-            value = []
-        if not isinstance(value, list):
-            raise self.error(image_key, f"expected a list, got {type(value).__name__}", "write [image, ...]")
-        refs = tuple(image_ref(v, self.place, f"{image_key}[{i}]", self.folder) for i, v in enumerate(value))
-        placeholders = sum(turn.content.count(IMAGE) for turn in turns if turn.role == "user")
-        stray = [turn.role for turn in turns if turn.role != "user" and IMAGE in turn.content]
-        if stray:
-            raise self.error(key, f"{IMAGE} in a turn of the {stray[0]}, images belong to the user's", "move it")
-        if placeholders != len(refs):
-            problem = f"{placeholders} {IMAGE} placeholders but {len(refs)} images"
-            raise self.error(key, problem, f"write one {IMAGE} for each image")
-        return refs
 
 
 def require_parts(response: str, place: str, field: str) -> Parts:
@@ -213,33 +138,29 @@ def _parts(fields: Fields, voice: str) -> Parts:
     if fields.has(f"{voice}_caption") and fields.has(f"{voice}_cot"):
         caption, cot = fields.text(f"{voice}_caption"), fields.text(f"{voice}_cot")
         return require_parts(_caption(caption) + _reasoning(cot), fields.place, f"{voice}_caption, {voice}_cot")
-    if not fields.has(f"{voice}_response"):
+    whole = f"{voice}_response"
+    if not fields.has(whole) and not isinstance(fields.record.get(whole), str):
         missing = f"{voice}_cot" if fields.has(f"{voice}_caption") else f"{voice}_caption"
         raise fields.error(missing, "the field is missing", f"add {voice}_caption and {voice}_cot, or {voice}_response")
-    return require_parts(fields.text(f"{voice}_response"), fields.place, f"{voice}_response")
+    return require_parts(fields.text(whole), fields.place, whole)
 
 
 def _sft(fields: Fields) -> Sample:
-    turns = fields.messages("messages")
+    key = fields.first("messages", "conversations")
+    turns = fields.messages(key)
     if turns[-1].role != "assistant":
-        raise fields.error("messages", f"the last turn is the {turns[-1].role}'s", "end with the assistant's turn")
-    if not turns[-1].content.strip():
-        raise fields.error("messages", "the assistant's turn is empty", "fill it in or remove the record")
-    images = fields.images(turns, "messages", "images")
+        raise fields.error(key, f"the last turn is the {turns[-1].role}'s", "end with the assistant's turn")
+    images = fields.images(turns, key)
     return Sample(fields.place, tuple(turns[:-1]), images, response=turns[-1].content)
 
 
 def _warmup(fields: Fields) -> Sample:
-    key = "prompt" if fields.has("prompt") else "question"
-    if not fields.has(key):
-        raise fields.error("prompt", "the field is missing", "add prompt (or question)")
-    image = fields.record.get("image", fields.record.get("images"))
-    images = image if isinstance(image, list) else [] if image is None else [image]
+    key = fields.first("prompt", "question")
     turns = fields.messages(key)
+    _, images = fields.listed_images()
     if images and not any(IMAGE in turn.content for turn in turns):  # this format names the image beside the question
         user = next(i for i, turn in enumerate(turns) if turn.role == "user")
         turns[user] = Message("user", IMAGE * len(images) + turns[user].content)
-    fields.record = {**fields.record, key: [vars(turn) for turn in turns], "image": images}
     teacher, student = _parts(fields, "teacher"), _parts(fields, "student")
     untold = [fields.has(f"{v}_cot") and "<answer>" not in fields.text(f"{v}_cot") for v in ("teacher", "student")]
     if untold[0] != untold[1]:
@@ -249,7 +170,7 @@ def _warmup(fields: Fields) -> Sample:
         )
     return Sample(
         fields.place,
-        **fields.prompt(key, "image"),
+        **fields.prompt(key, turns),
         teacher_caption=teacher.caption,
         teacher_reasoning=teacher.reasoning,
         student_caption=student.caption,
@@ -260,23 +181,27 @@ def _warmup(fields: Fields) -> Sample:
 def _gold(fields: Fields, required: bool) -> dict[str, Any]:
     """The Sample fields that come from reward_model, extra_info and data_source."""
     reward, extra = fields.struct("reward_model"), fields.struct("extra_info")
-    gold, equivalents = reward.get("ground_truth"), reward.get("equivalent_answers")
-    if isinstance(gold, (int, float)) and not isinstance(gold, bool):
-        gold = str(gold)
-    if (gold is None and required) or (gold is not None and not isinstance(gold, str)):
-        problem = "the field is missing" if gold is None else f"expected a text, got {type(gold).__name__}"
-        raise fields.error("reward_model.ground_truth", problem, "give the answer as a text")
-    if gold is not None and not gold.strip():
-        raise fields.error("reward_model.ground_truth", "the answer is empty", "fill it in or remove the record")
-    equivalents = [] if equivalents is None else equivalents
-    if not isinstance(equivalents, list) or not all(isinstance(text, str) for text in equivalents):
+    gold = fields.answer(reward.get("ground_truth"), "reward_model.ground_truth")
+    if gold is None and required:
+        empty = isinstance(reward.get("ground_truth"), str)
+        problem = "the answer is empty" if empty else "the field is missing"
+        raise fields.error("reward_model.ground_truth", problem, "give the answer as a text, or remove the record")
+    listed = reward.get("equivalent_answers")
+    if not missing(listed) and not isinstance(listed, list):
         raise fields.error("reward_model.equivalent_answers", "expected a list of texts", "write a list of strings")
-    source = fields.record.get("data_source") or ""
+    answers = [fields.answer(answer, "reward_model.equivalent_answers") for answer in listed or []]
+    odd = [name for name, value in reward.items() if name not in REWARD and not missing(value)]
+    if odd := [name for name in odd if looks_like_content(name)]:
+        raise fields.error(
+            f"reward_model.{odd[0]}", "is not read", "rename it to ground_truth or equivalent_answers, or remove it"
+        )
+    source, question_type = fields.value("data_source"), extra.get("question_type")
+    source = "" if source is None else str(source)
     return {
         "gold": gold,
-        "equivalents": tuple(equivalents),
-        "question_type": str(extra.get("question_type") or source or "all"),
-        "data_source": str(source),
+        "equivalents": tuple(answer for answer in answers if answer is not None),
+        "question_type": source or "all" if missing(question_type) else str(question_type),
+        "data_source": source,
     }
 
 
@@ -293,6 +218,9 @@ def _align(fields: Fields) -> Sample:
 
 def _rlvr(fields: Fields) -> Sample:
     return Sample(fields.place, **fields.prompt("prompt"), **_gold(fields, required=True))
+
+
+FORMATS: dict[str, Convert] = {"sft": _sft, "warm-up": _warmup, "alignment": _align, "rlvr": _rlvr}
 
 
 def read_sft(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:

@@ -10,7 +10,7 @@ import json
 import mmap
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,12 @@ class JsonLines:
     def place(self, index: int) -> str:
         return f"{self.path}:{self._line[index]}"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def line(self, index: int) -> bytes:
         start, end = self._span[index]
-        return _parse(self._bytes[start:end], self.place(index))
+        return self._bytes[start:end]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _parse(self.line(index), self.place(index))
 
 
 class JsonList:
@@ -74,7 +77,7 @@ class JsonList:
 class Parquet:
     """Rows of a parquet file; row groups are decoded when needed and kept while they fit in a budget."""
 
-    def __init__(self, path: Path, cache_bytes: int = ROW_GROUP_CACHE_BYTES):
+    def __init__(self, path: Path, cache_bytes: int = ROW_GROUP_CACHE_BYTES, wanted: Wanted | None = None):
         self.path = path
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
@@ -83,6 +86,7 @@ class Parquet:
                 f"{path}: not a readable parquet file, perhaps truncated; copy it again ({_line(error)})"
             ) from error
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
+        self._columns = _columns(self._file.schema_arrow, wanted or (lambda name: True), path)
         self._start = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -102,13 +106,16 @@ class Parquet:
             raise DataError(
                 f"{self.place(index)}: a text is not valid UTF-8; write the file again ({error})"
             ) from error
+        except Exception as error:  # dates outside Python's, time zones nobody knows, ...
+            detail = f"{type(error).__name__}: {_line(error)}"
+            raise DataError(f"{self.place(index)}: a value cannot be read; write it as a text ({detail})") from error
 
     def _group(self, group: int) -> pa.Table:
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
         try:
-            table = self._file.read_row_group(group)
+            table = self._file.read_row_group(group, columns=self._columns)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{self.path}: row group {group + 1} cannot be read; copy the file again ({_line(error)})"
@@ -120,12 +127,13 @@ class Parquet:
 
 
 Source = JsonLines | JsonList | Parquet
+Wanted = Callable[[str], bool]  # whether a field of this name is looked at
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, wanted: Wanted | None = None) -> Source:
     """The records of one file; the layout is told by the first bytes, not by the name.
 
-    Raises DataError for a missing, empty or unreadable file.
+    Of a parquet file only ``wanted`` columns are read. Raises DataError for a missing, empty or unreadable file.
     """
     path = Path(path)
     if not path.exists():
@@ -140,14 +148,67 @@ def open_source(path: str | Path) -> Source:
     if not head.strip():
         raise DataError(f"{path}: the file is empty; write at least one record")
     if head.startswith(b"PAR1") or path.suffix == ".parquet":
-        source: Source = Parquet(path)
+        source: Source = Parquet(path, wanted=wanted)
     elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         source = JsonList(path)
     else:
+        _refuse_other_layouts(head, path)
         source = JsonLines(path)
+        _refuse_one_object(source)
     if not len(source):
         raise DataError(f"{path}: holds no record; write at least one")
     return source
+
+
+_LAYOUTS = (  # first bytes -> what they are
+    (b"\x1f\x8b", "gzip; unpack it"),
+    (b"PK", "a zip archive or a spreadsheet; unpack it, or save it as JSON lines"),
+    (b"\x28\xb5\x2f\xfd", "zstd; unpack it"),
+    (b"ARROW1", "an Arrow file; save it as parquet"),
+    (b"\xff\xff\xff\xff", "an Arrow stream; save it as parquet (datasets: to_parquet)"),
+    (codecs.BOM_UTF16_LE, "UTF-16; save it as UTF-8"),
+    (codecs.BOM_UTF16_BE, "UTF-16; save it as UTF-8"),
+    (b"version https://git-lfs", "a pointer of git-lfs; run git lfs pull"),
+)
+
+
+def _refuse_other_layouts(head: bytes, path: Path) -> None:
+    for start, name in _LAYOUTS:
+        if head.startswith(start):
+            raise DataError(f"{path}: expected JSON or parquet, this is {name}")
+    if path.suffix.lower() in (".csv", ".tsv") or not head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        shown = head.decode("utf-8", "replace").strip().splitlines()[0][:60]
+        raise DataError(
+            f"{path}: expected JSON objects or parquet, it begins {shown!r}; "
+            "save it as JSON lines (pandas: read_csv(...).to_json(..., orient='records', lines=True))"
+        )
+
+
+def _refuse_one_object(source: JsonLines) -> None:
+    """A JSON object over several lines is no JSON lines: one damaged line is, whose next line opens an object."""
+    try:
+        source[0]
+    except DataError as error:
+        if len(source) > 1 and not source.line(1).startswith(b"{"):
+            raise DataError(
+                f"{source.path}: an object over several lines; write one record a line (jq -c . FILE), or a list "
+                'of the records ([{...}, ...], without {"data": ...} around it)'
+            ) from error
+
+
+def _columns(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
+    """The wanted columns; of extra_info, which may hold anything, only what is read."""
+    twice = {name for name in schema.names if wanted(name) and schema.names.count(name) > 1}
+    if twice:
+        raise DataError(f"{path}: {min(twice)}: two columns have this name; rename one of them")
+    columns = []
+    for name in filter(wanted, schema.names):
+        kind = schema.field(name).type
+        if name != "extra_info" or not pa.types.is_struct(kind):
+            columns.append(name)
+        elif kind.get_field_index("question_type") >= 0:
+            columns.append("extra_info.question_type")
+    return columns
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -159,12 +220,30 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
+class _Twice(Exception):
+    """A key that an object holds twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return made
+
+
 def _parse(data: bytes, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(data.decode("utf-8-sig"))
+        record = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+        if b"\\u" in data:
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: a text holds half of a character (\\ud800 to \\udfff); write it again") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except _Twice as error:
+        raise DataError(f"{place}: {error}: the field stands twice in one object; keep one of them") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: the JSON does not parse ({_line(error)}); correct or remove the record") from error
     if not isinstance(record, dict):
         raise DataError(f"{place}: expected a JSON object with named fields, got {type(record).__name__}; correct it")

@@ -51,11 +51,10 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
         prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
         objective, load = PolicyObjective.grpo(), ExpertLoad()
         for step in range(first, config.steps):
-            clock, metrics = Clock(), {}
+            clock, metrics = Clock(), {names.LEARNING_RATE: updater.lr}
             with clock("data"):
                 lessons = encode_all(data, order(len(data), config.run.seed, step * prompts, prompts), encode)
             if not lessons:
-                metrics[names.LEARNING_RATE] = updater.lr
                 judge_updater.next_step()
                 updater.next_step()
                 session.end_of_step(step + 1, clock, {"rollout": 0}, metrics, [NO_RECORDS])
@@ -63,7 +62,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
             with clock("rollout"):
                 seed = config.run.seed * 1_000_003 + step
                 rollout = generate(policy, chat, [item.prompt for item in lessons], config.rollout, seed=seed)
-            tokens = {"rollout": rollout.num_tokens}
+            tokens = {"rollout": rollout.num_tokens, "update_policy": 0}
             with clock("update_discriminator"):
                 parts = student_parts(rollout, chat, config)
                 scores, judged, tokens["update_discriminator"] = discriminator_gradient(
@@ -74,7 +73,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
                     metrics[names.DISCRIMINATOR_GRAD_NORM] = judge_updater.step()
                 else:
                     judge_updater.next_step()
-            metrics |= {**judged, names.LEARNING_RATE: updater.lr}
+            metrics |= judged
             accuracy = answer_accuracy(rollout, [item.sample for item in lessons])
             if fault is None:
                 with clock("advantage"):
@@ -89,7 +88,6 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
                 metrics |= learned
                 metrics[names.ADVANTAGE_STD] = float(advantages.std()) if len(advantages) > 1 else 0.0
             else:
-                tokens["update_policy"] = 0
                 updater.next_step()
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions()
             session.end_of_step(step + 1, clock, tokens, metrics, _warnings(fault, tokens, metrics))

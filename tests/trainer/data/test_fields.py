@@ -1,0 +1,304 @@
+"""What people write: each shape is read as it is meant, or refused in one line; nothing is read as something else."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prism_fast.data.fields import looks_like_content, missing
+from prism_fast.data.formats import read_align, read_rlvr, read_sft, read_warmup
+from prism_fast.records import DataError, Message, Sample, printable
+from tests.trainer.data.test_formats import READERS, RESPONSE, png, record, refuse, write
+
+TURNS = [{"role": "user", "content": "<image>Sum?"}]
+SAID = {"role": "assistant", "content": RESPONSE}
+USER = Message("user", "<image>Sum?")
+
+
+def read(folder, kind, *, name="d.jsonl", **changes) -> Sample:
+    return READERS[kind](write(folder, kind, record(kind, **changes), name=name))[0]
+
+
+SHAREGPT = [{"from": "human", "value": "<image>Sum?"}, {"from": "gpt", "value": RESPONSE}]
+PARTS = [{"type": "image"}, {"type": "text", "text": "Su"}, {"type": "text", "text": "m?"}]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("sft", {"messages": ..., "conversations": SHAREGPT}),
+        ("sft", {"messages": ..., "conversations": [*TURNS, SAID]}),
+        ("sft", {"messages": SHAREGPT}),
+        ("sft", {"messages": [{"role": "user", "content": PARTS}, SAID]}),
+        ("sft", {"messages": [*TURNS, SAID], "images": "a.png"}),
+        ("sft", {"messages": [*TURNS, SAID], "images": ..., "image": "a.png"}),
+        ("sft", {"messages": [*TURNS, SAID], "images": ..., "image": ["a.png"]}),
+        ("sft", {"messages": [*TURNS, SAID], "question": "Sum?", "answer": "7", "id": 5, "source": "x"}),
+        ("rlvr", {"prompt": "<image>Sum?"}),
+        ("rlvr", {"prompt": [{"role": "user", "content": PARTS}]}),
+        ("rlvr", {"prompt": TURNS, "images": ..., "image": {"bytes": None, "path": "a.png"}}),
+        ("align", {"prompt": TURNS, "images": {"bytes": None, "path": "a.png"}}),
+        ("warmup", {"prompt": ..., "question": "Sum?"}),
+        ("warmup", {"question": "Sum?"}),
+        ("warmup", {"image": ..., "images": "a.png"}),
+    ],
+)
+def test_read_as_meant(kind, changes, name, tmp_path):
+    if name == "d.parquet" and kind == "sft" and "content" in str(changes) and "'type'" in str(changes):
+        pytest.skip("a column holds texts or lists, not both")
+    sample = read(tmp_path, kind, name=name, **changes)
+    assert sample.messages == (USER,) and len(sample.images) == 1
+    if kind == "sft":
+        assert sample.response == RESPONSE
+
+
+def test_system_beside_the_turns_is_the_system_turn(tmp_path):
+    said = {"system": "In French.", "messages": [*TURNS, SAID]}
+    assert read(tmp_path, "sft", **said).messages == (Message("system", "In French."), USER)
+    path = write(tmp_path, "sft", record("sft", **said))
+    assert read_sft(path, system_prompt="Be brief.")[0].messages[0].content == "In French."
+    for nothing in ("", None, math.nan):
+        assert read(tmp_path, "sft", system=nothing, messages=[*TURNS, SAID]).messages == (USER,)
+
+
+@pytest.mark.parametrize(("gold", "text"), [(7, "7"), (2.5, "2.5"), (-0.0, "-0.0"), ("None", "None"), ("inf", "inf")])
+def test_golds_are_texts(gold, text, tmp_path):
+    assert read(tmp_path, "rlvr", reward_model={"ground_truth": gold}).gold == text
+
+
+def test_decimal_golds_and_missing_equivalents(tmp_path):
+    reward = {"ground_truth": Decimal("2.50"), "equivalent_answers": ["5/2", None, ""]}
+    sample = read(tmp_path, "rlvr", name="d.parquet", reward_model=reward)
+    assert (sample.gold, sample.equivalents) == ("2.50", ("5/2",))
+    assert read(tmp_path, "rlvr", reward_model={"ground_truth": "7", "equivalent_answers": [7.5, 8]}).equivalents == (
+        "7.5",
+        "8",
+    )
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, "", " ", {}])
+def test_missing_is_missing(nothing, tmp_path):
+    sample = read(tmp_path, "align", reward_model=nothing if nothing != " " else None, data_source=nothing)
+    assert (sample.gold, sample.data_source, sample.question_type) == (None, "", "sum")
+    sample = read(tmp_path, "align", reward_model={"ground_truth": nothing}, extra_info={"question_type": nothing})
+    assert (sample.gold, sample.question_type) == (None, "geo")
+    sample = read(tmp_path, "align", prompt="2+5?", images=nothing)
+    assert sample.images == ()
+    sample = read(tmp_path, "align", teacher_caption=nothing, teacher_cot=nothing)
+    assert sample.teacher_caption == "<caption>a 3</caption>"
+
+
+REFUSED = [
+    ("rlvr", {"prompt": json.dumps(TURNS)}, ("prompt", "spells a list of turns", "write the list itself")),
+    ("rlvr", {"prompt": str(TURNS)}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": json.dumps(json.dumps(TURNS))}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": f"array({TURNS}, dtype=object)"}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": json.dumps(TURNS, indent=2)}, ("prompt", "spells a list")),
+    ("align", {"prompt": str(TURNS[0])}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": json.dumps({"messages": TURNS})}, ("prompt", "spells a list")),
+    ("sft", {"messages": json.dumps([*TURNS, SAID])}, ("messages", "spells a list")),
+    ("rlvr", {"prompt": [{"role": "user", "content": json.dumps(PARTS)}]}, ("content", "spells a list of parts")),
+    ("rlvr", {"prompt": TURNS[0]}, ("prompt", "list of turns")),
+    ("rlvr", {"prompt": [["user", "x"]]}, ("prompt[0]", "role and content")),
+    ("rlvr", {"prompt": ["x"]}, ("prompt[0]", "role and content")),
+    ("rlvr", {"prompt": math.nan}, ("prompt", "missing")),
+    ("rlvr", {"prompt": ..., "question": "x"}, ("prompt", "missing", "question")),
+    ("rlvr", {"prompt": [{"role": "user", "content": ""}]}, ("prompt[0].content", "empty")),
+    ("rlvr", {"prompt": [{"role": "user", "content": "<image>x", "images": ["a.png"]}]}, ("prompt[0].images", "read")),
+    ("sft", {"messages": [*TURNS, {**SAID, "reasoning_content": "so"}]}, ("messages[1].reasoning_content", "read")),
+    ("sft", {"messages": [*TURNS, {**SAID, "tool_calls": [{"name": "f"}]}]}, ("messages[1].tool_calls", "read")),
+    ("sft", {"messages": [*TURNS, {**SAID, "weight": 0}]}, ("messages[1].weight", "not read")),
+    (
+        "rlvr",
+        {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+        ("content[0]", "image inside a turn", "images"),
+    ),
+    (
+        "rlvr",
+        {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;"}}]}]},
+        ("content[0]", "image inside a turn"),
+    ),
+    ("rlvr", {"prompt": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]}, ("content[0]", "expected")),
+    ("rlvr", {"prompt": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, ("content[0]", "int")),
+    ("rlvr", {"prompt": [{"role": "user", "content": ["x"]}]}, ("content[0]", "expected")),
+    ("rlvr", {"prompt": [{"role": "user", "content": "<audio>x"}]}, ("audio is not supported",)),
+    ("rlvr", {"prompt": "<image_1>x", "images": ...}, ("<image_1>", "write <image>")),
+    ("rlvr", {"prompt": "<IMAGE>x"}, ("<IMAGE>", "write <image>")),
+    ("rlvr", {"prompt": "<image><image>x"}, ("2 <image>", "1 images")),
+    ("rlvr", {"images": ..., "image": "missing.png"}, ("image[0]", "no such image")),
+    ("sft", {"image": "a.png"}, ("image", "images too")),
+    ("align", {"images": [None]}, ("images[0]",)),
+    ("align", {"images": [{"bytes": None, "path": None}]}, ("images[0]",)),
+    ("align", {"images": ["iVBORw0KGgo" + "A" * 6000]}, ("images[0]",)),
+    ("align", {"images": ["a\0b"]}, ("images[0]",)),
+    ("align", {"images": '["a.png"]'}, ("images[0]", "no such image")),
+    ("align", {"images": ..., "image_path": "a.png"}, ("1 <image>", "0 images")),
+    ("rlvr", {"prompt": "x?", "images": ..., "image_path": "a.png"}, ("image_path", "not read")),
+    ("rlvr", {"prompt": "x?", "images": ..., "Images": ["a.png"]}, ("Images", "rename it to images")),
+    ("rlvr", {"prompt": "x?", "images": ..., "imagess": ["a.png"]}, ("imagess", "rename it to images")),
+    ("rlvr", {"prompt": "x?", "images": ..., "pictures": [{"bytes": "x"}]}, ("pictures", "not read")),
+    ("rlvr", {"options": ["A. 3", "B. 4"]}, ("options", "not read")),
+    ("rlvr", {"system_prompt": "Be brief."}, ("system_prompt", "not read")),
+    ("rlvr", {"system": "Be brief."}, ("system", "a system turn of its own")),
+    ("sft", {"system": ["x"]}, ("system", "expected a text")),
+    ("sft", {"tools": [{"name": "f"}]}, ("tools", "not read")),
+    ("sft", {"conversations": [{"from": "human", "value": "else"}]}, ("conversations", "not read")),
+    ("sft", {"messages": ..., "instruction": "a", "output": "b"}, ("messages", "missing", "instruction")),
+    ("warmup", {"question": "else"}, ("question", "not read")),
+    ("rlvr", {"reward_model": {"ground_truth": math.nan}}, ("ground_truth", "missing")),
+    ("rlvr", {"reward_model": {"ground_truth": math.inf}}, ("ground_truth", "inf is no answer")),
+    ("align", {"reward_model": {"ground_truth": -math.inf}}, ("ground_truth", "no answer")),
+    ("rlvr", {"reward_model": {"ground_truth": "nan"}}, ("ground_truth", "missing value")),
+    ("rlvr", {"reward_model": {"ground_truth": None}}, ("ground_truth", "missing")),
+    ("rlvr", {"reward_model": {"ground_truth": True}}, ("ground_truth", "bool")),
+    ("rlvr", {"reward_model": {"ground_truth": {"value": 7}}}, ("ground_truth", "dict")),
+    ("rlvr", {"reward_model": json.dumps({"ground_truth": "7"})}, ("reward_model", "named fields")),
+    ("rlvr", {"reward_model": ..., "answer": "7"}, ("ground_truth", "missing")),
+    ("rlvr", {"reward_model": {"ground_truth": "7", "equivalents": ["seven"]}}, ("reward_model.equivalents", "read")),
+    ("rlvr", {"reward_model": {"ground_truth": "7", "equivalent_answers": [["8"]]}}, ("equivalent_answers", "list")),
+    ("align", {"teacher_caption": 3, "teacher_cot": "x"}, ("teacher_caption", "int")),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "words"), REFUSED)
+def test_refused_with_a_hint(kind, changes, words, tmp_path):
+    path = write(tmp_path, kind, record(kind, **changes), name="d.jsonl")
+    message = refuse(READERS[kind], path, "d.jsonl:1: ", *words)
+    assert "; " in message and len(message) < 400
+
+
+def test_questions_that_only_look_like_lists_are_read(tmp_path):
+    for text in (
+        "[1, 2, 3]",
+        '{"a": 1}',
+        "[role] Who is it?",
+        '"content" is what?',
+        "What does <img> do?",
+        "array([1])",
+    ):
+        assert read(tmp_path, "rlvr", prompt=text, images=...).messages == (Message("user", text),)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (json.dumps(record("sft"), indent=2), ("over several lines", "jq")),
+        (json.dumps({"data": [record("sft")]}, indent=1), ("over several lines", '{"data"')),
+        (json.dumps({"data": [record("sft")]}), ("messages", "data holds the records")),
+        ("prompt,images\nx,a.png\n", ("begins 'prompt,images'", "JSON lines")),
+        ("prompt\timages\n", ("JSON lines",)),
+        ('"text"', ("JSON lines",)),
+        (b"\x1f\x8b\x08\0", ("gzip",)),
+        (b"PK\x03\x04", ("zip",)),
+        (b"ARROW1\0\0", ("parquet",)),
+        ("﻿{}".encode("utf-16-le"), ("UTF-16",)),
+        ("version https://git-lfs.github.com/spec/v1\n", ("git lfs pull",)),
+        ('{"messages": [], "messages": []}', (":1: messages: the field stands twice",)),
+        ('{"messages": [{"role": "user", "role": "user"}]}', (":1: role: the field stands twice",)),
+        ('{"messages": "\\ud83d"}', (":1: ", "half of a character")),
+        ('{"messages": %s}' % ("9" * 5000), (":1: the JSON does not parse",)),
+    ],
+)  # fmt: skip
+def test_files_of_another_layout(content, words, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuse(read_sft, path, "d.jsonl", *words)
+
+
+def test_a_damaged_first_line_is_one_bad_record(tmp_path):
+    path = write(tmp_path, "sft", record("sft"), record("sft"), name="d.jsonl")
+    path.write_text("{oops\n" + path.read_text())
+    assert len(read_sft(path, skip_bad=1)) == 2
+
+
+def test_a_byte_order_mark_and_crlf_are_no_content(tmp_path):
+    path = write(tmp_path, "sft", record("sft"), record("sft"), name="d.jsonl")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(read_sft(path)) == 2
+
+
+def table(folder, **columns):
+    rows = record("rlvr")
+    made = {name: pa.array([value]) for name, value in rows.items()} | columns
+    (folder / "a.png").write_bytes(png())
+    path = folder / "d.parquet"
+    pq.write_table(pa.table(made), path)
+    return path
+
+
+def test_parquet_types_are_read_alike(tmp_path):
+    plain = read_rlvr(table(tmp_path))[0]
+    prompt = record("rlvr")["prompt"]
+    turn = pa.struct([("role", pa.dictionary(pa.int8(), pa.string())), ("content", pa.large_string())])
+    image = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])
+    for columns in (
+        {"prompt": pa.array([prompt], pa.large_list(turn))},
+        {"data_source": pa.array(["geo"]).dictionary_encode()},
+        {"images": pa.array([[{"bytes": png(), "path": None}]], pa.list_(image))},
+        {"prompt": pa.chunked_array([pa.array([prompt]), pa.array([], pa.array([prompt]).type)])},
+    ):  # fmt: skip
+        sample = read_rlvr(table(tmp_path, **columns))[0]
+        assert (sample.messages, sample.gold, sample.data_source) == (plain.messages, plain.gold, plain.data_source)
+
+
+def test_only_needed_columns_are_read(tmp_path):
+    odd = {
+        "created": pa.array([253402300800], pa.timestamp("s")),
+        "zone": pa.array([0], pa.timestamp("s", "Mars/Olympus")),
+        "extra_info": pa.array(
+            [{"question_type": "sum", "when": 253402300800}],
+            pa.struct([("question_type", pa.string()), ("when", pa.timestamp("s"))]),
+        ),
+    }
+    assert read_rlvr(table(tmp_path, **odd))[0].question_type == "sum"
+    nothing = {"extra_info": pa.array([{"when": 253402300800}], pa.struct([("when", pa.timestamp("s"))]))}
+    assert read_rlvr(table(tmp_path, **nothing))[0].question_type == "geo"
+
+
+@pytest.mark.parametrize("zone", [None, "Mars/Olympus"])
+def test_a_date_that_python_cannot_hold_is_one_line(zone, tmp_path):
+    path = table(tmp_path, question=pa.array([253402300800], pa.timestamp("s", zone)))
+    refuse(read_rlvr, path, "d.parquet:1: a value cannot be read")
+    path = table(tmp_path, reward_model=pa.array([{"ground_truth": datetime(2026, 1, 1)}]))
+    refuse(read_rlvr, path, "ground_truth", "datetime")
+
+
+def test_two_columns_of_one_name(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["prompt", "prompt"]), path)
+    refuse(read_rlvr, path, "prompt: two columns")
+
+
+def test_nan_of_pandas_is_missing(tmp_path):
+    nan = {"images": pa.array([math.nan]), "reward_model": pa.array([{"ground_truth": math.nan}]), "image": pa.nulls(1)}
+    path = table(tmp_path, **nan, prompt=pa.array(["x?"]), teacher_response=pa.array([RESPONSE]))
+    assert (read_align(path)[0].images, read_align(path)[0].gold) == ((), None)
+    refuse(read_rlvr, path, "ground_truth", "missing")
+
+
+def test_what_looks_like_content():
+    for name in ("Image", "image_url", "image_1", "answer", "message", "reward_modle", "Question ", "system_prompt"):
+        assert looks_like_content(name), name
+    for name in ("id", "index", "ability", "image_id", "prompt_id", "question_type", "source", "split", "difficulty"):
+        assert not looks_like_content(name), name
+    assert missing(Decimal("nan")) and not missing(0) and not missing(False)
+
+
+def test_errors_neither_break_lines_nor_steer_a_terminal(tmp_path):
+    assert str(DataError("a\n\x1b[31mb\x07\u202ec")) == "a \\x1b[31mb\\x07\\u202ec"
+    assert printable("ü 中\u3000文\n") == "ü 中\u3000文\n"
+    path = write(tmp_path, "sft", record("sft", messages=[{"role": "\x1b]0;x\x07", "content": "x"}]), name="d.jsonl")
+    assert "\x1b" not in refuse(read_sft, path, "messages")
+
+
+def test_warmup_pairs_with_turns_and_images(tmp_path):
+    sample = read(tmp_path, "warmup", prompt=[{"role": "user", "content": "Sum?"}], image=["a.png", "a.png"])
+    assert sample.messages == (Message("user", "<image><image>Sum?"),) and len(sample.images) == 2
+    refuse(read_warmup, write(tmp_path, "warmup", record("warmup", prompt=[*TURNS, SAID])), "prompt", "ends with")
