@@ -177,14 +177,26 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
 @data_app.command("check")
 def data_check(
     files: Annotated[list[Path], typer.Argument(help="SFT json, warm-up jsonl, alignment or RLVR parquet.")],
-    skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records to count instead of stopping at.")] = 0,
+    skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are allowed, in all files.")] = 0,
+    model: Annotated[Path | None, typer.Option(help="A stage's model: also its tokens, pixels and limits.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="With --model: data.max_prompt_tokens.")] = 2048,
 ) -> None:
-    """Validates and counts records (images opened), and shows one rendered sample."""
+    """The stages' verdicts on every record (images opened), counts, and one rendered sample."""
+    from prism_fast.data.bad_records import BadRecords
     from prism_fast.data.check import check
 
-    console = Console()
+    chat = None
+    if model is not None:
+        from prism_fast.data.chat import Chat
+
+        _quiet_transformers()
+        chat = Chat.load(model)
+    console, bad = Console(), BadRecords(sys.maxsize)
     for file in files:
-        check(file, skip_bad_records, console)
+        check(file, console, bad, chat, max_prompt_tokens)
+    if len(bad) > skip_bad_records:
+        allowed = f"more than --skip-bad-records={skip_bad_records}"
+        raise DataError(f"{len(bad)} bad records, {allowed}; correct them, the first: {bad.messages[0]}")
 
 
 @data_app.command("pairs")

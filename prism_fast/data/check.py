@@ -1,75 +1,193 @@
-"""``prism-fast data check``: validates a data file, opens its images, counts, and shows one record."""
+"""``prism-fast data check``: the stages' own verdicts on every record of a file, counts, and one record as read."""
 
 from __future__ import annotations
 
+import os
+import re
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prism_fast.data.formats import Dataset, read_align, read_rlvr, read_sft, read_warmup
+from prism_fast.data.bad_records import BadRecords
+from prism_fast.data.fields import is_read, missing
+from prism_fast.data.formats import FORMATS, Dataset
 from prism_fast.data.images import open_image
 from prism_fast.data.source import open_source
-from prism_fast.records import DataError, Sample
+from prism_fast.records import DataError, Sample, printable
+from prism_fast.response_format import is_valid
 
-READERS = {"sft": read_sft, "warm-up": read_warmup, "alignment": read_align, "rlvr": read_rlvr}
+if TYPE_CHECKING:
+    from prism_fast.data.chat import Chat
+
 SHOWN_CHARACTERS = 1200
+SHOWN_BAD = 20
+AT_ONCE = 128  # records that are parsed before their images are opened side by side
+MAX_ASPECT_RATIO = 200  # of the image processor of Qwen-VL
+# Those of the Qwen-VL tokenizers; with a model, its own decide.
+_CONTROL = re.compile(
+    r"<\|(im_start|im_end|endoftext|(object_ref|box|quad|vision)_(start|end)|(vision|image|video|fim)_pad"
+    r"|fim_(prefix|middle|suffix)|repo_name|file_sep)\|>"
+)
+
+Verdict = Callable[[Sample], list[tuple[int, int]]]  # -> sizes of the record's images; DataError where it is bad
+
+
+@dataclass
+class Counts:
+    """What the good records of a file hold."""
+
+    records: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    types: Counter[str] = field(default_factory=Counter)
+    unformatted: int = 0  # demonstrations without the three tags, which the SFT stage takes
+    first: Sample | None = None
+
+    def add(self, sample: Sample, sizes: list[tuple[int, int]]) -> None:
+        self.records += 1
+        self.sizes.update(sizes)
+        self.types[sample.question_type] += 1
+        self.unformatted += sample.response is not None and not is_valid(sample.response)
+        self.first = self.first or sample
 
 
 def kind_of(path: Path) -> str:
-    """Which of the four formats a file has, from the fields of its first record."""
-    source = open_source(path)
-    record = source[0]
-    fields = {name for name, value in record.items() if value is not None}
-    if "messages" in fields:
-        return "sft"
-    if fields & {"student_caption", "student_response"}:
-        return "warm-up"
-    if fields & {"teacher_caption", "teacher_cot", "teacher_response"}:
-        return "alignment"
-    if "reward_model" in fields:
-        return "rlvr"
-    raise DataError(
-        f"{source.place(0)}: fields {', '.join(sorted(fields)) or 'none'} belong to none of the formats; expected "
-        "messages (SFT), student_caption (warm-up), teacher_response (alignment) or reward_model (RLVR)"
-    )
-
-
-def check(path: Path, skip_bad: int, console: Console) -> Dataset:
-    """Reads every record and opens every image; prints counts and the first good record. Raises DataError."""
-    kind = kind_of(path)
-    data = READERS[kind](path, skip_bad=skip_bad)
-    images, sizes, types, good = 0, Counter(), Counter(), None
-    for index in range(len(data)):
-        sample = data[index]
+    """Which of the four formats a file has, from the fields of its first record that parses."""
+    source, fault = open_source(path, is_read), None
+    for index in range(len(source)):
         try:
-            opened = [open_image(ref, sample.place) for ref in sample.images]
+            record = source[index]
         except DataError as error:
-            data.skip(error)
+            fault = fault or error
             continue
-        images += len(opened)
-        sizes.update(image.size for image in opened)
-        types[sample.question_type] += 1
-        good = good or sample
-    console.print(
-        f"[bold]{escape(str(path))}[/]  {kind}: {sum(types.values())} records, {images} images", soft_wrap=True
-    )
-    if sizes:
-        widths, heights = [w for w, _ in sizes], [h for _, h in sizes]
-        console.print(f"image sizes: {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)} pixels")
-    if kind in ("alignment", "rlvr"):
-        console.print(
-            "question types: " + ", ".join(f"{escape(name)} {count}" for name, count in types.most_common(12))
+        fields = {name for name, value in record.items() if not missing(value)}
+        if fields & {"messages", "conversations"}:
+            return "sft"
+        if fields & {"student_caption", "student_cot", "student_response"}:
+            return "warm-up"
+        if fields & {"teacher_caption", "teacher_cot", "teacher_response"}:
+            return "alignment"
+        if "reward_model" in fields:
+            return "rlvr"
+        raise DataError(
+            f"{source.place(index)}: fields {', '.join(sorted(fields)[:12]) or 'none'} belong to none of the formats; "
+            "expected messages (SFT), student_caption (warm-up), teacher_response (alignment) or reward_model (RLVR)"
         )
-    if data.skipped:
-        console.print(f"[yellow]{len(data.skipped)} bad records skipped:[/]")
-        for line in data.skipped:
-            console.print(f"  {line}", markup=False, soft_wrap=True)
-    if good is not None:
-        console.print(Panel(escape(render(good)), title=escape(good.place), title_align="left"))
-    return data
+    raise fault or DataError(f"{path}: holds no record; write at least one")
+
+
+def image_sizes(sample: Sample) -> list[tuple[int, int]]:
+    """Opens the images. Raises DataError for what every stage refuses, whatever its model."""
+    for number, message in enumerate(sample.messages):
+        if found := _CONTROL.search(message.content):
+            problem = f"holds the control token {found.group()}; remove it or write it differently"
+            raise DataError(f"{sample.place}: messages[{number}].content: {problem}")
+    sizes = [open_image(ref, sample.place).size for ref in sample.images]
+    for width, height in sizes:
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise DataError(
+                f"{sample.place}: images: {width}x{height} pixels, one side over {MAX_ASPECT_RATIO} times the other; "
+                "resize the image"
+            )
+    return sizes
+
+
+def verdict_of(kind: str, chat: Chat, max_prompt_tokens: int) -> Verdict:
+    """What the stage says that reads this kind, with the limits that are its defaults."""
+    from prism_fast.config import AlignConfig, SFTConfig, WarmupConfig
+    from prism_fast.data.encode import demonstration, lesson, pair_record, question
+
+    encode = {
+        "sft": partial(demonstration, max_tokens=SFTConfig.model_construct().max_tokens),
+        "warm-up": partial(pair_record, max_tokens=WarmupConfig.model_construct().max_tokens),
+        "alignment": partial(lesson, config=AlignConfig.model_construct()),
+        "rlvr": question,
+    }[kind]
+    one_at_a_time = threading.Lock()  # a tokenizer has one state
+
+    def verdict(sample: Sample) -> list[tuple[int, int]]:
+        sizes = image_sizes(sample)
+        with one_at_a_time:
+            encode(sample, chat, max_prompt_tokens=max_prompt_tokens)
+        return sizes
+
+    return verdict
+
+
+def check(
+    path: Path, console: Console, bad: BadRecords, chat: Chat | None = None, max_prompt_tokens: int = 2048
+) -> None:
+    """Reads every record and opens every image; with a model's ``chat``, also encodes it as its stage would.
+
+    Prints counts, the bad records and the first good one; ``bad`` counts on over several files.
+    """
+    kind, before = kind_of(path), len(bad)
+    verdict = image_sizes if chat is None else verdict_of(kind, chat, max_prompt_tokens)
+    counts = Counts()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        name = escape(printable(path.name))
+        reading = progress.add_task(f"reading {name}", total=None)
+        data = Dataset(
+            path, FORMATS[kind], bad, progress=lambda done, total: progress.update(reading, completed=done, total=total)
+        )
+        for sample, sizes in progress.track(_judged(data, verdict), len(data), description=f"opening {name}"):
+            if sizes is not None:
+                counts.add(sample, sizes)
+    _show(path, kind, counts, bad.messages[before:], console)
+
+
+def _judged(data: Dataset, verdict: Verdict) -> Iterator[tuple[Sample, list[tuple[int, int]] | None]]:
+    """(sample, sizes of its images) of every record, sizes None where it is bad; images are opened side by side."""
+
+    def judge(sample: Sample) -> list[tuple[int, int]] | DataError:
+        try:
+            return verdict(sample)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(data), AT_ONCE):
+            samples = [data[index] for index in range(start, min(start + AT_ONCE, len(data)))]
+            for offset, (sample, judged) in enumerate(zip(samples, pool.map(judge, samples))):
+                if isinstance(judged, DataError):
+                    data.skip(start + offset, judged)
+                yield sample, None if isinstance(judged, DataError) else judged
+
+
+def _show(path: Path, kind: str, counts: Counts, bad: list[str], console: Console) -> None:
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    images = sum(counts.sizes.values())
+    say(f"[bold]{escape(printable(str(path)))}[/]  {kind}: {counts.records} records, {images} images")
+    if counts.sizes:
+        widths, heights = zip(*counts.sizes)
+        say(f"image sizes: {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)} pixels")
+    if kind in ("alignment", "rlvr"):
+        types = (f"{escape(printable(name))} {count}" for name, count in counts.types.most_common(12))
+        say("question types: " + ", ".join(types))
+    if counts.unformatted:
+        say(f"[yellow]{counts.unformatted} responses lack the format caption, think, answer:[/] sft trains on them,")
+        say("  and the stages after it count such responses as invalid")
+    if bad:
+        say(f"[yellow]{len(bad)} bad records skipped:[/]")
+        for line in bad[:SHOWN_BAD]:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        if len(bad) > SHOWN_BAD:
+            say(f"  and {len(bad) - SHOWN_BAD} more")
+    if counts.first is not None:
+        place = escape(printable(counts.first.place))
+        console.print(Panel(escape(printable(render(counts.first))), title=place, title_align="left"))
 
 
 def render(sample: Sample) -> str:

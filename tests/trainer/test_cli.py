@@ -41,7 +41,7 @@ def test_the_command_line_is_frozen():
         "eval": ["--config"],
         "bench": [],
         "doctor": [],
-        "data check": ["--skip-bad-records"],
+        "data check": ["--max-prompt-tokens", "--model", "--skip-bad-records"],
         "data pairs": ["--config"],
         "data filter": ["--config"],
     }
