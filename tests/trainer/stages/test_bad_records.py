@@ -107,6 +107,7 @@ def test_evaluation_files_have_the_same_rule(stage, tiny_folder, tmp_path):
     held = write(tiny_folder, "warmup" if stage == "warmup" else "rlvr", tmp_path / "other", 1, 1)
     tree = tree_of(tiny_folder, stage, tmp_path, 1, 0, eval_files=[str(held)], skip_bad_records=1)
     tree["steps"] = 1
+    tree |= {} if stage == "warmup" else {"eval": {"max_response_tokens": 2}}
     run_stage(stage, tree)
     lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert sum("skipped: " in line.get("warning", "") for line in lines) == 1
