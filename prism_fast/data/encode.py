@@ -65,8 +65,16 @@ def pair_record(sample: Sample, chat: Chat, *, max_prompt_tokens: int, max_token
     return PairRecord(prompt, parts("teacher"), parts("student"))
 
 
-def lesson(sample: Sample, chat: Chat, *, max_prompt_tokens: int, config: DiscriminatorStep) -> Lesson:
-    """Tokens of a prompt and its teacher's parts. A teacher that does not fit is an error, never cut in silence."""
+def lesson(
+    sample: Sample, chat: Chat, *, max_prompt_tokens: int, config: DiscriminatorStep, needs_gold: bool = False
+) -> Lesson:
+    """Tokens of a prompt and its teacher's parts. A teacher that does not fit is an error, never cut in silence; so is
+    a record without an answer where ``needs_gold``."""
+    if needs_gold and sample.gold is None:
+        raise DataError(
+            f"{sample.place}: reward_model.ground_truth: missing, the advantage's rule reads answers; "
+            "add it, or take advantage.rule=align"
+        )
     prompt = chat.encode_prompt(sample, max_prompt_tokens)
     teacher = []
     for name, text in (("teacher_caption", sample.teacher_caption), ("teacher_cot", sample.teacher_reasoning)):

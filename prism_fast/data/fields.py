@@ -23,6 +23,7 @@ ROLES = {"human": "user", "gpt": "assistant"}  # sharegpt's names
 # What some format reads, and what may stand beside it in every format (docs/method.md 6).
 READ = ("messages", "conversations", "system", "prompt", "question", "image", "images", "reward_model")
 BESIDE = frozenset({"data_source", "extra_info", "reward_model"})
+REWARD = ("style", "ground_truth", "equivalent_answers")
 VOICE = re.compile(r"(teacher|student)_(caption|cot|response)")  # a format without them passes over them
 UNSUPPORTED = ("video", "videos", "audio", "audios")
 _PICTURE = re.compile(r"(images?|imgs?|pictures?|photos?|figures?)([_ -]?(paths?|urls?|files?|bytes|data|base64|\d+))?")
@@ -30,8 +31,10 @@ _CONTENT = re.compile(
     r"system|(system|user|developer|assistant)[_ -]?(prompts?|messages?|contents?)"
     r"|messages?|conversations?|dialogs?|dialogues?|turns|chats?|history"
     r"|prompts?|questions?|query|problem|instructions?|inputs?|texts?|contents?|context|passage|hints?|options|choices"
-    r"|(final_?|correct_?|gold_?)?answers?|responses?|outputs?|completions?|solutions?|ground_?truths?|golds?"
-    r"|equivalent_?answers?|equivalents|chosen|rejected|tools|tool_calls|captions?|cot|thoughts?|reasoning|rationale"
+    r"|responses?|outputs?|completions?|chosen|rejected|tools|tool_calls|captions?|cot|thoughts?|reasoning|rationale"
+)
+_ANSWER = re.compile(
+    r"((final|correct|gold)_?)?answers?|solutions?|ground_?truths?|golds?|equivalent_?answers?|equivalents"
 )
 _ORIGIN = re.compile(r"(image|img)s?[_ -]?(paths?|urls?|files?)")  # beside an image that was read: where it came from
 _TURNS_AS_TEXT = re.compile(
@@ -59,7 +62,7 @@ def is_read(name: str) -> bool:
 def looks_like_content(name: str) -> bool:
     """A name for something that a model reads or writes, or one close to a name that some format reads."""
     plain = name.strip().lower()
-    return bool(_CONTENT.fullmatch(plain) or _PICTURE.fullmatch(plain) or _like(name))
+    return any(kind.fullmatch(plain) for kind in (_CONTENT, _PICTURE, _ANSWER)) or bool(_like(name))
 
 
 def _like(name: str) -> list[str]:
@@ -83,7 +86,7 @@ class Fields:
                 raise self.error(key, f"{key.rstrip('s')} is not supported", "remove the record")
 
     def error(self, field: str, problem: str, remedy: str) -> DataError:
-        return DataError(f"{self.place}: {field}: {problem}; {remedy}")
+        return DataError(f"{self.place}: {field[:80]}: {problem[:200]}; {remedy}")
 
     def value(self, key: str) -> Any:
         """The field, None where it is missing."""
@@ -135,6 +138,26 @@ class Fields:
         if value.strip().lower() in _NOT_A_NUMBER:
             raise self.error(field, f"{value!r} is how a missing value was written", "give the answer as a text")
         return value
+
+    def label(self, value: Any, field: str) -> str | None:
+        """A name that groups records, None where it is missing."""
+        if missing(value):
+            return None
+        if not isinstance(value, (str, int)):
+            raise self.error(field, f"expected a text, got {type(value).__name__}", "write a name, or remove it")
+        return str(value)
+
+    def refuse_other_answers(self, gold: str | None, equivalents: Sequence[str]) -> None:
+        """Raises where an answer stands elsewhere than where it is read, and is another than the one that is."""
+        read = {text.strip() for text in (gold, *equivalents) if text is not None}
+        reward = self.struct("reward_model")
+        unread = {f"reward_model.{key}": value for key, value in reward.items() if key not in REWARD}
+        unread = {key: value for key, value in unread.items() if gold is None or looks_like_content(key[13:])}
+        unread |= {key: value for key, value in self.record.items() if _ANSWER.fullmatch(key.strip().lower())}
+        for key, value in unread.items():
+            if not all(leaf in read for leaf in _leaves(value)):
+                remedy = "move it to reward_model.ground_truth or equivalent_answers, or remove it"
+                raise self.error(key, "an answer is not read from here", remedy)
 
     def messages(self, key: str) -> list[Message]:
         """Turns with the roles [system], user, assistant, user, ...; a text is one user turn. A field ``system`` is the

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from prism_fast.data.bad_records import BadRecords
-from prism_fast.data.fields import IMAGE, Fields, is_read, looks_like_content, missing
+from prism_fast.data.fields import IMAGE, Fields, is_read, missing
 from prism_fast.data.images import open_image
 from prism_fast.data.source import Source, open_source
 from prism_fast.data.writers import write_align, write_rlvr, write_sft, write_warmup
@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 PROGRESS_EVERY = 256  # records
-REWARD = ("style", "ground_truth", "equivalent_answers")
 Paths = str | Path | Sequence[str | Path]
 Skip = int | BadRecords  # how many bad records are allowed, or the account of a command that reads other files too
 Convert = Callable[["Fields"], Sample]
@@ -187,21 +186,19 @@ def _gold(fields: Fields, required: bool) -> dict[str, Any]:
         problem = "the answer is empty" if empty else "the field is missing"
         raise fields.error("reward_model.ground_truth", problem, "give the answer as a text, or remove the record")
     listed = reward.get("equivalent_answers")
-    if not missing(listed) and not isinstance(listed, list):
+    listed = [] if missing(listed) else listed
+    if not isinstance(listed, list):
         raise fields.error("reward_model.equivalent_answers", "expected a list of texts", "write a list of strings")
-    answers = [fields.answer(answer, "reward_model.equivalent_answers") for answer in listed or []]
-    odd = [name for name, value in reward.items() if name not in REWARD and not missing(value)]
-    if odd := [name for name in odd if looks_like_content(name)]:
-        raise fields.error(
-            f"reward_model.{odd[0]}", "is not read", "rename it to ground_truth or equivalent_answers, or remove it"
-        )
-    source, question_type = fields.value("data_source"), extra.get("question_type")
-    source = "" if source is None else str(source)
+    answers = [fields.answer(answer, "reward_model.equivalent_answers") for answer in listed]
+    equivalents = tuple(answer for answer in answers if answer is not None)
+    fields.refuse_other_answers(gold, equivalents)
+    source = fields.label(fields.value("data_source"), "data_source")
+    question_type = fields.label(extra.get("question_type"), "extra_info.question_type")
     return {
         "gold": gold,
-        "equivalents": tuple(answer for answer in answers if answer is not None),
-        "question_type": source or "all" if missing(question_type) else str(question_type),
-        "data_source": source,
+        "equivalents": equivalents,
+        "question_type": question_type or source or "all",
+        "data_source": source or "",
     }
 
 

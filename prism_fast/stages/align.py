@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 from prism_fast import metric_names as names
 from prism_fast.config import AlignConfig
@@ -29,6 +30,7 @@ from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import generate
 from prism_fast.steps.update import Updater
 from prism_kernels import PolicyObjective
+from prism_kernels.group_advantage.rules import RULES
 
 
 def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
@@ -47,7 +49,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
             evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
-        encode = partial(lesson, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, config=config)
+        encode = partial(lesson, chat=chat, **_limits(config))
         prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
         objective, load = PolicyObjective.grpo(), ExpertLoad()
         for step in range(first, config.steps):
@@ -92,6 +94,12 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions()
             session.end_of_step(step + 1, clock, tokens, metrics, _warnings(fault, tokens, metrics))
         return session.finish(data.bad.messages)
+
+
+def _limits(config: AlignConfig) -> dict[str, Any]:
+    """What makes a record usable."""
+    needs_gold = RULES[config.advantage.rule].reads_accuracy
+    return {"max_prompt_tokens": config.data.max_prompt_tokens, "config": config, "needs_gold": needs_gold}
 
 
 def _warnings(fault: str | None, tokens: dict[str, int], metrics: dict[str, float]) -> list[str]:

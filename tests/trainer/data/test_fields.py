@@ -85,6 +85,8 @@ def test_decimal_golds_and_missing_equivalents(tmp_path):
 
 @pytest.mark.parametrize("nothing", [None, math.nan, "", " ", {}])
 def test_missing_is_missing(nothing, tmp_path):
+    sample = read(tmp_path, "rlvr", answer="7", reward_model={"ground_truth": "7", "equivalent_answers": nothing})
+    assert (sample.gold, sample.equivalents) == ("7", ())
     sample = read(tmp_path, "align", reward_model=nothing if nothing != " " else None, data_source=nothing)
     assert (sample.gold, sample.data_source, sample.question_type) == (None, "", "sum")
     sample = read(tmp_path, "align", reward_model={"ground_truth": nothing}, extra_info={"question_type": nothing})
@@ -161,6 +163,11 @@ REFUSED = [
     ("rlvr", {"reward_model": {"ground_truth": {"value": 7}}}, ("ground_truth", "dict")),
     ("rlvr", {"reward_model": json.dumps({"ground_truth": "7"})}, ("reward_model", "named fields")),
     ("rlvr", {"reward_model": ..., "answer": "7"}, ("ground_truth", "missing")),
+    ("rlvr", {"answer": "3 + 4 #### 7"}, ("answer", "not read from here", "reward_model.ground_truth")),
+    ("align", {"reward_model": ..., "answer": "7"}, ("answer", "not read from here")),
+    ("align", {"reward_model": {"gt": "7"}}, ("reward_model.gt", "not read from here")),
+    ("align", {"data_source": ["geo"]}, ("data_source", "list")),
+    ("rlvr", {"extra_info": {"question_type": {"a": 1}}}, ("extra_info.question_type", "dict")),
     ("rlvr", {"reward_model": {"ground_truth": "7", "equivalents": ["seven"]}}, ("reward_model.equivalents", "read")),
     ("rlvr", {"reward_model": {"ground_truth": "7", "equivalent_answers": [["8"]]}}, ("equivalent_answers", "list")),
     ("align", {"teacher_caption": 3, "teacher_cot": "x"}, ("teacher_caption", "int")),
@@ -284,7 +291,18 @@ def test_nan_of_pandas_is_missing(tmp_path):
 
 
 def test_what_looks_like_content():
-    for name in ("Image", "image_url", "image_1", "answer", "message", "reward_modle", "Question ", "system_prompt"):
+    for name in (
+        "Image",
+        "image_url",
+        "ground_truth",
+        "final_answer",
+        "image_1",
+        "answer",
+        "message",
+        "reward_modle",
+        "Question ",
+        "system_prompt",
+    ):
         assert looks_like_content(name), name
     for name in ("id", "index", "ability", "image_id", "prompt_id", "question_type", "source", "split", "difficulty"):
         assert not looks_like_content(name), name

@@ -125,3 +125,15 @@ def test_preparation_has_the_same_rule(stage, tiny_folder, tmp_path):
     tree |= {"data": {"files": [str(file)], "skip_bad_records": 2}, "max_response_tokens": 4}
     with pytest.raises(DataError, match="each of 2 records is bad"):
         run(load_config(cls, None, base=tree))
+
+
+def test_a_rule_that_reads_answers_needs_them(tiny_folder, tmp_path):
+    tree = tree_of(tiny_folder, "align", tmp_path, 1, 0, skip_bad_records=1)
+    strict = {"files": tree["data"]["files"]}
+    (record,) = read_align(tmp_path / "align.parquet")
+    write_align(tmp_path / "align.parquet", [type(record)(**{**vars(record), "gold": None})])
+    with pytest.raises(DataError, match=r"align.parquet:1: reward_model.ground_truth: missing, the advantage's rule"):
+        run_stage(
+            "align", {**tree, "steps": 1, "advantage": {"rule": "gated"}, "data": {"files": tree["data"]["files"]}}
+        )
+    run_stage("align", {**tree, "steps": 1})
