@@ -226,7 +226,11 @@ def _prepare(run, cls, config: Path | None, overrides: list[str] | None) -> None
         raise DataError(f"{settings.out}: exists already; choose another out, or remove it")
     with Progress(console=console) as progress:
         task = progress.add_task("responses", total=None)
-        counts = run(settings, lambda done, total: progress.update(task, completed=done, total=total))
+        counts = run(
+            settings,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
     for name, value in counts.items():
         console.print(f"{name:16} {value}")
     console.print(f"written: {settings.out}", soft_wrap=True)

@@ -85,8 +85,9 @@ class Dataset(Sequence[Sample]):
                     good.append((file, record))
         self._index = np.array(good, dtype=np.int64).reshape(-1, 2)
         if not good:
-            first = self.bad.messages[0]
-            raise DataError(f"{paths[0]}: no valid record is left, {len(self.bad)} are bad; correct the file ({first})")
+            raise DataError(
+                f"{paths[0]}: no valid record is left, {total} are bad; correct the file ({self.bad.messages[-1]})"
+            )
 
     def __len__(self) -> int:
         return len(self._index)

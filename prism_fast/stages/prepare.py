@@ -17,15 +17,18 @@ from prism_fast.reward import split_parts, verifiable_reward
 from prism_fast.steps.sampler import generate
 
 Progress = Callable[[int, int], None]  # (responses done, responses in total)
+Say = Callable[[str], None]  # told of every bad record that was passed over
 
 
-def pairs(config: PairsConfig, progress: Progress | None = None) -> dict[str, int]:
+def pairs(config: PairsConfig, progress: Progress | None = None, say: Say | None = None) -> dict[str, int]:
     """Rolls out config.model on the teacher's prompts and writes warm-up records; returns counts.
 
     A response without a valid format has no parts to compare, and is counted, not written.
     """
     data = read_align(config.data.files, **config.data.reading)
     samples, rollout = _roll_out(config, data, progress)
+    for line in data.bad.messages if say is not None else ():
+        say(f"skipped: {line}")
     records = []
     for text, group in zip(rollout.text, rollout.group.tolist()):
         parts = split_parts(text)
@@ -43,10 +46,12 @@ def pairs(config: PairsConfig, progress: Progress | None = None) -> dict[str, in
     }
 
 
-def filter_prompts(config: FilterConfig, progress: Progress | None = None) -> dict[str, int]:
+def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: Say | None = None) -> dict[str, int]:
     """Keeps the prompts whose pass rate over ``samples`` rollouts lies in [low, high]; returns counts."""
     data = read_rlvr(config.data.files, **config.data.reading)
     samples, rollout = _roll_out(config, data, progress)
+    for line in data.bad.messages if say is not None else ():
+        say(f"skipped: {line}")
     right = torch.zeros(len(samples))
     for text, group in zip(rollout.text, rollout.group.tolist()):
         sample = samples[group]

@@ -1,6 +1,7 @@
 """Bad records by one rule in every stage: each counts once, and a step that has no other makes no update."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from prism_fast.data.formats import (
 )
 from prism_fast.records import DataError
 from prism_fast.run.monitor import read_metrics
+from prism_fast.stages import prepare
 from prism_fast.stages.prepare import filter_prompts, pairs
 from tests.tiny_run import run_stage, settings
 
@@ -118,13 +120,23 @@ def test_evaluation_files_have_the_same_rule(stage, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["align", "rlvr"])
-def test_preparation_has_the_same_rule(stage, tiny_folder, tmp_path):
+def test_preparation_has_the_same_rule(stage, tiny_folder, tmp_path, monkeypatch):
     run, cls = {"align": (pairs, PairsConfig), "rlvr": (filter_prompts, FilterConfig)}[stage]
     file = write(tiny_folder, stage, tmp_path, 0, 2)
     tree = {"model": {"path": str(tiny_folder / "base")}, "out": str(tmp_path / "o.parquet"), "samples": 2}
     tree |= {"data": {"files": [str(file)], "skip_bad_records": 2}, "max_response_tokens": 4}
     with pytest.raises(DataError, match="each of 2 records is bad"):
         run(load_config(cls, None, base=tree))
+    write(tiny_folder, stage, tmp_path, 1, 2)
+    generate, said = prepare.generate, []
+    text = "<caption>a</caption><think>b</think><answer>no</answer>"
+    monkeypatch.setattr(
+        prepare, "generate", lambda *a, **k: replace(made := generate(*a, **k), text=[text] * len(made))
+    )
+    tree |= {} if stage == "align" else {"low": 0.0}
+    counts = run(load_config(cls, None, base=tree), say=said.append)
+    assert (counts["prompts"], counts["skipped_records"]) == (1, 2)
+    assert [line.split(": ")[:2] for line in said] == [["skipped", f"{file}:2"], ["skipped", f"{file}:3"]]
 
 
 def test_a_rule_that_reads_answers_needs_them(tiny_folder, tmp_path):
@@ -133,7 +145,5 @@ def test_a_rule_that_reads_answers_needs_them(tiny_folder, tmp_path):
     (record,) = read_align(tmp_path / "align.parquet")
     write_align(tmp_path / "align.parquet", [type(record)(**{**vars(record), "gold": None})])
     with pytest.raises(DataError, match=r"align.parquet:1: reward_model.ground_truth: missing, the advantage's rule"):
-        run_stage(
-            "align", {**tree, "steps": 1, "advantage": {"rule": "gated"}, "data": {"files": tree["data"]["files"]}}
-        )
+        run_stage("align", {**tree, "steps": 1, "advantage": {"rule": "gated"}, "data": strict})
     run_stage("align", {**tree, "steps": 1})
