@@ -41,7 +41,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
                 picked = order(len(data), config.run.seed, step * config.batch_size, config.batch_size)
                 trees = demonstration_trees(encode_all(data, picked, encode))
                 packs = pack(trees, config.run.tokens_per_pack, policy.image)
-            metrics = {names.LEARNING_RATE: updater.lr}
+            metrics: dict[str, float] = {names.LEARNING_RATE: updater.lr}
             if not packs:
                 warnings.append(NO_RECORDS)
                 updater.next_step()

@@ -10,6 +10,8 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from prism_fast.data.fields import looks_like_content, missing
 from prism_fast.data.formats import read_align, read_rlvr, read_sft, read_warmup
@@ -229,6 +231,41 @@ def test_a_byte_order_mark_and_crlf_are_no_content(tmp_path):
     path = write(tmp_path, "sft", record("sft"), record("sft"), name="d.jsonl")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert len(read_sft(path)) == 2
+
+
+NAMES = [
+    "messages",
+    "prompt",
+    "images",
+    "image",
+    "system",
+    "question",
+    "answer",
+    "reward_model",
+    "extra_info",
+    "data_source",
+    "teacher_response",
+]
+LEAVES = st.sampled_from([None, "", "x", "<image>", "a.png", 0, 2.5, math.nan, math.inf, True, [], {}, "\x1b\0"])
+KEYS = st.sampled_from(
+    ["role", "content", "from", "value", "type", "text", "bytes", "path", "ground_truth", "question_type"]
+)
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=2) | st.dictionaries(KEYS, v, max_size=3), max_leaves=6)
+
+
+@given(st.sampled_from(list(READERS)), st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=3))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_value_is_read_or_refused_in_one_line(tmp_path, kind, changes):
+    (tmp_path / "d.jsonl").unlink(missing_ok=True)  # a mapped file is never written over
+    path = write(tmp_path, kind, record(kind, **changes), name="d.jsonl")
+    try:
+        (sample,) = READERS[kind](path)
+    except DataError as error:
+        assert str(error).startswith(f"{path}:1: ") or "no valid record" in str(error)
+        assert str(error).isprintable() and len(str(error)) < 500
+    else:
+        asked = sum(m.content.count("<image>") for m in sample.messages)
+        assert asked == len(sample.images) and all(m.content.strip() for m in sample.messages)
 
 
 def table(folder, **columns):
