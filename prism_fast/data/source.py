@@ -232,9 +232,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse(data: bytes, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+        record = _DECODER.decode(data.decode("utf-8-sig"))
         if b"\\u" in data:
             json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
