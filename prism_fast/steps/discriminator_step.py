@@ -49,8 +49,12 @@ def discriminator_trees(
         [-1, -1] if pair is None else trees.add(group, pair, STUDENT_KINDS)
         for pair, group in zip(parts, rollout.group.tolist())
     ]
-    by_side = (torch.tensor(labels).T.contiguous() for labels in (teacher, student))  # scores are read in this layout
-    return trees.trees(), PartLabels(*by_side, len(trees))
+    return trees.trees(), PartLabels(_by_side(teacher), _by_side(student), len(trees))
+
+
+def _by_side(labels: Sequence[Sequence[int]]) -> Tensor:
+    """Pairs of labels -> (2, pairs). Contiguous, as scores are read in this layout, and a mean's bits depend on it."""
+    return torch.tensor(labels).T.contiguous()
 
 
 def discriminator_gradient(
