@@ -53,6 +53,7 @@ _TURNS = {  # EXIF orientation -> what makes it upright
     8: Image.Transpose.ROTATE_90,
 }
 
+_PILLOW = r"PIL\."  # its modules
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach stderr beside the exception
 
 
@@ -125,7 +126,7 @@ def _open(ref: ImageRef) -> IO[bytes]:
 
 
 def _seen(file: IO[bytes]) -> Image.Image:
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF and the like; what matters is raised
+    _silence_pillow()
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library asked for
     try:
         image = Image.open(file, formats=FORMATS)
@@ -133,10 +134,14 @@ def _seen(file: IO[bytes]) -> Image.Image:
         raise _Refusal(
             f"does not open (damaged, or none of {', '.join(FORMATS)}{_looks_like(file)}); convert or remove it"
         ) from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which is higher
+        raise _Refusal(f"is over the limit of {MAX_PIXELS:,} pixels; make it smaller or remove it") from error
     with image:
         _check_size(*image.size)
         box = image.tile[0][1] if image.format == "GIF" and image.tile else None  # of the first frame
         image.load()
+        if image.format == "JPEG2000" and not _ends(file):
+            raise _Refusal("does not open: it is truncated; replace the image or remove it")
         rgb = _on_white(image, file)
         if box is not None and box != (0, 0, *image.size):
             white = Image.new("RGB", image.size, "white")
@@ -148,12 +153,26 @@ def _seen(file: IO[bytes]) -> Image.Image:
     return rgb
 
 
+def _silence_pillow() -> None:
+    """No warnings of damaged EXIF and the like: what matters is raised. Only where they are heard, since each change of
+    the filters makes Python repeat every warning that it has shown once. Not undone: threads share the filters."""
+    first = warnings.filters[0] if warnings.filters else None
+    if first is None or first[0] != "ignore" or getattr(first[3], "pattern", None) != _PILLOW:
+        warnings.filterwarnings("ignore", module=_PILLOW)
+
+
 def _looks_like(file: IO[bytes]) -> str:
     file.seek(0)
     head = file.read(64).lstrip()
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
         return "; it looks like HEIC"
     return "".join(f"; it looks like {name}" for start, name in _OTHERS.items() if head.startswith(start))
+
+
+def _ends(file: IO[bytes]) -> bool:
+    """Whether a JPEG 2000 file holds the mark at its end. The decoder misses a cut where a tile begins."""
+    file.seek(0)
+    return b"\xff\xd9" in file.read()
 
 
 def _check_size(width: int, height: int) -> None:
