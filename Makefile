@@ -1,4 +1,4 @@
-# Targets: make setup | demo | test | test-portable | lint | bench | gate | gpu | clean
+# Targets: make setup | demo | test | test-portable | lint | fuzz | bench | gate | gpu | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable lint bench gate gpu clean
+.PHONY: setup demo test test-portable lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Damaged inputs by the thousand: dev/fuzz_*.py, each of which fails where one is neither read nor refused in one line.
+fuzz: setup
+	for script in dev/fuzz_*.py; do echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python "$$script" || exit 1; done
 
 # make bench OP=linear_logprob ARGS="--peers liger --plot head.png"
 OP     ?= linear_logprob

@@ -181,7 +181,7 @@ class Chat:
         images = [open_image(ref, sample.place) for ref in sample.images]
         try:
             output = self.image_processor(images=images, return_tensors="pt")
-        except ValueError as error:  # an aspect ratio that the processor refuses
+        except ValueError as error:  # a size that the processor refuses and open_image takes
             detail = " ".join(str(error).split())[:160]
             raise DataError(f"{sample.place}: images: cannot be preprocessed ({detail}); resize the image") from error
         return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)

@@ -1,19 +1,64 @@
-"""References to images in records, and opening them. Nothing is opened before it is needed."""
+"""References to images in records, and opening them as a person sees them. Nothing is opened before it is needed.
+
+Upright (orientation of EXIF or XMP), on white where it is transparent, 8 bits of RGB. Grey of 16 bits is scaled by the
+whole range of its format; grey of 32 bits and floats, which have no agreed black and white, are refused. Of animations
+and files of several pages: the first. Embedded colour profiles are not applied.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import logging
+import os
+import stat
+import struct
+import warnings
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from prism_fast.files import replacing
 from prism_fast.records import DataError, ImageRef
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # none of them starts a program
+MAX_BYTES = 2**28  # of a file: 268 MB
+MAX_PIXELS = 2**26  # 67 million: 8,192 x 8,192
+MAX_SIDE = 65_535
+MAX_ASPECT = 200  # of the longer side to the shorter; the image processor has the same limit
+
 _VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin
+_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"II*\0": ".tif", b"MM\0*": ".tif"}
+_OTHERS = {  # what is found in place of an image, by its first bytes
+    b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
+    b"<!DOCTYPE": "an HTML page",
+    b"<html": "an HTML page",
+    b"<svg": "SVG",
+    b"<?xml": "SVG or XML",
+    b"%PDF": "PDF",
+    b"%!PS": "PostScript",
+    b"8BPS": "Photoshop",
+}
+_TURNS = {  # EXIF orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_PILLOW = r"PIL\."  # its modules
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach stderr beside the exception
+
+
+class _Refusal(Exception):
+    """Why an image is not taken and what to do, to go on after its name."""
 
 
 def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
@@ -29,23 +74,187 @@ def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
         raise DataError(f"{place}: {field}: expected bytes, a bytes/path struct or a path, got {kind}; give the image")
     if "://" in value or value.startswith("data:"):
         raise DataError(f"{place}: {field}: {value[:80]!r} is a URL; store the image as a file or as bytes")
+    if value.startswith(_BASE64) and len(value) > 100:
+        raise DataError(f"{place}: {field}: {value[:20]!r}... is base64; store the image as a file or as bytes")
     path = folder / value
     if path.suffix.lower() in _VIDEO_SUFFIXES:
-        raise DataError(f"{place}: {field}: {value!r} is a video, which is not supported; remove the record")
-    if not path.is_file():
-        raise DataError(f"{place}: {field}: no such image file {str(path)!r}; correct the path or remove the record")
+        raise DataError(f"{place}: {field}: {value[:200]!r} is a video, which is not supported; remove the record")
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        why = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
+        raise DataError(
+            f"{place}: {field}: no such image file {str(path)[:200]!r}{why}; correct the path or remove the record"
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{place}: {field}: {str(path)!r} is {_kind(mode)}; give the path of an image file")
     return ImageRef(path=path)
 
 
 def open_image(ref: ImageRef, place: str) -> Image.Image:
-    """The decoded image as RGB. Raises DataError, naming ``place``, where it does not open."""
+    """The image as a person sees it, as RGB. Raises DataError, naming ``place``, whatever the decoder raises."""
+    name = f"{len(ref.data)} bytes" if ref.data is not None else repr(str(ref.path))[1:-1]
     try:
-        with Image.open(ref.path if ref.data is None else io.BytesIO(ref.data)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = str(ref.path) if ref.data is None else f"{len(ref.data)} bytes"
-        detail = " ".join(str(error).split())[:160]
+        with _open(ref) as file:
+            return _seen(file)
+    except _Refusal as error:
+        raise DataError(f"{place}: images: {name} {error}") from error
+    except Exception as error:  # decoders of damaged files raise any type
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise DataError(f"{place}: images: {name} does not open ({detail}); replace the image or remove it") from error
+
+
+def _kind(mode: int) -> str:
+    names = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return names.get(stat.S_IFMT(mode), "a device")
+
+
+def _open(ref: ImageRef) -> IO[bytes]:
+    """The encoded image as an open file. A path is examined first: to open a pipe or a device may wait for ever."""
+    if ref.data is not None:
+        size = len(ref.data)
+    else:
+        status = os.stat(str(ref.path))
+        if not stat.S_ISREG(status.st_mode):
+            raise _Refusal(f"does not open: it is {_kind(status.st_mode)}; give the path of an image file")
+        size = status.st_size
+    if size == 0:
+        raise _Refusal("does not open: it is empty; replace the image or remove it")
+    if size > MAX_BYTES:
+        raise _Refusal(f"has {size:,} bytes, over the limit of {MAX_BYTES:,}; make it smaller or remove it")
+    return open(ref.path, "rb") if ref.data is None else io.BytesIO(ref.data)
+
+
+def _seen(file: IO[bytes]) -> Image.Image:
+    _silence_pillow()
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library asked for
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise _Refusal(
+            f"does not open (damaged, or none of {', '.join(FORMATS)}{_looks_like(file)}); convert or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which is higher
+        raise _Refusal(f"is over the limit of {MAX_PIXELS:,} pixels; make it smaller or remove it") from error
+    with image:
+        _check_size(*image.size)
+        box = image.tile[0][1] if image.format == "GIF" and image.tile else None  # of the first frame
+        image.load()
+        if image.format == "JPEG2000" and not _ends(file):
+            raise _Refusal("does not open: it is truncated; replace the image or remove it")
+        rgb = _on_white(image, file)
+        if box is not None and box != (0, 0, *image.size):
+            white = Image.new("RGB", image.size, "white")
+            white.paste(rgb.crop(box), box)
+            rgb = white
+        turn = _TURNS.get(_orientation(image))
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    rgb.info.clear()  # a transparency or orientation in it would be applied again by whoever saves the image
+    return rgb
+
+
+def _silence_pillow() -> None:
+    """No warnings of damaged EXIF and the like: what matters is raised. Only where they are heard, since each change of
+    the filters makes Python repeat every warning that it has shown once. Not undone: threads share the filters."""
+    first = warnings.filters[0] if warnings.filters else None
+    if first is None or first[0] != "ignore" or getattr(first[3], "pattern", None) != _PILLOW:
+        warnings.filterwarnings("ignore", module=_PILLOW)
+
+
+def _looks_like(file: IO[bytes]) -> str:
+    file.seek(0)
+    head = file.read(64).lstrip()
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        return "; it looks like HEIC"
+    return "".join(f"; it looks like {name}" for start, name in _OTHERS.items() if head.startswith(start))
+
+
+def _ends(file: IO[bytes]) -> bool:
+    """Whether a JPEG 2000 file holds the mark at its end. The decoder misses a cut where a tile begins."""
+    file.seek(0)
+    return b"\xff\xd9" in file.read()
+
+
+def _check_size(width: int, height: int) -> None:
+    """Refuses by the header alone, before anything is decoded."""
+    shorter, longer = sorted((width, height))
+    if shorter < 1:
+        why = "nothing to see; replace"
+    elif width * height > MAX_PIXELS:
+        why = f"over the limit of {MAX_PIXELS:,} pixels; make it smaller"
+    elif longer > MAX_SIDE:
+        why = f"over the limit of {MAX_SIDE:,} a side; make it smaller"
+    elif longer > MAX_ASPECT * shorter:
+        why = f"an aspect ratio over the limit of {MAX_ASPECT}; crop it"
+    else:
+        return
+    raise _Refusal(f"has {width} x {height} pixels, {why} or remove it")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's number; 1, upright, where the block is damaged, as viewers take it. After ``load``, which may read it."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, struct.error):
+        return 1
+
+
+def _on_white(image: Image.Image, file: IO[bytes]) -> Image.Image:
+    """A loaded image of any mode as RGB, what is transparent in it on white."""
+    premultiplied = {"La": "LA", "RGBa": "RGBA"}
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        image = _grey_of_16_bits(image)
+    elif image.mode in ("I", "F"):
+        raise _Refusal(
+            f"has grey of 32 bits, signed or floating (mode {image.mode}), with no agreed black and white;"
+            " save it with 8 or 16 bits"
+        )
+    elif image.mode in premultiplied:
+        image = image.convert(premultiplied[image.mode])
+    elif image.format == "PNG" and image.mode in ("L", "RGB") and "transparency" in image.info:
+        image = _with_key_as_alpha(image, file)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if image.format == "BMP" and alpha.getextrema() == (0, 0):  # an unused channel, as browsers take it
+        return rgba.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgba.convert("RGB"), mask=alpha)
+    return white
+
+
+def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+    """As L, or as LA where a PNG names a transparent grey. PPM's grey is 16 bits in Pillow's mode I."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    top = 4095 if tuple(np.atleast_1d(tags.get(258, 16))) == (12,) else 65535
+    table = (np.minimum(np.arange(65536), top) * 255 + top // 2) // top
+    if tags.get(262) == 0:  # white is zero
+        table = 255 - table
+    values = np.asarray(image)
+    grey = Image.fromarray(table.astype(np.uint8)[values])
+    if "transparency" not in image.info:
+        return grey
+    alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(alpha)))
+
+
+def _with_key_as_alpha(image: Image.Image, file: IO[bytes]) -> Image.Image:
+    """A PNG with its transparent colour, written in the file's depth, as alpha: Pillow compares it with 8 bits."""
+    file.seek(24)
+    depth = file.read(1)[0]
+    key = np.atleast_1d(image.info["transparency"]) & (2**depth - 1)
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
+    if depth == 16:
+        low = Image.open(file, formats=("PNG",))
+        low.tile = [low.tile[0]._replace(args="RGB;16L")]  # the lower byte of each value, which Pillow drops
+        hidden = (pixels == key >> 8).all(-1) & (np.asarray(low) == (key & 255)).all(-1)
+    else:
+        hidden = (pixels == key * 255 // (2**depth - 1)).all(-1)
+    del image.info["transparency"]
+    image = image.convert("RGB")
+    image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+    return image
 
 
 def image_uri(ref: ImageRef, place: str) -> str:
@@ -63,7 +272,7 @@ def store_image(ref: ImageRef, folder: Path, subfolder: str) -> str:
         path = ref.path.resolve()
         root = folder.resolve()
         return str(path.relative_to(root) if path.is_relative_to(root) else path)
-    suffix = ".png" if ref.data.startswith(b"\x89PNG") else ".jpg" if ref.data.startswith(b"\xff\xd8") else ".img"
+    suffix = next((suffix for start, suffix in _SUFFIXES.items() if ref.data.startswith(start)), ".img")
     relative = Path(subfolder) / (blake2b(ref.data, digest_size=12).hexdigest() + suffix)
     target = folder / relative
     if not target.exists():

@@ -95,8 +95,15 @@ def test_limits_and_images_that_do_not_open(chat):
         chat.encode_prompt(sample(image(64, 16)), max_tokens=size - 1)
     with pytest.raises(DataError, match=r"d.json:4: images: .*does not open"):
         chat.encode_prompt(sample(ImageRef(data=b"junk")))
-    with pytest.raises(DataError, match=r"d.json:4: images: cannot be preprocessed.*aspect ratio"):
+    with pytest.raises(DataError, match=r"d.json:4: images: .* 2010 x 10 pixels, an aspect ratio over"):
         chat.encode_prompt(sample(image(2010, 10)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows_are_not_taken_for_channels(chat, rows, caplog):
+    wide, tall = chat.encode_prompt(sample(image(60, rows))), chat.encode_prompt(sample(image(rows, 60)))
+    (_, height, width), (_, other_height, other_width) = wide.image_grid_thw[0], tall.image_grid_thw[0]
+    assert height < width and (height, width) == (other_width, other_height) and not caplog.records
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>"])
