@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from prism_fast.records import DataError
+from prism_fast import DataError
+
+UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer brings
 
 
 class Commands(TyperGroup):
     """How every command ends: bad input is one line on stderr and exit status 2, a stopped run 128 + its signal."""
 
-    def invoke(self, ctx: typer.Context) -> object:
-        from prism_fast.run.session import Stopped
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **options)
 
-        try:
+    def invoke(self, ctx: typer.Context) -> object:
+        with _one_line():
             return super().invoke(ctx)
-        except DataError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
-        except Stopped as stop:
-            print(str(stop), file=sys.stderr)
-            sys.exit(128 + stop.signum)
-        except KeyboardInterrupt:
-            print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except (DataError, UsageError) as error:
+        text = str(error)
+        if isinstance(error, UsageError):
+            command = error.ctx.command_path if error.ctx else "prism-fast"
+            text = f"{command}: {error.format_message().removesuffix('.')}; see {command} --help"
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)
+    except _stopped() as stop:
+        print(str(stop), file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _stopped() -> Any:
+    """The exception of a stopped run: none where no run was begun, so that a help text loads no torch."""
+    session = sys.modules.get("prism_fast.run.session")
+    return () if session is None else session.Stopped
 
 
 app = typer.Typer(
@@ -50,7 +72,19 @@ CLONE = Path(__file__).resolve().parent.parent  # where the package lies in a cl
 
 
 def main() -> None:
-    app()
+    wait_without_spinning()
+    app(prog_name="prism-fast")
+
+
+def wait_without_spinning() -> None:
+    """Threads of a parallel loop sleep at its end instead of spinning, unless the user has said how they wait.
+
+    A thread that spins keeps the core that the last one needs, and a run beside other busy processes crawls
+    (dev/LOG.md). OpenMP reads this once, when torch is loaded; the bits of a result are the same.
+    """
+    ways = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    if "torch" not in sys.modules and not ways.keys() & os.environ.keys():
+        os.environ.update(ways)
 
 
 def _quiet_transformers() -> None:
@@ -79,7 +113,7 @@ def _stage(run, cls, config: Path | None, overrides: list[str] | None, resume: b
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes; must be new.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, at most 90 s.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, model and sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Also SFT -> RLVR with as many policy updates.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of --compare.")] = 3,
     preset: Annotated[str | None, typer.Option(help="Scenes: easy (default) or full.")] = None,

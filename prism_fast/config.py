@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from prism_fast.records import DataError
-from prism_kernels import PolicyObjective
-from prism_kernels.group_advantage.rules import RULES
+from prism_fast import DataError
+
+if TYPE_CHECKING:
+    from prism_kernels import PolicyObjective
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -165,6 +166,8 @@ class AdvantageConfig(Node):
     @field_validator("rule")
     @classmethod
     def _rule(cls, rule: str) -> str:
+        from prism_kernels.group_advantage.rules import RULES
+
         if rule not in RULES:
             raise ValueError(f"expected one of {', '.join(RULES)}, got {rule!r}")
         return rule
@@ -215,6 +218,8 @@ class ObjectiveConfig(Node):
     importance_cap: float | None = Field(None, gt=0)
 
     def build(self, max_length: int) -> PolicyObjective:
+        from prism_kernels import PolicyObjective
+
         changes = {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
         if self.name == "dr_grpo":
             return PolicyObjective.dr_grpo(max_length, **changes)

@@ -16,12 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prism_fast import DataError as DataError  # part of this vocabulary; defined where no torch is needed
 from prism_fast import metric_names as names
 from prism_kernels import RoutingStats, TreeLayout
-
-
-class DataError(ValueError):
-    """Bad input from outside. The message is one line: place (file:record), field, what was expected, remedy."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,60 @@ def test_the_command_line_is_frozen():
     assert options == expected
 
 
+COMMANDS = [[], *([name] for name in ["demo", "sft", "upcycle", "warmup", "align", "rlvr", "eval", "data", "doctor"])]
+COMMANDS += [["data", name] for name in ("check", "pairs", "filter")]
+
+
+def test_help_texts_load_neither_torch_nor_transformers():
+    code = (
+        "import sys; from prism_fast import cli\n"
+        f"for words in {COMMANDS!r}:\n"
+        "    sys.argv = ['prism-fast', *words, '--help']\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as stop: assert not stop.code, words\n"
+        "slow = {'torch', 'transformers', 'numpy', 'matplotlib', 'pyarrow', 'scipy'}\n"
+        "print(sorted(slow & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
+    assert done.stdout.count("Usage: prism-fast") == len(COMMANDS)
+
+
+WAYS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.mark.parametrize(("user", "left"), [({}, ["PASSIVE", "0", "0"]), ({WAYS[0]: "ACTIVE"}, ["ACTIVE", None, None])])
+def test_threads_wait_without_spinning_unless_the_user_says_how(user, left):
+    """Told before torch is loaded, which reads it once."""
+    code = (
+        "import os, sys; from prism_fast import cli\n"
+        "sys.argv = ['prism-fast', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        f"print([os.environ.get(name) for name in {WAYS!r}], file=sys.stderr)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in WAYS} | user
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr == f"{left}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sfft"], "prism-fast: No such command 'sfft'"),
+        (["--bogus"], "prism-fast: No such option: --bogus"),
+        (["sft", "--bogus"], "prism-fast sft: No such option: --bogus"),
+        (["demo"], "prism-fast demo: Missing option '--out'"),
+        (["demo", "--out", "x", "--seed", "-1"], "prism-fast demo: Invalid value for '--seed'"),
+        (["demo", "--out", "x", "--seed", str(2**70)], "prism-fast demo: Invalid value for '--seed'"),
+        (["data", "chekc"], "prism-fast data: No such command 'chekc'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, says, capsys, monkeypatch):
+    status, out, err = run(capsys, monkeypatch, *words)
+    assert status == 2 and err.startswith(f"error: {says}") and err.count("\n") == 1 and not out
+
+
 def clone(root):
     """A clone of which the benchmarks say what they were called with."""
     (root / "benchmarks").mkdir(parents=True)
