@@ -1,4 +1,4 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | bench | doctor."""
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | config | bench | doctor."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _settings(cls, config: Path | None, overrides: list[str] | None):
     from prism_fast.config import load_config
 
     _quiet_transformers()
-    return load_config(cls, config, overrides or ())
+    return load_config(cls, config, overrides or (), note=lambda text: print(f"note: {text}"))
 
 
 def _stage(run, cls, config: Path | None, overrides: list[str] | None, resume: bool) -> None:
@@ -204,6 +204,21 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
         console.print(f"{name} {value:.4g}")
     result.write(settings.out)
     console.print(f"written: {settings.out}", soft_wrap=True)
+
+
+@app.command("config")
+def show(
+    stage: Annotated[str, typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr or eval.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Every setting of a command with its value and meaning, as YAML that --config reads."""
+    from prism_fast.config import CONFIGS
+    from prism_fast.settings import show_config
+
+    if stage not in CONFIGS:
+        raise DataError(f"config: unknown stage {stage!r}; expected one of {', '.join(CONFIGS)}")
+    print(show_config(CONFIGS[stage], config, overrides or ()), end="")
 
 
 @data_app.command("check")

@@ -39,6 +39,7 @@ def test_the_command_line_is_frozen():
         "align": ["--config", "--resume"],
         "rlvr": ["--config", "--resume"],
         "eval": ["--config"],
+        "config": ["--config"],
         "bench": [],
         "doctor": [],
         "data check": ["--skip-bad-records"],
@@ -195,6 +196,7 @@ TURNS = [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "conten
     [
         ("unknown key", "bogus: unknown key; known here: batch_size"),
         ("nested unknown key", "optimizer.rate: unknown key; known here: beta1"),
+        ("many faults", "steps: expected a whole number from 1 to 100000000, got 0; bogus: unknown key"),
         ("wrong type", "optimizer.lr"),
         ("bad override", "expected key.path=value"),
         ("missing file", "no such file"),
@@ -222,6 +224,7 @@ def test_bad_input_is_one_line_and_status_2(case, says, tiny_folder, tmp_path, c
     arguments = {
         "unknown key": lambda: [*base, "bogus=1"],
         "nested unknown key": lambda: [*base, "optimizer.rate=1"],
+        "many faults": lambda: [*base, "bogus=1", "steps=0"],
         "wrong type": lambda: [*base, "optimizer.lr=fast"],
         "bad override": lambda: [*base, "steps"],
         "missing file": lambda: [*base, "data.files=[none.json]"],
@@ -249,6 +252,14 @@ def test_bad_input_is_one_line_and_status_2(case, says, tiny_folder, tmp_path, c
     assert says in err
     assert err.count("\n") == 1 and err.startswith("error: ")
     assert not (out / "final").exists()
+
+
+def test_config_prints_what_a_stage_would_run_with(tmp_path, capsys, monkeypatch):
+    status, shown, err = run(capsys, monkeypatch, "config", "sft", "--config", "sft_4b", "run.seed=3", "steps=2")
+    assert status == 0 and not err
+    assert "  seed: 3   " in shown and "  # files: MUST BE SET " in shown and "\nepochs: null " in shown
+    status, shown, err = run(capsys, monkeypatch, "config", "stf")
+    assert status == 2 and err.startswith("error: config: unknown stage 'stf'; expected one of sft, ") and not shown
 
 
 def truncated(tiny, tmp_path, out):
