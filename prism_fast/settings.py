@@ -279,15 +279,16 @@ def _meant(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...]) -> str:
     dotted = ".".join(path)
     if len(path) == 1 and dotted in names:
         return f"; in a file it is {': {'.join(dotted.split('.'))}: ...{'}' * dotted.count('.')}"
-    elsewhere = [name for name in names if name.split(".")[-1] == path[-1]]
-    instead = ".".join([*path[:-1], INSTEAD.get(path[-1], "")])
-    close = [instead] if instead in names else difflib.get_close_matches(dotted, names, 1, 0.75) or elsewhere[:2]
-    if not close:  # the last word, mistyped
-        last = difflib.get_close_matches(path[-1], {leaf.path[-1] for leaf in known.values()}, 1, 0.75)
+    beside = {leaf.path[-1]: leaf.name for leaf in known.values() if leaf.path[:-1] == path[:-1]}
+    instead = INSTEAD.get(path[-1], "")
+    near = [instead] if instead in beside else difflib.get_close_matches(path[-1], beside, 1, 0.7)
+    close = [beside[name] for name in near]
+    if not close:  # under another section, mistyped or not
+        last = difflib.get_close_matches(path[-1], {leaf.path[-1] for leaf in known.values()}, 1, 0.8)
         close = [name for name in names if last and name.split(".")[-1] == last[0]][:2]
     if close:
         return f", did you mean {' or '.join(close)}?"
-    return f"; known here: {', '.join(sorted(leaf.path[-1] for leaf in known.values() if leaf.path[:-1] == path[:-1]))}"
+    return f"; known here: {', '.join(sorted(beside))}"
 
 
 def got(value: Any) -> str:

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from typer.main import get_command
 
 from prism_fast import cli
+from prism_fast.config import RECIPES
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -196,7 +200,7 @@ TURNS = [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "conten
     [
         ("unknown key", "bogus: unknown key; known here: batch_size"),
         ("nested unknown key", "optimizer.rate: unknown key; known here: beta1"),
-        ("many faults", "steps: expected a whole number from 1 to 100000000, got 0; bogus: unknown key"),
+        ("many faults", "steps: expected a whole number from 1 to 100000000 or null, got 0; bogus: unknown key"),
         ("wrong type", "optimizer.lr"),
         ("bad override", "expected key.path=value"),
         ("missing file", "no such file"),
@@ -357,3 +361,47 @@ def test_eval_pairs_filter_upcycle_and_doctor(tiny_folder, tmp_path, capsys, mon
     assert status == 2 and "exists already" in err
     status, shown, _ = run(capsys, monkeypatch, "doctor")
     assert status == 0 and "tree_attention" in shown and "torch" in shown
+
+
+SHORT = {  # over the recipes: a step or two of everything
+    "sft": ["steps=2", "batch_size=4"],
+    "pairs": ["limit=6", "max_response_tokens=4"],
+    "warmup": ["steps=2", "batch_size=2"],
+    "align": ["steps=1", "rollout.samples=2", "rollout.max_response_tokens=6", "eval.max_response_tokens=4"],
+    "rlvr": ["steps=1", "rollout.samples=2", "rollout.max_response_tokens=6", "eval.max_response_tokens=4"],
+    "eval": ["eval.max_response_tokens=4"],
+}
+
+
+def test_tiny_recipes_go_from_own_data_to_a_policy(tiny_folder, tmp_path, capsys, monkeypatch, torch_settings):
+    """Every command after the first is one that a stage before it has printed, with the names of files filled in."""
+    data = tiny_folder / "data"
+    files = {"ALIGNMENT.parquet": data / "align.parquet", "RLVR.parquet": data / "rlvr.parquet"}
+    files["TEST.parquet"] = data / "eval.parquet"
+    made = ("SFT", "DISCRIMINATOR", "PAIRS.jsonl", "WARMUP", "ALIGN", "RLVR", "EVAL.json")
+    files |= {name: tmp_path / name for name in made}
+    parts = types.SimpleNamespace(caption="<caption>a</caption>", reasoning="<think>b</think><answer>1</answer>")
+    monkeypatch.setattr("prism_fast.stages.prepare.split_parts", lambda text: parts)  # of a policy that can write
+
+    def follow(lines, name):
+        """The lines that a printed command prints."""
+        (line,) = [line for line in lines if line.startswith(f"next: prism-fast {name} ")]
+        for placeholder, path in files.items():
+            line = re.sub(rf"(?<==){re.escape(placeholder)}(?=[ /]|$)", str(path), line)
+        words = shlex.split(line)[2:]
+        status, shown, err = run(capsys, monkeypatch, *words, *SHORT.get(name.split()[-1], ()))
+        assert status == 0 and not err, (words, err)
+        return shown.splitlines()
+
+    first = f"next: prism-fast sft --config tiny_sft model.path={tiny_folder / 'base'} data.files={data / 'sft.json'}"
+    sft = follow([f"{first} run.out=SFT"], "sft")
+    assert sft[:2] == [
+        f"note: steps=2 takes the place of epochs: 3 in {RECIPES / 'tiny_sft.yaml'}",
+        f"loading {tiny_folder / 'base'}, {data / 'sft.json'}",
+    ]
+    assert re.fullmatch(r"sft: 48 records, policy \d.\d\d M parameters, CPU, \d+ threads -> .*/SFT", sft[2])
+    assert f"done: {tmp_path / 'SFT' / 'final' / 'policy'}" in sft
+    follow(sft, "upcycle")
+    warmup = follow(follow(sft, "data pairs"), "warmup")
+    follow(follow(follow(warmup, "align"), "rlvr"), "eval")
+    assert json.loads((tmp_path / "EVAL.json").read_text())

@@ -44,8 +44,12 @@ NOT_A_STAGE = {"demo", "smoke", "reference"}  # the demo reads the first two; th
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in NOT_A_STAGE)
 
 
+def stage_of(recipe):
+    return recipe.removeprefix("tiny_").split("_")[0]
+
+
 def load(name, *overrides, file=None):
-    cls, paths = STAGES[name.split("_")[0]]
+    cls, paths = STAGES[stage_of(name)]
     return load_config(cls, file or name, [*paths, *overrides])
 
 
@@ -60,7 +64,7 @@ def message(cls, file, *overrides):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_needs_its_paths_and_nothing_else(name):
     load(name)
-    cls, paths = STAGES[name.split("_")[0]]
+    cls, paths = STAGES[stage_of(name)]
     for left_out in range(len(paths)):
         text = message(cls, name, *paths[:left_out], *paths[left_out + 1 :])
         assert f"{name}.yaml: {paths[left_out].split('=')[0].rsplit('.', 1)[0]}" in text
@@ -128,7 +132,8 @@ def test_filter_and_pairs_carry_the_published_values():
 
 
 def test_one_system_prompt_for_every_stage_that_renders_prompts():
-    prompts = {load(name).data.system_prompt for name in NAMES if name.split("_")[0] not in ("upcycle", "warmup")}
+    rendering = [n for n in NAMES if stage_of(n) not in ("upcycle", "warmup") and not n.startswith("tiny_")]
+    prompts = {load(name).data.system_prompt for name in rendering}
     (prompt,) = prompts
     for tag in ("caption", "think", "answer"):
         assert prompt.count(f"<{tag}>") == prompt.count(f"</{tag}>") == 1
@@ -327,7 +332,7 @@ def test_every_key_is_described(stage):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shown_configuration_is_read_again_as_it_was(name, tmp_path):
-    cls, paths = STAGES[name.split("_")[0]]
+    cls, paths = STAGES[stage_of(name)]
     text = show_config(cls, name, paths)
     (tmp_path / "shown.yaml").write_text(text)
     assert load_config(cls, tmp_path / "shown.yaml") == load(name)
