@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from prism_fast.settings import RECIPES, got, load_config, merge, parse_overrides, read_yaml
 
@@ -176,7 +175,7 @@ def _length(steps: int | None, info: ValidationInfo) -> int | None:
     """Either epochs or steps."""
     if "epochs" in info.data and (info.data["epochs"] is None) == (steps is None):
         if steps is None:
-            raise PydanticCustomError("missing", "missing, set steps or epochs")
+            raise ValueError("missing, set steps or epochs")
         raise ValueError(f"steps = {steps} and epochs = {info.data['epochs']:g} are both set, unset one with =null")
     return steps
 

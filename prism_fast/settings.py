@@ -21,6 +21,7 @@ from prism_fast import DataError
 
 RECIPES = Path(__file__).parent / "recipes"
 INSTEAD = {"steps": "epochs", "epochs": "steps"}  # where a higher layer sets one, the other of a lower layer gives way
+MISSING = "Value error, missing"  # how a check says that one of several keys must be set
 GOT_LENGTH = 60  # a wrong value is quoted up to here
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -263,7 +264,7 @@ def _fault(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...], fault: Any
         below = [other for other in known.values() if other.path[: len(path)] == path and node_of(other.field) is None]
         return [f"{other.name}: missing" for other in below if other.field.is_required()]
     if kind == "missing":
-        return [f"{name}: {'missing' if fault['msg'] == 'Field required' else fault['msg']}"]
+        return [f"{name}: missing"]
     if kind == "value_error":
         return [f"{name}: {fault['msg'].removeprefix('Value error, ')}"]
     if leaf is None:
@@ -318,7 +319,7 @@ def show_config(cls: type[BaseModel], file: Path | None, overrides: Sequence[str
     try:
         config = cls.model_validate(tree)
     except ValidationError as error:
-        if any(fault["type"] != "missing" for fault in error.errors()):
+        if not all(fault["type"] == "missing" or fault["msg"].startswith(MISSING) for fault in error.errors()):
             raise DataError(f"{place}: {_faults(cls, error)}") from None
         known = {leaf.path: leaf for leaf in leaves(cls)}
         for fault in error.errors():
