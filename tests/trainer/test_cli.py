@@ -107,6 +107,26 @@ def test_a_wrong_command_line_is_one_line(words, says, capsys, monkeypatch):
     assert status == 2 and err.startswith(f"error: {says}") and err.count("\n") == 1 and not out
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rlvr.steps=0", "section rlvr (with run and eval): configuration: steps: expected a whole number from 1"),
+        ("run.threads=100000", "section sft (with run and eval): configuration: run.threads: expected"),
+        ("rlvr.optimizer.lr=.inf", "optimizer.lr: expected a number above 0"),
+        ("demo.sizes={sft: -1}", "sizes.sft: expected a whole number from 1"),
+        ("demo.sizes.foo=1", "sizes.foo: unknown key"),
+        ("demo=3", "demo recipe: demo: expected keys below it"),
+        ("run=3", "demo recipe: run: expected keys below it"),
+        ("sft=null", "demo recipe: sft: expected keys below it"),
+        ("sfft.steps=1", "demo recipe: unknown section sfft"),
+    ],
+)
+def test_a_demo_checks_all_its_settings_before_it_begins(override, says, tmp_path, capsys, monkeypatch):
+    status, _, err = run(capsys, monkeypatch, "demo", "--out", tmp_path / "d", override)
+    assert status == 2 and says in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "d").exists()
+
+
 def clone(root):
     """A clone of which the benchmarks say what they were called with."""
     (root / "benchmarks").mkdir(parents=True)
