@@ -256,7 +256,7 @@ def _faults(cls: type[BaseModel], error: ValidationError | RecursionError) -> st
 
 
 def _fault(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...], fault: Any) -> list[str]:
-    name = ".".join(part if part.isprintable() else repr(part) for part in path) or "(top level)"
+    name = ".".join(part if part and part.isprintable() else repr(part) for part in path) or "(top level)"
     kind, leaf = fault["type"], known.get(path)
     if kind == "extra_forbidden":
         return [f"{name}: unknown key{_meant(known, path)}"]
