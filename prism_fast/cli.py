@@ -1,39 +1,63 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | bench | doctor."""
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | config | bench | doctor."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from prism_fast.records import DataError
+from prism_fast import DataError
+
+UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer brings
 
 
 class Commands(TyperGroup):
     """How every command ends: bad input is one line on stderr and exit status 2, a stopped run 128 + its signal."""
 
-    def invoke(self, ctx: typer.Context) -> object:
-        from prism_fast.run.session import Stopped
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **options)
 
-        try:
+    def invoke(self, ctx: typer.Context) -> object:
+        with _one_line():
             return super().invoke(ctx)
-        except DataError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
-        except Stopped as stop:
-            print(str(stop), file=sys.stderr)
-            sys.exit(128 + stop.signum)
-        except KeyboardInterrupt:
-            print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except (DataError, UsageError) as error:
+        text = str(error)
+        if isinstance(error, UsageError):
+            command = error.ctx.command_path if error.ctx else "prism-fast"
+            text = f"{command}: {error.format_message().removesuffix('.')}; see {command} --help"
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        sys.exit(2)
+    except _stopped() as stop:
+        print(str(stop), file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _stopped() -> Any:
+    """The exception of a stopped run: none where no run was begun, so that a help text loads no torch."""
+    session = sys.modules.get("prism_fast.run.session")
+    return () if session is None else session.Stopped
 
 
 app = typer.Typer(
@@ -50,10 +74,28 @@ CLONE = Path(__file__).resolve().parent.parent  # where the package lies in a cl
 
 
 def main() -> None:
-    app()
+    wait_without_spinning()
+    app(prog_name="prism-fast")
+
+
+def wait_without_spinning() -> None:
+    """Threads of a parallel loop sleep at its end instead of spinning, unless the user has said how they wait.
+
+    A thread that spins keeps the core that the last one needs, and a run beside other busy processes crawls
+    (dev/LOG.md). OpenMP reads this once, when torch is loaded; the bits of a result are the same.
+    """
+    ways = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    if "torch" not in sys.modules and not ways.keys() & os.environ.keys():
+        os.environ.update(ways)
 
 
 def _quiet_transformers() -> None:
+    """Libraries say nothing of their own on a terminal: no bars, and no warnings about their next version."""
+    import warnings
+
+    for library in ("torch", "transformers", "huggingface_hub", "tokenizers", "pyarrow", "sympy"):
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{library}(\..*)?$")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -64,22 +106,58 @@ def _settings(cls, config: Path | None, overrides: list[str] | None):
     """The configuration of a command that opens models."""
     from prism_fast.config import load_config
 
+    settings = load_config(cls, config, overrides or (), note=lambda text: print(f"note: {text}"))
+    models = [getattr(settings, name).path for name in ("model", "policy", "discriminator") if hasattr(settings, name)]
+    files = settings.data.files if hasattr(settings, "data") else ()
+    print(f"loading {', '.join(map(str, (*models, *files)))}", flush=True)
     _quiet_transformers()
-    return load_config(cls, config, overrides or ())
+    return settings
 
 
-def _stage(run, cls, config: Path | None, overrides: list[str] | None, resume: bool) -> None:
+def _stage(stage: str, cls, config: Path | None, overrides: list[str] | None, resume: bool) -> None:
     settings = _settings(cls, config, overrides)
+    run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
     figures = run(settings, resume=resume)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    Console().print(f"done: {settings.run.out / 'final'}  {shown}", soft_wrap=True)
+    _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
+
+
+# What comes after a stage: the command, its recipe (for 2b, 4b and 8b models), and its arguments, {} for what was made.
+ALIGNMENT = "data.files=ALIGNMENT.parquet"
+NEXT = {
+    "sft": (
+        ("upcycle", "upcycle_2b", "model.path=Qwen/Qwen3-VL-2B-Instruct out=DISCRIMINATOR"),
+        ("data pairs", "pairs", f"model.path={{}} {ALIGNMENT} out=PAIRS.jsonl"),
+    ),
+    "upcycle": (("warmup", "warmup_2b", "discriminator.path={} data.files=PAIRS.jsonl run.out=WARMUP"),),
+    "pairs": (("warmup", "warmup_2b", "discriminator.path=DISCRIMINATOR data.files={} run.out=WARMUP"),),
+    "warmup": (
+        ("align", "align_4b", f"policy.path=SFT/final/policy discriminator.path={{}} {ALIGNMENT} run.out=ALIGN"),
+    ),
+    "align": (("rlvr", "rlvr_4b_grpo", "policy.path={} data.files=RLVR.parquet run.out=RLVR"),),
+    "filter": (("rlvr", "rlvr_4b_grpo", "policy.path=ALIGN/final/policy data.files={} run.out=RLVR"),),
+    "rlvr": (("eval", "eval", "model.path={} data.files=TEST.parquet out=EVAL.json"),),
+}
+
+
+def _done(stage: str, made: Path, config: Path | None, figures: str = "") -> None:
+    """What was made, and the commands that go on with it."""
+    print(f"done: {made}  {figures}".rstrip())
+    family = "" if config is None else config.stem
+    for command, recipe, arguments in NEXT[stage]:
+        if family.startswith("tiny_"):
+            recipe = f"tiny_{command.split()[-1]}"
+            arguments = arguments.replace("Qwen/Qwen3-VL-2B-Instruct", "{}")
+        elif "_8b" in family:
+            recipe = recipe.replace("_4b", "_8b")
+        print(f"next: prism-fast {command} --config {recipe} {arguments.format(shlex.quote(str(made)))}")
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes; must be new.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, at most 90 s.")] = False,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, model and sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Also SFT -> RLVR with as many policy updates.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of --compare.")] = 3,
     preset: Annotated[str | None, typer.Option(help="Scenes: easy (default) or full.")] = None,
@@ -106,56 +184,54 @@ def demo(
 def sft(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
     """Stage 1: supervised fine-tuning."""
     from prism_fast.config import SFTConfig
-    from prism_fast.stages.sft import sft as run
 
-    _stage(run, SFTConfig, config, overrides, resume)
+    _stage("sft", SFTConfig, config, overrides, resume)
 
 
 @app.command()
 def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Stage 2a: a dense model becomes a mixture-of-experts discriminator."""
     from prism_fast.config import UpcycleConfig
+
+    settings = _settings(UpcycleConfig, config, overrides)
     from prism_fast.stages.upcycle import upcycle_directory
 
-    path = upcycle_directory(_settings(UpcycleConfig, config, overrides))
-    Console().print(f"done: {path}", soft_wrap=True)
+    _done("upcycle", upcycle_directory(settings), config)
 
 
 @app.command()
 def warmup(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
     """Stage 2b: the discriminator learns from (teacher, student) pairs."""
     from prism_fast.config import WarmupConfig
-    from prism_fast.stages.warmup import warmup as run
 
-    _stage(run, WarmupConfig, config, overrides, resume)
+    _stage("warmup", WarmupConfig, config, overrides, resume)
 
 
 @app.command()
 def align(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
     """Stage 2c: adversarial alignment."""
     from prism_fast.config import AlignConfig
-    from prism_fast.stages.align import align as run
 
-    _stage(run, AlignConfig, config, overrides, resume)
+    _stage("align", AlignConfig, config, overrides, resume)
 
 
 @app.command()
 def rlvr(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
     """Stage 3: reinforcement learning with verifiable rewards."""
     from prism_fast.config import RLVRConfig
-    from prism_fast.stages.rlvr import rlvr as run
 
-    _stage(run, RLVRConfig, config, overrides, resume)
+    _stage("rlvr", RLVRConfig, config, overrides, resume)
 
 
 @app.command("eval")
 def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
     from prism_fast.config import EvaluateConfig
+
+    settings = _settings(EvaluateConfig, config, overrides)
     from prism_fast.models.load import open_policy
     from prism_fast.steps.evaluate import EvalSet, evaluate
 
-    settings = _settings(EvaluateConfig, config, overrides)
     policy, chat = open_policy(settings.model)
     held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
     console = Console()
@@ -172,6 +248,21 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
         console.print(f"skipped: {line}", markup=False, highlight=False, soft_wrap=True)
     result.write(settings.out)
     console.print(f"written: {settings.out}", soft_wrap=True)
+
+
+@app.command("config")
+def show(
+    stage: Annotated[str, typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr or eval.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Every setting of a command with its value and meaning, as YAML that --config reads."""
+    from prism_fast.config import CONFIGS
+    from prism_fast.settings import show_config
+
+    if stage not in CONFIGS:
+        raise DataError(f"config: unknown stage {stage!r}; expected one of {', '.join(CONFIGS)}")
+    print(show_config(CONFIGS[stage], config, overrides or ()), end="")
 
 
 @data_app.command("check")
@@ -203,24 +294,25 @@ def data_check(
 def data_pairs(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Rolls out a policy on the teacher's prompts and writes warm-up pairs."""
     from prism_fast.config import PairsConfig
-    from prism_fast.stages.prepare import pairs
 
-    _prepare(pairs, PairsConfig, config, overrides)
+    _prepare("pairs", PairsConfig, config, overrides)
 
 
 @data_app.command("filter")
 def data_filter(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Keeps the RLVR prompts whose pass rate over k rollouts lies between low and high."""
     from prism_fast.config import FilterConfig
-    from prism_fast.stages.prepare import filter_prompts
 
-    _prepare(filter_prompts, FilterConfig, config, overrides)
+    _prepare("filter", FilterConfig, config, overrides)
 
 
-def _prepare(run, cls, config: Path | None, overrides: list[str] | None) -> None:
+def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) -> None:
     from rich.progress import Progress
 
     settings = _settings(cls, config, overrides)
+    from prism_fast.stages import prepare
+
+    run = {"pairs": prepare.pairs, "filter": prepare.filter_prompts}[stage]
     console = Console()
     if settings.out.exists():
         raise DataError(f"{settings.out}: exists already; choose another out, or remove it")
@@ -233,7 +325,7 @@ def _prepare(run, cls, config: Path | None, overrides: list[str] | None) -> None
         )
     for name, value in counts.items():
         console.print(f"{name:16} {value}")
-    console.print(f"written: {settings.out}", soft_wrap=True)
+    _done(stage, settings.out, config)
 
 
 # Every argument is the benchmark's own, --help too: what ships knows nothing of what does not.

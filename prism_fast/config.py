@@ -1,43 +1,96 @@
 """One frozen, validated configuration tree per command. Unknown keys are errors.
 
 A stage reads a YAML file and ``key.path=value`` overrides; recipes/*.yaml hold the published settings and the demo's.
-``base: NAME`` at the top of a file names a recipe that it lies over.
+``base: NAME`` at the top of a file names a recipe that it lies over. How they are read: `prism_fast/settings.py`.
+Every key is described here; docs/settings.md (dev/settings_page.py) and `prism-fast config` tell it from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from prism_fast.records import DataError
-from prism_kernels import PolicyObjective
-from prism_kernels.group_advantage.rules import RULES
+from prism_fast.settings import RECIPES, got, load_config, merge, parse_overrides, read_yaml
 
-RECIPES = Path(__file__).parent / "recipes"
+if TYPE_CHECKING:
+    from prism_kernels import PolicyObjective
+
+__all__ = ["RECIPES", "load_config", "merge", "parse_overrides", "read_yaml"]  # with everything that is defined here
+
+MAX_THREADS = 256
+MIN_TEMPERATURE = 0.01  # logits divided by less leave the range of their numbers
+MAX_RESPONSES = 2**20  # of one step
 
 
 class Node(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {got(value)}")
+    return value
+
+
+def _place(value: Any) -> Any:
+    """A path as people write it: not empty, ~ is the home folder."""
+    if not isinstance(value, (str, Path)):
+        quoted = " (in quotes it is one)" if isinstance(value, (int, float)) else ""
+        raise ValueError(f"expected a path, got {got(value)}{quoted}")
+    text = str(value)
+    if not text.strip() or not text.replace(" ", "").isprintable():
+        raise ValueError(f"expected a path, got {got(value)}")
+    try:
+        return Path(value).expanduser() if text.startswith("~") else value
+    except RuntimeError as error:
+        raise ValueError(f"{got(value)}: {error}") from None
+
+
+def _places(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Path)) else value
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise ValueError(f"expected 0 (the most probable token) or at least {MIN_TEMPERATURE}, got {value}")
+    return value
+
+
+NUMBER = BeforeValidator(_no_truth)  # after the bounds: it hides from the JSON schema what comes after it
+Place = Annotated[Path, BeforeValidator(_place)]
+Places = Annotated[tuple[Place, ...], BeforeValidator(_places)]
+Count = Annotated[int, Field(ge=1, le=10**9), NUMBER]
+Steps = Annotated[int, Field(ge=1, le=10**8), NUMBER]
+Epochs = Annotated[float, Field(gt=0, le=10**4), NUMBER]
+Every = Annotated[int, Field(ge=0, le=10**8), NUMBER]
+Batch = Annotated[int, Field(ge=1, le=2**16), NUMBER]
+Tokens = Annotated[int, Field(ge=1, le=2**20), NUMBER]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), NUMBER]  # stages derive others from it, and all fit 63 bits
+Share = Annotated[float, Field(ge=0, le=1), NUMBER]
+Part = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Small = Annotated[float, Field(ge=0, le=10), NUMBER]
+Samples = Annotated[int, Field(ge=1, le=4096), NUMBER]
+Weight = Annotated[float, Field(ge=0, le=1000), NUMBER]
+Temperature = Annotated[float, Field(ge=0, le=100), NUMBER, AfterValidator(_temperature)]
+Positive = Annotated[float, Field(ge=MIN_TEMPERATURE, le=100), NUMBER]
 
 
 class ModelConfig(Node):
-    path: Path
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-    freeze_vision: bool = False
-    freeze_embeddings: bool = False
-    activation_checkpointing: bool = False
+    path: Place = Field(description="folder of a Hugging Face model, or its name on the hub")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
+    freeze_vision: bool = Field(False, description="do not train the vision encoder")
+    freeze_embeddings: bool = Field(False, description="do not train the word embeddings")
+    activation_checkpointing: bool = Field(False, description="compute activations twice, to keep fewer of them")
 
 
 class DataConfig(Node):
-    files: tuple[Path, ...] = Field(min_length=1)
-    eval_files: tuple[Path, ...] = ()
-    skip_bad_records: int = Field(0, ge=0)
-    max_prompt_tokens: int = Field(2048, gt=0)
-    system_prompt: str | None = None  # put before prompts that have none
+    files: Places = Field(min_length=1, description="a data file, or a list of them; images relative to their file")
+    eval_files: Places = Field((), description="held-out data of the same kind of file")
+    skip_bad_records: Annotated[int, Field(ge=0, le=10**9), NUMBER] = Field(0, description="bad records to pass over")
+    max_prompt_tokens: Tokens = Field(2048, description="a longer prompt, its images included, is an error")
+    system_prompt: str | None = Field(None, description="put before prompts that have none; null: nothing")
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -46,57 +99,85 @@ class DataConfig(Node):
 
 
 class OptimizerConfig(Node):
-    lr: float = Field(gt=0)
-    schedule: Literal["cosine", "constant"] = "constant"
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0)
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(description="learning rate, after the warm-up")
+    schedule: Literal["cosine", "constant"] = Field("constant", description="cosine: falls to 0 at the last step")
+    warmup_ratio: Part = Field(0.0, description="share of the steps in which lr rises")
+    weight_decay: Small = Field(0.01, description="of matrices, not of vectors")
+    beta1: Part = Field(0.9, description="decay of the first moment")
+    beta2: Part = Field(0.999, description="decay of the second moment")
+    clip_norm: Annotated[float, Field(gt=0, le=1e12), NUMBER] = Field(1.0, description="longest gradient")
 
 
 class RunConfig(Node):
-    out: Path
-    seed: int = 0
-    threads: int | None = Field(None, gt=0)  # torch threads on a CPU; resuming bit for bit needs the same number
-    tokens_per_pack: int = Field(16384, gt=0)
-    eval_every: int = Field(0, ge=0)  # steps; 0: only at the end
-    save_every: int = Field(100, ge=0)  # steps; 0: only at the end
-    keep_last: int = Field(2, ge=1)
-    tracker: Literal["none", "wandb", "tensorboard"] = "none"
-    deterministic: bool = True  # bit-for-bit repeatable on a CPU
+    """What every stage has."""
+
+    out: Place = Field(description="folder for everything that the run writes")
+    seed: Seed = Field(0, description="of order, sampling and new weights")
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS), NUMBER] | None = Field(
+        None, description="torch threads on a CPU, null: one per core; resuming bit for bit needs the same number"
+    )
+    tokens_per_pack: Annotated[int, Field(ge=1, le=2**24), NUMBER] = Field(
+        16384, description="tokens in one forward; more is faster and takes more memory"
+    )
+    eval_every: Every = Field(0, description="steps; 0: only at the end")
+    save_every: Every = Field(100, description="steps; 0: only at the end")
+    keep_last: Count = Field(2, description="checkpoints that are kept, beside the best")
+    tracker: Literal["none", "wandb", "tensorboard"] = Field("none", description="where else metrics go")
+    deterministic: bool = Field(True, description="the same bits every time on a CPU")
 
 
 class Sampling(Node):
     """How a policy answers a prompt: what steps/sampler.py reads, in every place that samples."""
 
-    samples: int = Field(1, gt=0)  # responses per prompt
-    temperature: float = Field(1.0, ge=0)  # 0: the most probable token
-    max_response_tokens: int = Field(gt=0)
-    rows_at_once: int = Field(512, gt=0)  # responses that are sampled together
+    samples: Samples = Field(1, description="responses per prompt")
+    temperature: Temperature = Field(1.0, description="0: the most probable token")
+    max_response_tokens: Tokens = Field(description="a longer response is cut")
+    rows_at_once: Batch = Field(512, description="responses that are sampled together; fewer take less memory")
 
 
 class EvalConfig(Sampling):
-    temperature: float = Field(0.0, ge=0)
-    max_response_tokens: int = Field(2048, gt=0)
-    limit: int | None = Field(None, gt=0)  # prompts; None: all
+    """How held-out prompts are answered."""
+
+    temperature: Temperature = Field(0.0, description="0: the most probable token")
+    max_response_tokens: Tokens = Field(2048, description="a longer response is cut")
+    limit: Count | None = Field(None, description="prompts; null: all")
 
 
 class RolloutConfig(Sampling):
-    prompts_per_step: int = Field(gt=0)
-    samples: int = Field(16, gt=0)
-    temperature: float = Field(1.0, gt=0)
-    max_response_tokens: int = Field(6144, gt=0)
+    """How a step's responses are sampled."""
+
+    prompts_per_step: Batch = Field(description="prompts of one step")
+    samples: Samples = Field(16, description="responses per prompt")
+    temperature: Positive = Field(1.0, description="of sampling, and of the log-probabilities that are trained on")
+    max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
+
+    @field_validator("prompts_per_step")
+    @classmethod
+    def _fits(cls, prompts: int, info: ValidationInfo) -> int:
+        if prompts * info.data.get("samples", 1) > MAX_RESPONSES:
+            raise ValueError(f"expected prompts_per_step times samples at most {MAX_RESPONSES} responses a step")
+        return prompts
 
 
 class WatchConfig(Node):
     """When to warn (prism_fast/run/alerts.py): a condition that holds for ``patience`` steps in a row."""
 
-    patience: int = Field(20, gt=0)
-    entropy_floor: float = Field(0.1, ge=0, le=1)  # fraction of the entropy of the first steps
-    saturation: float = Field(0.98, ge=0, le=1)  # discriminator accuracy
-    format_floor: float = Field(0.5, ge=0, le=1)  # format validity
-    format_margin: float = Field(0.2, ge=0, le=1)  # below the best format validity so far
+    patience: Annotated[int, Field(ge=1, le=10**6), NUMBER] = Field(20, description="steps that a condition must hold")
+    entropy_floor: Share = Field(0.1, description="share of the entropy of the first steps")
+    saturation: Share = Field(0.98, description="discriminator's accuracy")
+    format_floor: Share = Field(0.5, description="share of responses with a valid format")
+    format_margin: Share = Field(0.2, description="below the best share of valid formats so far")
+
+
+def _length(steps: int | None, info: ValidationInfo) -> int | None:
+    """Either epochs or steps."""
+    if "epochs" in info.data and (info.data["epochs"] is None) == (steps is None):
+        if steps is None:
+            raise ValueError("missing, set steps or epochs")
+        raise ValueError(f"steps = {steps} and epochs = {info.data['epochs']:g} are both set, unset one with =null")
+    return steps
 
 
 class SFTConfig(Node):
@@ -105,30 +186,29 @@ class SFTConfig(Node):
     optimizer: OptimizerConfig
     run: RunConfig
     eval: EvalConfig = EvalConfig()
-    batch_size: int = Field(64, gt=0)  # samples per step
-    max_tokens: int = Field(8192, gt=0)  # prompt and response
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
+    batch_size: Batch = Field(64, description="samples of one step")
+    max_tokens: Tokens = Field(8192, description="prompt and response; a longer one is an error")
+    epochs: Epochs | None = Field(None, description="times through the data; either this or steps")
+    steps: Steps | None = Field(None, description="either this or epochs", validate_default=True)
 
-    @model_validator(mode="after")
-    def _length(self):
-        return _one_length(self)
+    _length = field_validator("steps")(_length)
 
 
 class UpcycleConfig(Node):
     model: ModelConfig  # dense
-    out: Path
-    num_experts: int = Field(4, ge=2)
-    top_k: int = Field(2, ge=1)
-    expert_noise: float = Field(0.01, ge=0)
-    router_std: float = Field(0.02, ge=0)
-    seed: int = 0
+    out: Place = Field(description="folder of the discriminator, which must be new")
+    num_experts: Annotated[int, Field(ge=2, le=512), NUMBER] = Field(4, description="experts of every layer")
+    top_k: Annotated[int, Field(ge=1, le=512), NUMBER] = Field(2, description="experts that a token goes through")
+    expert_noise: Small = Field(0.01, description="relative noise on the experts")
+    router_std: Small = Field(0.02, description="spread of the router's weights")
+    seed: Seed = Field(0, description="of noise and router")
 
-    @model_validator(mode="after")
-    def _fits(self):
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k = {self.top_k} is more than num_experts = {self.num_experts}")
-        return self
+    @field_validator("top_k")
+    @classmethod
+    def _fits(cls, top_k: int, info: ValidationInfo) -> int:
+        if top_k > info.data.get("num_experts", top_k):
+            raise ValueError(f"top_k = {top_k} is more than num_experts = {info.data['num_experts']}")
+        return top_k
 
 
 class WarmupConfig(Node):
@@ -137,55 +217,59 @@ class WarmupConfig(Node):
     optimizer: OptimizerConfig
     run: RunConfig
     watch: WatchConfig = WatchConfig()
-    batch_size: int = Field(64, gt=0)  # records per step; a record is a caption pair and a reasoning pair
-    max_tokens: int = Field(8192, gt=0)  # prompt and one part
-    balance_coef: float = Field(0.01, ge=0)
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    eval_fraction: float = Field(0.1, gt=0, lt=1)  # records kept for pair accuracy, unless data.eval_files are given
-    head_dropout: float = Field(0.0, ge=0, lt=1)  # compat: 0.1
+    batch_size: Batch = Field(64, description="records of one step; a record is a caption pair and a reasoning pair")
+    max_tokens: Tokens = Field(8192, description="prompt and one part; a longer one is an error")
+    balance_coef: Weight = Field(0.01, description="times the load-balancing loss of the experts")
+    epochs: Epochs | None = Field(None, description="times through the data; either this or steps")
+    steps: Steps | None = Field(None, description="either this or epochs", validate_default=True)
+    eval_fraction: Annotated[float, Field(gt=0, lt=1), NUMBER] = Field(
+        0.1, description="share of the records kept for pair accuracy, unless data.eval_files are given"
+    )
+    head_dropout: Part = Field(0.0, description="of the score head; the reference's: 0.1")
 
-    @model_validator(mode="after")
-    def _length(self):
-        return _one_length(self)
+    _length = field_validator("steps")(_length)
 
 
 class AdvantageConfig(Node):
     """Arguments of prism_kernels.multi_reward_advantage."""
 
-    rule: str = "align"  # a row of the kernel's table of rules
-    perception_weight: float = 0.5
-    reasoning_weight: float = 0.5
-    align_coef: float = 1.0
-    wrong_penalty: float = 1.0
-    format_penalty: float = 1.5
-    accuracy_weight: float = 1.0
-    format_weight: float = 1.0
+    rule: str = Field("align", description="a row of the table in docs/method.md 4")
+    perception_weight: Weight = Field(0.5, description="of the captions' scores")
+    reasoning_weight: Weight = Field(0.5, description="of the reasonings' scores")
+    align_coef: Weight = Field(1.0, description="of the alignment term, in rules that scale it")
+    wrong_penalty: Weight = Field(1.0, description="taken off a wrong answer")
+    format_penalty: Weight = Field(1.5, description="taken off an invalid format")
+    accuracy_weight: Weight = Field(1.0, description="of a right answer, in rules with a verifiable reward")
+    format_weight: Weight = Field(1.0, description="of a valid format, in rules with a verifiable reward")
 
     @field_validator("rule")
     @classmethod
     def _rule(cls, rule: str) -> str:
+        from prism_kernels.group_advantage.rules import RULES
+
         if rule not in RULES:
-            raise ValueError(f"expected one of {', '.join(RULES)}, got {rule!r}")
+            raise ValueError(f"expected one of {', '.join(RULES)}, got {got(rule)}")
         return rule
 
 
 class CompatConfig(Node):
     """Behaviour of the reference implementation where it differs, for parity runs. Everything off: ``fixed``."""
 
-    format: Literal["fixed", "compat"] = "fixed"  # compat: the reference's expression, which accepts repeated tags
-    clamp_in_loss: bool = False  # scores clamped inside the discriminator's loss too
-    teacher_token_limit: int | None = Field(None, gt=0)  # teacher parts cut to so many tokens (512)
-    text_positions: bool = False  # 1-D positions in the discriminator
+    format: Literal["fixed", "compat"] = Field(
+        "fixed", description="compat: the reference's expression, which accepts repeated tags"
+    )
+    clamp_in_loss: bool = Field(False, description="scores clamped inside the discriminator's loss too")
+    teacher_token_limit: Tokens | None = Field(None, description="teacher parts cut to so many tokens; reference: 512")
+    text_positions: bool = Field(False, description="1-D positions in the discriminator")
 
 
 class DiscriminatorStep(Node):
     """What the discriminator's step of the adversarial stage reads: which parts it takes, and its loss."""
 
-    max_part_tokens: int = Field(6144, gt=0)
-    score_clamp: float = Field(10.0, gt=0)
-    score_penalty: float = Field(0.001, ge=0)  # times the mean square of the four scores
-    length_correction: float = Field(0.0, ge=0)  # score - this * log(1 + tokens of the part)
+    max_part_tokens: Tokens = Field(6144, description="a longer part of a response is invalid, of a teacher an error")
+    score_clamp: Annotated[float, Field(gt=0, le=10**4), NUMBER] = Field(10.0, description="clamps scores to +- this")
+    score_penalty: Weight = Field(0.001, description="times the mean square of the four scores")
+    length_correction: Weight = Field(0.0, description="score - this * log(1 + tokens of the part)")
     compat: CompatConfig = CompatConfig()
 
 
@@ -197,24 +281,30 @@ class AlignConfig(DiscriminatorStep):
     policy_optimizer: OptimizerConfig
     discriminator_optimizer: OptimizerConfig
     run: RunConfig
-    steps: int = Field(gt=0)
+    steps: Steps = Field(description="updates of policy and discriminator")
     advantage: AdvantageConfig = AdvantageConfig()
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
 
 
 class ObjectiveConfig(Node):
-    """The policy objective: a named one, and what differs from it."""
+    """The policy objective: a named one, and what differs from it. Its ranges are within PolicyObjective's."""
 
-    name: Literal["grpo", "dapo", "gspo", "dr_grpo"] = "grpo"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    kl_coef: float = Field(0.0, ge=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coef: float = 0.0
-    importance_cap: float | None = Field(None, gt=0)
+    name: Literal["grpo", "dapo", "gspo", "dr_grpo"] = Field("grpo", description="docs/method.md 5")
+    clip_low: Share | None = Field(None, description="ratios below 1 - this are clipped; null: the named one's")
+    clip_high: Annotated[float, Field(ge=0, le=100), NUMBER] | None = Field(
+        None, description="ratios above 1 + this are clipped; null: the named one's"
+    )
+    kl_coef: Annotated[float, Field(ge=0, le=100), NUMBER] = Field(0.0, description="needs reference.path")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="of the KL term")
+    entropy_coef: Annotated[float, Field(ge=-100, le=100), NUMBER] = Field(0.0, description="of the entropy bonus")
+    importance_cap: Annotated[float, Field(gt=0, le=10**6), NUMBER] | None = Field(
+        None, description="largest weight between sampler and trainer; null: no such weight"
+    )
 
     def build(self, max_length: int) -> PolicyObjective:
+        from prism_kernels import PolicyObjective
+
         changes = {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
         if self.name == "dr_grpo":
             return PolicyObjective.dr_grpo(max_length, **changes)
@@ -224,23 +314,25 @@ class ObjectiveConfig(Node):
 class OverlongConfig(Node):
     """DAPO's soft penalty: rises linearly to -factor over the last ``buffer`` tokens before the limit."""
 
-    buffer: int = Field(4096, gt=0)
-    factor: float = Field(1.0, ge=0)
+    buffer: Tokens = Field(4096, description="tokens before rollout.max_response_tokens, and no more than these")
+    factor: Weight = Field(1.0, description="penalty at the limit")
 
 
 class DynamicSamplingConfig(Node):
     """DAPO: groups whose accuracies are all equal are dropped and replaced by new prompts."""
 
-    generation_factor: int = Field(3, gt=0)  # prompts generated at once, in training batches
-    max_tries: int = Field(10, gt=0)
+    generation_factor: Annotated[int, Field(ge=1, le=100), NUMBER] = Field(
+        3, description="prompts generated at once, in training batches"
+    )
+    max_tries: Annotated[int, Field(ge=1, le=1000), NUMBER] = Field(10, description="generations for one step")
 
 
 class RewardConfig(Node):
     """The verifiable reward: what is right, what is well formed, and what is too long."""
 
-    accuracy_weight: float = Field(0.8, ge=0)
-    format_weight: float = Field(0.2, ge=0)
-    overlong: OverlongConfig | None = None
+    accuracy_weight: Weight = Field(0.8, description="of a right answer")
+    format_weight: Weight = Field(0.2, description="of a valid format")
+    overlong: OverlongConfig | None = Field(None, description="DAPO's penalty of long responses; null: none")
 
 
 class RLVRConfig(RewardConfig):
@@ -249,18 +341,30 @@ class RLVRConfig(RewardConfig):
     rollout: RolloutConfig
     optimizer: OptimizerConfig
     run: RunConfig
-    steps: int = Field(gt=0)
+    steps: Steps = Field(description="updates of the policy")
     objective: ObjectiveConfig = ObjectiveConfig()
-    dynamic_sampling: DynamicSamplingConfig | None = None
-    reference: ModelConfig | None = None  # needed by objective.kl_coef
+    dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="DAPO's, of prompts; null: off")
+    reference: ModelConfig | None = Field(None, description="needed by objective.kl_coef", validate_default=True)
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
 
-    @model_validator(mode="after")
-    def _reference(self):
-        if self.objective.kl_coef and self.reference is None:
+    @field_validator("rollout")
+    @classmethod
+    def _buffer(cls, rollout: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+        overlong = info.data.get("overlong")
+        if overlong is not None and overlong.buffer > rollout.max_response_tokens:
+            raise ValueError(
+                f"overlong.buffer = {overlong.buffer} is more than max_response_tokens = "
+                f"{rollout.max_response_tokens}, which penalises every response"
+            )
+        return rollout
+
+    @field_validator("reference")
+    @classmethod
+    def _reference(cls, reference: ModelConfig | None, info: ValidationInfo) -> ModelConfig | None:
+        if reference is None and "objective" in info.data and info.data["objective"].kl_coef:
             raise ValueError("objective.kl_coef needs a reference policy: set reference.path")
-        return self
+        return reference
 
 
 class PairsConfig(Sampling):
@@ -268,11 +372,11 @@ class PairsConfig(Sampling):
 
     model: ModelConfig
     data: DataConfig  # alignment files
-    out: Path
-    limit: int | None = Field(None, gt=0)  # prompts
-    temperature: float = Field(1.0, gt=0)
-    max_response_tokens: int = Field(6144, gt=0)
-    seed: int = 0
+    out: Place = Field(description="the file to write, which must be new")
+    limit: Count | None = Field(None, description="prompts; null: all")
+    temperature: Positive = Field(1.0, description="of sampling")
+    max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
+    seed: Seed = Field(0, description="of sampling")
 
 
 class FilterConfig(Sampling):
@@ -280,121 +384,39 @@ class FilterConfig(Sampling):
 
     model: ModelConfig
     data: DataConfig  # RLVR files
-    out: Path
-    samples: int = Field(8, gt=0)
-    low: float = Field(0.2, ge=0, le=1)
-    high: float = Field(0.8, ge=0, le=1)
-    keep: int | None = Field(None, gt=0)  # at most so many prompts
-    limit: int | None = Field(None, gt=0)  # prompts tried
-    temperature: float = Field(1.0, gt=0)
-    max_response_tokens: int = Field(8192, gt=0)
-    seed: int = 0
+    out: Place = Field(description="the file to write, which must be new")
+    samples: Samples = Field(8, description="responses per prompt")
+    low: Share = Field(0.2, description="smallest pass rate that is kept")
+    high: Share = Field(0.8, description="largest pass rate that is kept")
+    keep: Count | None = Field(None, description="at most so many prompts; null: all")
+    limit: Count | None = Field(None, description="prompts tried; null: all")
+    temperature: Positive = Field(1.0, description="of sampling")
+    max_response_tokens: Tokens = Field(8192, description="a longer response is cut")
+    seed: Seed = Field(0, description="of sampling")
 
-    @model_validator(mode="after")
-    def _range(self):
-        if self.low > self.high:
-            raise ValueError(f"low = {self.low} is above high = {self.high}")
-        return self
+    @field_validator("high")
+    @classmethod
+    def _range(cls, high: float, info: ValidationInfo) -> float:
+        if info.data.get("low", high) > high:
+            raise ValueError(f"low = {info.data['low']} is above high = {high}")
+        return high
 
 
 class EvaluateConfig(Node):
     model: ModelConfig
     data: DataConfig
     eval: EvalConfig = EvalConfig()
-    out: Path
-    seed: int = 0
+    out: Place = Field(description="the file of figures and responses to write")
+    seed: Seed = Field(0, description="of sampling")
 
 
-def _one_length(config):
-    if (config.epochs is None) == (config.steps is None):
-        raise ValueError("set either epochs or steps")
-    return config
-
-
-Config = TypeVar("Config", bound=BaseModel)
-
-
-def load_config(
-    cls: type[Config], file: Path | None, overrides: Sequence[str] = (), base: dict | None = None
-) -> Config:
-    """A validated configuration from a YAML file, then ``key.path=value`` overrides (values are YAML).
-
-    ``file`` may also be the name of a recipe. Raises DataError in one line that names file, key and remedy.
-    """
-    tree: dict[str, Any] = dict(base or {})
-    place = "configuration"
-    if file is not None:
-        path = Path(file)
-        if not path.is_file() and (RECIPES / f"{file}.yaml").is_file():
-            path = RECIPES / f"{file}.yaml"
-        place = str(path)
-        tree = merge(tree, read_yaml(path))
-    tree = merge(tree, parse_overrides(overrides))
-    try:
-        return cls.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key; known here: {', '.join(_known(cls, first['loc'][:-1]))}"
-        raise DataError(f"{place}: {key}: {message}{more}") from None
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``key.path=value`` strings as one tree; values are YAML."""
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise DataError(f"override {override!r}: expected key.path=value, for example run.seed=1")
-        try:
-            branch = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise DataError(f"override {override!r}: the value is not YAML; quote it") from None
-        for name in reversed(key.split(".")):
-            branch = {name: branch}
-        tree = merge(tree, branch)
-    return tree
-
-
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tree of a YAML file. A top-level ``base: NAME`` is a recipe (or file beside it) that the file lies over."""
-    if path in seen:
-        raise DataError(f"{path}: base: the files name each other in a circle; remove one of them")
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise DataError(f"{path}: no such configuration file; give a YAML file or a recipe ({names})")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise DataError(f"{path}{line}: not valid YAML; check indentation and quotes") from None
-    if not isinstance(tree, dict):
-        raise DataError(f"{path}: expected a mapping of keys at the top level, got {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    beside = path.parent / str(base)
-    return merge(read_yaml(beside if beside.is_file() else RECIPES / f"{base}.yaml", (*seen, path)), tree)
-
-
-def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """``high`` over ``low``, mappings merged key by key."""
-    merged = dict(low)
-    for key, value in high.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _known(cls: type[BaseModel], path: tuple) -> list[str]:
-    for name in path:
-        inner = cls.model_fields[name].annotation if name in cls.model_fields else None
-        options = [inner, *getattr(inner, "__args__", ())]
-        cls = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), cls)
-    return sorted(cls.model_fields)
+CONFIGS: dict[str, type[Node]] = {
+    "sft": SFTConfig,
+    "upcycle": UpcycleConfig,
+    "pairs": PairsConfig,
+    "warmup": WarmupConfig,
+    "align": AlignConfig,
+    "filter": FilterConfig,
+    "rlvr": RLVRConfig,
+    "eval": EvaluateConfig,
+}

@@ -12,34 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from unicodedata import category
 
 import torch
 from torch import Tensor
 
+from prism_fast import DataError as DataError  # part of this vocabulary; defined where no torch is needed
 from prism_fast import metric_names as names
 from prism_kernels import RoutingStats, TreeLayout
-
-
-class DataError(ValueError):
-    """Bad input from outside. The message is one line: place (file:record), field, what was expected, remedy.
-
-    What it quotes of the input can neither break the line nor steer a terminal.
-    """
-
-    def __init__(self, message: object = ""):
-        super().__init__(printable(" ".join(str(message).split("\n"))))
-
-
-def printable(text: str) -> str:
-    """``text`` with line breaks as they are; control, bidirectional and other invisible characters as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" or category(c) == "Zs" else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from prism_fast import printable
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.fields import is_read, missing
 from prism_fast.data.formats import FORMATS, Dataset
 from prism_fast.data.images import open_image
 from prism_fast.data.source import open_source
-from prism_fast.records import DataError, Sample, printable
+from prism_fast.records import DataError, Sample
 from prism_fast.response_format import is_valid
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from prism_fast import metric_names as names
 from prism_fast.config import (
+    CONFIGS,
     RECIPES,
     AlignConfig,
     DataConfig,
@@ -55,11 +56,26 @@ from prism_fast.steps.evaluate import EvalSet, Evaluation, drift, evaluate, judg
 MARK = "demo.json"  # what the demo in this folder was started with
 
 
+Scenes = Annotated[int, Field(ge=1, le=10**6)]
+
+
+class SizesConfig(Node):
+    """Scenes in every data file, where it is not digits.DemoSizes's."""
+
+    sft: Scenes | None = None
+    align: Scenes | None = None
+    rlvr: Scenes | None = None
+    eval: Scenes | None = None
+
+
 class DemoSettings(Node):
     """The demo's own keys; the other sections of recipes/demo.yaml are the stages' settings without their paths."""
 
     preset: Literal["easy", "full"] = "easy"
-    sizes: dict[str, int] = Field(default_factory=dict)
+    sizes: SizesConfig = SizesConfig()
+
+
+SECTIONS = ("sft", "upcycle", "pairs", "warmup", "align", "filter", "rlvr")  # as CONFIGS names them
 
 
 class Demo:
@@ -68,16 +84,32 @@ class Demo:
     def __init__(self, out: Path, seed: int, recipe: dict[str, Any], console: Console, resume: bool):
         self.out, self.seed, self.console, self.resume = out, seed, console, resume
         self.recipe = dict(recipe)
-        self.settings = load_config(DemoSettings, None, base=self.recipe.pop("demo", {}))
-        unknown = set(self.recipe) - {"run", "eval", "sft", "upcycle", "pairs", "warmup", "align", "filter", "rlvr"}
+        unknown = sorted(set(self.recipe) - {"demo", "run", "eval", *SECTIONS})
         if unknown:
-            raise DataError(f"demo recipe: unknown section {sorted(unknown)[0]}")
+            raise DataError(f"demo recipe: unknown section {unknown[0]}; known here: {', '.join(SECTIONS)}, run, eval")
+        for section, tree in self.recipe.items():
+            if not isinstance(tree, dict):
+                raise DataError(f"demo recipe: {section}: expected keys below it, for example sft.steps, got {tree!r}")
+        self.settings = load_config(DemoSettings, None, base=self.recipe.pop("demo", {}))
+        self._check()
         self.files = DemoFiles(
             *(out / "data" / n for n in ("sft.json", "align.parquet", "rlvr.parquet", "eval.parquet"))
         )
         self.teacher: Evaluation | None = None
         self.evaluations: dict[str, Evaluation] = {}
         self.seconds: dict[str, float] = {}
+
+    def _check(self) -> None:
+        """All stages' settings, before the first one runs."""
+        for section in SECTIONS:
+            cls, given = CONFIGS[section], {"path": self.out}
+            paths = {name: given for name in ("model", "policy", "discriminator") if name in cls.model_fields}
+            paths |= {"data": {"files": [self.out]}} if "data" in cls.model_fields else {}
+            paths |= {"out": self.out} if "out" in cls.model_fields else {}
+            try:
+                self.config(cls, section, **paths)
+            except DataError as error:
+                raise DataError(f"demo recipe, section {section} (with run and eval): {error}") from None
 
     def config(self, cls, section: str, stage: str | None = None, **paths: Any):
         """The stage's settings of the recipe with this demo's paths, seed and shared settings."""
@@ -97,7 +129,12 @@ class Demo:
             self.console.print(
                 f"[bold]data[/]  digit scenes ({self.settings.preset}) and a tiny Qwen3-VL -> {self.out}"
             )
-            write_demo_data(self.out / "data", self.seed, DemoSizes(**self.settings.sizes), self.settings.preset)
+            write_demo_data(
+                self.out / "data",
+                self.seed,
+                DemoSizes(**self.settings.sizes.model_dump(exclude_none=True)),
+                self.settings.preset,
+            )
             texts = [t for s in read_sft(self.files.sft) for t in (*(m.content for m in s.messages), s.response)]
             make_tiny_model(self.out / "base", texts, seed=self.seed)
         set_up_torch(
@@ -231,8 +268,8 @@ def demo(
     recipe = merge(recipe, overrides or {})
     if preset is not None:
         recipe = merge(recipe, {"demo": {"preset": preset}})
-    _claim(out, {"seed": seed, "recipe": recipe, "compare": compare}, resume)
     run = Demo(out, seed, recipe, console, resume)
+    _claim(out, {"seed": seed, "recipe": recipe, "compare": compare}, resume)
     summary = _pipeline(run)
     if compare:
         pairs_of_seeds = [_against_direct(run)]

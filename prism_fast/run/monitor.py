@@ -22,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from prism_fast import metric_names as names
@@ -127,7 +128,8 @@ class Monitor:
     def warn(self, text: str) -> None:
         """Prints a warning above the bar and records it with the step it came at."""
         self._write({"step": self._step, "time": time.time(), "warning": text})
-        self._print(Text(f"warning, {self.stage} step {self._step}: {text}", "yellow"))
+        said = text.removeprefix(f"step {self._step}: ")
+        self._print(Text(f"warning, {self.stage} step {self._step}: {said}", "yellow"))
 
     def _print(self, text: Text) -> None:
         if self._active and not self._quiet:
@@ -167,24 +169,29 @@ class Monitor:
 
 
 class _Bar:
-    """A live progress bar on a terminal."""
+    """A live progress bar on a terminal. Where it is narrow, the figures give way, the last first; never the step."""
 
     def __init__(self, stage: str, total: int, start: int, console: Console):
-        bar = [BarColumn(bar_width=16)] if console.width >= BAR_WIDTH else []
+        self._console, self._bar = console, console.width >= BAR_WIDTH
+        bar = [BarColumn(bar_width=16)] if self._bar else []
+        column = {"table_column": Column(no_wrap=True, overflow="crop")}
+        self._fixed = len(f"{stage} {total}/{total}   0:00:00 left") + (17 if self._bar else 0)
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("[bold]{task.description}", **column),
             *bar,
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            MofNCompleteColumn(**column),
+            TextColumn("{task.fields[figures]}", markup=False, **column),
+            TimeRemainingColumn(compact=True, **column),
+            TextColumn("left", **column),
             console=console,
         )
         self._progress.start()
         self._task = self._progress.add_task(stage, total=total, completed=start, figures="")
 
-    def update(self, step: int, figures: str) -> None:
-        self._progress.update(self._task, completed=step, figures=figures)
+    def update(self, step: int, figures: list[str]) -> None:
+        while figures and len("  ".join(figures)) > self._console.width - self._fixed:
+            figures = figures[:-1]
+        self._progress.update(self._task, completed=step, figures="  ".join(figures))
 
     def close(self) -> None:
         self._progress.stop()
@@ -198,7 +205,7 @@ class _Plain:
         self._began = time.monotonic()
         self._last: tuple[float, int] | None = None  # when, at which step
 
-    def update(self, step: int, figures: str) -> None:
+    def update(self, step: int, figures: list[str]) -> None:
         now = time.monotonic()
         if self._last is not None and step < self._total:
             when, shown = self._last
@@ -207,7 +214,7 @@ class _Plain:
         self._last = (now, step)
         left = (now - self._began) / max(step - self._start, 1) * max(self._total - step, 0)
         self._console.print(
-            f"{self._stage} {step}/{self._total}  {figures}  {left:.0f} s left",
+            "  ".join([f"{self._stage} {step}/{self._total}", *figures, f"{left:.0f} s left"]),
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -215,10 +222,10 @@ class _Plain:
         pass
 
 
-def _figures(line: Mapping[str, Any]) -> str:
+def _figures(line: Mapping[str, Any]) -> list[str]:
     shown = [_shown(label, line[name]) for name, label in _SHOWN if name in line]
     rate = line.get(names.TOKENS_PER_SECOND)
-    return "  ".join([*shown, f"{rate:,.0f} tok/s"] if rate is not None else shown)
+    return [*shown, f"{rate:,.0f} tok/s"] if rate is not None else shown
 
 
 def _shown(name: str, value: float | None) -> str:

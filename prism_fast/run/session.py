@@ -79,6 +79,10 @@ class Clock:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
 class Session:
     """One stage in its folder ``config.out``: resumed where it was left, stopped at the end of a step.
 
@@ -131,6 +135,14 @@ class Session:
     def saved(self, model: str) -> Path | None:
         """The directory of a model in the checkpoint that this run resumes from; None for a fresh start."""
         return None if self._checkpoint is None else self._checkpoint / model
+
+    def loaded(self, records: int, **models: torch.nn.Module) -> None:
+        """Says in one line what this run works on."""
+        sizes = (f"{name} {_millions(sum(p.numel() for p in m.parameters()))} parameters" for name, m in models.items())
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        print(f"{self.stage}: {records:,} records, {', '.join([*sizes, device])} -> {self.out}", flush=True)
 
     def begin(
         self,

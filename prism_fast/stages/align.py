@@ -39,6 +39,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
         policy, chat = open_policy(config.policy, session.saved("policy"))
         discriminator = load_discriminator(config.discriminator, session.saved("discriminator"))
         data = read_align(config.data.files, **config.data.reading)
+        session.loaded(len(data), policy=policy, discriminator=discriminator)
         updater = Updater(policy, config.policy_optimizer, config.steps)
         judge_updater = Updater(discriminator, config.discriminator_optimizer, config.steps)
         first = session.begin(

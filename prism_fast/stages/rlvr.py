@@ -29,6 +29,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
         if config.reference is not None:
             reference = load_policy(config.reference, chat).requires_grad_(False)
         data = read_rlvr(config.data.files, **config.data.reading)
+        session.loaded(len(data), policy=policy)
         updater = Updater(policy, config.optimizer, config.steps)
         first = session.begin(
             config.steps,

@@ -23,6 +23,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
     with Session("sft", config.run, resume) as session:
         policy, chat = open_policy(config.model, session.saved("policy"))
         data = read_sft(config.data.files, **config.data.reading)
+        session.loaded(len(data), policy=policy)
         total = config.steps or math.ceil(config.epochs * len(data) / config.batch_size)
         updater = Updater(policy, config.optimizer, total)
         first = session.begin(

@@ -27,6 +27,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, float]:
         saved = session.saved("discriminator")
         discriminator, chat = open_discriminator(config.discriminator, saved, config.head_dropout)
         data = read_warmup(config.data.files, **config.data.reading)
+        session.loaded(len(data), discriminator=discriminator)
         encode = partial(
             pair_record, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )

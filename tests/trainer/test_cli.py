@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from typer.main import get_command
 
 from prism_fast import cli
+from prism_fast.config import RECIPES
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -39,6 +43,7 @@ def test_the_command_line_is_frozen():
         "align": ["--config", "--resume"],
         "rlvr": ["--config", "--resume"],
         "eval": ["--config"],
+        "config": ["--config"],
         "bench": [],
         "doctor": [],
         "data check": ["--max-prompt-tokens", "--model", "--skip-bad-records"],
@@ -46,6 +51,80 @@ def test_the_command_line_is_frozen():
         "data filter": ["--config"],
     }
     assert options == expected
+
+
+COMMANDS = [[], *([name] for name in ["demo", "sft", "upcycle", "warmup", "align", "rlvr", "eval", "data", "doctor"])]
+COMMANDS += [["data", name] for name in ("check", "pairs", "filter")]
+
+
+def test_help_texts_load_neither_torch_nor_transformers():
+    code = (
+        "import sys; from prism_fast import cli\n"
+        f"for words in {COMMANDS!r}:\n"
+        "    sys.argv = ['prism-fast', *words, '--help']\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as stop: assert not stop.code, words\n"
+        "slow = {'torch', 'transformers', 'numpy', 'matplotlib', 'pyarrow', 'scipy'}\n"
+        "print(sorted(slow & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "[]\n", done.stderr
+    assert done.stdout.count("Usage: prism-fast") == len(COMMANDS)
+
+
+WAYS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.mark.parametrize(("user", "left"), [({}, ["PASSIVE", "0", "0"]), ({WAYS[0]: "ACTIVE"}, ["ACTIVE", None, None])])
+def test_threads_wait_without_spinning_unless_the_user_says_how(user, left):
+    """Told before torch is loaded, which reads it once."""
+    code = (
+        "import os, sys; from prism_fast import cli\n"
+        "sys.argv = ['prism-fast', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        f"print([os.environ.get(name) for name in {WAYS!r}], file=sys.stderr)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in WAYS} | user
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr == f"{left}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sfft"], "prism-fast: No such command 'sfft'"),
+        (["--bogus"], "prism-fast: No such option: --bogus"),
+        (["sft", "--bogus"], "prism-fast sft: No such option: --bogus"),
+        (["demo"], "prism-fast demo: Missing option '--out'"),
+        (["demo", "--out", "x", "--seed", "-1"], "prism-fast demo: Invalid value for '--seed'"),
+        (["demo", "--out", "x", "--seed", str(2**70)], "prism-fast demo: Invalid value for '--seed'"),
+        (["data", "chekc"], "prism-fast data: No such command 'chekc'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, says, capsys, monkeypatch):
+    status, out, err = run(capsys, monkeypatch, *words)
+    assert status == 2 and err.startswith(f"error: {says}") and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rlvr.steps=0", "section rlvr (with run and eval): configuration: steps: expected a whole number from 1"),
+        ("run.threads=100000", "section sft (with run and eval): configuration: run.threads: expected"),
+        ("rlvr.optimizer.lr=.inf", "optimizer.lr: expected a number above 0"),
+        ("demo.sizes={sft: -1}", "sizes.sft: expected a whole number from 1"),
+        ("demo.sizes.foo=1", "sizes.foo: unknown key"),
+        ("demo=3", "demo recipe: demo: expected keys below it"),
+        ("run=3", "demo recipe: run: expected keys below it"),
+        ("sft=null", "demo recipe: sft: expected keys below it"),
+        ("sfft.steps=1", "demo recipe: unknown section sfft"),
+    ],
+)
+def test_a_demo_checks_all_its_settings_before_it_begins(override, says, tmp_path, capsys, monkeypatch):
+    status, _, err = run(capsys, monkeypatch, "demo", "--out", tmp_path / "d", override)
+    assert status == 2 and says in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "d").exists()
 
 
 def clone(root):
@@ -141,6 +220,7 @@ TURNS = [{"role": "user", "content": "<image>hi"}, {"role": "assistant", "conten
     [
         ("unknown key", "bogus: unknown key; known here: batch_size"),
         ("nested unknown key", "optimizer.rate: unknown key; known here: beta1"),
+        ("many faults", "steps: expected a whole number from 1 to 100000000 or null, got 0; bogus: unknown key"),
         ("wrong type", "optimizer.lr"),
         ("bad override", "expected key.path=value"),
         ("missing file", "no such file"),
@@ -168,6 +248,7 @@ def test_bad_input_is_one_line_and_status_2(case, says, tiny_folder, tmp_path, c
     arguments = {
         "unknown key": lambda: [*base, "bogus=1"],
         "nested unknown key": lambda: [*base, "optimizer.rate=1"],
+        "many faults": lambda: [*base, "bogus=1", "steps=0"],
         "wrong type": lambda: [*base, "optimizer.lr=fast"],
         "bad override": lambda: [*base, "steps"],
         "missing file": lambda: [*base, "data.files=[none.json]"],
@@ -195,6 +276,14 @@ def test_bad_input_is_one_line_and_status_2(case, says, tiny_folder, tmp_path, c
     assert says in err
     assert err.count("\n") == 1 and err.startswith("error: ")
     assert not (out / "final").exists()
+
+
+def test_config_prints_what_a_stage_would_run_with(tmp_path, capsys, monkeypatch):
+    status, shown, err = run(capsys, monkeypatch, "config", "sft", "--config", "sft_4b", "run.seed=3", "steps=2")
+    assert status == 0 and not err
+    assert "  seed: 3   " in shown and "  # files: MUST BE SET " in shown and "\nepochs: null " in shown
+    status, shown, err = run(capsys, monkeypatch, "config", "stf")
+    assert status == 2 and err.startswith("error: config: unknown stage 'stf'; expected one of sft, ") and not shown
 
 
 def truncated(tiny, tmp_path, out):
@@ -292,3 +381,47 @@ def test_eval_pairs_filter_upcycle_and_doctor(tiny_folder, tmp_path, capsys, mon
     assert status == 2 and "exists already" in err
     status, shown, _ = run(capsys, monkeypatch, "doctor")
     assert status == 0 and "tree_attention" in shown and "torch" in shown
+
+
+SHORT = {  # over the recipes: a step or two of everything
+    "sft": ["steps=2", "batch_size=4"],
+    "pairs": ["limit=6", "max_response_tokens=4"],
+    "warmup": ["steps=2", "batch_size=2"],
+    "align": ["steps=1", "rollout.samples=2", "rollout.max_response_tokens=6", "eval.max_response_tokens=4"],
+    "rlvr": ["steps=1", "rollout.samples=2", "rollout.max_response_tokens=6", "eval.max_response_tokens=4"],
+    "eval": ["eval.max_response_tokens=4"],
+}
+
+
+def test_tiny_recipes_go_from_own_data_to_a_policy(tiny_folder, tmp_path, capsys, monkeypatch, torch_settings):
+    """Every command after the first is one that a stage before it has printed, with the names of files filled in."""
+    data = tiny_folder / "data"
+    files = {"ALIGNMENT.parquet": data / "align.parquet", "RLVR.parquet": data / "rlvr.parquet"}
+    files["TEST.parquet"] = data / "eval.parquet"
+    made = ("SFT", "DISCRIMINATOR", "PAIRS.jsonl", "WARMUP", "ALIGN", "RLVR", "EVAL.json")
+    files |= {name: tmp_path / name for name in made}
+    parts = types.SimpleNamespace(caption="<caption>a</caption>", reasoning="<think>b</think><answer>1</answer>")
+    monkeypatch.setattr("prism_fast.stages.prepare.split_parts", lambda text: parts)  # of a policy that can write
+
+    def follow(lines, name):
+        """The lines that a printed command prints."""
+        (line,) = [line for line in lines if line.startswith(f"next: prism-fast {name} ")]
+        for placeholder, path in files.items():
+            line = re.sub(rf"(?<==){re.escape(placeholder)}(?=[ /]|$)", str(path), line)
+        words = shlex.split(line)[2:]
+        status, shown, err = run(capsys, monkeypatch, *words, *SHORT.get(name.split()[-1], ()))
+        assert status == 0 and not err, (words, err)
+        return shown.splitlines()
+
+    first = f"next: prism-fast sft --config tiny_sft model.path={tiny_folder / 'base'} data.files={data / 'sft.json'}"
+    sft = follow([f"{first} run.out=SFT"], "sft")
+    assert sft[:2] == [
+        f"note: steps=2 takes the place of epochs: 3 in {RECIPES / 'tiny_sft.yaml'}",
+        f"loading {tiny_folder / 'base'}, {data / 'sft.json'}",
+    ]
+    assert re.fullmatch(r"sft: 48 records, policy \d.\d\d M parameters, CPU, \d+ threads -> .*/SFT", sft[2])
+    assert f"done: {tmp_path / 'SFT' / 'final' / 'policy'}" in sft
+    follow(sft, "upcycle")
+    warmup = follow(follow(sft, "data pairs"), "warmup")
+    follow(follow(follow(warmup, "align"), "rlvr"), "eval")
+    assert json.loads((tmp_path / "EVAL.json").read_text())

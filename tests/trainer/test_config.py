@@ -1,12 +1,20 @@
 """Recipes hold the published values; a bad configuration is one line that names file, key and remedy."""
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dev import settings_page
 from prism_fast.config import (
+    CONFIGS,
     RECIPES,
     AlignConfig,
     EvaluateConfig,
     FilterConfig,
+    ObjectiveConfig,
     PairsConfig,
     RLVRConfig,
     SFTConfig,
@@ -17,6 +25,7 @@ from prism_fast.config import (
     read_yaml,
 )
 from prism_fast.records import DataError
+from prism_fast.settings import allowed, leaves, show_config
 from prism_kernels import PolicyObjective
 
 FILES, RUN = "data.files=[a.parquet]", "run.out=runs/x"
@@ -35,9 +44,13 @@ NOT_A_STAGE = {"demo", "smoke", "reference"}  # the demo reads the first two; th
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in NOT_A_STAGE)
 
 
-def load(name, *overrides):
-    cls, paths = STAGES[name.split("_")[0]]
-    return load_config(cls, name, [*paths, *overrides])
+def stage_of(recipe):
+    return recipe.removeprefix("tiny_").split("_")[0]
+
+
+def load(name, *overrides, file=None):
+    cls, paths = STAGES[stage_of(name)]
+    return load_config(cls, file or name, [*paths, *overrides])
 
 
 def message(cls, file, *overrides):
@@ -51,7 +64,7 @@ def message(cls, file, *overrides):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_needs_its_paths_and_nothing_else(name):
     load(name)
-    cls, paths = STAGES[name.split("_")[0]]
+    cls, paths = STAGES[stage_of(name)]
     for left_out in range(len(paths)):
         text = message(cls, name, *paths[:left_out], *paths[left_out + 1 :])
         assert f"{name}.yaml: {paths[left_out].split('=')[0].rsplit('.', 1)[0]}" in text
@@ -119,7 +132,8 @@ def test_filter_and_pairs_carry_the_published_values():
 
 
 def test_one_system_prompt_for_every_stage_that_renders_prompts():
-    prompts = {load(name).data.system_prompt for name in NAMES if name.split("_")[0] not in ("upcycle", "warmup")}
+    rendering = [n for n in NAMES if stage_of(n) not in ("upcycle", "warmup") and not n.startswith("tiny_")]
+    prompts = {load(name).data.system_prompt for name in rendering}
     (prompt,) = prompts
     for tag in ("caption", "think", "answer"):
         assert prompt.count(f"<{tag}>") == prompt.count(f"</{tag}>") == 1
@@ -144,7 +158,7 @@ def test_configurations_are_frozen():
         config.rollout.samples = 1
 
 
-def test_unknown_keys_are_errors_that_list_the_known_ones(tmp_path):
+def test_unknown_keys_are_errors_that_name_the_known_ones(tmp_path):
     text = message(AlignConfig, "align_4b", *STAGES["align"][1], "rollout.sample=8")
     assert "align_4b.yaml: rollout.sample: unknown key" in text and "samples" in text
     file = tmp_path / "mine.yaml"
@@ -171,15 +185,186 @@ def test_wrong_values_name_their_key(override, named):
 
 
 def test_values_that_contradict_each_other():
-    assert "set either epochs or steps" in message(SFTConfig, "sft_4b", *STAGES["sft"][1], "steps=5")
+    both = message(SFTConfig, "sft_4b", *STAGES["sft"][1], "steps=5", "epochs=1")
+    assert "steps: steps = 5 and epochs = 1 are both set, unset one with =null" in both
+    assert "steps: missing, set steps or epochs" in message(SFTConfig, "sft_4b", *STAGES["sft"][1], "epochs=null")
     assert "top_k = 5" in message(UpcycleConfig, "upcycle_2b", MODEL, "out=x", "top_k=5")
     assert "low = 0.9" in message(FilterConfig, "filter", *STAGES["filter"][1], "low=0.9")
     assert "reference.path" in message(RLVRConfig, "rlvr_4b_grpo", *STAGES["rlvr"][1], "objective.kl_coef=0.01")
+    text = message(RLVRConfig, "rlvr_4b_dapo", *STAGES["rlvr"][1], "rollout.max_response_tokens=4095")
+    assert "overlong.buffer = 4096 is more than max_response_tokens = 4095" in text
+    text = message(RLVRConfig, "rlvr_4b_dapo", *STAGES["rlvr"][1], "rollout={prompts_per_step: 65536, samples: 32}")
+    assert "rollout.prompts_per_step: expected prompts_per_step times samples at most 1048576" in text
 
 
-def test_missing_keys_are_counted():
-    text = message(AlignConfig, None)
-    assert text.startswith("configuration: policy: Field required") and "more)" in text
+@pytest.mark.parametrize("stage", ["sft", "warmup"])
+def test_steps_take_the_place_of_a_recipes_epochs_and_say_so(stage, tmp_path):
+    cls, paths = STAGES[stage]
+    recipe, notes = {"sft": "sft_4b", "warmup": "warmup_2b"}[stage], []
+    config = load_config(cls, recipe, [*paths, "steps=5"], note=notes.append)
+    assert (config.steps, config.epochs) == (5, None)
+    assert notes == [f"steps=5 takes the place of epochs: 1 in {RECIPES / recipe}.yaml"]
+    (tmp_path / "mine.yaml").write_text(f"base: {recipe}\nsteps: 7\n")
+    config = load_config(cls, tmp_path / "mine.yaml", paths)
+    assert (config.steps, config.epochs) == (7, None)
+    config = load_config(cls, tmp_path / "mine.yaml", [*paths, "epochs=0.5"])
+    assert (config.steps, config.epochs) == (None, 0.5)
+    assert load_config(cls, tmp_path / "mine.yaml", [*paths, "steps=7"], note=notes.append).steps == 7
+    assert len(notes) == 1
+
+
+def test_every_fault_is_named_at_once():
+    text = message(AlignConfig, None, "steps=0", "run.seed=-1", "run.out=x", "polcy.path=p", "rollout.sampels=3")
+    assert text.startswith("configuration: ")
+    assert set(text.removeprefix("configuration: ").split("; ")) == {
+        "policy.path: missing",
+        "discriminator.path: missing",
+        "data.files: missing",
+        "rollout.prompts_per_step: missing",
+        "rollout.sampels: unknown key, did you mean rollout.samples?",
+        "policy_optimizer.lr: missing",
+        "discriminator_optimizer.lr: missing",
+        "run.seed: expected a whole number from 0 to 4294967295, got -1",
+        "steps: expected a whole number from 1 to 100000000, got 0",
+        "polcy: unknown key, did you mean policy?",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr=1", "optimizer.lr"),
+        ("out=x", "run.out"),
+        ("optimiser.lr=1", "optimizer"),
+        ("optimizer.learning_rate=1", "unknown key; known here: beta1"),
+        ("run.save_evry=1", "run.save_every"),
+        ("save_evry=1", "run.save_every"),
+        ("batchsize=1", "batch_size"),
+        ("data.file=x", "data.files"),
+    ],
+)
+def test_an_unknown_key_is_told_which_was_meant(key, meant):
+    assert meant in message(SFTConfig, "sft_4b", *STAGES["sft"][1], key)
+
+
+def test_a_stage_without_epochs_says_steps():
+    text = message(RLVRConfig, "rlvr_4b_grpo", *STAGES["rlvr"][1], "epochs=1")
+    assert text.endswith("rlvr_4b_grpo.yaml: epochs: unknown key, did you mean steps?")
+
+
+def test_dotted_keys_in_a_file_are_told_how_to_nest(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: sft_4b\nrun.out: x\n")
+    text = message(SFTConfig, tmp_path / "a.yaml", MODEL, FILES, RUN)
+    assert text.endswith("a.yaml: run.out: unknown key; in a file it is run: {out: ...}")
+
+
+NO_NUMBERS = (".nan", ".inf", "-.inf", "1e999", "true", "fast", "[1]", "{}", "''", "1e30", "-1e30", str(2**70))
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_every_number_is_finite_and_bounded(stage):
+    """None takes infinity, a truth value or a text, or is without bounds."""
+    for leaf in leaves(CONFIGS[stage]):
+        if "number" in allowed(leaf.schema):
+            for value in NO_NUMBERS:
+                text = message(CONFIGS[stage], None, f"{leaf.name}={value}")
+                assert f"{leaf.name}: expected a" in text, (value, text)
+
+
+@given(
+    st.sampled_from(["grpo", "dapo", "gspo", "dr_grpo"]),
+    *[st.one_of(st.none(), st.floats(allow_nan=True)) for _ in range(3)],
+    *[st.floats() for _ in range(2)],
+)
+@settings(max_examples=60, deadline=None)
+def test_an_objective_that_the_settings_accept_is_one_that_the_kernels_accept(name, low, high, cap, kl, entropy):
+    tree = {"name": name, "clip_low": low, "clip_high": high, "importance_cap": cap}
+    try:
+        config = ObjectiveConfig(**tree, kl_coef=kl, entropy_coef=entropy)
+    except ValueError:
+        return
+    config.build(max_length=1)
+
+
+@pytest.mark.parametrize("value", ["''", "' '", "3", "1.5", "null", "true", "[]", "{}", '"a\\0b"', '"a\\nb"', ""])
+def test_places_are_texts_that_say_something(value):
+    assert "run.out: expected a path, got " in message(SFTConfig, "sft_4b", MODEL, FILES, f"run.out={value}")
+    assert "model.path: expected a path, got " in message(SFTConfig, "sft_4b", FILES, RUN, f"model.path={value}")
+
+
+def test_one_path_is_a_list_of_one_and_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("sft", "data.files=a b.json", "data.eval_files=~/c.json", "run.out=~/runs", file="sft_4b")
+    assert [str(p) for p in (*config.data.files, *config.data.eval_files)] == ["a b.json", "/home/me/c.json"]
+    assert str(config.run.out) == "/home/me/runs"
+    for value in ("3", "null", "{a: b}", "[]", "['']", "[3]", "[[a]]"):
+        assert "data.files: expected a path" in message(SFTConfig, "sft_4b", MODEL, RUN, f"data.files={value}")
+
+
+@pytest.mark.parametrize("value", ["2026-11-26", "010", "1:30", "1e5x", "v1.0", "on-line"])
+def test_texts_that_yaml_would_take_for_dates_or_clocks_stay_texts(value):
+    assert str(load("sft", f"run.out={value}", file="sft_4b").run.out) == value
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("base: sft_4b\nrun: {out: a}\nsteps: 3\nrun: {out: b}\n")
+    assert message(SFTConfig, file) == f"{file}:4: the key 'run' stands twice; remove one"
+    file.write_text("run:\n  out: a\n  seed: 1\n  out: b\n")
+    assert message(SFTConfig, file) == f"{file}:4: the key 'out' stands twice; remove one"
+    assert "the key 'out' stands twice" in message(SFTConfig, None, "run={out: a, out: b}")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 1200, "run: &a {out: *a}", "a: 1\n---\nb: 2", "? [a]\n: 1", "\t", "%x", "!!python/x"]
+)
+def test_hostile_yaml_is_one_line(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    message(SFTConfig, tmp_path / "a.yaml")
+    assert len(message(SFTConfig, None, f"run={text}")) < 400
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_every_key_is_described(stage):
+    for leaf in leaves(CONFIGS[stage]):
+        assert leaf.field.description, f"{stage}: {leaf.name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shown_configuration_is_read_again_as_it_was(name, tmp_path):
+    cls, paths = STAGES[stage_of(name)]
+    text = show_config(cls, name, paths)
+    (tmp_path / "shown.yaml").write_text(text)
+    assert load_config(cls, tmp_path / "shown.yaml") == load(name)
+    assert text.count("  # ") >= len(list(leaves(cls))) - 8 and "MUST BE SET" not in text  # of sections that are off
+
+
+@pytest.mark.parametrize(
+    "value", ["a: b # c", "1e-5", "no", "ü", "'quoted'", "two\nlines", "[x", "null", "- a", "2026-01-01", ""]
+)
+def test_any_text_is_shown_so_that_it_is_read_again(value, tmp_path):
+    tree = {"system_prompt": value}
+    (tmp_path / "base.yaml").write_text(json.dumps({"data": tree}))
+    text = show_config(SFTConfig, tmp_path / "base.yaml", [*STAGES["sft"][1], "optimizer.lr=1e-5", "steps=1"])
+    (tmp_path / "shown.yaml").write_text(text)
+    assert load_config(SFTConfig, tmp_path / "shown.yaml").data.system_prompt == value
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_what_must_be_set_is_shown_as_a_comment(stage, tmp_path):
+    text = show_config(CONFIGS[stage], None)
+    (tmp_path / "shown.yaml").write_text(text)
+    shown = [line.split("#")[1].split(":")[0].strip() for line in text.splitlines() if ": MUST BE SET " in line]
+    asked = message(CONFIGS[stage], tmp_path / "shown.yaml").split(".yaml: ")[1].split("; ")
+    assert sorted(shown) == sorted(fault.split(":")[0].split(".")[-1] for fault in asked)
+    with pytest.raises(DataError, match="steps"):
+        show_config(SFTConfig, None, ["steps=0"])
+
+
+def test_the_page_of_settings_is_the_configurations():
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    assert page == settings_page.page(), "write it again: python dev/settings_page.py > docs/settings.md"
+    assert {f"## {title}" for title in map(settings_page.title, CONFIGS)} <= set(page.splitlines())
 
 
 def test_files_that_are_missing_or_not_yaml(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import time
 
 import pytest
@@ -14,8 +15,8 @@ from prism_fast.run import monitor as metrics
 from prism_fast.run.monitor import Monitor, breakdown, read_metrics, tokens_per_second
 
 
-def console(terminal=False):
-    return Console(file=io.StringIO(), force_terminal=terminal, width=140)
+def console(terminal=False, width=140):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width)
 
 
 def stats(step, **figures):
@@ -163,6 +164,27 @@ def test_bar_on_a_terminal_warnings_above_it(tmp_path):
     assert "1/20" in text and "reward 0.5" in text and "200 tok/s" in text
     assert "[red]look[/red]" in text  # messages are text, not markup
     assert "align step 1, held out: accuracy 50.0%  mean_length 12" in text
+
+
+@pytest.mark.parametrize("width", [30, 40, 58, 80, 99, 100, 140])
+def test_a_narrow_terminal_keeps_the_step(tmp_path, width):
+    out = console(terminal=True, width=width)
+    with Monitor("align", tmp_path, 10_000, console=out) as monitor:
+        monitor.step(stats(9_999, reward=0.12345, format_valid=0.987))
+    shown = out.file.getvalue().replace("\r", "\n").splitlines()
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", next(line for line in reversed(shown) if "left" in line))
+    assert "9999/10000" in last and "align" in last and last.rstrip().endswith("left") and len(last) <= width
+    assert ("loss" in last) == (width >= 58) and ("tok/s" in last) == (width >= 99)
+
+
+def test_a_step_is_named_once_and_as_the_bar_shows_it(tmp_path):
+    out = console(terminal=True)
+    with Monitor("align", tmp_path, 20, console=out) as monitor:
+        monitor.step(stats(7))
+        monitor.warn("step 7: look")
+        monitor.evaluation(7, {"accuracy": 0.5})
+    text = out.file.getvalue()
+    assert "7/20" in text and "warning, align step 7: look" in text and "align step 7, held out" in text
 
 
 def test_quiet_prints_nothing_and_inactive_writes_nothing(tmp_path):
