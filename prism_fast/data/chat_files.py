@@ -76,37 +76,33 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{name} is no number of JSON")
 
     with one_line(f"{path}: cannot be read", "expected a file in JSON; download it again"):
-        if path.is_file() and is_pointer(path):
-            raise DataError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in its folder")
+        refuse_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds a {type(value).__name__}, expected a JSON object; download it again")
     return value
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether git-lfs left its note in the file's place."""
+def refuse_pointer(path: Path) -> None:
+    """DataError where git-lfs left its note in the file's place."""
     with open(path, "rb") as file:
-        return file.read(64).startswith(b"version https://git-lfs")
+        if file.read(64).startswith(b"version https://git-lfs"):
+            raise DataError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in its folder")
 
 
 def open_tokenizer(folder: str | Path) -> Any:
     """The tokenizer with its chat template, tried on text with and without an image."""
     remedy = "take tokenizer.json and tokenizer_config.json of the Qwen3-VL checkpoint, or update transformers"
     local = Path(folder).is_dir()
-    if local and not (Path(folder) / "tokenizer_config.json").is_file():
-        raise DataError(
-            f"{folder}: tokenizer does not load (no tokenizer_config.json, without which it makes other tokens);"
-            " copy it from the checkpoint that the model comes from"
-        )
     if local:
-        read_object(Path(folder) / "tokenizer_config.json")
-    with one_line(f"{folder}: tokenizer does not load", remedy):
+        _look_at_tokenizer_files(Path(folder))
+    place = f"{folder}/tokenizer.json" if (Path(folder) / "tokenizer.json").exists() else folder
+    with one_line(f"{place}: tokenizer does not load", remedy):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=local)
         ids = sorted(tokenizer.get_vocab().values())
         if ids != list(range(len(tokenizer))):
             raise DataError(
-                f"{folder}: tokenizer: {len(tokenizer)} tokens have ids up to {ids[-1] if ids else -1}, with gaps or"
+                f"{place}: {len(tokenizer)} tokens have ids up to {ids[-1] if ids else -1}, with gaps or"
                 f" repeats; {remedy}"
             )
     if tokenizer.chat_template is None:
@@ -118,6 +114,23 @@ def open_tokenizer(folder: str | Path) -> Any:
             raise DataError(f"{path}: no text under chat_template; add chat_template.jinja")
     _try_template(tokenizer, folder)
     return tokenizer
+
+
+def _look_at_tokenizer_files(folder: Path) -> None:
+    """What a library would pass over, or word worse."""
+    if not (folder / "tokenizer_config.json").is_file():
+        raise DataError(
+            f"{folder}: tokenizer does not load (no tokenizer_config.json, without which it makes other tokens);"
+            " copy it from the checkpoint that the model comes from"
+        )
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).exists():
+            read_object(folder / name)
+    for name in ("chat_template.jinja", "merges.txt"):
+        with one_line(f"{folder / name}: cannot be read", "expected text in UTF-8; download it again"):
+            if (folder / name).is_file():
+                refuse_pointer(folder / name)
+                (folder / name).read_text(encoding="utf-8")
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, answer: bool = True) -> str:
@@ -160,7 +173,10 @@ def open_image_processor(folder: str | Path) -> Any:
     what, remedy = f"{folder}/preprocessor_config.json", "take the file of the Qwen3-VL checkpoint"
     local = Path(folder).is_dir()
     if local and (Path(folder) / "preprocessor_config.json").exists():
-        read_object(Path(folder) / "preprocessor_config.json")
+        held = read_object(Path(folder) / "preprocessor_config.json")
+        lacks = [name for name in ("image_mean", "image_std") if name not in held]
+        if lacks:
+            raise DataError(f"{what}: no {lacks[0]}, whose default is another model's; {remedy}")
     with one_line(f"{folder}: image processor does not load", remedy):
         processor: Any = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=local)
     with one_line(f"{what}: cannot be used", remedy):
@@ -173,10 +189,16 @@ def open_image_processor(folder: str | Path) -> Any:
         least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
         if not 0 < least <= min(most, LARGEST_LEAST) or not math.isfinite(most):
             raise ValueError(f"size is {least} to {most} pixels, expected 0 < shortest_edge <= longest_edge")
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            if getattr(processor, name) is not True:
+                raise ValueError(f"{name} is {getattr(processor, name)!r}, expected true")
+        mean, deviation = np.array(processor.image_mean, float), np.array(processor.image_std, float)
+        if not abs(255 * processor.rescale_factor - 1) < 0.01:
+            raise ValueError(f"rescale_factor is {processor.rescale_factor}, expected 1 / 255")
+        if not ((mean >= 0) & (mean <= 1) & (deviation > 0.01) & (deviation <= 2)).all():
+            raise ValueError(f"image_mean is {mean.tolist()}, image_std {deviation.tolist()}, expected parts of 1")
         made = processor(images=[Image.new("RGB", (64, 64), (200, 100, 50))], return_tensors="pt")
         pixels, grid = made["pixel_values"], made["image_grid_thw"]
-        if tuple(pixels.shape) != (int(grid.prod()), 3 * frames * patch**2):
+        if tuple(pixels.shape) != (int(grid.prod()), 3 * frames * patch**2) or not pixels.isfinite().all():
             raise ValueError(f"it makes pixels of shape {tuple(pixels.shape)} for a grid of {grid.tolist()}")
-        if not np.isfinite(pixels.numpy()).all():
-            raise ValueError("it makes pixels that are not finite: see image_mean, image_std and rescale_factor")
     return processor

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prism_fast.data.chat_files import brief, one_line, quiet
+from prism_fast.data.chat_files import brief, one_line
 from prism_fast.models.blocks import Attend, ReadOut, Recompute, TextModel, attend_tree, own_layers, run_layers
 from prism_fast.models.checkpoint_checks import check_values, check_weights, check_words, read_config
 from prism_fast.pack import ImageTokens
@@ -26,7 +26,8 @@ def local_directory(path: str | Path) -> Path:
     try:
         path = Path(path)
         if path.is_dir():
-            next(path.iterdir(), None)  # may be listed
+            next(path.iterdir(), None)  # raises where it may not be read
+            (path / "config.json").exists()
             return path
         there = path.exists() or path.is_symlink()
     except (OSError, ValueError) as error:
@@ -36,9 +37,7 @@ def local_directory(path: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise DataError(f"{path}: no such model directory; give a Hugging Face directory or a hub name like Qwen/NAME")
     try:
-        with quiet():
-            found = snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        return Path(found)
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: no such directory, and the hub has no answer ({reason}); download it first") from None
@@ -63,14 +62,13 @@ def load_model(
     if words is not None:
         check_words(path, config, words)
     stored = check_weights(model_class, config, path, beside)
-    with one_line(f"{path}: weights cannot be read", "download the checkpoint again"):
+    with one_line(f"{path}: the model does not load", "download the checkpoint again"):
         model, report = model_class.from_pretrained(
             path,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
         lost = [*report["missing_keys"], *report.get("mismatched_keys", ()), *report.get("error_msgs", ())]

@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from prism_fast.data.chat import Chat
-from prism_fast.data.chat_files import INSTRUCT, is_pointer, one_line, read_object
+from prism_fast.data.chat_files import INSTRUCT, one_line, read_object, refuse_pointer
 from prism_fast.records import DataError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16"}  # dtypes of weights, as safetensors spells them
 AGAIN = "download the checkpoint again"
 UNQUANTISED = f"take the checkpoint in bf16 (such as {INSTRUCT})"
-ELSEWHERE = ("transformers_weights", "configuration_files")  # keys by which a configuration names other files
+# Keys by which a configuration names other files, or code from elsewhere.
+ELSEWHERE = ("transformers_weights", "configuration_files", "experts_implementation", "_experts_implementation")
 # What lies in a folder that has no safetensors, and what to do about it.
 OTHER_WEIGHTS = {
     "*.gguf": f"holds GGUF weights, which are quantised; {UNQUANTISED}",
@@ -43,10 +45,13 @@ def read_config(path: Path, expected: str) -> Any:
     """The checkpoint's configuration, of architecture ``expected``, within its bounds."""
     file = path / "config.json"
     if not file.is_file():
-        raise DataError(f"{path}: no config.json; expected a Hugging Face checkpoint directory of {expected}")
+        below = [file.parent for pattern in ("final/*", "*", "*/*") for file in path.glob(f"{pattern}/config.json")]
+        hint = f", such as {below[0]}" if below else ""
+        raise DataError(f"{path}: no config.json; expected a Hugging Face checkpoint directory of {expected}{hint}")
     raw = read_object(file)
     if raw.get("model_type") != expected:
-        raise DataError(f"{file}: model_type is {raw.get('model_type')!r}, expected {expected!r}")
+        found = raw.get("model_type")
+        raise DataError(f"{file}: model_type is {found!r}, expected {expected!r}; give the folder of such a checkpoint")
     texts = [raw, *(raw.get(part) for part in ("text_config", "vision_config"))]
     for part, held in zip(("text_config", "vision_config"), texts[1:]):
         if not isinstance(held, dict) or not held:
@@ -58,7 +63,9 @@ def read_config(path: Path, expected: str) -> Any:
                 raise DataError(f"{file}: a quantised checkpoint ({how}), which cannot be trained; {UNQUANTISED}")
         for key in ELSEWHERE:
             if key in held:
-                raise DataError(f"{file}: {key} names other files, which are not opened; remove the key")
+                raise DataError(f"{file}: {key} names other files or code, which is not opened; remove the key")
+    if (path / "generation_config.json").exists():  # nothing of it is used, but it is saved again
+        read_object(path / "generation_config.json")
     if not any(_number(held.get("rope_theta")) for held in _ropes(texts[1])):
         raise DataError(
             f"{file}: text_config: no rope_theta, and libraries differ on its default; write down the value that the"
@@ -66,6 +73,7 @@ def read_config(path: Path, expected: str) -> Any:
         )
     with one_line(f"{file}: cannot be read", f"expected the configuration of a {expected} checkpoint"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config._attn_implementation = "sdpa"  # another may name code from elsewhere
         for fault in _config_faults(config):
             raise ValueError(fault)
     return config
@@ -98,8 +106,8 @@ def _config_faults(config: Any) -> Iterator[str]:
     if not 0 < text.rms_norm_eps < 1:
         yield f"text_config.rms_norm_eps is {text.rms_norm_eps}, expected a small positive number"
     rope = text.rope_parameters
-    if not _number(rope.get("rope_theta")) or rope["rope_theta"] <= 0:
-        yield f"text_config.rope_theta is {rope.get('rope_theta')!r}, expected a positive number"
+    if not _number(rope.get("rope_theta")) or rope["rope_theta"] <= 1:
+        yield f"text_config.rope_theta is {rope.get('rope_theta')!r}, expected a number above 1"
     section = rope.get("mrope_section", [24, 20, 20])
     if len(section) != 3 or min(section) < 0 or 2 * sum(section) != text.head_dim:
         yield f"text_config.mrope_section is {section}, expected three that sum to half of head_dim {text.head_dim}"
@@ -149,6 +157,21 @@ def check_chat(path: Path, config: Any, chat: Chat) -> None:
             )
 
 
+def check_tokens(path: Path, chat: Chat) -> None:
+    """Whether the tokenizer of a model that reads what ``chat`` writes, where it has one, gives tokens the same ids."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return
+    with one_line(f"{file}: cannot be read", AGAIN):
+        ids = Tokenizer.from_file(str(file)).get_vocab()
+    other = next((t for t, index in chat.tokenizer.get_vocab().items() if ids.get(t, index) != index), None)
+    if other is not None:
+        raise DataError(
+            f"{file}: token {other!r} is {ids[other]}, of the policy {chat.tokenizer.get_vocab()[other]}; take models"
+            " that share one tokenizer"
+        )
+
+
 def check_words(path: Path, config: Any, words: int) -> None:
     """Whether every token has a row in the embedding."""
     rows = config.text_config.vocab_size
@@ -176,15 +199,17 @@ def read_header(file: Path) -> dict[str, Stored]:
     if not file.exists():
         raise DataError(f"{file}: no such file; {AGAIN}")
     with one_line(f"{file}: not a readable safetensors file", AGAIN):
-        if is_pointer(file):
-            raise DataError(f"{file}: a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+        refuse_pointer(file)
         with safe_open(file, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             return {name: Stored(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def stored_tensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a model directory: those of model.safetensors, or of the files that the index names."""
+def stored_tensors(path: Path, beside: Collection[str] = ()) -> dict[str, Stored]:
+    """The tensors of a model directory: those of model.safetensors, or of the files that the index names.
+
+    ``beside``: names that the index may lack.
+    """
     if (path / "adapter_config.json").exists():
         raise DataError(f"{path}: a LoRA adapter (adapter_config.json); merge it into its base model first")
     single, index = path / SINGLE, path / INDEX
@@ -213,7 +238,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
                 raise DataError(f"{stored.file}: {name} stands in {found[name].file.name} too; {AGAIN}")
             found[name] = stored
     wrong = next((n for n, shard in names.items() if n not in found or found[n].file.name != shard), None)
-    wrong = wrong or next((n for n in found if n not in names), None)
+    wrong = wrong or next((n for n in found if n not in names and n not in beside), None)
     if wrong is not None:
         raise DataError(f"{index}: {wrong} is not where it says; {AGAIN}")
     return found
@@ -224,7 +249,7 @@ def check_weights(model_class: Any, config: Any, path: Path, beside: Collection[
 
     ``beside``: names that may be there and are not the model's.
     """
-    stored = stored_tensors(path)
+    stored = stored_tensors(path, beside)
     _check_layers(config, path, stored)
     file = path / "config.json"
     with one_line(f"{file}: no model can be made of it", "take the config.json of the checkpoint"):
@@ -232,7 +257,11 @@ def check_weights(model_class: Any, config: Any, path: Path, beside: Collection[
             model = model_class(config)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         tied = model.lm_head.weight is model.get_input_embeddings().weight
-    full = {name if name in shapes else f"model.{name}": held for name, held in stored.items() if name not in beside}
+    full = {
+        f"model.{name}" if name not in shapes and f"model.{name}" in shapes else name: held
+        for name, held in stored.items()
+        if name not in beside
+    }
     extra = sorted(full.keys() - shapes.keys())
     lacks = sorted(shapes.keys() - full.keys())
     if tied and len([name for name in lacks if name in _ends(shapes)]) == 1:  # one of both is enough

@@ -56,7 +56,7 @@ def settle_square_experts(model: Any, path: Path) -> None:
     known, unknown = ("down_proj", "gate_up_proj") if square["gate_up_proj"] else ("gate_up_proj", "down_proj")
     now = (hidden, inner) if known == "down_proj" else (2 * inner, hidden)
     old = {}
-    for key, stored in stored_tensors(path).items():
+    for key, stored in stored_tensors(path, HEAD_KEYS).items():
         if key.endswith(f"experts.{known}"):
             layer = int(key.split("layers.")[1].split(".")[0])
             old[layer] = stored.shape[1:] != now

@@ -10,7 +10,7 @@ import torch
 from prism_fast.config import ModelConfig
 from prism_fast.data.chat import Chat
 from prism_fast.models.backbone import local_directory
-from prism_fast.models.checkpoint_checks import check_chat, read_config
+from prism_fast.models.checkpoint_checks import check_chat, check_tokens, read_config
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_kernels.moe import load_product_choices, product_choices
@@ -34,6 +34,12 @@ def open_chat(path: Path, architecture: str) -> Chat:
     return chat
 
 
+def check_reader(path: Path, architecture: str, chat: Chat) -> None:
+    """Whether a model reads what ``chat``, maybe another model's, writes. Raises DataError."""
+    check_chat(path, read_config(path, architecture), chat)
+    check_tokens(path, chat)
+
+
 def open_policy(config: ModelConfig, saved: Path | None = None) -> tuple[Policy, Chat]:
     """The policy at ``config.path`` and the chat format beside it; from ``saved``, a checkpoint's, where it is given.
 
@@ -48,7 +54,7 @@ def load_policy(config: ModelConfig, chat: Chat, saved: Path | None = None) -> P
     """A policy that samples what ``chat`` lets it."""
     device = pick_device()
     path, dtype = saved or local_directory(config.path), pick_dtype(config.dtype, device)
-    check_chat(path, read_config(path, "qwen3_vl"), chat)
+    check_reader(path, "qwen3_vl", chat)
     policy = Policy.load(path, forbidden=chat.forbidden_ids, words=chat.vocab_size, dtype=dtype, device=device)
     return _prepare(policy, config)
 
@@ -69,7 +75,7 @@ def load_discriminator(
     device = pick_device()
     path, dtype = saved or local_directory(config.path), pick_dtype(config.dtype, device)
     if chat is not None:
-        check_chat(path, read_config(path, "qwen3_vl_moe"), chat)
+        check_reader(path, "qwen3_vl_moe", chat)
     return _prepare(Discriminator.load(path, dtype=dtype, device=device, dropout=head_dropout), config)
 
 
