@@ -64,9 +64,14 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """The first 160 characters of an exception, on one line."""
-    text = " ".join(str(error).split())
-    return (text if len(text) <= 160 else f"{text[:157]}...") or type(error).__name__
+    """The first words of an exception, on one line."""
+    return plain(" ".join(str(error).split())) or type(error).__name__
+
+
+def plain(text: str) -> str:
+    """What a file says, for a terminal: at most 160 characters, without line breaks and escapes."""
+    text = text if len(text) <= 160 else f"{text[:157]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from prism_fast.data.chat import Chat
-from prism_fast.data.chat_files import INSTRUCT, one_line, read_object, refuse_pointer
+from prism_fast.data.chat_files import INSTRUCT, one_line, plain, read_object, refuse_pointer
 from prism_fast.records import DataError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,8 +50,8 @@ def read_config(path: Path, expected: str) -> Any:
         raise DataError(f"{path}: no config.json; expected a Hugging Face checkpoint directory of {expected}{hint}")
     raw = read_object(file)
     if raw.get("model_type") != expected:
-        found = raw.get("model_type")
-        raise DataError(f"{file}: model_type is {found!r}, expected {expected!r}; give the folder of such a checkpoint")
+        found = plain(repr(raw.get("model_type")))
+        raise DataError(f"{file}: model_type is {found}, expected {expected!r}; give the folder of such a checkpoint")
     texts = [raw, *(raw.get(part) for part in ("text_config", "vision_config"))]
     for part, held in zip(("text_config", "vision_config"), texts[1:]):
         if not isinstance(held, dict) or not held:
@@ -60,7 +60,9 @@ def read_config(path: Path, expected: str) -> Any:
         for key in ("quantization_config", "compression_config", "quantization"):
             if held.get(key):
                 how = held[key].get("quant_method", key) if isinstance(held[key], dict) else key
-                raise DataError(f"{file}: a quantised checkpoint ({how}), which cannot be trained; {UNQUANTISED}")
+                raise DataError(
+                    f"{file}: a quantised checkpoint ({plain(str(how))}), which cannot be trained; {UNQUANTISED}"
+                )
         for key in ELSEWHERE:
             if key in held:
                 raise DataError(f"{file}: {key} names other files or code, which is not opened; remove the key")
@@ -164,11 +166,12 @@ def check_tokens(path: Path, chat: Chat) -> None:
         return
     with one_line(f"{file}: cannot be read", AGAIN):
         ids = Tokenizer.from_file(str(file)).get_vocab()
-    other = next((t for t, index in chat.tokenizer.get_vocab().items() if ids.get(t, index) != index), None)
+    own = chat.tokenizer.get_vocab()
+    other = next((token for token, index in own.items() if ids.get(token, index) != index), None)
     if other is not None:
         raise DataError(
-            f"{file}: token {other!r} is {ids[other]}, of the policy {chat.tokenizer.get_vocab()[other]}; take models"
-            " that share one tokenizer"
+            f"{file}: token {plain(repr(other))} is {ids[other]}, of the policy {own[other]}; take models that share"
+            " one tokenizer"
         )
 
 
@@ -226,7 +229,9 @@ def stored_tensors(path: Path, beside: Collection[str] = ()) -> dict[str, Stored
     shards = {str(name): None for name in names.values()}
     for name in shards:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise DataError(f"{index}: names {name!r}, expected safetensors files of its own folder; {AGAIN}")
+            raise DataError(
+                f"{index}: names {plain(repr(name))}, expected safetensors files of its own folder; {AGAIN}"
+            )
     if single.exists() and SINGLE not in shards:
         raise DataError(
             f"{path}: holds {SINGLE} and {INDEX}, which is of other files; remove the one that is not meant"
@@ -235,12 +240,12 @@ def stored_tensors(path: Path, beside: Collection[str] = ()) -> dict[str, Stored
     for shard in shards:
         for name, stored in read_header(path / shard).items():
             if name in found:
-                raise DataError(f"{stored.file}: {name} stands in {found[name].file.name} too; {AGAIN}")
+                raise DataError(f"{stored.file}: {plain(name)} stands in {found[name].file.name} too; {AGAIN}")
             found[name] = stored
     wrong = next((n for n, shard in names.items() if n not in found or found[n].file.name != shard), None)
     wrong = wrong or next((n for n in found if n not in names and n not in beside), None)
     if wrong is not None:
-        raise DataError(f"{index}: {wrong} is not where it says; {AGAIN}")
+        raise DataError(f"{index}: {plain(wrong)} is not where it says; {AGAIN}")
     return found
 
 
@@ -272,8 +277,8 @@ def check_weights(model_class: Any, config: Any, path: Path, beside: Collection[
         )
     if extra:
         raise DataError(
-            f"{path}: weights that the model has not: {extra[0]} ({len(extra)} unexpected); config.json and weights are"
-            " of different models"
+            f"{path}: weights that the model has not: {plain(extra[0])} ({len(extra)} unexpected); config.json and"
+            " weights are of different models"
         )
     for name, held in full.items():
         if held.dtype not in FLOATS:

@@ -28,11 +28,12 @@ def read_head(path: Path, hidden: int) -> Tensor:
                     f"{file}: {key} stands in {found[key].file.name} too; remove the file that is not meant"
                 )
             found[key] = stored
-    for key in HEAD_KEYS:
-        if key in found:
-            break
-    else:
+    there = [key for key in HEAD_KEYS if key in found]
+    if len(there) > 1:
+        raise DataError(f"{found[there[1]].file}: two value heads, {there[0]} and {there[1]}; remove one of them")
+    if not there:
         raise DataError(f"{path}: no value head ({' or '.join(HEAD_KEYS)}) in its safetensors; is it a discriminator?")
+    key = there[0]
     file, shape, dtype = found[key].file, found[key].shape, found[key].dtype
     if shape not in ((1, hidden), (hidden,)) or dtype not in FLOATS:
         raise DataError(f"{file}: value head of {shape} in {dtype}, expected (1, {hidden}) in floating point")
