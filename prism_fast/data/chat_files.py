@@ -128,14 +128,26 @@ def _look_at_tokenizer_files(folder: Path) -> None:
             f"{folder}: tokenizer does not load (no tokenizer_config.json, without which it makes other tokens);"
             " copy it from the checkpoint that the model comes from"
         )
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        if (folder / name).exists():
-            read_object(folder / name)
+    names = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json", "vocab.json")
+    held = {name: read_object(folder / name) for name in names if (folder / name).exists()}
     for name in ("chat_template.jinja", "merges.txt"):
         with one_line(f"{folder / name}: cannot be read", "expected text in UTF-8; download it again"):
             if (folder / name).is_file():
                 refuse_pointer(folder / name)
                 (folder / name).read_text(encoding="utf-8")
+    model = held.get("tokenizer.json", {}).get("model")
+    if isinstance(model, dict) and isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list):
+        _count_merges(folder / "tokenizer.json", model["vocab"], len(model["merges"]))
+    elif "tokenizer.json" not in held and "vocab.json" in held and (folder / "merges.txt").is_file():
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        _count_merges(folder / "merges.txt", held["vocab.json"], sum(line.count(" ") == 1 for line in lines))
+
+
+def _count_merges(file: Path, vocab: dict[str, Any], merges: int) -> None:
+    """In byte-level BPE every token but the 256 bytes is a merge of two; with fewer merges, text gets other tokens."""
+    merged = sum(len(token) > 1 and not token.startswith("<|") for token in vocab)
+    if merges < 0.99 * merged:
+        raise DataError(f"{file}: {merges} merges for {merged} tokens, so some are never made; download it again")
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, answer: bool = True) -> str:
@@ -177,11 +189,15 @@ def open_image_processor(folder: str | Path) -> Any:
     """Qwen-VL's image processor, tried on a small image."""
     what, remedy = f"{folder}/preprocessor_config.json", "take the file of the Qwen3-VL checkpoint"
     local = Path(folder).is_dir()
-    if local and (Path(folder) / "preprocessor_config.json").exists():
-        held = read_object(Path(folder) / "preprocessor_config.json")
-        lacks = [name for name in ("image_mean", "image_std") if name not in held]
-        if lacks:
-            raise DataError(f"{what}: no {lacks[0]}, whose default is another model's; {remedy}")
+    held = None
+    if local and Path(what).exists():
+        held = read_object(Path(what))
+    newer = Path(folder) / "processor_config.json"  # where it holds the settings, they come first
+    if local and newer.exists() and isinstance(settings := read_object(newer).get("image_processor"), dict):
+        what, held = str(newer), settings
+    lacks = [name for name in ("image_mean", "image_std") if held is not None and name not in held]
+    if lacks:
+        raise DataError(f"{what}: no {lacks[0]}, whose default is another model's; {remedy}")
     with one_line(f"{folder}: image processor does not load", remedy):
         processor: Any = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=local)
     with one_line(f"{what}: cannot be used", remedy):

@@ -152,7 +152,7 @@ def check_chat(path: Path, config: Any, chat: Chat) -> None:
     ]
     for key, value, name, other in pairs:
         if value != other:
-            kind = "the tokenizer" if name.startswith("<|") else "preprocessor_config.json"
+            kind = "the tokenizer" if name.startswith("<|") else "the image processor"
             raise DataError(
                 f"{path}/config.json: {key} is {value}, but {name} of {kind} is {other}; take all files from one"
                 " checkpoint"

@@ -239,7 +239,7 @@ CHATS = {
     "patch absurd": (setting("preprocessor_config.json", patch_size=10**6), r"patch_size is 1000000"),
     "other patch": (
         setting("preprocessor_config.json", patch_size=16),
-        r"patch_size is 8, but patch_size of preproc.* 16",
+        r"patch_size is 8, but patch_size of the image processor is 16",
     ),
     "other merge": (setting("preprocessor_config.json", merge_size=4), r"spatial_merge_size is 2, but merge_size"),
     "no frames": (setting("preprocessor_config.json", temporal_patch_size="2"), r"temporal_patch_size is '2'"),
@@ -250,6 +250,13 @@ CHATS = {
     "std 0": (setting("preprocessor_config.json", image_std=[0, 0, 0]), r"image_std"),
     "no mean": (setting("preprocessor_config.json", image_mean=None), r"no image_mean"),
     "no rescaling": (setting("preprocessor_config.json", do_rescale=False), r"do_rescale is False"),
+    "newer processor": (
+        content("processor_config.json", '{"image_processor": {"patch_size": 8}}'),
+        r"processor_config\.json: no image_mean",
+    ),
+    "newer processor a list": (content("processor_config.json", "[]"), r"processor_config\.json: holds a list"),
+    "no merges": (setting("tokenizer.json", model__merges=[]), r"tokenizer\.json: 0 merges for \d+ tokens"),
+    "added tokens": (content("added_tokens.json", "{"), r"added_tokens\.json: cannot be read"),
     "processor a list": (content("preprocessor_config.json", "[]"), r"preprocessor_config\.json: holds a list"),
     "no processor": (lambda d: (d / "preprocessor_config.json").unlink(), r"image processor does not load"),
 }
