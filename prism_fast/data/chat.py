@@ -7,7 +7,6 @@ switched off, so a response that spells one yields ordinary tokens.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -17,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
+from prism_fast.data.chat_files import ROUND_TRIP, brief, one_line, open_image_processor, open_tokenizer, quiet, render
 from prism_fast.data.images import open_image
 from prism_fast.records import DataError, Message, Prompt, Sample
 
@@ -70,26 +69,27 @@ class Chat:
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Chat:
-        """Open the tokenizer, chat template and image processor of a checkpoint directory (or hub name)."""
+        """Open the tokenizer, chat template and image processor of a checkpoint directory (or hub name).
+
+        Raises DataError on what does not open, and on what opens but is not Qwen3-VL's: see `chat_files`.
+        """
+        tokenizer, image_processor = open_tokenizer(model_dir), open_image_processor(model_dir)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_dir)
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
-        except (OSError, ValueError) as error:
-            detail = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"{model_dir}: tokenizer or image processor does not load ({detail}); give a Qwen3-VL directory"
-            ) from error
-        if tokenizer.chat_template is None:
-            path = Path(model_dir) / "chat_template.json"  # where older processors kept it
-            if not path.is_file():
-                raise DataError(f"{model_dir}: no chat template; add chat_template.jinja")
-            tokenizer.chat_template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-        return cls(tokenizer, image_processor)
+            chat = cls(tokenizer, image_processor)
+        except DataError as error:
+            raise DataError(f"{model_dir}: {error}") from None
+        with one_line(f"{model_dir}: tokenizer: not Qwen3-VL's", "take tokenizer.json of the checkpoint"):
+            if len({piece for piece in chat.token_bytes if len(piece) == 1}) < 256:
+                raise ValueError("some bytes have no token")
+            if chat.decode(chat.encode_part(ROUND_TRIP)) != ROUND_TRIP:
+                raise ValueError("text does not come back from its tokens")
+        return chat
 
     def save(self, out_dir: str | Path) -> None:
         """Write tokenizer, chat template and image settings, so that a saved model directory opens by itself."""
-        self.tokenizer.save_pretrained(out_dir)
-        self.image_processor.save_pretrained(out_dir)
+        with quiet():
+            self.tokenizer.save_pretrained(out_dir)
+            self.image_processor.save_pretrained(out_dir)
 
     @property
     def vocab_size(self) -> int:
@@ -103,11 +103,13 @@ class Chat:
         an image that does not open, a control token in the text, or more than ``max_tokens`` tokens.
         """
         self._refuse_control_tokens(sample)
-        text = self.tokenizer.apply_chat_template(
-            [self._template_message(message) for message in sample.messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            text = render(self.tokenizer, [self._template_message(message) for message in sample.messages])
+        except Exception as error:  # a template is a program: raise_exception(...), or its own faults
+            raise DataError(
+                f"{sample.place}: messages: the chat template refuses them ({brief(error)});"
+                " keep to its roles and their order"
+            ) from error
         pixels = grid = None
         if sample.images:
             pixels, grid = self._pixels(sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from prism_fast.data.chat_files import brief, one_line
 from prism_fast.models.blocks import Attend, ReadOut, Recompute, TextModel, attend_tree, own_layers, run_layers
+from prism_fast.models.checkpoint_checks import check_values, check_weights, check_words, read_config
 from prism_fast.pack import ImageTokens
 from prism_fast.records import DataError, PackedTree
 from prism_kernels import RoutingStats
@@ -20,8 +23,17 @@ from prism_kernels import RoutingStats
 
 def local_directory(path: str | Path) -> Path:
     """``path`` where it is a directory; else the snapshot of a hub model of that name ("Qwen/Qwen3-VL-4B-Instruct")."""
-    if Path(path).is_dir():
-        return Path(path)
+    try:
+        path = Path(path)
+        if path.is_dir():
+            next(path.iterdir(), None)  # raises where it may not be read
+            (path / "config.json").exists()
+            return path
+        there = path.exists() or path.is_symlink()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be opened ({brief(error)}); give a Hugging Face directory") from None
+    if there:
+        raise DataError(f"{path}: a file, or a link that leads nowhere; expected the model's directory")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise DataError(f"{path}: no such model directory; give a Hugging Face directory or a hub name like Qwen/NAME")
     try:
@@ -31,38 +43,40 @@ def local_directory(path: str | Path) -> Path:
         raise DataError(f"{path}: no such directory, and the hub has no answer ({reason}); download it first") from None
 
 
-def read_config(path: Path, expected: str):
-    """The checkpoint's configuration. Raises DataError where it is missing or of another architecture."""
-    if not (path / "config.json").is_file():
-        raise DataError(f"{path}: no config.json; expected a Hugging Face checkpoint directory of {expected}")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise DataError(f"{path}/config.json: cannot be read ({str(error).splitlines()[0]})") from None
-    if config.model_type != expected:
-        raise DataError(f"{path}/config.json: model_type is {config.model_type!r}, expected {expected!r}")
-    return config
+def load_model(
+    model_class,
+    path: str | Path,
+    expected: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    words: int | None = None,
+    beside: Collection[str] = (),
+):
+    """A Hugging Face model with every weight accounted for, and finite.
 
-
-def load_model(model_class, path: str | Path, expected: str, dtype: torch.dtype, device: torch.device | str, **kwargs):
-    """A Hugging Face model with every weight accounted for."""
+    ``words``: tokens that need a row in the embedding; ``beside``: names of weights that are not the model's.
+    """
     path = local_directory(path)
     config = read_config(path, expected)
-    try:
+    if words is not None:
+        check_words(path, config, words)
+    stored = check_weights(model_class, config, path, beside)
+    with one_line(f"{path}: the model does not load", "download the checkpoint again"):
         model, report = model_class.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise DataError(
-            f"{path}: weights cannot be read ({str(error).splitlines()[0]}); expected safetensors"
-        ) from None
-    missing, wrong = sorted(report["missing_keys"]), sorted(map(str, report.get("mismatched_keys", ())))
-    if missing or wrong:
-        what = f"no weights for {missing[0]}" if missing else f"wrong shape for {wrong[0]}"
-        raise DataError(
-            f"{path}: {what} ({len(missing)} missing, {len(wrong)} mismatched); expected a whole {expected}"
-        )
-    return model.to(device)
+        lost = [*report["missing_keys"], *report.get("mismatched_keys", ()), *report.get("error_msgs", ())]
+        if lost:
+            raise ValueError(f"{len(lost)} did not load, such as {lost[0]}")
+    model = model.to(device)
+    check_values(model, config, path, stored)
+    return model
 
 
 def image_tokens(config) -> ImageTokens:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from prism_fast.data.chat_files import one_line
+from prism_fast.models.checkpoint_checks import AGAIN, FLOATS, Stored, check_finite, read_header, stored_tensors
 from prism_fast.records import DataError
 
 HEAD_FILE = "value_head.safetensors"
@@ -16,21 +18,29 @@ HEAD_FILE = "value_head.safetensors"
 HEAD_KEYS = ("v_head.summary.weight", "v_head.1.weight", "v_head.weight")
 
 
-def read_head(path: Path) -> Tensor:
+def read_head(path: Path, hidden: int) -> Tensor:
     """The scalar head of a discriminator directory, (1, H) or (H,). Only safetensors files are opened."""
-    found = {}
+    found: dict[str, Stored] = {}
     for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in HEAD_KEYS:
-                    if key in tensors.keys():  # noqa: SIM118 (safe_open has no __contains__)
-                        found[key] = tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise DataError(f"{file}: not a readable safetensors file ({error})") from None
-    for key in HEAD_KEYS:
-        if key in found:
-            return found[key]
-    raise DataError(f"{path}: no value head ({' or '.join(HEAD_KEYS)}) in its safetensors; is it a discriminator?")
+        for key, stored in read_header(file).items():
+            if key in HEAD_KEYS and key in found:
+                raise DataError(
+                    f"{file}: {key} stands in {found[key].file.name} too; remove the file that is not meant"
+                )
+            found[key] = stored
+    there = [key for key in HEAD_KEYS if key in found]
+    if len(there) > 1:
+        raise DataError(f"{found[there[1]].file}: two value heads, {there[0]} and {there[1]}; remove one of them")
+    if not there:
+        raise DataError(f"{path}: no value head ({' or '.join(HEAD_KEYS)}) in its safetensors; is it a discriminator?")
+    key = there[0]
+    file, shape, dtype = found[key].file, found[key].shape, found[key].dtype
+    if shape not in ((1, hidden), (hidden,)) or dtype not in FLOATS:
+        raise DataError(f"{file}: value head of {shape} in {dtype}, expected (1, {hidden}) in floating point")
+    with one_line(f"{file}: {key} cannot be read", AGAIN), safe_open(file, framework="pt") as tensors:
+        head = tensors.get_tensor(key)
+    check_finite(head, key, file)
+    return head
 
 
 def settle_square_experts(model: Any, path: Path) -> None:
@@ -47,12 +57,10 @@ def settle_square_experts(model: Any, path: Path) -> None:
     known, unknown = ("down_proj", "gate_up_proj") if square["gate_up_proj"] else ("gate_up_proj", "down_proj")
     now = (hidden, inner) if known == "down_proj" else (2 * inner, hidden)
     old = {}
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                if key.endswith(f"experts.{known}"):
-                    layer = int(key.split(".layers.")[1].split(".")[0])
-                    old[layer] = tuple(tensors.get_slice(key).get_shape()[1:]) != now
+    for key, stored in stored_tensors(path, HEAD_KEYS).items():
+        if key.endswith(f"experts.{known}"):
+            layer = int(key.split("layers.")[1].split(".")[0])
+            old[layer] = stored.shape[1:] != now
     with torch.no_grad():
         for i, layer in enumerate(model.model.language_model.layers):
             if old.get(i, False):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen3VLMoeForConditionalGeneration
 
+from prism_fast.data.chat_files import quiet
 from prism_fast.models.backbone import TreeModel, load_model, local_directory
 from prism_fast.models.blocks import ReadOut, Recompute
 from prism_fast.models.checkpoint_layouts import HEAD_FILE, HEAD_KEYS, read_head, settle_square_experts
@@ -28,7 +29,7 @@ class Discriminator(TreeModel):
         self.dropout = dropout
         config = self.model.config.text_config
         self.top_k = config.num_experts_per_tok
-        if not config.tie_word_embeddings:
+        if model.lm_head.weight is not model.get_input_embeddings().weight:
             model.lm_head.requires_grad_(False)
         for i, layer in enumerate(self.text.layers):
             if not hasattr(layer.mlp, "experts"):
@@ -49,14 +50,9 @@ class Discriminator(TreeModel):
         safetensors or ``v_head.summary.weight`` in a file of its own. Raises DataError on anything else.
         """
         path = local_directory(path)
-        model = load_model(Qwen3VLMoeForConditionalGeneration, path, "qwen3_vl_moe", dtype, device)
+        model = load_model(Qwen3VLMoeForConditionalGeneration, path, "qwen3_vl_moe", dtype, device, beside=HEAD_KEYS)
         settle_square_experts(model, path)
-        head = read_head(path)
-        if head.numel() != model.config.text_config.hidden_size:
-            raise DataError(
-                f"{path}: value head of {tuple(head.shape)}, expected (1, {model.config.text_config.hidden_size})"
-            )
-        return cls(model, head, dropout=dropout)
+        return cls(model, read_head(path, model.config.text_config.hidden_size), dropout=dropout)
 
     def checkpoint_activations(self, *, use_reentrant: bool = False) -> None:
         """Every layer recomputes its activations in the backward; gradients stay the same, the routing loss's too."""
@@ -76,7 +72,8 @@ class Discriminator(TreeModel):
 
     def save(self, path: str | Path) -> None:
         """A Hugging Face directory; the head lies beside the model in ``value_head.safetensors``."""
-        self.model.save_pretrained(path)
+        with quiet():
+            self.model.save_pretrained(path)
         save_file({HEAD_KEYS[0]: self.head.detach().reshape(1, -1).cpu().contiguous()}, Path(path) / HEAD_FILE)
 
 

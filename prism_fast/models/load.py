@@ -10,6 +10,7 @@ import torch
 from prism_fast.config import ModelConfig
 from prism_fast.data.chat import Chat
 from prism_fast.models.backbone import local_directory
+from prism_fast.models.checkpoint_checks import check_chat, check_tokens, read_config
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_kernels.moe import load_product_choices, product_choices
@@ -25,20 +26,35 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def open_chat(path: Path, architecture: str) -> Chat:
+    """The chat format of a model directory, held against the model's configuration. Raises DataError."""
+    config = read_config(path, architecture)
+    chat = Chat.load(path)
+    check_chat(path, config, chat)
+    return chat
+
+
+def check_reader(path: Path, architecture: str, chat: Chat) -> None:
+    """Whether a model reads what ``chat``, maybe another model's, writes. Raises DataError."""
+    check_chat(path, read_config(path, architecture), chat)
+    check_tokens(path, chat)
+
+
 def open_policy(config: ModelConfig, saved: Path | None = None) -> tuple[Policy, Chat]:
     """The policy at ``config.path`` and the chat format beside it; from ``saved``, a checkpoint's, where it is given.
 
     Raises DataError where there is no such model, or it is of another architecture; so do the others here.
     """
     path = saved or local_directory(config.path)
-    chat = Chat.load(path)
+    chat = open_chat(path, "qwen3_vl")
     return load_policy(config, chat, path), chat
 
 
 def load_policy(config: ModelConfig, chat: Chat, saved: Path | None = None) -> Policy:
     """A policy that samples what ``chat`` lets it."""
     device = pick_device()
-    path, dtype = saved or config.path, pick_dtype(config.dtype, device)
+    path, dtype = saved or local_directory(config.path), pick_dtype(config.dtype, device)
+    check_reader(path, "qwen3_vl", chat)
     policy = Policy.load(path, forbidden=chat.forbidden_ids, words=chat.vocab_size, dtype=dtype, device=device)
     return _prepare(policy, config)
 
@@ -48,14 +64,18 @@ def open_discriminator(
 ) -> tuple[Discriminator, Chat]:
     """As `open_policy`."""
     path = saved or local_directory(config.path)
-    chat = Chat.load(path)
+    chat = open_chat(path, "qwen3_vl_moe")
     return load_discriminator(config, path, head_dropout), chat
 
 
-def load_discriminator(config: ModelConfig, saved: Path | None = None, head_dropout: float = 0.0) -> Discriminator:
-    """A discriminator without a chat format of its own: it reads what a policy's has made."""
+def load_discriminator(
+    config: ModelConfig, saved: Path | None = None, head_dropout: float = 0.0, *, chat: Chat | None = None
+) -> Discriminator:
+    """A discriminator without a chat format of its own: it reads what a policy's has made, ``chat``."""
     device = pick_device()
-    path, dtype = saved or config.path, pick_dtype(config.dtype, device)
+    path, dtype = saved or local_directory(config.path), pick_dtype(config.dtype, device)
+    if chat is not None:
+        check_reader(path, "qwen3_vl_moe", chat)
     return _prepare(Discriminator.load(path, dtype=dtype, device=device, dropout=head_dropout), config)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
+from prism_fast.data.chat_files import quiet
 from prism_fast.models.backbone import TreeModel, load_model
 from prism_fast.models.blocks import Attend, Recompute, run_layers
 from prism_fast.records import PackedTree
@@ -59,7 +60,8 @@ class Policy(TreeModel):
         device: torch.device | str = "cpu",
     ) -> Policy:
         """Opens a Hugging Face Qwen3-VL directory (safetensors). Raises DataError on another architecture."""
-        return cls(load_model(Qwen3VLForConditionalGeneration, path, "qwen3_vl", dtype, device), forbidden, words)
+        model = load_model(Qwen3VLForConditionalGeneration, path, "qwen3_vl", dtype, device, words=words)
+        return cls(model, forbidden, words)
 
     @property
     def head(self) -> Tensor:
@@ -91,4 +93,5 @@ class Policy(TreeModel):
         return hidden
 
     def save(self, path: str | Path) -> None:
-        self.model.save_pretrained(path, safe_serialization=True)
+        with quiet():
+            self.model.save_pretrained(path, safe_serialization=True)

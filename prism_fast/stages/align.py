@@ -37,7 +37,7 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
     """Moves config.policy towards the teacher; writes config.run.out/final/{policy,discriminator}."""
     with Session("align", config.run, resume) as session:
         policy, chat = open_policy(config.policy, session.saved("policy"))
-        discriminator = load_discriminator(config.discriminator, session.saved("discriminator"))
+        discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
         data = read_align(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy, discriminator=discriminator)
         updater = Updater(policy, config.policy_optimizer, config.steps)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from prism_fast.config import UpcycleConfig
-from prism_fast.data.chat import Chat
 from prism_fast.files import write_aside
 from prism_fast.models.backbone import local_directory
-from prism_fast.models.load import pick_device, pick_dtype, with_chat
+from prism_fast.models.load import open_chat, pick_device, pick_dtype, with_chat
 from prism_fast.models.upcycle import upcycle
 from prism_fast.records import DataError
 
@@ -18,7 +17,7 @@ def upcycle_directory(config: UpcycleConfig) -> Path:
     if config.out.exists():
         raise DataError(f"{config.out}: exists already; choose another out, or remove it")
     path = local_directory(config.model.path)
-    chat = Chat.load(path)
+    chat = open_chat(path, "qwen3_vl")
     made = upcycle(
         path,
         num_experts=config.num_experts,

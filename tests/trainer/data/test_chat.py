@@ -203,6 +203,13 @@ def test_a_template_that_ignores_images(chat):
         broken.encode_prompt(sample(image(64, 16)))
 
 
+def test_a_template_that_refuses_messages(chat):
+    strict = Chat(train_tokenizer([RESPONSE]), chat.image_processor)
+    strict.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(DataError, match=r"d.json:4: messages: .* refuses them \(System role not supported\); keep to"):
+        strict.encode_prompt(sample())
+
+
 def test_qwen_style_control_tokens_that_are_not_flagged_special(chat):
     """Qwen's tokenizer holds <|fim_prefix|> as an ordinary added token: never sampled, never accepted from data."""
     from tokenizers import AddedToken

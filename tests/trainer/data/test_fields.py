@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prism_fast import printable
 from prism_fast.data.fields import looks_like_content, missing
 from prism_fast.data.formats import read_align, read_rlvr, read_sft, read_warmup
-from prism_fast.records import DataError, Message, Sample, printable
+from prism_fast.records import DataError, Message, Sample
 from tests.trainer.data.test_formats import READERS, RESPONSE, png, record, refuse, write
 
 TURNS = [{"role": "user", "content": "<image>Sum?"}]
