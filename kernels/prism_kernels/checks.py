@@ -77,7 +77,7 @@ def _has_dtype(value: Tensor, dtype: str | Sequence[torch.dtype] | None) -> bool
 
 def _dtype_text(dtype: str | Sequence[torch.dtype] | None) -> str:
     if dtype is None or isinstance(dtype, str):
-        return {None: "a tensor of shape", FLOATING_8: FLOATING}.get(dtype, dtype)
+        return FLOATING if dtype == FLOATING_8 else dtype or "a tensor of shape"
     return " or ".join([str(allowed).removeprefix("torch.") for allowed in dtype])
 
 

@@ -185,13 +185,14 @@ class Op:
 
 def _transforms_of(tensor: Tensor | None) -> list[str]:
     """The transforms of torch.func that wrap the tensor, and a tangent of torch.autograd.forward_ad."""
-    found, functorch = [], torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # has no stubs
+    found: list[str] = []
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # has no stubs
     if tensor is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         found.append(JVP)
     if is_transformed(tensor):
         running = {interpreter.level(): interpreter.key().name for interpreter in functorch.get_interpreter_stack()}
         while is_transformed(tensor):
-            found.append({"Vmap": VMAP, "Jvp": JVP}.get(running.get(functorch.maybe_get_level(tensor)), GRAD))
+            found.append({"Vmap": VMAP, "Jvp": JVP}.get(running.get(functorch.maybe_get_level(tensor), ""), GRAD))
             tensor = functorch.get_unwrapped(tensor)
     return found
 
