@@ -6,15 +6,18 @@ All but the checks of values can be traced by torch.compile: they read what a fa
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 INFINITY = float("inf")  # comparisons, unlike math.isfinite, can be traced
-FLOATING = "floating"
+FLOATING = "floating"  # what torch computes with: of 16 bits or more
+FLOATING_8 = "floating of any size"
 INTEGER = "integer"
+_FUNCTORCH: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # has no stubs
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -27,7 +30,14 @@ def describe(value: object) -> str:
     """What a tensor is, or that there is none."""
     if not isinstance(value, Tensor):
         return f"no tensor but {type(value).__name__}"
-    return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    layout = "" if value.layout == torch.strided else f"{value.layout} "
+    return f"{tuple(value.shape)} {layout}{value.dtype} on {value.device}"
+
+
+def shown(value: object) -> str:
+    """``value`` on one line, cut."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_tensor(
@@ -37,12 +47,18 @@ def check_tensor(
     dtype: str | Sequence[torch.dtype] | None,
     remedy: str = "",
 ) -> None:
-    """``shape``: {dimension: size, or None for any}. ``dtype``: FLOATING, INTEGER, the dtypes allowed, or None for any.
+    """``shape``: {dimension: size, or None for any}. ``dtype``: FLOATING, FLOATING_8, INTEGER, the dtypes allowed, or
+    None for any. Dense, whatever its strides.
 
     >>> check_tensor("weight", weight, {"V": None, "H": hidden.shape[1]}, FLOATING)
     """
-    if not isinstance(value, Tensor) or not _has_dtype(value, dtype) or not _has_shape(value, shape):
+    if not is_tensor(value, dtype) or not _has_shape(value, shape):
         raise wrong(name, f"{_dtype_text(dtype)} {_shape_text(shape)}", describe(value), remedy)
+
+
+def is_tensor(value: object, dtype: str | Sequence[torch.dtype] | None) -> TypeGuard[Tensor]:
+    """Dense and of this dtype, as :func:`check_tensor` takes it; of any shape."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and _has_dtype(value, dtype)
 
 
 def _has_shape(value: Tensor, shape: Mapping[str, int | None]) -> bool:
@@ -53,13 +69,15 @@ def _has_shape(value: Tensor, shape: Mapping[str, int | None]) -> bool:
 
 def _has_dtype(value: Tensor, dtype: str | Sequence[torch.dtype] | None) -> bool:
     if isinstance(dtype, str):
-        return value.is_floating_point() if dtype == FLOATING else value.dtype in _INTEGERS
+        if dtype == FLOATING_8:
+            return value.is_floating_point()
+        return value.dtype in (_FLOATS if dtype == FLOATING else _INTEGERS)
     return dtype is None or value.dtype in dtype
 
 
 def _dtype_text(dtype: str | Sequence[torch.dtype] | None) -> str:
     if dtype is None or isinstance(dtype, str):
-        return dtype or "a tensor of shape"
+        return FLOATING if dtype == FLOATING_8 else dtype or "a tensor of shape"
     return " or ".join([str(allowed).removeprefix("torch.") for allowed in dtype])
 
 
@@ -79,9 +97,19 @@ def check_constant(name: str, value: Tensor) -> None:
         raise wrong(name, "a constant", "a tensor that requires grad", "detach() it")
 
 
+def host_sees(value: Tensor) -> bool:
+    """Whether values can be read without waiting: on a CPU, outside torch.compile and torch.func.vmap."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(value)
+
+
+def is_transformed(value: object) -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp) has wrapped the tensor."""
+    return isinstance(value, Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value)
+
+
 def check_values(name: str, value: Tensor, bound: str, limit: int) -> None:
-    """Integers in [0, limit), where the host can see them: on a CPU. The error calls the limit ``bound``."""
-    if value.device.type != "cpu" or not value.numel():
+    """Integers in [0, limit), where the host can see them. The error calls the limit ``bound``."""
+    if not host_sees(value) or not value.numel():
         return
     low, high = (int(edge) for edge in value.aminmax())
     if low < 0 or high >= limit:
@@ -99,11 +127,15 @@ def number(
     name: str, value: Any, *, above: float | None = None, at_least: float | None = None, finite: bool = True
 ) -> float:
     """``value`` as a Python float; texts do not pass."""
-    passes = is_number(value) and (not finite or -INFINITY < value < INFINITY)
-    if passes and (above is None or value > above) and (at_least is None or value >= at_least):
-        return float(value)
+    try:
+        if is_number(value) and not isinstance(value, bool) and (not finite or -INFINITY < value < INFINITY):
+            result = float(value)
+            if (above is None or result > above) and (at_least is None or result >= at_least):
+                return result
+    except (OverflowError, TypeError, RuntimeError):  # too large for a float; without an order; without a value
+        pass
     bound = f" > {above}" if above is not None else f" >= {at_least}" if at_least is not None else ""
-    raise wrong(name, f"a {'finite ' if finite else ''}number{bound}", repr(value))
+    raise wrong(name, f"a {'finite ' if finite else ''}number{bound}", shown(value))
 
 
 def integer(name: str, value: Any, at_least: int | None = None, at_most: int | None = None) -> int:
@@ -115,7 +147,16 @@ def integer(name: str, value: Any, at_least: int | None = None, at_most: int | N
     if result is not None and (at_least is None or result >= at_least) and (at_most is None or result <= at_most):
         return result
     bound = "" if at_least is None else f" >= {at_least}" if at_most is None else f" in [{at_least}, {at_most}]"
-    raise wrong(name, f"an integer{bound}", repr(value))
+    raise wrong(name, f"an integer{bound}", shown(value))
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a bool: True or False, 1 or 0, of whatever type; no text, which would be true whatever it says."""
+    if isinstance(value, bool):
+        return value
+    if is_number(value) and (value == 0 or value == 1):
+        return bool(value)
+    raise wrong(name, "True or False", shown(value))
 
 
 def plain(values: Any) -> Any:
@@ -123,6 +164,16 @@ def plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
+def items(name: str, values: Any, expected: str) -> list[Any]:
+    """``values`` as a list; texts, mappings and sets are none, as their entries are others or have no order."""
+    try:
+        if not isinstance(values, (str, bytes, Mapping, Set)):
+            return list(plain(values))
+    except (TypeError, RuntimeError):  # nothing to iterate over; a tensor without values
+        pass
+    raise wrong(name, expected, shown(values))
+
+
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise wrong(name, " or ".join([repr(choice) for choice in allowed]), repr(value))
+    if not isinstance(value, str) or value not in allowed:
+        raise wrong(name, " or ".join([repr(choice) for choice in allowed]), shown(value))

@@ -19,8 +19,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from prism_kernels.checks import wrong
+from prism_kernels.checks import is_transformed, shown, wrong
 
 log = logging.getLogger("prism_kernels")
 
@@ -40,18 +42,24 @@ class Impl(str, Enum):
         return self.value
 
 
+VMAP, GRAD, JVP = "torch.func.vmap", "torch.func.grad", "forward-mode derivative (torch.func.jvp)"
+TRANSFORMS = (VMAP, GRAD, JVP)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One row of an op's table.
 
     ``target``: "module:attribute", imported on first use, so that ``import prism_kernels`` needs torch alone.
     ``devices``: torch device types whose tensors it takes. ``unavailable()``: None, or why it cannot run here.
+    ``transforms``: what of torch.func goes through it; everything goes through a reference.
     """
 
     name: Impl
     target: str
     devices: tuple[str, ...]
     unavailable: Callable[[], str | None] = lambda: None
+    transforms: tuple[str, ...] = ()  # of VMAP, GRAD, JVP
 
     def load(self) -> Callable:
         module, attribute = self.target.split(":")
@@ -91,17 +99,33 @@ class Op:
         self._loaded: dict[Impl, Callable] = {}
         _OPS[name] = self
 
-    def select(self, impl: str | Impl, device: torch.device | str = "cpu") -> tuple[Impl, Callable]:
-        """(name, function) of the implementation to run on tensors of ``device``.
+    def select(
+        self, impl: str | Impl, device: torch.device | str = "cpu", *tensors: Tensor | None
+    ) -> tuple[Impl, Callable]:
+        """(name, function) of the implementation to run on tensors of ``device``, ``tensors`` among them.
 
-        Raises ValueError for a name this op does not have, RuntimeError for one that cannot run here.
+        Raises ValueError for a name this op does not have, RuntimeError for one that cannot run here,
+        NotImplementedError for one through which the transform that wraps one of ``tensors`` does not go.
         """
         kind = device.type if isinstance(device, torch.device) else torch.device(device).type
         chosen, reason = self._choose(impl, kind)
         if (kind, chosen) not in self._said:
             self._said.add((kind, chosen))
             log.info("%s on %s: %s (%s)", self.name, kind, chosen, reason)
+        self.check_transforms(chosen, *tensors)
         return chosen, self.load(chosen)
+
+    def check_transforms(self, chosen: str, *tensors: Tensor | None) -> None:
+        """Torch's own errors there name neither the op nor a way out, and some of its results would be wrong: it takes
+        the tangent of an operator without a forward-mode rule for 0."""
+        if chosen == Impl.REFERENCE or torch.compiler.is_compiling():
+            return
+        for tensor in tensors:
+            for transform in _transforms_of(tensor):
+                if transform not in self.table[Impl(chosen)].transforms:
+                    raise NotImplementedError(
+                        f"{self.name}: implementation {str(chosen)!r} has no {transform}; use impl='reference' for one"
+                    )
 
     def load(self, chosen: Impl) -> Callable:
         """What the table holds for an implementation that :meth:`select` chose."""
@@ -114,7 +138,7 @@ class Op:
         return self._choose(Impl.AUTO, kind)
 
     def _choose(self, impl: str | Impl, kind: str) -> tuple[Impl, str]:
-        if impl != Impl.AUTO:
+        if not isinstance(impl, str) or impl != Impl.AUTO:
             return self._must(impl, kind, "asked for by argument"), "asked for by argument"
         steered = _steering(os.environ.get("PRISM_IMPL", "")).get(self.name)
         if steered is None:
@@ -136,7 +160,7 @@ class Op:
         try:
             row = self.table[Impl(impl)]
         except (ValueError, KeyError):
-            raise wrong(f"impl of {self.name}", f"auto or one of {names}", f"{str(impl)!r} ({how})") from None
+            raise wrong(f"impl of {self.name}", f"auto or one of {names}", f"{shown(str(impl))} ({how})") from None
         why_not = self._why_not(row, kind)
         if why_not is not None:
             alternative = self._alternative(kind)
@@ -157,6 +181,30 @@ class Op:
         if kind not in devices:
             return f"it takes {' or '.join(devices)} tensors"
         return row.unavailable()
+
+
+def _transforms_of(tensor: Tensor | None) -> list[str]:
+    """The transforms of torch.func that wrap the tensor, and a tangent of torch.autograd.forward_ad."""
+    found: list[str] = []
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # has no stubs
+    if tensor is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        found.append(JVP)
+    if is_transformed(tensor):
+        running = {interpreter.level(): interpreter.key().name for interpreter in functorch.get_interpreter_stack()}
+        while is_transformed(tensor):
+            found.append({"Vmap": VMAP, "Jvp": JVP}.get(running.get(functorch.maybe_get_level(tensor), ""), GRAD))
+            tensor = functorch.get_unwrapped(tensor)
+    return found
+
+
+def choose(op: str, impl: str, device: str) -> str:
+    """The name of the implementation of an op to run on tensors of this device type."""
+    return str(_OPS[op].select(impl, device)[0])
+
+
+# A constant to torch.compile, which cannot look into the environment. torch.compiler.assume_constant_result sets the
+# same mark, but imports torch._dynamo: two seconds of every process that imports this package.
+setattr(choose, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def implementation(op: str, chosen: str) -> Any:

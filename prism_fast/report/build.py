@@ -30,6 +30,7 @@ from prism_fast.report.data import (
     visible,
 )
 from prism_fast.report.draw import render
+from prism_fast.report.findings import findings
 from prism_fast.report.samples import samples_of
 from prism_fast.run.monitor import breakdown, tokens_per_second
 
@@ -76,6 +77,7 @@ def report_html(run: Run) -> str:
         seed=run.summary.get("seed"),
         tiles=_tiles(run),
         stages=_stage_rows(run),
+        findings=findings(run),
         pair_accuracy=_pair_accuracy(run),
         missing=run.missing,
         compare=_compare_rows(run),
@@ -155,11 +157,26 @@ def _drift_tile(run: Run, kind: str) -> Tile | None:
 
 
 def _time_tile(run: Run) -> Tile | None:
-    seconds = {stage: value for stage in TRAINED if (value := stage_figures(run, stage).get("seconds")) is not None}
+    seconds = {stage: value for stage in TRAINED if (value := _seconds(run, stage)) is not None}
     if not seconds:
         return None
     detail = ", ".join(f"{RUNNING[stage]} {value:,.0f} s" for stage, value in seconds.items())
     return Tile("Training time", f"{sum(seconds.values()):,.0f} s", detail)
+
+
+def _seconds(run: Run, stage: str) -> float | None:
+    """What a stage's time is everywhere on the page: that of its steps' parts, without evaluations and checkpoints; the
+    summary's where no step was recorded."""
+    parts, _ = breakdown(run.metrics.get(stage, ()))
+    return sum(parts.values()) if parts else stage_figures(run, stage).get("seconds")
+
+
+def _rate(run: Run, stage: str) -> float | None:
+    """Tokens a second of that time."""
+    seconds, tokens = breakdown(run.metrics.get(stage, ()))
+    if seconds and sum(tokens.values()):
+        return tokens_per_second(seconds, tokens)
+    return stage_figures(run, stage).get("tokens_per_second")
 
 
 def _stage_rows(run: Run) -> list[list[str | None]]:
@@ -176,8 +193,8 @@ def _stage_rows(run: Run) -> list[list[str | None]]:
                 _percent(figures.get("accuracy")) if known else None,
                 _percent(figures.get("format_valid")) if known else None,
                 *(_number(value, 2) for value in distances),
-                _number(figures.get("seconds"), 1),
-                _number(figures.get("tokens_per_second")),
+                _number(_seconds(run, stage), 1),
+                _number(_rate(run, stage)),
             ]
         )
     return rows

@@ -74,7 +74,13 @@ def held_out_curves(run: Run) -> Figure | None:
         return None
     figure, axes = panels(len(stages), 2.7, sharey=True)
     for axis, stage in zip(axes[0], stages):
-        lines = run.metrics[stage]
+        before = stage_figures(run, {"sft": "base", "align": "sft", "rlvr": "align"}[stage])
+        held_out = ((names.EVAL_ACCURACY, "accuracy"), (names.EVAL_FORMAT_VALID, "format_valid"))
+        first = {metric: before[name] for metric, name in held_out if name in before}
+        sampled = {"color": COLOUR[stage], "alpha": 0.4, "linewidth": 1.0}
+        curve(axis, run.metrics[stage], names.ACCURACY, label="accuracy, in training", **sampled)
+        curve(axis, run.metrics[stage], names.FORMAT_VALID, linestyle=":", **sampled)
+        lines = [{"step": 0, **first}, *run.metrics[stage]]
         look = {"smooth": False, "color": COLOUR[stage]}
         curve(axis, lines, names.EVAL_ACCURACY, label="accuracy", **look)
         curve(axis, lines, names.EVAL_FORMAT_VALID, linestyle=":", label="format valid", **look)
@@ -147,10 +153,13 @@ def losses(run: Run) -> Figure | None:
 
 
 def lengths_and_entropy(run: Run) -> Figure | None:
-    """Response length, entropy, gradient norm and the gap between sampler and trainer, alignment and RLVR together."""
+    """Response length, entropy, gradient norm and the gap between sampler and trainer, RLVR after alignment."""
     figure, axes = panels(4, 2.7)
+    end = max((line["step"] for line in run.metrics.get("align", ())), default=0)  # of alignment, on the axis of both
     for stage in ("align", "rlvr"):
         lines, label = run.metrics.get(stage, ()), {"align": "alignment", "rlvr": "RLVR"}[stage]
+        if stage == "rlvr":
+            lines = [{**line, "step": line["step"] + end} for line in lines]
         curve(axes[0, 0], lines, names.RESPONSE_LENGTH, color=COLOUR[stage], label=label)
         curve(axes[0, 1], lines, names.ENTROPY, color=COLOUR[stage], label=label)
         norm = names.GRAD_NORM if series(lines, names.GRAD_NORM)[0] else names.POLICY_GRAD_NORM
@@ -159,6 +168,9 @@ def lengths_and_entropy(run: Run) -> Figure | None:
             steps, values = series(lines, gap)
             if any(value > 0 for value in values):
                 axes[0, 3].plot(steps, values, style, color=COLOUR[stage], label=f"{label}, {name}")
+    for axis in axes[0]:
+        if end and run.metrics.get("rlvr") and axis.has_data():
+            axis.axvline(end, color="#888888", linestyle=":", linewidth=1)
     finish(axes[0, 0], "Response length", "tokens")
     finish(axes[0, 1], "Entropy", "nats a token")
     finish(axes[0, 2], "Policy gradient norm", "before clipping")

@@ -24,6 +24,7 @@ MAX_PIXELS = 64_000_000
 SIDE = 320  # pixels, of an image made smaller
 _IMAGE = re.compile(r"data:image/(?:png|jpeg|gif|webp);base64,([A-Za-z0-9+/]+={0,2})")
 _TAGS = re.compile(r"(</?(?:caption|think|answer)>)")
+_BETWEEN = re.compile(r"(</(?:caption|think)>)\s*(<(?:think|answer)>)")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def _row(cells: list[Mapping[str, Any] | None]) -> Row:
 
 def _response(cell: Mapping[str, Any]) -> Response:
     accuracy, valid = finite(cell.get("accuracy")), cell.get("format_valid")
-    texts = _TAGS.split(_clip(str(cell.get("response", ""))))  # every second one is a tag
+    # Every element on a line of its own, however its writer has joined them.
+    apart = _BETWEEN.sub(r"\1\n\2", str(cell.get("response", "")).strip())
+    texts = _TAGS.split(_clip(apart))  # every second one is a tag
     return Response(
         tuple((text, at % 2 == 1) for at, text in enumerate(texts)),
         None if accuracy is None else accuracy >= 0.5,

@@ -1,12 +1,63 @@
-"""Signs that a run goes wrong: entropy collapses, the discriminator saturates, format validity falls."""
+"""Signs that a run goes wrong, as one table of rules: a running stage warns by them, and report.html judges by them.
+
+What :class:`Watch` sees while a stage trains is in ``RULES``; what only its end shows is in ``ENDINGS``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from prism_fast import metric_names as names
 from prism_fast.records import StepStats
+
+EXPERT_FLOOR = 0.1  # of an even share of a layer's tokens: an expert below it has collapsed
+SAMPLER_GAP = 0.1  # nats: mean |log-prob of the sampler - of the trainer|
+CHANCE = 0.6  # share of pairs ranked right: guessing gives 0.5
+
+# What happens, and what to do about it.
+RULES = {
+    "entropy": (
+        "entropy collapses: {value:.3g}, for {patience} steps below {floor:.0%} of its early level {early:.3g}",
+        "lower the learning rate, or go back to an earlier checkpoint",
+    ),
+    "discriminator": (
+        "the discriminator saturates on {side}: accuracy {value:.1%}, for {patience} steps above {limit:.0%}; its "
+        "scores tell the policy little",
+        "lower its learning rate",
+    ),
+    "format": (
+        "format validity falls: {value:.1%}, for {patience} steps below {bound:.1%} (best {best:.1%})",
+        "raise the format penalty or lower the learning rate",
+    ),
+    "experts": (
+        "experts collapse in layer {layer}: for {patience} steps, {experts} got less than {floor:.1%} of {kind} tokens",
+        "raise the coefficient of the balance loss, or upcycle with more noise",
+    ),
+    "sampler_gap": (
+        "sampler and trainer disagree: {value:.3g} nats a token, for {patience} steps above {limit:.3g}",
+        "sample in the trainer's dtype, or correct by importance weights (importance_cap)",
+    ),
+}
+ENDINGS = {
+    "chance": (
+        "the discriminator guesses on {side}: {value:.1%} of the pairs ranked right, chance is 50 %",
+        "train the warm-up for longer or with a higher learning rate, and check that its pairs differ in {side}",
+    ),
+    "few_experts": (
+        "experts have collapsed in layer {layer}: at the end, {experts} got less than {floor:.1%} of {kind} tokens",
+        RULES["experts"][1],
+    ),
+    "no_gain": (
+        "no gain: held-out accuracy went from {before:.1%} to {after:.1%}",
+        "train for longer, or look at the reward and at the learning rate before going on from here",
+    ),
+    "drift": (
+        "it drifts from the teacher: the distance of its {kind} grew from {before:.2f} to {after:.2f}",
+        "check the discriminator's scores of that part, and lower the policy's learning rate",
+    ),
+}
 
 
 class Watch:
@@ -14,7 +65,9 @@ class Watch:
 
     - entropy: below ``entropy_floor`` times its early level, the mean of its first ``patience`` values;
     - discriminator, each side: accuracy above ``saturation``;
-    - format validity: below ``format_floor``, or more than ``format_margin`` below its best so far.
+    - format validity: below ``format_floor``, or more than ``format_margin`` below its best so far;
+    - experts, each layer: one of them, or half of them in one kind of token, below EXPERT_FLOOR of an even share;
+    - sampler against trainer: their mean gap above SAMPLER_GAP.
 
     A step that lacks a metric, or has it not finite, says nothing about it: it neither counts nor clears.
     ``state()`` is JSON and goes into a checkpoint, so that a resumed run warns where the uninterrupted one would have.
@@ -49,7 +102,13 @@ class Watch:
 
     def observe(self, stats: StepStats) -> list[str]:
         """The warnings that this step gives rise to: lines for a person, for `Monitor.warn`."""
-        found = [self._entropy(stats), *(self._discriminator(stats, side) for side in names.SIDES), self._format(stats)]
+        found = [
+            self._entropy(stats),
+            *(self._discriminator(stats, side) for side in names.SIDES),
+            self._format(stats),
+            *self._experts(stats),
+            self._sampler_gap(stats),
+        ]
         return [text for text in found if text is not None]
 
     def state(self) -> dict[str, Any]:
@@ -80,19 +139,13 @@ class Watch:
         early = sum(self._early_entropy) / len(self._early_entropy)
         if not self._holds("entropy", value < self.entropy_floor * early):
             return None
-        return (
-            f"entropy collapses: {value:.3g}, for {self.patience} steps below {self.entropy_floor:.0%} of its early "
-            f"level {early:.3g}; lower the learning rate, or go back to an earlier checkpoint"
-        )
+        return sentence("entropy", value=value, patience=self.patience, floor=self.entropy_floor, early=early)
 
     def _discriminator(self, stats: StepStats, side: str) -> str | None:
         value = _finite(stats, names.DISCRIMINATOR_ACCURACY[side])
         if value is None or not self._holds(f"discriminator/{side}", value > self.saturation):
             return None
-        return (
-            f"the discriminator saturates on {side}: accuracy {value:.1%}, for {self.patience} steps above "
-            f"{self.saturation:.0%}; its scores tell the policy little: lower its learning rate"
-        )
+        return sentence("discriminator", side=side, value=value, patience=self.patience, limit=self.saturation)
 
     def _format(self, stats: StepStats) -> str | None:
         value = _finite(stats, names.FORMAT_VALID)
@@ -102,10 +155,56 @@ class Watch:
         bound = max(self.format_floor, best - self.format_margin)
         if not self._holds("format", value < bound):
             return None
-        return (
-            f"format validity falls: {value:.1%}, for {self.patience} steps below {bound:.1%} (best {best:.1%}); "
-            f"raise the format penalty or lower the learning rate"
-        )
+        return sentence("format", value=value, patience=self.patience, bound=bound, best=best)
+
+    def _experts(self, stats: StepStats) -> list[str]:
+        found = []
+        for layer, shares in sorted(expert_shares(stats.metrics).items()):
+            about = collapsed(shares)
+            if self._holds(f"experts/{layer}", about is not None) and about is not None:
+                found.append(sentence("experts", layer=layer, patience=self.patience, **about))
+        return found
+
+    def _sampler_gap(self, stats: StepStats) -> str | None:
+        value = _finite(stats, names.SAMPLER_GAP_MEAN)
+        if value is None or not self._holds("sampler_gap", value > SAMPLER_GAP):
+            return None
+        return sentence("sampler_gap", value=value, patience=self.patience, limit=SAMPLER_GAP)
+
+
+def sentence(rule: str, **figures: Any) -> str:
+    """What a rule of either table says of these figures, and what to do about it."""
+    what, remedy = (RULES | ENDINGS)[rule]
+    return f"{what}; {remedy}".format(**figures)
+
+
+def expert_shares(metrics: Mapping[str, float | None]) -> dict[int, dict[str, dict[int, float]]]:
+    """{layer: {kind of token: {expert: its share}}}; the kind "all" is the mean of the others."""
+    shares: dict[int, dict[str, dict[int, float]]] = {}
+    for name, value in metrics.items():
+        place = names.expert_of(name)
+        if place is not None and value is not None and math.isfinite(value):
+            layer, kind, expert = place
+            shares.setdefault(layer, {}).setdefault(kind, {})[expert] = value
+    for kinds in shares.values():
+        kinds["all"] = mean_shares(list(kinds.values()))
+    return shares
+
+
+def mean_shares(parts: list[dict[int, float]]) -> dict[int, float]:
+    """The mean share of every expert."""
+    return {expert: sum(part.get(expert, 0.0) for part in parts) / len(parts) for part in parts for expert in part}
+
+
+def collapsed(kinds: Mapping[str, Mapping[int, float]]) -> dict[str, Any] | None:
+    """What is said of a layer where an expert gets nearly none of all tokens, or half of the experts of one kind's."""
+    for kind in sorted(kinds, key=lambda kind: kind != "all"):
+        floor = EXPERT_FLOOR / len(kinds[kind])
+        few = [expert for expert, share in kinds[kind].items() if share < floor]
+        if len(few) >= (1 if kind == "all" else max(1, len(kinds[kind]) // 2)):
+            experts = f"expert{'s' if len(few) > 1 else ''} {', '.join(map(str, sorted(few)))}"
+            return {"experts": experts, "floor": floor, "kind": kind.replace("_", " ")}
+    return None
 
 
 def _finite(stats: StepStats, name: str) -> float | None:

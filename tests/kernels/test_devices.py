@@ -118,8 +118,8 @@ def test_implementations_run_inside_the_device_guard(api, op, table, monkeypatch
 
     select = table.select
 
-    def spy(impl, device):
-        name, run = select(impl, device)
+    def spy(impl, device, *tensors):
+        name, run = select(impl, device, *tensors)
 
         def spied(*arguments, **options):
             seen.append(list(inside))

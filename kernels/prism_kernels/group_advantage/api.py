@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, number, one_of, wrong
-from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
+from prism_kernels.checks import FLOATING_8, check_device, check_tensor, describe, is_tensor, number, one_of, wrong
+from prism_kernels.dispatch import Impl, Implementation, Op, choose, implementation, need_triton, on_device_of
 from prism_kernels.group_advantage.rules import RULES, Coefficients, Responses
+from prism_kernels.operators import operator
 
 _PACKAGE = "prism_kernels.group_advantage"
 _IDS = (torch.int64, torch.int32)
@@ -59,18 +60,20 @@ def group_normalize(
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() not in (1, 2):
+    if not is_tensor(scores, FLOATING_8) or scores.dim() not in (1, 2):
         raise wrong("scores", "floating (B,) or (K, B)", describe(scores))
     _check_row("group_ids", group_ids, _IDS, "scores", scores)
     one_of("baseline", baseline, ("mean", "leave_one_out"))
     one_of("scale", scale, ("std", "none"))
     eps = number("eps", eps, at_least=0)
-    _, run = NORMALIZE.select(impl, scores.device)
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if torch.compiler.is_compiling():
+        chosen = choose("group_normalize", str(impl), scores.device.type)
+        return _normalize(scores, group_ids, baseline, scale, eps, chosen)
+    _, run = NORMALIZE.select(impl, scores.device, scores, group_ids)
     if scores.numel() == 0:
-        return torch.zeros_like(scores, dtype=dtype)
+        return torch.zeros_like(scores, dtype=_normalized_dtype(scores))
     with on_device_of(scores):
-        return run(scores, group_ids, baseline=baseline, scale=scale, eps=eps).to(dtype)
+        return run(scores, group_ids, baseline=baseline, scale=scale, eps=eps).to(_normalized_dtype(scores))
 
 
 @torch.no_grad()
@@ -125,8 +128,8 @@ def multi_reward_advantage(
         ValueError: an argument of another shape, dtype, device or value, or accuracy missing; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    check_tensor("perception", perception, {"B": None}, FLOATING)
-    _check_row("reasoning", reasoning, FLOATING, "perception", perception)
+    check_tensor("perception", perception, {"B": None}, FLOATING_8)
+    _check_row("reasoning", reasoning, FLOATING_8, "perception", perception)
     _check_row("group_ids", group_ids, _IDS, "perception", perception)
     one_of("rule", rule, tuple(RULES))
     row = RULES[rule]
@@ -148,11 +151,46 @@ def multi_reward_advantage(
         number("format_weight", format_weight),
         number("eps", eps, at_least=0),
     )
-    _, run = ADVANTAGE.select(impl, perception.device)
+    if torch.compiler.is_compiling():
+        chosen = choose("multi_reward_advantage", str(impl), perception.device.type)
+        return _advantage(responses, rule, coefficients, chosen)
+    _, run = ADVANTAGE.select(impl, perception.device, *responses)
     if perception.numel() == 0:
         return torch.zeros_like(perception, dtype=torch.float32)
     with on_device_of(perception):
         return run(responses, row, coefficients).float()
+
+
+# torch.compile cannot look into NumPy, nor into loops over groups: there the ops are operators of torch.
+
+
+@operator("group_normalize")
+def _normalize(scores: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float, chosen: str) -> Tensor:
+    if scores.numel() == 0:
+        return torch.zeros_like(scores, dtype=_normalized_dtype(scores))
+    run = implementation("group_normalize", chosen)
+    return run(scores, group_ids, baseline=baseline, scale=scale, eps=eps).to(_normalized_dtype(scores))
+
+
+def _normalized_dtype(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+@operator("multi_reward_advantage")
+def _advantage(responses: Responses, rule: str, coefficients: Coefficients, chosen: str) -> Tensor:
+    if responses.perception.numel() == 0:
+        return torch.zeros_like(responses.perception, dtype=torch.float32)
+    return implementation("multi_reward_advantage", chosen)(responses, RULES[rule], coefficients).float()
+
+
+@_normalize.fake
+def _(scores: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float, chosen: str) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=_normalized_dtype(scores))
+
+
+@_advantage.fake
+def _(responses: Responses, rule: str, coefficients: Coefficients, chosen: str) -> Tensor:
+    return responses.perception.new_empty(responses.perception.shape, dtype=torch.float32)
 
 
 def _check_row(name: str, value: Tensor, dtype: str | tuple[torch.dtype, ...] | None, peer: str, like: Tensor) -> None:

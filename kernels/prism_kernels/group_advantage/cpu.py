@@ -25,7 +25,7 @@ class _Groups(NamedTuple):
 
 def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: str, eps: float) -> Tensor:
     groups = _find_groups(group_ids)
-    rows = np.atleast_2d(_sort(scores.double().numpy(), groups))
+    rows = np.atleast_2d(_sort(scores.double().numpy(force=True), groups))
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinite scores are data here
         out = _normalize(rows, groups, baseline, scale, eps)
     return torch.from_numpy(_unsort(out, groups)).reshape(scores.shape)
@@ -94,7 +94,7 @@ def _replace_invalid(scores: np.ndarray, valid: np.ndarray, groups: _Groups) -> 
 
 
 def _find_groups(group_ids: Tensor) -> _Groups:
-    ids = group_ids.numpy()
+    ids = group_ids.numpy(force=True)
     order = None
     if (ids[1:] < ids[:-1]).any():
         order = ids.argsort(kind="stable")
@@ -114,9 +114,9 @@ def _spread(of_group: np.ndarray, of_row: np.ndarray) -> np.ndarray:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    """Any dtype; NumPy has no bf16 and no 8-bit floats."""
+    """Any dtype; NumPy has no bf16 and no 8-bit floats. Forced: also of a tensor that requires grad."""
     known = not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.float32, torch.float64)
-    return (tensor if known else tensor.float()).numpy()
+    return (tensor if known else tensor.float()).numpy(force=True)
 
 
 def _sort(values: np.ndarray, groups: _Groups) -> np.ndarray:

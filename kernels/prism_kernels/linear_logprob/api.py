@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prism_kernels.checks import wrong
-from prism_kernels.dispatch import Impl, Implementation, Op, implementation, need_triton
+from prism_kernels.checks import flag, wrong
+from prism_kernels.dispatch import Impl, Implementation, Op, choose, implementation, need_triton
 from prism_kernels.linear_logprob import autograd
 from prism_kernels.linear_logprob.checks import as_scalar, check_head, check_policy, check_rows, chunk_size
 from prism_kernels.linear_logprob.objectives import PolicyObjective
@@ -74,7 +74,7 @@ def linear_logprob(
         RuntimeError: ``impl`` cannot run here.
     """
     head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
-    options = Options(with_entropy, chunk_bytes=chunk_size(chunk_bytes))
+    options = Options(flag("with_entropy", with_entropy), chunk_bytes=chunk_size(chunk_bytes))
     return _run("linear_logprob", impl, head, targets, options)
 
 
@@ -136,7 +136,7 @@ def linear_objective(
     head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
     if not callable(glue):
         raise wrong("glue", "a function (logprob, entropy, rows) -> ...", f"a {type(glue).__name__}")
-    options = Options(with_entropy, chunk_bytes=chunk_size(chunk_bytes))
+    options = Options(flag("with_entropy", with_entropy), chunk_bytes=chunk_size(chunk_bytes))
     return _run("linear_objective", impl, head, targets, glue, options)
 
 
@@ -185,23 +185,14 @@ def linear_policy_loss(
     divisor = as_scalar("normalizer", normalizer, hidden)
     batch = PolicyBatch(targets, advantages, sequence_start, old_logprob, ref_logprob, rollout_logprob, divisor)
     check_policy(head, batch, objective)
-    options = Options(with_entropy, with_logprob, chunk_size(chunk_bytes))
+    options = Options(flag("with_entropy", with_entropy), flag("with_logprob", with_logprob), chunk_size(chunk_bytes))
     return _run("linear_policy_loss", impl, head, batch, objective, options)
 
 
 def _run(op: str, impl: str | Impl, head: Head, *arguments: Any) -> Any:
     """The reference is the whole op; of any other implementation the table holds the engine's row kernels."""
-    chosen = _choose(op, str(impl), head.hidden.device.type)
+    chosen = choose(op, str(impl), head.hidden.device.type)
+    _OPS[op].check_transforms(chosen, head.hidden, head.weight, head.bias)
     if chosen == Impl.REFERENCE:
         return implementation(op, chosen)(head, *arguments)
     return getattr(autograd, op)(head, *arguments, chosen)
-
-
-def _choose(op: str, impl: str, device: str) -> str:
-    """The implementation's name."""
-    return str(_OPS[op].select(impl, device)[0])
-
-
-# A constant to torch.compile, which cannot look into the environment. torch.compiler.assume_constant_result sets the
-# same mark, but imports torch._dynamo: two seconds of every process that imports this package.
-setattr(_choose, "_dynamo_marked_constant", True)  # noqa: B010

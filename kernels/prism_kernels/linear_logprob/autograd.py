@@ -19,12 +19,7 @@ from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence
 from prism_kernels.linear_logprob.engine import GradientDtypes, Needs, Statistics, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import PolicyObjective
-from prism_kernels.linear_logprob.operators import (
-    as_given,
-    check_once_differentiated,
-    check_reverse_mode,
-    operator,
-)
+from prism_kernels.linear_logprob.operators import check_once_differentiated
 from prism_kernels.linear_logprob.plan import make_plan
 from prism_kernels.linear_logprob.records import (
     CrossEntropyBatch,
@@ -35,6 +30,7 @@ from prism_kernels.linear_logprob.records import (
     PolicyBatch,
     PolicyLoss,
 )
+from prism_kernels.operators import as_given, operator
 
 Batch = TypeVar("Batch", CrossEntropyBatch, PolicyBatch)
 
@@ -53,7 +49,6 @@ def _beside(hidden: Tensor, batch: Batch) -> Batch:
 
 
 def linear_logprob(head: Head, targets: Tensor, options: Options, impl: str) -> LinearLogprob:
-    check_reverse_mode(head.hidden, head.weight, head.bias)
     logprob, logsumexp, _, entropy = _logprob(head, targets, options, impl)
     return LinearLogprob(logprob, logsumexp, entropy if options.with_entropy else None)
 
@@ -150,7 +145,9 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*output[-3:])
 
 
-def _backward_loss(ctx: Any, d_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:  # nobody reads the loss
+        return (None,) * ctx.num_inputs
     return (*_scaled(ctx, d_loss), *[None] * (ctx.num_inputs - 3))
 
 
@@ -184,7 +181,6 @@ def _is_last_backward(d_loss: Tensor) -> bool:
 
 
 def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options, impl: str) -> Tensor:
-    check_reverse_mode(head.hidden, head.weight, head.bias)
     return _cross_entropy(head, batch, options.chunk_bytes, _needs(head), impl)[0]
 
 
@@ -218,7 +214,6 @@ _cross_entropy.differentiate(_setup_loss, _backward_loss)
 def linear_policy_loss(
     head: Head, batch: PolicyBatch, objective: PolicyObjective, options: Options, impl: str
 ) -> PolicyLoss:
-    check_reverse_mode(head.hidden, head.weight, head.bias)
     loss, logprob, entropy, means, *_ = _policy_loss(head, batch, objective.spec, options, _needs(head), impl)
     stats: dict[str, Tensor] = dict(
         zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind())
@@ -295,7 +290,6 @@ _policy_loss.differentiate(_setup_loss, _backward_loss)
 
 
 def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, impl: str) -> Tensor:
-    check_reverse_mode(head.hidden, head.weight, head.bias)
     check_targets(targets, head.vocab_size)
     plan = make_plan(head, targets, chunk_bytes=options.chunk_bytes, compact=True)
     kernels, needs = implementation("linear_objective", impl), _needs(head)

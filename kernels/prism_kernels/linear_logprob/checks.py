@@ -22,13 +22,13 @@ from prism_kernels.checks import (
 from prism_kernels.linear_logprob.objectives import PolicyObjective
 from prism_kernels.linear_logprob.records import IGNORE, Head, PolicyBatch
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_BYTES = 1 << 62
 
 
 def check_head(head: Head, targets: Tensor) -> Head:
     """The head, its numbers as floats."""
     hidden, weight, bias, temperature, softcap = head
-    check_tensor("hidden", hidden, {"T": None, "H": None}, DTYPES, "flatten more dimensions first")
+    check_tensor("hidden", hidden, {"T": None, "H": None}, FLOATING, "flatten more dimensions first")
     num_rows, width = hidden.shape
     like_linear = "it is shaped as nn.Linear's, in the dtype of hidden"
     check_tensor("weight", weight, {"V": None, "H": width}, (hidden.dtype,), like_linear)
@@ -92,7 +92,7 @@ def as_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> Tensor
 
 def chunk_size(chunk_bytes: int | None) -> int:
     """Bytes, or 0 for the device's default."""
-    return 0 if chunk_bytes is None else integer("chunk_bytes", chunk_bytes, at_least=1)
+    return 0 if chunk_bytes is None else integer("chunk_bytes", chunk_bytes, at_least=1, at_most=MAX_BYTES)
 
 
 def check_glue(result: Any, logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

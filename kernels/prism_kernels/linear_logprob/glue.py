@@ -94,8 +94,8 @@ class Policy:
         self.mean_log_ratio = self._mean_by_sequence(log_ratio, self.sequence)
 
     def _log_ratio(self, logprob: Tensor, rows: Tensor) -> Tensor:
-        if self.old is None:
-            return torch.zeros_like(logprob)
+        if self.old is None:  # 0, but NaN where the definition's is: a loss of 1 * A would hide it
+            return torch.where(self.kept[rows], logprob - logprob, 0.0)
         log_ratio = torch.where(self.kept[rows], logprob - self.old[rows].to(logprob.dtype), 0.0)
         return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 

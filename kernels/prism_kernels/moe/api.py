@@ -14,6 +14,8 @@ from prism_kernels.checks import (
     check_tensor,
     check_values,
     describe,
+    flag,
+    host_sees,
     integer,
     one_of,
     wrong,
@@ -22,6 +24,7 @@ from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_dev
 from prism_kernels.moe.routing import RouteArguments, Routing
 
 _PACKAGE = "prism_kernels.moe"
+MAX_KINDS = MAX_EXPERTS = 1 << 16
 
 
 def _op(name: str, triton_module: str) -> Op:
@@ -85,7 +88,7 @@ def moe_route(
     tokens, experts = hidden.shape[0], router_weight.shape[0]
     if not experts:
         raise wrong("router_weight", "E >= 1 rows", describe(router_weight))
-    top_k, num_kinds = integer("top_k", top_k, 1, experts), integer("num_kinds", num_kinds, 0)
+    top_k, num_kinds = integer("top_k", top_k, 1, experts), integer("num_kinds", num_kinds, 0, MAX_KINDS)
     if num_kinds:
         if segment_kind is None:
             raise wrong("num_kinds", "0, or segment_kind too", f"{num_kinds} and segment_kind None")
@@ -94,9 +97,13 @@ def moe_route(
         dims = {"T": tokens, "top_k": top_k}
         _check_index("expert_index", expert_index, dims, ("E", experts), "hidden", hidden)
     arguments = RouteArguments(
-        top_k, renormalize, segment_kind if num_kinds else None, num_kinds=max(num_kinds, 1), expert_index=expert_index
+        top_k,
+        flag("renormalize", renormalize),
+        segment_kind if num_kinds else None,
+        num_kinds=max(num_kinds, 1),
+        expert_index=expert_index,
     )
-    _, run = ROUTE.select(impl, hidden.device)
+    _, run = ROUTE.select(impl, hidden.device, hidden, router_weight)
     with on_device_of(hidden), _no_autocast(hidden.device):
         return run(hidden, router_weight, arguments)
 
@@ -117,11 +124,11 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    num_experts = integer("num_experts", num_experts, 1)
+    num_experts = integer("num_experts", num_experts, 1, MAX_EXPERTS)
     check_tensor("weight", weight, {"T": None, "k": None}, FLOATING)
     dims = {"T": weight.shape[0], "k": weight.shape[1]}
     _check_index("expert_index", expert_index, dims, ("num_experts", num_experts), "weight", weight)
-    _, run = PLAN.select(impl, weight.device)
+    _, run = PLAN.select(impl, weight.device, expert_index, weight)
     with on_device_of(weight):
         token_order, expert_offset = run(expert_index, num_experts)
         return Routing(expert_index.int(), weight, token_order, expert_offset, None)
@@ -173,7 +180,7 @@ def moe_mlp(
             "is it the other layout?",
         )
     _check_routing(routing, hidden, experts)
-    _, run = MLP.select(impl, hidden.device)
+    _, run = MLP.select(impl, hidden.device, hidden, gate_up, down, routing.weight)
     with on_device_of(hidden), _no_autocast(hidden.device):
         plan = {"token_order": routing.token_order.int(), "expert_offset": routing.expert_offset.int()}
         return run(hidden, gate_up, down, routing._replace(**plan)).to(result)
@@ -217,7 +224,7 @@ def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
     for name in ("expert_index", "weight", "token_order", "expert_offset"):
         check_device(f"routing.{name}", getattr(routing, name), "hidden", hidden)
     check_values("routing.token_order", order, "T*k", len(order))
-    if hidden.device.type == "cpu":
+    if host_sees(offset):
         edges = offset.tolist()
         if edges != sorted(edges) or (edges[0], edges[-1]) != (0, len(order)):
             raise wrong("routing.expert_offset", f"to rise from 0 to T*k = {len(order)}", str(edges))

@@ -25,10 +25,11 @@ def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) 
         weight = weight / weight.sum(dim=-1, keepdim=True)
 
     kind = torch.zeros_like(index[:, 0]) if segment_kind is None else segment_kind.long()
-    chosen = F.one_hot(index, experts).sum(dim=1).float()  # (T, E)
+    kinds = [(kind == i)[:, None] for i in range(num_kinds)]  # (T, 1) each
+    chosen = (index[..., None] == torch.arange(experts, device=index.device)).sum(dim=1).float()  # (T, E)
     stats = RoutingStats(
-        counts=torch.stack([chosen[kind == i].sum(dim=0) for i in range(num_kinds)]),
-        prob_sum=torch.stack([probability[kind == i].sum(dim=0) for i in range(num_kinds)]),
+        counts=torch.stack([torch.where(of_kind, chosen, 0.0).sum(dim=0) for of_kind in kinds]),
+        prob_sum=torch.stack([torch.where(of_kind, probability, 0.0).sum(dim=0) for of_kind in kinds]),
     )
     return Routing(index.int(), weight, *plan_routing(index, experts), stats)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable, Sequence
 
-from prism_kernels.checks import integer, wrong
+from prism_kernels.checks import flag, integer, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op
 from prism_kernels.native import need_native
 from prism_kernels.packing import arguments
@@ -73,7 +73,9 @@ def pack_trees(
     multiple = integer("num_packs_multiple", num_packs_multiple, 1, 1 << 20)
     flat = arguments.read_trees(trees, together)
     coefficients = arguments.read_cost(cost, len(flat))
-    options = arguments.PackOptions(capacity, multiple, bool(split_for_multiple), cost_given=cost is not None)
+    options = arguments.PackOptions(
+        capacity, multiple, flag("split_for_multiple", split_for_multiple), cost_given=cost is not None
+    )
     return run(flat, coefficients, options)
 
 
@@ -107,9 +109,10 @@ def balance(
     """
     _, run = _BALANCE.select(impl)
     num_ranks = integer("num_ranks", num_ranks, 1, 1 << 31)
+    equal_count = flag("equal_count", equal_count)
     numbers = arguments.read_numbers("costs", costs)
     if groups is None:
-        return run(numbers, num_ranks, bool(equal_count))
+        return run(numbers, num_ranks, equal_count)
     members = arguments.read_groups(groups, len(numbers))
     if equal_count and len({len(member) for member in members}) > 1:
         raise wrong("groups", "groups of one size", "different sizes", "equal_count=True may be impossible with these")
@@ -119,5 +122,5 @@ def balance(
         for item in member:
             total += numbers[item]
         sums.append(total)
-    ranks = run(sums, num_ranks, bool(equal_count))
+    ranks = run(sums, num_ranks, equal_count)
     return [sorted(item for group in rank for item in members[group]) for rank in ranks]

@@ -10,7 +10,7 @@ from itertools import accumulate, chain
 from operator import index
 from typing import Any, NamedTuple
 
-from prism_kernels.checks import number, plain, wrong
+from prism_kernels.checks import items, number, plain, shown, wrong
 
 MAX_LENGTH = 1 << 40  # tokens; a sum of many stays far from the end of int64 and is exact in a double
 
@@ -67,9 +67,7 @@ class PackOptions(NamedTuple):
 
 
 def read_trees(trees: Any, together: Any) -> Trees:
-    if not hasattr(trees, "__iter__"):
-        raise wrong("trees", "a sequence of (root_length, [branch_length, ...])", type(trees).__name__)
-    trees = list(trees)
+    trees = items("trees", trees, "a sequence of (root_length, [branch_length, ...])")
     try:
         root = array("q", [length for length, _ in trees])
         branches = [lengths for _, lengths in trees]
@@ -90,20 +88,20 @@ def _first_bad_tree(trees: list[Any], otherwise: str) -> ValueError:
             root, branches = entry
             lengths = [index(root), *map(index, plain(branches))]
         except (TypeError, ValueError):
-            return wrong(f"trees[{i}]", expected, str(entry)[:80])
+            return wrong(f"trees[{i}]", expected, shown(entry))
         if any(not 0 <= length < 1 << 63 for length in lengths):
-            return wrong(f"trees[{i}]", expected, str(entry)[:80])
+            return wrong(f"trees[{i}]", expected, shown(entry))
     return wrong("trees", expected, otherwise)
 
 
 def _read_together(together: Any, start: array) -> bytearray:
-    rows = list(together)
+    rows = items("together", together, "one list of branch indices per tree")
     if len(rows) != len(start) - 1:
         raise wrong("together", f"one list of branch indices per tree ({len(start) - 1})", f"{len(rows)} entries")
     kept = bytearray(start[-1])
     for tree, branches in enumerate(rows):
         first, count = start[tree], start[tree + 1] - start[tree]
-        for branch in () if branches is None else plain(branches):
+        for branch in () if branches is None else items(f"together[{tree}]", branches, "a list of branch indices"):
             try:
                 inside = 0 <= index(branch) < count
             except TypeError:
@@ -149,9 +147,9 @@ def read_cost(cost: Any, num_trees: int) -> tuple[float, float, array]:
 def read_numbers(name: str, values: Any) -> array:
     """``values`` as doubles, or ValueError naming the argument and the first that is negative or not finite."""
     try:
-        numbers = array("d", plain(values))
+        numbers = array("d", items(name, values, "a one-dimensional sequence of numbers"))
     except (TypeError, ValueError):
-        raise wrong(name, "a one-dimensional sequence of numbers", str(values)[:80]) from None
+        raise wrong(name, "a one-dimensional sequence of numbers", shown(values)) from None
     # `not >=` is also true for NaN, which min() may step over: the sum finds NaN and infinity
     if not (min(numbers, default=0.0) >= 0 and math.isfinite(sum(numbers))):
         for i, value in enumerate(numbers):
@@ -162,7 +160,7 @@ def read_numbers(name: str, values: Any) -> array:
 
 def read_groups(groups: Any, count: int) -> list[list[int]]:
     """The groups as lists of item indices, by first item; an item outside all groups is a group of its own."""
-    rows = list(plain(groups))
+    rows = items("groups", groups, "one label per item, or lists of item indices")
     if rows and all(hasattr(row, "__len__") and not isinstance(row, (str, bytes)) for row in rows):
         return _groups_of_lists(rows, count)
     if len(rows) != count:
@@ -176,7 +174,7 @@ def read_groups(groups: Any, count: int) -> list[list[int]]:
 def _groups_of_lists(rows: list[Any], count: int) -> list[list[int]]:
     owner: dict[int, int] = {}
     for group, row in enumerate(rows):
-        for item in plain(row):
+        for item in items(f"groups[{group}]", row, "a list of item indices"):
             if not isinstance(item, int) or not 0 <= item < count:
                 raise wrong(f"groups[{group}]", f"item indices in [0, {count})", repr(item))
             if item in owner:

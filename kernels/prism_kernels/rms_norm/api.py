@@ -6,7 +6,7 @@ from typing import overload
 
 from torch import Tensor
 
-from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, wrong
+from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, is_tensor, number, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op
 
 _PACKAGE = "prism_kernels.rms_norm"
@@ -60,12 +60,13 @@ def rms_norm(
         ValueError: an argument of another shape, dtype or device; names it.
         RuntimeError: ``impl`` cannot run here.
     """
-    if not isinstance(x, Tensor) or x.dim() < 1 or not x.is_floating_point():
-        raise wrong("x", "floating (..., H)", describe(x))
+    if not is_tensor(x, FLOATING) or x.dim() < 1 or x.shape[-1] < 1:
+        raise wrong("x", "floating (..., H), H >= 1", describe(x))
     _check_weight("weight", weight, "H", "x", x)
     if residual is not None and describe(residual) != describe(x):
         raise wrong("residual", f"{describe(x)}, as x is", describe(residual))
-    _, run = NORM.select(impl, x.device)
+    eps = number("eps", eps, above=0)
+    _, run = NORM.select(impl, x.device, x, weight, residual)
     return run(x, weight, eps, residual)
 
 
@@ -103,7 +104,8 @@ def qk_norm_rotate(
     _check_weight("q_weight", q_weight, "D", "q", q)
     _check_weight("k_weight", k_weight, "D", "k", k)
     _check_rotation(cos, sin, "q", q)
-    _, run = ROTATE.select(impl, q.device)
+    eps = number("eps", eps, above=0)
+    _, run = ROTATE.select(impl, q.device, q, k, q_weight, k_weight, cos, sin)
     cos, sin = cos.detach(), sin.detach()
     return run(q, q_weight, cos, sin, eps), run(k, k_weight, cos, sin, eps)
 
@@ -123,14 +125,15 @@ def rms_norm_rotate(
     _check_heads("x", x)
     _check_weight("weight", weight, "D", "x", x)
     _check_rotation(cos, sin, "x", x)
-    _, run = ROTATE.select(impl, x.device)
+    eps = number("eps", eps, above=0)
+    _, run = ROTATE.select(impl, x.device, x, weight, cos, sin)
     return run(x, weight, cos.detach(), sin.detach(), eps)
 
 
 def _check_heads(name: str, x: Tensor) -> None:
     check_tensor(name, x, {"T": None, "heads": None, "D": None}, FLOATING)
-    if x.shape[2] % 2:
-        raise wrong(name, "an even D", describe(x))
+    if x.shape[2] % 2 or x.shape[2] == 0:
+        raise wrong(name, "an even D, at least 2", describe(x))
 
 
 def _check_weight(name: str, weight: Tensor, dimension: str, peer: str, x: Tensor) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
-from prism_kernels.checks import plain, wrong
+from prism_kernels.checks import plain, shown, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op
 from prism_kernels.native import need_native
 
@@ -47,16 +46,18 @@ def find_tag_spans(
     bytes, ``tags`` that are empty, repeated, or hold other characters than letters, digits, ``_``, ``-`` and ``.``.
     """
     _, run = _FIND_TAG_SPANS.select(impl)
-    return run(plain(token_ids), token_bytes, _markers(tags if isinstance(tags, (str, tuple)) else tuple(tags)))
+    if not isinstance(tags, (list, tuple)) or not all(isinstance(tag, str) for tag in tags):
+        raise wrong("tags", "a sequence of at least one tag name", shown(tags))
+    return run(plain(token_ids), token_bytes, _markers(tuple(tags)))
 
 
 @lru_cache(maxsize=16)
-def _markers(tags: Any) -> tuple[bytes, ...]:
+def _markers(tags: tuple[str, ...]) -> tuple[bytes, ...]:
     """("a", "b") -> (b"<a>", b"</a>", b"<b>", b"</b>")"""
-    if isinstance(tags, str) or not tags:
+    if not tags:
         raise wrong("tags", "a sequence of at least one tag name", repr(tags))
     for tag in tags:
-        if not isinstance(tag, str) or not re.fullmatch(r"[A-Za-z0-9_.\-]+", tag):
+        if not re.fullmatch(r"[A-Za-z0-9_.\-]+", tag):
             raise wrong("tags", "names of ASCII letters, digits, '_', '-' and '.'", repr(tag))
     if len(set(tags)) != len(tags):
         raise wrong("tags", "every name once", repr(tags))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, wrong
-from prism_kernels.dispatch import Impl, Implementation, Op
+from prism_kernels.checks import FLOATING, check_device, check_tensor, check_values, describe, number, wrong
+from prism_kernels.dispatch import GRAD, TRANSFORMS, VMAP, Impl, Implementation, Op
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import TreeLayout
 
 _OP = Op(
     "tree_attention",
     [
-        Implementation(Impl.SDPA, "prism_kernels.tree_attention.sdpa:tree_attention", ("cpu", "cuda")),
+        Implementation(
+            Impl.SDPA, "prism_kernels.tree_attention.sdpa:tree_attention", ("cpu", "cuda"), transforms=(VMAP, GRAD)
+        ),
         Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:tree_attention", ("cpu", "cuda")),
     ],
 )
@@ -21,7 +23,12 @@ _OP = Op(
 _DECODE = Op(
     "shared_prompt_decode",
     [
-        Implementation(Impl.TORCH, "prism_kernels.tree_attention.decode:shared_prompt_decode", ("cpu", "cuda")),
+        Implementation(
+            Impl.TORCH,
+            "prism_kernels.tree_attention.decode:shared_prompt_decode",
+            ("cpu", "cuda"),
+            transforms=TRANSFORMS,
+        ),
         Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:shared_prompt_decode", ("cpu", "cuda")),
     ],
 )
@@ -54,15 +61,19 @@ def tree_attention(
     else:
         check_tensor("q", q, {"Q": None, "Hq": None, "D": None}, FLOATING)
         check_tensor("query_row", query_row, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
+        check_device("query_row", query_row, "q", q, host=True)
+        check_values("query_row", query_row, "T", tokens)
     _, heads, dim = q.shape
+    if dim < 1:
+        raise wrong("q", "D >= 1", describe(q))
     check_tensor("k", k, {"T": tokens, "Hkv": None, "D": dim}, (q.dtype,), "T is that of layout, the rest as of q")
     check_tensor("v", v, {"T": tokens, "Hkv": k.shape[1], "D": dim}, (q.dtype,), "it is shaped as k")
     check_device("k", k, "q", q)
     check_device("v", v, "q", q)
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise wrong("q", f"a multiple of the Hkv = {k.shape[1]} heads of k and v", f"{heads} heads")
-    _, function = _OP.select(impl, q.device)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    scale = dim**-0.5 if scale is None else number("scale", scale)
+    _, function = _OP.select(impl, q.device, q, k, v)
     return function(q, k, v, layout.to(q.device), scale, query_row)
 
 
@@ -103,10 +114,12 @@ def shared_prompt_decode(
     rows, (groups, longest) = len(layout.group), layout.prompt_mask.shape
     check_tensor("q", q, {"B": rows, "Hq": None, "D": None}, FLOATING)
     heads, dim = q.shape[1:]
+    if dim < 1:
+        raise wrong("q", "D >= 1", describe(q))
     check_tensor("own_k", own_k, {"B": rows, "Hkv": None, "L": None, "D": dim}, [q.dtype])
     kv_heads, length = own_k.shape[1:3]
-    if kv_heads < 1 or heads % kv_heads or length < 1:
-        raise wrong("own_k", f"Hkv a divisor of Hq = {heads} and L >= 1", describe(own_k))
+    if kv_heads < 1 or heads < 1 or heads % kv_heads or length < 1:
+        raise wrong("own_k", f"Hkv a divisor of Hq = {heads} and L >= 1", describe(own_k), "Hq is that of q, >= 1")
     own = {"B": rows, "Hkv": kv_heads, "L": length, "D": dim}
     prompt = {"G": groups, "Hkv": kv_heads, "P": longest, "D": dim}
     for name, tensor, shape in (("own_v", own_v, own), ("prompt_k", prompt_k, prompt), ("prompt_v", prompt_v, prompt)):
@@ -114,6 +127,6 @@ def shared_prompt_decode(
     for name, tensor in (("own_k", own_k), ("own_v", own_v), ("prompt_k", prompt_k), ("prompt_v", prompt_v)):
         check_device(name, tensor, "q", q)
     check_device("layout", layout.group, "q", q)
+    scale = dim**-0.5 if scale is None else number("scale", scale)
     _, function = _DECODE.select(impl, q.device)
-    scale = dim**-0.5 if scale is None else float(scale)
     return function(q, prompt_k, prompt_v, own_k, own_v, layout, scale)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import check_tensor, check_values, describe, integer, wrong
+from prism_kernels.checks import check_tensor, check_values, describe, integer, items, wrong
+
+MAX_TOKENS = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +35,12 @@ class DecodeLayout:
 
         Raises ValueError naming the argument; values of ``group`` outside are undefined on a GPU.
         """
-        lengths = torch.tensor([integer("prompt_lengths", n, at_least=1) for n in prompt_lengths], dtype=torch.int64)
+        numbers = items("prompt_lengths", prompt_lengths, "a list of numbers of tokens")
+        lengths = torch.tensor([integer("prompt_lengths", n, 1, MAX_TOKENS) for n in numbers], dtype=torch.int64)
         if not lengths.numel():
             raise wrong("prompt_lengths", "one number of tokens per group", "none")
         check_tensor("group", group, {"B": None}, [torch.int64])
-        if not group.numel():
+        if not group.numel() or group.device.type == "meta":  # the grid is laid out by values
             raise wrong("group", "B >= 1 rows", describe(group))
         check_values("group", group, "G", len(lengths))
         mask = torch.arange(int(lengths.max())) < lengths[:, None]

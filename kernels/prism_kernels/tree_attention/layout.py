@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import wrong
+from prism_kernels.checks import items, shown, wrong
 
 # A group of segments is padded to its longest one while the padded area stays under this multiple of the exact area.
 PADDING_LIMIT = 1.3
@@ -83,7 +83,12 @@ class TreeLayout:
                 raise wrong(f"lengths[{i}]", "a number of tokens >= 0", str(length))
             if not -1 <= parent < i:
                 raise wrong(f"prefix[{i}]", f"-1 or the index of an earlier segment (< {i})", str(parent))
-        start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        if sum(lengths) >= 1 << 31:
+            raise wrong("lengths", "fewer than 2^31 tokens", f"{sum(lengths)} in all")
+        try:
+            start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        except (TypeError, RuntimeError):
+            raise wrong("device", "a device of this machine", shown(device)) from None
         return cls(lengths=lengths, prefix=prefix, segment_start=start)
 
     @property
@@ -141,14 +146,13 @@ class TreeLayout:
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
-    if isinstance(values, Tensor):
-        values = values.tolist()
+    given = items(name, values, "a sequence of integers")
     try:
-        result = tuple(int(v) for v in values)
-    except (TypeError, ValueError):
-        raise wrong(name, "a sequence of integers", repr(values)) from None
-    if any(r != v for r, v in zip(result, values)):
-        raise wrong(name, "whole numbers", repr(values))
+        result = tuple(int(v) for v in given)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong(name, "a sequence of integers", shown(given)) from None
+    if any(r != v for r, v in zip(result, given)):
+        raise wrong(name, "whole numbers", shown(given))
     return result
 
 

@@ -481,7 +481,7 @@ def routed(**changes):
             lambda: moe_route(X, R, 2, segment_kind=[0] * 6, num_kinds=1),
             r"segment_kind: .*\(T = 6,\), got no tensor but list",
         ),
-        (lambda: moe_route(X, R, 2, num_kinds=None), "num_kinds: expected an integer >= 0, got None"),
+        (lambda: moe_route(X, R, 2, num_kinds=None), "num_kinds: expected an integer in .*, got None"),
         (lambda: moe_mlp(X, None, D, routed()), r"gate_up: expected float32 \(E, 2I, H\).*NoneType"),
         (lambda: moe_mlp(X, GU, [1], routed()), r"down: expected float32 \(E, H, I\).*list"),
         (lambda: moe_mlp(X, GU, D, routed(weight=torch.ones(6, 2).long())), "routing.weight: .*floating .*int64"),

@@ -143,7 +143,7 @@ def test_strided_input_strided_gradient_and_no_rows(rotate, impl):
 
 def test_arguments_are_checked():
     x, weight, (cos, sin) = case(torch.float32, True)
-    with pytest.raises(ValueError, match=r"x: expected floating \(..., H\), got \(3,\) torch.int64"):
+    with pytest.raises(ValueError, match=r"x: expected floating \(..., H\), H >= 1, got \(3,\) torch.int64"):
         rms_norm(torch.arange(3), weight, 1e-6)
     with pytest.raises(ValueError, match=r"weight: expected floating \(H = 8,\), got \(7,\)"):
         rms_norm(x, weight[:7], 1e-6)
@@ -153,7 +153,7 @@ def test_arguments_are_checked():
         qk_norm_rotate(x, x[:5], weight, weight, cos, sin, 1e-6)
     with pytest.raises(ValueError, match=r"k_weight: expected floating \(D = 8,\)"):
         qk_norm_rotate(x, x, weight, weight[:4], cos, sin, 1e-6)
-    with pytest.raises(ValueError, match=r"q: expected an even D, got \(13, 3, 7\)"):
+    with pytest.raises(ValueError, match=r"q: expected an even D, at least 2, got \(13, 3, 7\)"):
         qk_norm_rotate(x[..., :7], x, weight, weight, cos, sin, 1e-6)
     with pytest.raises(ValueError, match=r"sin: expected floating \(T = 13, D = 8\), got \(4, 8\)"):
         rms_norm_rotate(x, weight, cos, sin[:4], 1e-6)

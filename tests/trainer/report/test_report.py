@@ -15,11 +15,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prism_fast.records import DataError, StepStats
+from prism_fast.report import build, samples
 from prism_fast.report import experts as report_experts
 from prism_fast.report.build import PLOTS, Tile, build_report, report_html
-from prism_fast.report.data import TRAINED, Run, expert_keys
+from prism_fast.report.data import TRAINED, Run, expert_keys, load_run
 from prism_fast.report.draw import curve, panels, render, wilson
 from prism_fast.report.experts import shown_layers
+from prism_fast.report.findings import findings
+from prism_fast.report.plots import lengths_and_entropy
 from prism_fast.report.samples import MAX_CHARACTERS, MAX_IMAGE_BYTES, MAX_PROMPTS, shown_image
 from prism_fast.run.monitor import Monitor
 
@@ -157,7 +160,8 @@ def test_whole_run(tmp_path, monkeypatch):
     assert len(drawn) == 12  # every plot once: they are what the page takes long for
     assert (tmp_path / "report.html").stat().st_size < 5e6
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    for shown in ("55.1 %", "58.5 %", "77.1 %", "+22.0 points from SFT", "1.42", "84.2", "8,600", "perception 94.5 %",
+    for shown in ("55.1 %", "58.5 %", "77.1 %", "+22.0 points from SFT", "1.42", "22.5", "What happened, and what",
+                  "perception 94.5 %",
                   "Seed 17", "+1.9 points", "-0.6 points", "1.8 points", "impl.moe_mlp", "2.13.0+cpu", "Sum 2?",
                   "entropy is nan, written as null"):  # fmt: skip
         assert shown in page.text, shown
@@ -361,3 +365,80 @@ def test_a_value_that_the_page_has_no_word_for_is_an_error(monkeypatch):
 
 def test_render_of_nothing():
     assert render(lambda run: None, None) is None
+
+
+def loads(shares):
+    return {f"expert_load/1/prompt/{expert}": lambda step, share=share: share for expert, share in enumerate(shares)}
+
+
+def test_findings_say_what_to_do(tmp_path):
+    chance = {f"pair_accuracy/{side}": lambda s: 0.5 for side in ("perception", "reasoning")}
+    write_stage(tmp_path, "warmup", chance | loads([0.49, 0.01, 0.01, 0.49]))
+    write_stage(tmp_path, "align", {
+        "entropy": lambda s: 1.0 if s <= 20 else 0.01, "format_valid": lambda s: 0.3, "sampler_gap/mean": lambda s: 0.5,
+        "discriminator_accuracy/reasoning": lambda s: 0.99,
+    } | loads([0.3, 0.2, 0.3, 0.2]), count=45)  # fmt: skip
+    drift = {
+        "sft": {"caption_items": 1.0, "reasoning_steps": 2.0},
+        "align": {"caption_items": 1.5, "reasoning_steps": 0.1},
+    }
+    stages = {"sft": {"accuracy": 0.5}, "align": {"accuracy": 0.4}}
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages, "drift": drift}))
+    sft, warmup, align = findings(load_run(tmp_path))
+    assert sft.happened == "held-out accuracy 50.0%." and not sft.todo
+    said = " ".join(warmup.todo)
+    assert "guesses on perception: 50.0%" in said and "guesses on reasoning" in said and "train the warm-up" in said
+    assert (
+        "from step 20 on, experts collapse in layer 1: for 20 steps, experts 1, 2 got less than 2.5%" in said
+        and "balance loss" in said
+    )
+    assert "held-out accuracy 50.0% to 40.0%" in align.happened and "caption items to the teacher" in align.happened
+    said = " ".join(align.todo)
+    for text in (
+        "entropy collapses",
+        "format validity falls",
+        "saturates on reasoning",
+        "sampler and trainer disagree",
+        "no gain: held-out accuracy went from 50.0% to 40.0%",
+        "the distance of its caption items",
+    ):
+        assert text in said, text
+    assert "reasoning steps grew" not in said and "experts" not in said
+    page = read(tmp_path)
+    assert "the discriminator guesses on perception" in page.text and "Nothing stands out" in page.text
+
+
+def test_the_end_shows_experts_that_the_patience_does_not(tmp_path):
+    even, few = [0.25] * 4, [0.5, 0.5, 0.0, 0.0]
+    write_stage(
+        tmp_path, "align", {name: lambda s, e=e: (even if s < 26 else few)[e] for e, name in enumerate(loads(even))}
+    )
+    (align,) = findings(load_run(tmp_path))
+    assert len(align.todo) == 1 and "in layer 1: at the end, experts 2, 3 got less than 2.5%" in align.todo[0]
+
+
+def test_a_stage_has_one_time(tmp_path):
+    whole_run(tmp_path)
+    run = load_run(tmp_path)
+    shown = {row[0]: row[5] for row in build._stage_rows(run)}
+    parts = {}
+    for row in build._part_rows(run):
+        parts[row[0]] = parts.get(row[0], 0.0) + float(row[2])
+    assert float(shown["SFT"]) == parts["SFT"] == 22.5
+    assert "SFT 22 s" in build._time_tile(run).detail
+
+
+def test_alignment_and_rlvr_follow_each_other(tmp_path):
+    whole_run(tmp_path)
+    figure = lengths_and_entropy(load_run(tmp_path))
+    steps = [line.get_xdata() for line in figure.axes[1].lines if len(line.get_xdata()) > 2]
+    assert max(steps[0]) == 30 and min(steps[-1]) == 31 and max(steps[-1]) == 60
+
+
+def test_elements_of_a_response_stand_on_lines_of_their_own(tmp_path):
+    texts = (
+        "<caption>3</caption><think>3</think><answer>7</answer>",
+        "<caption>3</caption>\n\n<think>3</think> <answer>7</answer>\n",
+    )
+    shown = [samples._response({"response": text}).pieces for text in texts]
+    assert shown[0] == shown[1] and "".join(piece for piece, _ in shown[0]).count("\n") == 2

@@ -89,3 +89,17 @@ def test_watch_state_round_trip_at_every_step():
 def test_watch_settings_are_checked(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         Watch(**setting)
+
+
+def test_watch_experts_and_sampler():
+    watch = Watch(patience=3)
+    shares = {
+        f"expert_load/2/{kind}/{e}": share for kind in ("prompt", "image") for e, share in enumerate([0.99, 0.01])
+    }
+    said = [watch.observe(StepStats(s, {**shares, "sampler_gap/mean": 0.2}, {}, {})) for s in range(1, 6)]
+    assert [len(texts) for texts in said] == [0, 0, 2, 0, 0]
+    assert said[2][0].startswith("experts collapse in layer 2: for 3 steps, expert 1 got less than 5.0% of all tokens")
+    assert said[2][1].startswith("sampler and trainer disagree: 0.2 nats")
+    old = {"early_entropy": [], "best_format": None, "held": {"format": 1}}  # of a checkpoint before these rules
+    watch.load(old)
+    assert watch.state() == old and watch.observe(StepStats(9, shares, {}, {})) == []

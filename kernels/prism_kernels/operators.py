@@ -1,0 +1,91 @@
+"""Operators of torch, which torch.compile does not look into: their schema, their registration, their device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from prism_kernels.dispatch import on_device_of
+
+_TYPES: dict[Any, str] = {  # of a schema, by annotation
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    int: "SymInt",
+    str: "str",
+}
+
+
+class Operator:
+    """``torch.ops.prism_kernels.<name>``, on any device: a function of records, which operators do not know.
+
+    Its schema is the function's signature with the fields of every record in the record's place, so that no list of
+    them is written again. Calls, the function and its fake take records; autograd's functions see the flat arguments,
+    of which :meth:`records` makes records. The first argument starts with a
+    tensor, on whose device it runs.
+
+    Not torch.library.custom_op, which imports torch._dynamo: two seconds of every process that calls an op.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Any]):
+        hints = get_type_hints(run)
+        returns = hints.pop("return")
+        self.kinds = list(hints.values())
+        self.name = f"prism_kernels::{name}"
+        fields: dict[str, Any] = {}
+        for parameter, kind in hints.items():
+            fields.update(get_type_hints(kind) if _is_record(kind) else {parameter: kind})
+        torch.library.define(self.name, _schema(fields, returns), tags=(torch.Tag.pt2_compliant_tag,))
+
+        def run_as_given(first: Tensor, *rest: Any) -> Any:
+            with on_device_of(first), as_given(first):
+                return run(*self.records(first, *rest))
+
+        torch.library.impl(self.name, "CompositeExplicitAutograd", run_as_given)
+        self.overload = getattr(torch.ops.prism_kernels, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        flat = []
+        for argument in arguments:
+            flat.extend(argument if isinstance(argument, tuple) else (argument,))
+        return self.overload(*flat)
+
+    def records(self, *flat: Any) -> list[Any]:
+        """The function's arguments out of the operator's."""
+        arguments, rest = [], list(flat)
+        for kind in self.kinds:
+            count = len(kind._fields) if _is_record(kind) else 1
+            taken, rest = rest[:count], rest[count:]
+            arguments.append(kind(*taken) if _is_record(kind) else taken[0])
+        return arguments
+
+    def fake(self, run: Callable[..., Any]) -> None:
+        """Decorates the function that makes outputs of the right shapes, dtypes and strides, without values."""
+        torch.library.register_fake(self.name, lambda *flat: run(*self.records(*flat)))
+
+    def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+        torch.library.register_autograd(self.name, backward, setup_context=setup)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorates the function that the operator runs."""
+    return lambda run: Operator(name, run)
+
+
+def _is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple)
+
+
+def _schema(fields: dict[str, Any], returns: Any) -> str:
+    arguments = [f"{_TYPES[kind]} {name}" for name, kind in fields.items()]
+    return f"({', '.join(arguments)}) -> ({', '.join([_TYPES[kind] for kind in get_args(returns) or (returns,)])})"
+
+
+def as_given(hidden: Tensor) -> torch.autocast:
+    """GEMMs in the dtypes chosen here: under autocast, those of the gradients would be bf16, for fp32 inputs too."""
+    return torch.autocast(hidden.device.type, enabled=False)
