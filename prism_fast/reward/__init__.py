@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prism_fast.response_format import Parts, count_caption_items, count_reasoning_steps, is_valid, split_parts
-from prism_fast.reward.answer import is_right
+from prism_fast.reward.answer import is_right, judge
 
 __all__ = [
     "Parts",
@@ -22,11 +22,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Reward:
-    """The reward of one response. ``accuracy`` is 0.0 or 1.0."""
+    """The reward of one response. ``accuracy`` is 0.0 or 1.0.
+
+    Where it is 0.0 for want of a verdict, ``late`` or ``costly`` says so: the process that compares expressions gave
+    none, twice, or the comparison is beyond its limits (`answer/README.md`).
+    """
 
     score: float
     accuracy: float
     format_valid: bool
+    late: bool = False
+    costly: bool = False
 
 
 def verifiable_reward(
@@ -42,8 +48,8 @@ def verifiable_reward(
     response: the whole text of a response, without end-of-turn. gold, equivalents: right answers; meeting one suffices.
     An empty answer and one of 1,024 characters or more has accuracy 0. May be called from any thread.
 
-    Raises ValueError for an argument of the wrong type or an empty ``gold``, RuntimeError where symbolic answers are to
-    be compared and math-verify is not installed.
+    Raises ValueError for an argument of the wrong type or an empty ``gold``, RuntimeError in one line where symbolic
+    answers are to be compared and math-verify is not installed or does not start.
 
     >>> verifiable_reward("<caption>3; 7</caption><think>3+7=10</think><answer>10</answer>", "10")
     Reward(score=1.0, accuracy=1.0, format_valid=True)
@@ -57,5 +63,6 @@ def verifiable_reward(
     parts = split_parts(response)
     if parts is None:
         return Reward(0.0, 0.0, False)
-    accuracy = float(is_right(parts.answer, gold, equivalents))
-    return Reward(accuracy_weight * accuracy + format_weight, accuracy, True)
+    verdict = judge(parts.answer, gold, equivalents)
+    accuracy = float(verdict.right)
+    return Reward(accuracy_weight * accuracy + format_weight, accuracy, True, verdict.late, verdict.costly)

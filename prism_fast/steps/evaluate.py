@@ -78,6 +78,8 @@ class Evaluation:
     responses: list[dict[str, Any]] = field(default_factory=list)
     samples: int = 1
     pass_at_k: float | None = None  # some response of k is right; only with k > 1
+    late: int = 0  # answers without a verdict, and those beyond the judge's limits: not right, see reward/answer/
+    costly: int = 0
 
     def figures(self) -> dict[str, float]:
         out = {"accuracy": self.accuracy, "format_valid": self.format_valid}
@@ -85,6 +87,8 @@ class Evaluation:
             out["response_length"] = sum(self.response_length) / len(self.response_length)
         if self.pass_at_k is not None:
             out[f"pass_at_{self.samples}"] = self.pass_at_k
+        out |= {"judge_late": self.late} if self.late else {}
+        out |= {"judge_too_costly": self.costly} if self.costly else {}
         return out
 
     def write(self, path: Path) -> None:
@@ -144,6 +148,8 @@ def judge(name: str, samples: list[Sample], texts: list[str], lengths: list[int]
         responses=[_shown(i, samples[i], texts[i], rewards[i]) for i in range(0, min(len(texts), SHOWN * k), k)],
         samples=k,
         pass_at_k=_mean([max(right[i : i + k]) for i in range(0, len(right), k)]) if k > 1 else None,
+        late=sum(r.late for r in rewards),
+        costly=sum(r.costly for r in rewards),
     )
 
 

@@ -41,6 +41,8 @@ def experience(
         reward,
         torch.tensor([r.accuracy for r in rewards]),
         torch.tensor([r.format_valid for r in rewards]),
+        sum(r.late for r in rewards),
+        sum(r.costly for r in rewards),
     )
 
 
@@ -51,6 +53,8 @@ def experience_metrics(batch: Experience) -> dict[str, float]:
         names.ACCURACY: float(batch.accuracy.mean()),
         names.FORMAT_VALID: float(batch.format_valid.float().mean()),
         names.RESPONSE_LENGTH: batch.rollout.mean_length,
+        names.JUDGE_LATE: float(batch.late),
+        names.JUDGE_COSTLY: float(batch.costly),
     }
 
 
@@ -63,11 +67,16 @@ def rewards_of(rollout: Rollout, samples: Sequence[Sample], **weights: float) ->
     ]
 
 
-def answer_accuracy(rollout: Rollout, samples: Sequence[Sample]) -> Tensor | None:
-    """(B,) fp32 in {0, 1}; None where some record has no gold answer. samples (G,), by prompt."""
+def answer_accuracy(rollout: Rollout, samples: Sequence[Sample]) -> tuple[Tensor | None, dict[str, float]]:
+    """((B,) fp32 in {0, 1}, metrics of the judge); (None, {}) where some record has no gold answer. samples (G,)."""
     if any(sample.gold is None for sample in samples):
-        return None
-    return torch.tensor([r.accuracy for r in rewards_of(rollout, samples)])
+        return None, {}
+    rewards = rewards_of(rollout, samples)
+    metrics = {
+        names.JUDGE_LATE: float(sum(r.late for r in rewards)),
+        names.JUDGE_COSTLY: float(sum(r.costly for r in rewards)),
+    }
+    return torch.tensor([r.accuracy for r in rewards]), metrics
 
 
 def overlong_penalty(lengths: Tensor, limit: int, config: OverlongConfig) -> Tensor:
@@ -108,7 +117,9 @@ def mixed_groups(
         names.GENERATION_BATCHES: float(attempt),
         names.MISSING_GROUPS: float(max(0, wanted - have)),
     }
-    if not have:
+    if not have:  # what the judge could not do is told all the same
+        metrics[names.JUDGE_LATE] = float(sum(b.late for b in kept))
+        metrics[names.JUDGE_COSTLY] = float(sum(b.costly for b in kept))
         return None, position, metrics
     return Experience.concatenate(kept).select_groups(range(min(wanted, have))), position, metrics
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from prism_fast.reward.answer import symbolic, units
 from prism_fast.reward.answer.answers import Answer, Listing, needs_algebra, read
@@ -19,23 +20,37 @@ from prism_fast.reward.answer.quantities import Quantity
 MAX_ANSWER = 1024  # an answer of so many characters, or more, is wrong (docs/method.md 5)
 
 
+class Verdict(NamedTuple):
+    """``late`` and ``costly`` say why an answer is not right though it might be: see `symbolic.Allowance`."""
+
+    right: bool
+    late: bool = False
+    costly: bool = False
+
+
 def is_right(answer: str, gold: str, equivalents: Sequence[str] = ()) -> bool:
+    """The verdict of `judge` alone."""
+    return judge(answer, gold, equivalents).right
+
+
+def judge(answer: str, gold: str, equivalents: Sequence[str] = ()) -> Verdict:
     """Whether ``answer`` means the same as ``gold`` or as one of ``equivalents``.
 
     README.md shows what counts as the same, `tests/trainer/reward/judged_pairs.py` all of it. An empty answer and one
     of `MAX_ANSWER` characters or more is wrong. Takes microseconds where numbers, choices and texts are compared, and
-    at most `symbolic.SECONDS` plus the start of math-verify's process, once, where expressions are.
-    Raises RuntimeError where math-verify is needed and not installed.
+    at most `symbolic.SECONDS` of CPU time plus the start of math-verify's process, once, where expressions are. The
+    verdict is the same on a busy machine. Raises `symbolic.JudgeError` where math-verify is needed and not there.
     """
     answer = answer.strip()
     if not 0 < len(answer) < MAX_ANSWER:
-        return False
+        return Verdict(False)
     golds = [gold.strip(), *(text.strip() for text in equivalents)]
     if answer in golds:
-        return True
+        return Verdict(True)
     allowance = symbolic.Allowance()
     given = read(answer)
-    return any(_same(given, read(text), allowance) for text in golds if 0 < len(text) < MAX_ANSWER)
+    right = any(_same(given, read(text), allowance) for text in golds if 0 < len(text) < MAX_ANSWER)
+    return Verdict(right, allowance.late and not right, allowance.costly and not right)
 
 
 def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
