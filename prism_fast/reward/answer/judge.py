@@ -69,10 +69,12 @@ def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
         return True
     if False in verdicts:
         return False
-    return answer.key == gold.key != "" or _same_expression(answer, gold, allowance)
+    if answer.key == gold.key != "" or (answer.stated == gold.stated != "" and "" in (answer.label, gold.label)):
+        return True
+    return _same_expression(answer, gold, allowance)
 
 
-_UNKNOWN = re.compile(r"[A-Za-z]{1,2}(?:_[A-Za-z0-9]{1,2}|[0-9]{1,2})?'?(?:\(.*\))?")
+_UNKNOWN = re.compile(r"[A-Za-zΑ-Ωα-ω]{1,2}(?:_[A-Za-z0-9]{1,2}|[0-9]{1,2})?'?(?:\(.*\))?")
 
 
 def _other_unknown(answer: Answer, gold: Answer) -> bool:
@@ -107,6 +109,8 @@ def _same_quantity(answer: Answer, gold: Answer) -> bool | None:
 def _agree(answer: Quantity, gold: Quantity) -> bool:
     if not units.agree(answer.unit, gold.unit):
         return False
+    if (answer.decade and gold.unit is None) or (gold.decade and answer.unit is None):
+        return False
     a, g = answer.value, gold.value
     if isinstance(answer.unit, units.Unit) and isinstance(gold.unit, units.Unit) and answer.unit != gold.unit:
         try:
@@ -127,6 +131,10 @@ def _same_listing(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -
 
 def _same_items(answer: Listing, gold: Listing, allowance: symbolic.Allowance) -> bool:
     if len(answer.items) != len(gold.items) or not _same_brackets(answer.brackets, gold.brackets):
+        return False
+    if (answer.interval or gold.interval) and answer.brackets != gold.brackets:
+        return False
+    if answer.roots and gold.roots:  # then which is which has been said
         return False
     ours, theirs = [item.label for item in answer.items], [item.label for item in gold.items]
     if all(ours) and set(ours) == set(theirs) and len(set(ours)) == len(ours):  # x=1, y=2 in any order
@@ -193,5 +201,8 @@ def _same_expression(answer: Answer, gold: Answer, allowance: symbolic.Allowance
     if answer.quantities and not needs_algebra(gold.latex):
         return False
     if {answer.key, gold.key} <= {"inf", "-inf", "∅"}:
+        return False
+    sets = [any(listing.brackets == "{}" for listing in side.listings) for side in (answer, gold)]
+    if sets[0] != sets[1] and (not answer.listings or not gold.listings):  # {1, 1} is not how {1} is written
         return False
     return symbolic.equal(gold.latex, answer.latex, allowance)

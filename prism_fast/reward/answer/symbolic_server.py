@@ -16,6 +16,7 @@ says ``ready`` or ``missing <why>``.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -62,11 +63,19 @@ def main() -> int:
 def _load() -> Compare:
     import logging
 
+    import math_verify.parser
     import sympy
     import sympy.parsing.sympy_parser
+    from latex2sympy2_extended import symbols
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
+    # Otherwise R would be r.
+    for constant in ("gamma", "Gamma"):  # letters, not Euler's constant
+        symbols.sympy_singleton_map.pop(constant, None)
+    keep_case = ConversionConfig(lowercase_symbols=False)
+    math_verify.parser.latex2sympy = functools.partial(latex2sympy, conversion_config=keep_case)
     # It would take letters off as units ("3ab" is 3 abcoulomb); units are judged before a text comes here.
     normalization = LatexNormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False

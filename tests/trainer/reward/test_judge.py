@@ -139,6 +139,76 @@ def test_lists_keep_their_order_and_sets_do_not(numbers):
     assert is_right(f"{{{turned}}}", rf"\{{{text}\}}")
 
 
+# ---- what may be thrown away, and what may not (the table in README.md)
+
+plain_golds = st.sampled_from(["12", "-3.5", "5 cm", "3/4", "2 m/s", "x+1", "2r", "B", "(1, 2)", "{1, 2}", "θ", "cat"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    plain_golds,
+    st.sampled_from(["{}", r"\({}\)", "${}$", r"\boxed{{{}}}", "**{}**", "The answer is {}.", "  {} ", r"\,{}\;"]),
+)
+def test_dress_is_thrown_away(gold, dress):
+    assert is_right(dress.format(gold), gold)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 999),
+    st.sampled_from(["cm", "kg", "m/s", "J", "kN", "mL"]),
+    st.sampled_from(
+        [
+            "{}~{}",
+            r"{}\,\mathrm{{{}}}",
+            r"{} \mathrm{{~{}}}",
+            r"{}\ \text{{ {}}}",
+            r"{}\thinspace {}",
+            r"${}~\mathrm{{{}}}$",
+            "{} {}",
+            "{}{}",
+        ]
+    ),
+)
+def test_spaces_before_units_are_thrown_away(number, unit, spelling):
+    assert is_right(spelling.format(number, unit), f"{number} {unit}")
+    assert is_right(f"{number} {unit}", spelling.format(number, unit))
+    assert not is_right(spelling.format(number + 1, unit), f"{number} {unit}")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from("klmnpqrstuvwxyz"), st.sampled_from(["{}", "2{}", "{}^2", "{}!", "a{}", "y = {}"]))
+def test_the_case_of_symbols_is_kept(letter, shape):
+    assert not is_right(shape.format(letter), shape.format(letter.upper()))
+    assert is_right(shape.format(letter), shape.format(letter))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(-9, 9),
+    st.integers(1, 9),
+    st.sampled_from(["()", "[]", "(]", "[)"]),
+    st.sampled_from(["()", "[]", "(]", "[)"]),
+)
+def test_ends_signs_and_order_are_kept(low, width, ours, theirs):
+    def interval(ends, a=low, b=low + width):
+        return f"{ends[0]}{a}, {b}{ends[1]}"
+
+    signs = ["<" if end in "()" else "<=" for end in theirs]
+    assert is_right(interval(ours), interval(theirs)) == (ours == theirs)
+    assert is_right(interval(ours), f"{low} {signs[0]} x {signs[1]} {low + width}") == (ours == theirs)
+    assert not is_right(interval(ours, low + width, low), interval(ours))
+    if low or low + width:
+        assert not is_right(interval(ours, -low, -low - width), interval(ours))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(0, 4))
+def test_repetition_in_sets_is_kept(numbers, again):
+    more = [*numbers, numbers[again % len(numbers)]]
+    assert not is_right("{" + ", ".join(map(str, more)) + "}", "{" + ", ".join(map(str, numbers)) + "}")
+
+
 # ---- hostile answers
 
 HOSTILE = [
