@@ -6,6 +6,7 @@ A stage reads a YAML file and ``key.path=value`` overrides; recipes/*.yaml hold 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -235,12 +236,32 @@ class DynamicSamplingConfig(Node):
     max_tries: int = Field(10, gt=0)
 
 
+class OwnReward(Node):
+    """A reward function of your own in place of the judge of answers: docs/training.md, "A reward of your own"."""
+
+    function: str | None = None  # module:name or path.py:name
+    replaces: Literal["accuracy", "reward"] = "accuracy"  # accuracy: 0 to 1, weighed as ours; reward: all of it
+    seconds: float = Field(10.0, gt=0, allow_inf_nan=False)  # of CPU time a call may take; ten times that by the clock
+    memory_gib: float = Field(4.0, gt=0, allow_inf_nan=False)  # of address space
+
+    @field_validator("function")
+    @classmethod
+    def _name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"(?:[\w.]+|.+\.py):[A-Za-z_]\w*", name):
+            raise ValueError(f"expected module:name or path.py:name, got {name!r}")
+        return name
+
+
+BY_THE_JUDGE = OwnReward()
+
+
 class RewardConfig(Node):
     """The verifiable reward: what is right, what is well formed, and what is too long."""
 
     accuracy_weight: float = Field(0.8, ge=0)
     format_weight: float = Field(0.2, ge=0)
     overlong: OverlongConfig | None = None
+    reward: OwnReward = OwnReward()
 
 
 class RLVRConfig(RewardConfig):
@@ -300,6 +321,7 @@ class FilterConfig(Sampling):
 class EvaluateConfig(Node):
     model: ModelConfig
     data: DataConfig
+    reward: OwnReward = OwnReward()
     eval: EvalConfig = EvalConfig()
     out: Path
     seed: int = 0

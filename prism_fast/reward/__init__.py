@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from prism_fast.config import OwnReward
+from prism_fast.records import Sample
 from prism_fast.response_format import Parts, count_caption_items, count_reasoning_steps, is_valid, split_parts
 from prism_fast.reward.answer import is_right, judge
+from prism_fast.reward.own import function_of
 
 __all__ = [
     "Parts",
@@ -15,14 +19,16 @@ __all__ = [
     "count_reasoning_steps",
     "is_right",
     "is_valid",
+    "reward_of",
     "split_parts",
+    "start",
     "verifiable_reward",
 ]
 
 
 @dataclass(frozen=True)
 class Reward:
-    """The reward of one response. ``accuracy`` is 0.0 or 1.0.
+    """The reward of one response. ``accuracy`` is 0.0 or 1.0, or what a function of a user's own says.
 
     Where it is 0.0 for want of a verdict, ``late`` or ``costly`` says so: the process that compares expressions gave
     none, twice, or the comparison is beyond its limits (`answer/README.md`).
@@ -33,6 +39,34 @@ class Reward:
     format_valid: bool
     late: bool = False
     costly: bool = False
+
+
+def reward_of(
+    response: str, sample: Sample, own: OwnReward, *, accuracy_weight: float = 0.8, format_weight: float = 0.2
+) -> Reward:
+    """The reward of a response to ``sample``, by the judge or by the function that ``own`` names.
+
+    A function that replaces the accuracy is asked about responses of valid format alone; one that replaces the reward
+    about all of them, and its value is also the accuracy. Raises as `verifiable_reward` does, and DataError for a fault
+    of the function.
+    """
+    weights = {"accuracy_weight": accuracy_weight, "format_weight": format_weight}
+    if own.function is None:
+        return verifiable_reward(response, cast(str, sample.gold), equivalents=sample.equivalents, **weights)
+    valid = is_valid(response)
+    if own.replaces == "reward":
+        value = function_of(own)(response, sample)
+        return Reward(value, value, valid)
+    if not valid:
+        return Reward(0.0, 0.0, False)
+    accuracy = function_of(own)(response, sample)
+    return Reward(accuracy_weight * accuracy + format_weight, accuracy, True)
+
+
+def start(own: OwnReward) -> None:
+    """Load the function that ``own`` names, if any, before what takes long; DataError where that fails."""
+    if own.function is not None:
+        function_of(own)
 
 
 def verifiable_reward(

@@ -217,7 +217,11 @@ def text_key(plain: str) -> str:
 
     Where no word stands in it, its letters are symbols, and keep their case and marks: r is not R, Co not CO, x! not x.
     """
-    if not _WORD.search(plain) and not (plain.lower() in _SHORT_WORDS and plain[1:].islower()) and not _FORMULA.fullmatch(plain):
+    if (
+        not _WORD.search(plain)
+        and not (plain.lower() in _SHORT_WORDS and plain[1:].islower())
+        and not _FORMULA.fullmatch(plain)
+    ):
         key = re.sub(r"(?<=[A-Za-z])[.](?=[A-Za-z]|\s|$)", "", re.sub(r"(?<=[A-Za-z])_", "", plain))
         key = re.sub(r"(?<![A-Za-z])[A-Z]{2}(?![A-Za-z])", lambda match: match.group().lower(), key)  # TV, tv
         key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r",(?![0-9])", " ", key))
