@@ -68,7 +68,9 @@ class RewardFunction:
     def _start(self) -> subprocess.Popen[bytes]:
         memory = int(self.settings.memory_gib * 2**30)
         command = [sys.executable, str(Path(__file__).with_name("own_server.py")), self.name]
-        paths = [path or os.getcwd() for path in ["", *sys.path]]
+        place = self.name.rpartition(":")[0]
+        beside = [str(Path(place).resolve().parent)] if place.endswith(".py") else []  # what the file imports
+        paths = [*beside, *(path or os.getcwd() for path in ["", *sys.path])]
         self._process = subprocess.Popen(
             [*command, str(self.settings.seconds), str(memory)],
             stdin=subprocess.PIPE,

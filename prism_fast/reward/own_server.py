@@ -53,7 +53,6 @@ def load(name: str) -> Callable[..., Any]:
         path = Path(place)
         if not path.is_file():
             raise FileNotFoundError(f"no file {place!r}")
-        sys.path.insert(0, str(path.resolve().parent))
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

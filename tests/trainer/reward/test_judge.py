@@ -177,7 +177,7 @@ def test_spaces_before_units_are_thrown_away(number, unit, spelling):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from("lmnpqrstuvwxyz"), st.sampled_from(["{}", "2{}", "{}^2", "{}!", "a{}", "y = {}"]))
+@given(st.sampled_from("npqruvwxyz"), st.sampled_from(["{}", "2{}", "{}^2", "{}!", "a{}", "y = {}"]))
 def test_the_case_of_symbols_is_kept(letter, shape):
     assert not is_right(shape.format(letter), shape.format(letter.upper()))
     assert is_right(shape.format(letter), shape.format(letter))
