@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from fractions import Fraction
 from pathlib import Path
 
