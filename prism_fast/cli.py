@@ -230,13 +230,23 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
     settings = _settings(EvaluateConfig, config, overrides)
     from prism_fast.models.load import open_policy
+    from prism_fast.reward import start
     from prism_fast.steps.evaluate import EvalSet, evaluate
 
+    start(settings.reward)
     policy, chat = open_policy(settings.model)
     held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
     console = Console()
     with console.status(f"{len(held_out)} prompts, {settings.eval.samples} responses each"):
-        result = evaluate(policy, chat, held_out, settings.eval, name=settings.model.path.name, seed=settings.seed)
+        result = evaluate(
+            policy,
+            chat,
+            held_out,
+            settings.eval,
+            name=settings.model.path.name,
+            seed=settings.seed,
+            own=settings.reward,
+        )
     table = Table("question type", "prompts", "pass@1" if settings.eval.samples == 1 else f"mean of {result.samples}")
     for kind, row in result.by_type.items():
         table.add_row(kind, str(int(row["count"]) // result.samples), f"{row['accuracy']:.1%}")

@@ -7,6 +7,7 @@ Every key is described here; docs/settings.md (dev/settings_page.py) and `prism-
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -327,12 +328,36 @@ class DynamicSamplingConfig(Node):
     max_tries: Annotated[int, Field(ge=1, le=1000), NUMBER] = Field(10, description="generations for one step")
 
 
+class OwnReward(Node):
+    """A reward function of your own in place of the judge of answers: docs/training.md, "A reward of your own"."""
+
+    function: str | None = Field(None, description="module:name or path.py:name; null: the judge of answers")
+    replaces: Literal["accuracy", "reward"] = Field(
+        "accuracy", description="accuracy: 0 to 1, weighed as the judge's; reward: all of it"
+    )
+    seconds: Annotated[float, Field(gt=0, le=86_400), NUMBER] = Field(
+        10.0, description="of CPU time a call may take; ten times that by the clock"
+    )
+    memory_gib: Annotated[float, Field(gt=0, le=1024), NUMBER] = Field(4.0, description="of address space, GiB")
+
+    @field_validator("function")
+    @classmethod
+    def _name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"(?:[\w.]+|.+\.py):[A-Za-z_]\w*", name):
+            raise ValueError(f"expected module:name or path.py:name, got {name!r}")
+        return name
+
+
+BY_THE_JUDGE = OwnReward()
+
+
 class RewardConfig(Node):
     """The verifiable reward: what is right, what is well formed, and what is too long."""
 
     accuracy_weight: Weight = Field(0.8, description="of a right answer")
     format_weight: Weight = Field(0.2, description="of a valid format")
     overlong: OverlongConfig | None = Field(None, description="DAPO's penalty of long responses; null: none")
+    reward: OwnReward = Field(OwnReward(), description="a function of your own in place of the judge")
 
 
 class RLVRConfig(RewardConfig):
@@ -405,6 +430,7 @@ class FilterConfig(Sampling):
 class EvaluateConfig(Node):
     model: ModelConfig
     data: DataConfig
+    reward: OwnReward = Field(OwnReward(), description="a function of your own in place of the judge")
     eval: EvalConfig = EvalConfig()
     out: Place = Field(description="the file of figures and responses to write")
     seed: Seed = Field(0, description="of sampling")

@@ -83,6 +83,8 @@ ACCURACY = Mean("accuracy", over="responses")
 FORMAT_VALID = Mean("format_valid", over="responses")
 RESPONSE_LENGTH = Mean("response_length", over="responses")  # tokens
 PART_LENGTH = {side: Mean(f"tokens_of/{side}", over="valid responses") for side in SIDES}
+JUDGE_LATE = Sum("judge/late")  # answers without a verdict, twice; they count as not right
+JUDGE_COSTLY = Sum("judge/too_costly")  # answers whose comparison is beyond the judge's limits; so do they
 
 # The policy's step
 ZERO_ADVANTAGE = Mean("zero_advantage", over="responses")
@@ -115,6 +117,8 @@ EVAL = "eval/"
 EVAL_ACCURACY = Mean(f"{EVAL}{ACCURACY}", over="held-out responses")
 EVAL_FORMAT_VALID = Mean(f"{EVAL}{FORMAT_VALID}", over="held-out responses")
 EVAL_RESPONSE_LENGTH = Mean(f"{EVAL}{RESPONSE_LENGTH}", over="held-out responses")
+EVAL_JUDGE_LATE = Sum(f"{EVAL}judge_late")
+EVAL_JUDGE_COSTLY = Sum(f"{EVAL}judge_too_costly")
 EVAL_PAIR_ACCURACY = {side: Mean(f"{EVAL}pair_accuracy_{side}", over="held-out pairs") for side in SIDES}
 
 

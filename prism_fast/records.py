@@ -228,12 +228,16 @@ class Experience:
     reward: Tensor  # (B,) fp32, overlong penalty included
     accuracy: Tensor  # (B,) fp32 in {0, 1}
     format_valid: Tensor  # (B,) bool
+    late: int = 0  # answers without a verdict (see reward/answer/), of all that were judged for it
+    costly: int = 0  # answers beyond the judge's limits, likewise
 
     def select_groups(self, groups: Sequence[int]) -> Experience:
         """These groups, renumbered in the order given."""
         rows = self.rollout.rows_of_groups(groups)
         chosen = self.rollout.select_groups(groups)
-        return Experience(chosen, self.reward[rows], self.accuracy[rows], self.format_valid[rows])
+        return Experience(
+            chosen, self.reward[rows], self.accuracy[rows], self.format_valid[rows], self.late, self.costly
+        )
 
     @staticmethod
     def concatenate(batches: Sequence[Experience]) -> Experience:
@@ -243,6 +247,8 @@ class Experience:
             torch.cat([b.reward for b in batches]),
             torch.cat([b.accuracy for b in batches]),
             torch.cat([b.format_valid for b in batches]),
+            sum(b.late for b in batches),
+            sum(b.costly for b in batches),
         )
 
 

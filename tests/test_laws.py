@@ -85,7 +85,7 @@ def test_the_judge_has_one_door():
     inside = ROOT / "prism_fast" / "reward" / "answer"
     others = [path for path in [*TRAINER, *BENCHMARKS] if not path.is_relative_to(inside)]
     used = {name for path in others for name in imported(path) if name.startswith("prism_fast.reward.answer.")}
-    assert used == {"prism_fast.reward.answer.is_right"}
+    assert used == {"prism_fast.reward.answer.is_right", "prism_fast.reward.answer.judge"}
 
 
 EDITS_THE_PATH = re.compile(r"sys\.path(\[[^\]]*\])? *\+?=(?!=)|sys\.path\.(insert|append|extend)")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from prism_fast.config import OwnReward
+from prism_fast.records import Sample
 from prism_fast.response_format import Parts, count_caption_items, count_reasoning_steps, is_valid, split_parts
-from prism_fast.reward.answer import is_right
+from prism_fast.reward.answer import is_right, judge
+from prism_fast.reward.own import function_of
 
 __all__ = [
     "Parts",
@@ -15,18 +19,54 @@ __all__ = [
     "count_reasoning_steps",
     "is_right",
     "is_valid",
+    "reward_of",
     "split_parts",
+    "start",
     "verifiable_reward",
 ]
 
 
 @dataclass(frozen=True)
 class Reward:
-    """The reward of one response. ``accuracy`` is 0.0 or 1.0."""
+    """The reward of one response. ``accuracy`` is 0.0 or 1.0, or what a function of a user's own says.
+
+    Where it is 0.0 for want of a verdict, ``late`` or ``costly`` says so: the process that compares expressions gave
+    none, twice, or the comparison is beyond its limits (`answer/README.md`).
+    """
 
     score: float
     accuracy: float
     format_valid: bool
+    late: bool = False
+    costly: bool = False
+
+
+def reward_of(
+    response: str, sample: Sample, own: OwnReward, *, accuracy_weight: float = 0.8, format_weight: float = 0.2
+) -> Reward:
+    """The reward of a response to ``sample``, by the judge or by the function that ``own`` names.
+
+    A function that replaces the accuracy is asked about responses of valid format alone; one that replaces the reward
+    about all of them, and its value is also the accuracy. Raises as `verifiable_reward` does, and DataError for a fault
+    of the function.
+    """
+    weights = {"accuracy_weight": accuracy_weight, "format_weight": format_weight}
+    if own.function is None:
+        return verifiable_reward(response, cast(str, sample.gold), equivalents=sample.equivalents, **weights)
+    valid = is_valid(response)
+    if own.replaces == "reward":
+        value = function_of(own)(response, sample)
+        return Reward(value, value, valid)
+    if not valid:
+        return Reward(0.0, 0.0, False)
+    accuracy = function_of(own)(response, sample)
+    return Reward(accuracy_weight * accuracy + format_weight, accuracy, True)
+
+
+def start(own: OwnReward) -> None:
+    """Load the function that ``own`` names, if any, before what takes long; DataError where that fails."""
+    if own.function is not None:
+        function_of(own)
 
 
 def verifiable_reward(
@@ -42,8 +82,8 @@ def verifiable_reward(
     response: the whole text of a response, without end-of-turn. gold, equivalents: right answers; meeting one suffices.
     An empty answer and one of 1,024 characters or more has accuracy 0. May be called from any thread.
 
-    Raises ValueError for an argument of the wrong type or an empty ``gold``, RuntimeError where symbolic answers are to
-    be compared and math-verify is not installed.
+    Raises ValueError for an argument of the wrong type or an empty ``gold``, RuntimeError in one line where symbolic
+    answers are to be compared and math-verify is not installed or does not start.
 
     >>> verifiable_reward("<caption>3; 7</caption><think>3+7=10</think><answer>10</answer>", "10")
     Reward(score=1.0, accuracy=1.0, format_valid=True)
@@ -57,5 +97,6 @@ def verifiable_reward(
     parts = split_parts(response)
     if parts is None:
         return Reward(0.0, 0.0, False)
-    accuracy = float(is_right(parts.answer, gold, equivalents))
-    return Reward(accuracy_weight * accuracy + format_weight, accuracy, True)
+    verdict = judge(parts.answer, gold, equivalents)
+    accuracy = float(verdict.right)
+    return Reward(accuracy_weight * accuracy + format_weight, accuracy, True, verdict.late, verdict.costly)

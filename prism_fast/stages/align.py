@@ -76,8 +76,8 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
                     metrics[names.DISCRIMINATOR_GRAD_NORM] = judge_updater.step()
                 else:
                     judge_updater.next_step()
-            metrics |= judged
-            accuracy = answer_accuracy(rollout, [item.sample for item in lessons])
+            accuracy, judge_metrics = answer_accuracy(rollout, [item.sample for item in lessons])
+            metrics |= judged | judge_metrics
             if fault is None:
                 with clock("advantage"):
                     advantages = alignment_advantage(

@@ -13,6 +13,7 @@ from prism_fast.data.formats import read_rlvr
 from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, load_policy, open_policy, with_chat
 from prism_fast.records import Experience
+from prism_fast.reward import start as start_reward
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.evaluate import evaluator
@@ -24,6 +25,7 @@ from prism_fast.steps.update import Updater
 def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
     """Trains config.policy on verifiable rewards; writes config.run.out/final/policy."""
     with Session("rlvr", config.run, resume) as session:
+        start_reward(config.reward)
         policy, chat = open_policy(config.policy, session.saved("policy"))
         reference = None
         if config.reference is not None:
@@ -36,7 +38,9 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
             models={"policy": with_chat(policy, chat)},
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
+            evaluate=evaluator(
+                policy, chat, config.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
+            ),
             watch=config.watch,
         )
         objective = config.objective.build(config.rollout.max_response_tokens)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from scipy.stats import wasserstein_distance
 
-from prism_fast.config import DataConfig, EvalConfig, Sampling
+from prism_fast.config import BY_THE_JUDGE, DataConfig, EvalConfig, OwnReward, Sampling
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.chat import Chat
 from prism_fast.data.encode import encode_all, question
@@ -19,7 +19,7 @@ from prism_fast.data.images import image_uri
 from prism_fast.files import write_json
 from prism_fast.models.policy import Policy
 from prism_fast.records import DataError, Prompt, Sample
-from prism_fast.reward import count_caption_items, count_reasoning_steps, verifiable_reward
+from prism_fast.reward import count_caption_items, count_reasoning_steps, reward_of
 from prism_fast.steps.sampler import generate
 
 SHOWN = 12  # responses kept with their images
@@ -78,6 +78,8 @@ class Evaluation:
     responses: list[dict[str, Any]] = field(default_factory=list)
     samples: int = 1
     pass_at_k: float | None = None  # some response of k is right; only with k > 1
+    late: int = 0  # answers without a verdict, and those beyond the judge's limits: not right, see reward/answer/
+    costly: int = 0
 
     def figures(self) -> dict[str, float]:
         out = {"accuracy": self.accuracy, "format_valid": self.format_valid}
@@ -85,6 +87,8 @@ class Evaluation:
             out["response_length"] = sum(self.response_length) / len(self.response_length)
         if self.pass_at_k is not None:
             out[f"pass_at_{self.samples}"] = self.pass_at_k
+        out |= {"judge_late": self.late} if self.late else {}
+        out |= {"judge_too_costly": self.costly} if self.costly else {}
         return out
 
     def write(self, path: Path) -> None:
@@ -100,16 +104,24 @@ def evaluate(
     name: str = "policy",
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    own: OwnReward = BY_THE_JUDGE,
 ) -> Evaluation:
     """Samples ``sampling.samples`` responses per prompt and judges them."""
     rollout = generate(policy, chat, held_out.prompts, sampling, seed=seed, progress=progress)
     samples = [held_out.samples[g] for g in rollout.group.tolist()]
     lengths = [len(ids) for ids in rollout.response_ids]
-    return judge(name, samples, list(rollout.text), lengths, sampling.samples)
+    return judge(name, samples, list(rollout.text), lengths, sampling.samples, own)
 
 
 def evaluator(
-    policy: Policy, chat: Chat, data: DataConfig, config: EvalConfig, seed: int, *, bad: BadRecords
+    policy: Policy,
+    chat: Chat,
+    data: DataConfig,
+    config: EvalConfig,
+    seed: int,
+    *,
+    bad: BadRecords,
+    own: OwnReward = BY_THE_JUDGE,
 ) -> Callable[[], tuple[dict[str, float], float]] | None:
     """() -> (figures, accuracy) on ``data.eval_files`` of the policy as it then is; None where there are no files.
 
@@ -119,16 +131,17 @@ def evaluator(
         return None
 
     def measure() -> tuple[dict[str, float], float]:
-        result = evaluate(policy, chat, held_out, config, seed=seed)
+        result = evaluate(policy, chat, held_out, config, seed=seed, own=own)
         return result.figures(), result.accuracy
 
     return measure
 
 
-def judge(name: str, samples: list[Sample], texts: list[str], lengths: list[int], k: int = 1) -> Evaluation:
+def judge(
+    name: str, samples: list[Sample], texts: list[str], lengths: list[int], k: int = 1, own: OwnReward = BY_THE_JUDGE
+) -> Evaluation:
     """Figures of given responses, k in a row for each prompt."""
-    golds = [cast(str, sample.gold) for sample in samples]  # an EvalSet admits no sample without
-    rewards = [verifiable_reward(t, gold, equivalents=s.equivalents) for t, s, gold in zip(texts, samples, golds)]
+    rewards = [reward_of(text, sample, own) for text, sample in zip(texts, samples)]
     right = [r.accuracy for r in rewards]
     by_type: dict[str, list[float]] = {}
     for sample, accuracy in zip(samples, right):
@@ -144,6 +157,8 @@ def judge(name: str, samples: list[Sample], texts: list[str], lengths: list[int]
         responses=[_shown(i, samples[i], texts[i], rewards[i]) for i in range(0, min(len(texts), SHOWN * k), k)],
         samples=k,
         pass_at_k=_mean([max(right[i : i + k]) for i in range(0, len(right), k)]) if k > 1 else None,
+        late=sum(r.late for r in rewards),
+        costly=sum(r.costly for r in rewards),
     )
 
 

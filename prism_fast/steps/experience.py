@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from prism_fast import metric_names as names
-from prism_fast.config import DynamicSamplingConfig, OverlongConfig, RewardConfig, Sampling
+from prism_fast.config import BY_THE_JUDGE, DynamicSamplingConfig, OverlongConfig, OwnReward, RewardConfig, Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
 from prism_fast.records import Experience, Prompt, Rollout, Sample
-from prism_fast.reward import Reward, verifiable_reward
+from prism_fast.reward import Reward, reward_of
 from prism_fast.steps.sampler import generate
 
 # draw(first prompt, number of prompts, try) -> their Experience; None where every record among them is bad
@@ -31,7 +31,7 @@ def experience(
     """Samples and rewards responses to some prompts."""
     rollout = generate(policy, chat, [prompt for _, prompt in questions], sampling, seed=seed)
     weights = {"accuracy_weight": config.accuracy_weight, "format_weight": config.format_weight}
-    rewards = rewards_of(rollout, [sample for sample, _ in questions], **weights)
+    rewards = rewards_of(rollout, [sample for sample, _ in questions], config.reward, **weights)
     reward = torch.tensor([r.score for r in rewards])
     if config.overlong is not None:
         lengths = torch.tensor([len(ids) for ids in rollout.response_ids])
@@ -41,6 +41,8 @@ def experience(
         reward,
         torch.tensor([r.accuracy for r in rewards]),
         torch.tensor([r.format_valid for r in rewards]),
+        sum(r.late for r in rewards),
+        sum(r.costly for r in rewards),
     )
 
 
@@ -51,23 +53,29 @@ def experience_metrics(batch: Experience) -> dict[str, float]:
         names.ACCURACY: float(batch.accuracy.mean()),
         names.FORMAT_VALID: float(batch.format_valid.float().mean()),
         names.RESPONSE_LENGTH: batch.rollout.mean_length,
+        names.JUDGE_LATE: float(batch.late),
+        names.JUDGE_COSTLY: float(batch.costly),
     }
 
 
-def rewards_of(rollout: Rollout, samples: Sequence[Sample], **weights: float) -> list[Reward]:
-    """One verifiable reward per response; samples (G,), by prompt."""
+def rewards_of(
+    rollout: Rollout, samples: Sequence[Sample], own: OwnReward = BY_THE_JUDGE, **weights: float
+) -> list[Reward]:
+    """One reward per response; samples (G,), by prompt."""
     asked = [samples[group] for group in rollout.group.tolist()]
-    return [
-        verifiable_reward(text, sample.gold, equivalents=sample.equivalents, **weights)
-        for text, sample in zip(rollout.text, asked)
-    ]
+    return [reward_of(text, sample, own, **weights) for text, sample in zip(rollout.text, asked)]
 
 
-def answer_accuracy(rollout: Rollout, samples: Sequence[Sample]) -> Tensor | None:
-    """(B,) fp32 in {0, 1}; None where some record has no gold answer. samples (G,), by prompt."""
+def answer_accuracy(rollout: Rollout, samples: Sequence[Sample]) -> tuple[Tensor | None, dict[str, float]]:
+    """((B,) fp32 in {0, 1}, metrics of the judge); (None, {}) where some record has no gold answer. samples (G,)."""
     if any(sample.gold is None for sample in samples):
-        return None
-    return torch.tensor([r.accuracy for r in rewards_of(rollout, samples)])
+        return None, {}
+    rewards = rewards_of(rollout, samples)
+    metrics: dict[str, float] = {
+        names.JUDGE_LATE: float(sum(r.late for r in rewards)),
+        names.JUDGE_COSTLY: float(sum(r.costly for r in rewards)),
+    }
+    return torch.tensor([r.accuracy for r in rewards]), metrics
 
 
 def overlong_penalty(lengths: Tensor, limit: int, config: OverlongConfig) -> Tensor:
@@ -108,7 +116,9 @@ def mixed_groups(
         names.GENERATION_BATCHES: float(attempt),
         names.MISSING_GROUPS: float(max(0, wanted - have)),
     }
-    if not have:
+    if not have:  # what the judge could not do is told all the same
+        metrics[names.JUDGE_LATE] = float(sum(b.late for b in kept))
+        metrics[names.JUDGE_COSTLY] = float(sum(b.costly for b in kept))
         return None, position, metrics
     return Experience.concatenate(kept).select_groups(range(min(wanted, have))), position, metrics
 

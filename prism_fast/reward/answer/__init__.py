@@ -1,5 +1,8 @@
-"""Whether an answer is right: `is_right` is the one door. README.md has its table of verdicts and the files' map."""
+"""Whether an answer is right: `judge` is the one door, `is_right` its verdict alone.
 
-from prism_fast.reward.answer.judge import is_right
+README.md has its table of verdicts and the files' map.
+"""
 
-__all__ = ["is_right"]
+from prism_fast.reward.answer.judge import Verdict, is_right, judge
+
+__all__ = ["Verdict", "is_right", "judge"]

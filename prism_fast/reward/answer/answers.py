@@ -13,8 +13,8 @@ from functools import lru_cache
 
 from prism_fast.reward.answer import exact_number
 from prism_fast.reward.answer.moments import Clock, Date, read_clock, read_date
-from prism_fast.reward.answer.plain import FUNCTIONS, Unreadable, to_latex, to_plain
-from prism_fast.reward.answer.quantities import Pair, Quantity, read_pair, read_quantities
+from prism_fast.reward.answer.plain import FUNCTIONS, GREEK_COMMANDS, Unreadable, to_latex, to_plain
+from prism_fast.reward.answer.quantities import Pair, Quantity, read_pair, read_quantities, read_restated
 
 MAX_ITEMS = 64
 MAX_LIST_DEPTH = 4
@@ -28,6 +28,8 @@ class Listing:
     items: tuple[Answer, ...]
     brackets: str
     unordered: bool  # a set, "and", "or", "±", a union
+    interval: bool = False  # of an inequality: 0 < x < 1
+    roots: bool = False  # x_1 = 1, x_2 = 2, read as roots of one x
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Answer:
     text: str  # as written, stripped
     plain: str = ""  # without LaTeX, delimiters and opening phrases; "" where the text is unreadable
     label: str = ""  # "x" of "x = 5"
+    stated: str = ""  # the key of what stands after the label
     choice: tuple[str, str] | None = None  # (letter, text after it)
     quantities: tuple[Quantity, ...] = ()
     listings: tuple[Listing, ...] = ()
@@ -50,7 +53,8 @@ class Answer:
 
 # Spaces that part neither two words nor two numbers, and signs of multiplication beside what is no digit.
 _SPARE = re.compile(
-    r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) |(?<=[A-Za-z]) (?=[0-9])|(?<=[0-9]) (?=[A-Za-z])|(?<![0-9 ]) ?\*|\*(?! ?[0-9])"
+    r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) |(?<=[A-Za-z]) (?=[0-9])|(?<=[0-9]) (?=[A-Za-z])"
+    r"|(?<![0-9 ]) ?\*(?=.)|\*(?! ?[0-9])(?=.)"
 )
 
 
@@ -59,7 +63,7 @@ def read(text: str, depth: int = 0) -> Answer:
     """All readings of ``text`` (at most a few thousand characters)."""
     text = text.strip()
     try:
-        plain = _without_opening(to_plain(text))
+        plain = re.sub(r"(?<=[0-9]0)'(?=s$)", "", _without_opening(to_plain(text)))  # the 1990's
     except Unreadable:
         return Answer(text, too_big=True)
     label, body = _label(plain)
@@ -73,13 +77,15 @@ def read(text: str, depth: int = 0) -> Answer:
         date=read_date(body),
         truth=_truth(body),
         compact=_SPARE.sub("", plain),
+        stated=text_key(body),
         key=text_key(plain),
     )
     try:
-        answer = replace(answer, quantities=read_quantities(body))
+        both = read_restated(plain) or read_restated(body)
+        answer = replace(answer, quantities=both or read_quantities(body))
     except exact_number.TooBig:
         answer = replace(answer, too_big=True)
-    if depth < MAX_LIST_DEPTH and r"\begin" not in text:
+    if depth < MAX_LIST_DEPTH and " begin " not in f" {plain}":
         answer = replace(answer, listings=_listings(body, depth))
         if not label and re.fullmatch(r"[A-H]{2,8}", body) and list(body) == sorted(set(body)):  # choices: "AC"
             letters = tuple(read(letter, depth + 1) for letter in body)
@@ -95,7 +101,7 @@ _OPENING = re.compile(
     r"(?:(?:so|thus|hence|therefore|then),? )?(?:the |my )?(?:(?:final|correct|right|best) )*"
     r"(?:answer|result|solution|option|choice)(?: is| was| would be| should be|:| =)+ ?:? ?"
     r"|ans ?[:=] ?|=> ?|(?:i think|both|it is|it's|this is|that is|that's|there is|there are|they are|we get|we have) "
-    r"|(?:in |in the year |year |the year )(?=[0-9]{4}$)"
+    r"|(?:in |in the year |year |the year )(?=[0-9]{4}$)|the (?=[0-9]{4}s$)"
     r"|(?:about|approximately|approx\.?|roughly|around|exactly|only|~|=|:) ?(?=[-+.$€£¥]?[0-9])",
     re.IGNORECASE,
 )
@@ -106,8 +112,8 @@ _SENTENCE = re.compile(
 _REVERSING = frozenset(
     "not no never neither nor less more fewer than least most over under above below nearly if".split()
 )
-_SYMBOL_LABEL = re.compile(r"(?P<label>[A-Za-z](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z0-9]{1,3}\))?) ?[=~∈] ?")
-_WORD_LABEL = re.compile(r"[A-Za-z∠△][A-Za-z0-9_' ]{0,40} ?[=~] ?")
+_SYMBOL_LABEL = re.compile(r"(?P<label>[A-Za-zΑ-Ωα-ω](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z0-9]{1,3}\))?) ?[=~∈] ?")
+_WORD_LABEL = re.compile(r"[A-Za-z∠△Α-Ωα-ω][A-Za-z0-9_' ]{0,40} ?[=~] ?")
 _POINT = re.compile(r"(?P<label>[A-Z]'?) ?(?=\([^()]*,[^()]*\)$)")
 
 
@@ -155,6 +161,7 @@ _CHOICE = re.compile(
     r"(?P<open>[(\[{\"']?)(?P<letter>[A-Za-z])(?P<close>[)\]}\"']?)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_WITHIN = re.compile(r"[,:]? [(\[](?![A-Za-z]?[)\]])([^()\[\]]+)[)\]]")
 _CHOICE_MARK = re.compile(r"(?:^|[\s,;])\(?(?:[A-Za-z]|[ivx]{2,4})(?:[.:](?:\s|$)|\))")
 _VERDICT = re.compile(
     r" (?:is|seems|looks) (?:the )?(?:correct|right|best|true|answer)[a-z ]*|,? (?:because|since|as)\b.*", re.DOTALL
@@ -164,9 +171,13 @@ _VERDICT = re.compile(
 def read_choice(plain: str) -> tuple[str, str] | None:
     """(letter, text) of a multiple-choice answer: "B", "(B)", "B.", "option B", "B) 12 cm", "B, because ..."."""
     match = _CHOICE.fullmatch(plain)
-    if match is None:
+    if match is None or (match["close"] in ("'", '"') and match["close"] != match["open"]):  # f'
         return None
     letter, rest = match["letter"].upper(), match["rest"]
+    if match.start("letter") == 0 and match["letter"] not in "abcdefghABCDEFGHIJ":  # a symbol: r is not R
+        return None
+    if (within := _WITHIN.fullmatch(rest)) and letter == match["letter"] and not match["open"]:  # B (12 cm)
+        rest = ". " + within[1]
     if rest.strip(" .):") == "" or _VERDICT.fullmatch(rest):
         return letter, ""
     mark = re.match(r"[.:] (?=\S)|\) ?(?=\S)" if not match["close"] else r"[.:]? ", rest)
@@ -202,7 +213,19 @@ _SAME_TEXT = {
 
 
 def text_key(plain: str) -> str:
-    """``plain`` without case, articles, quotes and the punctuation of sentences; signs and operators stay."""
+    """``plain`` without case, articles, quotes and the punctuation of sentences; signs and operators stay.
+
+    Where no word stands in it, its letters are symbols, and keep their case and marks: r is not R, Co not CO, x! not x.
+    """
+    if (
+        not _WORD.search(plain)
+        and not (plain.lower() in _SHORT_WORDS and plain[1:].islower())
+        and not _FORMULA.fullmatch(plain)
+    ):
+        key = re.sub(r"(?<=[A-Za-z])[.](?=[A-Za-z]|\s|$)", "", re.sub(r"(?<=[A-Za-z])_", "", plain))
+        key = re.sub(r"(?<![A-Za-z])[A-Z]{2}(?![A-Za-z])", lambda match: match.group().lower(), key)  # TV, tv
+        key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r",(?![0-9])", " ", key))
+        return _SAME_TEXT.get(" ".join(key.split()), " ".join(key.split()))
     key = re.sub(r"[\"`“”]|(?<=[^\W\d_])'(?=[a-z])|(?<=[^\W\d_])[.](?=[a-z]|\s|$)", "", plain.casefold())
     key = re.sub(r",(?![0-9])|(?<=[^\W\d_])[;:!?]+(?=\s|$)|(?<=[a-z]{2})-(?=[a-z]{2})", " ", key)
     key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r"(?<=[a-z])_", "", key))  # Ca^{2+}, CO_2
@@ -211,8 +234,17 @@ def text_key(plain: str) -> str:
     return _SAME_TEXT.get(key, key)
 
 
+_WORD = re.compile(
+    r"(?!(?:" + "|".join([*FUNCTIONS, "sqrt", "cbrt", "inf"]) + r")(?![^\W\d_]))(?<![^\W\d_])[^\W\d_]{3}"
+)
+_SHORT_WORDS = frozenset("no it is in on at up us we he me my to or of if by do go so am pm as be ok ox pi".split())
+_FORMULA = re.compile(r"[a-z0-9_^()+-]*[a-z]_?[0-9][a-z0-9_^()+-]*|(?=.*[A-Z]_?[0-9])[A-Z0-9_^()+-]+")  # h2o, H2O
+
+
 # ---- lists
 
+_CHAIN = re.compile(r"(?P<a>[^<>=]{1,40}?) ?(?P<low><=?) ?[A-Za-zα-ω](?:_?[0-9])? ?(?P<high><=?) ?(?P<b>[^<>=]{1,40})")
+_INDEXED = re.compile(r"([A-Za-zα-ω])_?([1-9])")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _SEPARATORS = re.compile(r"[()\[\]{}]|, ?(?:and|or)\b ?|,|;| (?:and|or) | ?[&∪] ?")
 _THOUSANDS = re.compile(r",(?=[0-9]{3}(?![0-9]))")
@@ -242,6 +274,15 @@ def _listings(body: str, depth: int) -> tuple[Listing, ...]:
     for thousands in (True, False) if _THOUSANDS.search(inside) else (False,):
         texts, unordered = _split(inside, thousands)
         add(texts, brackets, unordered or brackets == "{}")
+    if chain := _CHAIN.fullmatch(body):
+        ends = "(["[len(chain["low"]) - 1] + ")]"[len(chain["high"]) - 1]
+        found.append(Listing((read(chain["a"], depth + 1), read(chain["b"], depth + 1)), ends, False, interval=True))
+    for listing in list(found):
+        names = [_INDEXED.fullmatch(item.label) for item in listing.items]
+        numbers = sorted(int(name[2]) for name in names if name)
+        if all(names) and numbers == list(range(1, len(names) + 1)) and len({name[1] for name in names}) == 1:
+            items = tuple(replace(item, label=name[1]) for item, name in zip(listing.items, names))
+            found.append(Listing(items, listing.brackets, True, roots=True))
     if not brackets and not found and _NUMBERS.fullmatch(body):
         add(body.replace(", ", " ").split(" "), "", False)
     return tuple(found)
@@ -291,6 +332,9 @@ _NOT_ALGEBRA = re.compile(r"(?<![\\_^A-Za-z])[A-Za-z]+[0-9]")  # CO2, A4: algebr
 _ORDINARY = frozenset("frac dfrac tfrac cdot times left right text mathrm div pi sqrt circ degree boxed quad".split())
 
 
+_GREEK = re.compile("(?:" + "|".join(re.escape(name.strip()) for name in GREEK_COMMANDS.values()) + ")(?![A-Za-z])")
+
+
 def _symbolic(text: str) -> str | None:
     """``text`` in LaTeX, where it looks like mathematics; None for words and for what is too long."""
     try:
@@ -299,7 +343,9 @@ def _symbolic(text: str) -> str | None:
         return None
     if len(latex) > MAX_SYMBOLIC or not _SYMBOLIC.fullmatch(latex) or _NOT_ALGEBRA.search(latex):
         return None
-    if not re.search(r"[0-9A-Za-z]", latex) or not re.search(r"[0-9+\-*/^=<>\\|!]", latex):  # bare letters: a word
+    if not re.search(r"[0-9A-Za-z]", latex) or not re.search(
+        r"[0-9+\-*/^=<>\\|!]", _GREEK.sub("x", latex)
+    ):  # bare letters
         return None
     brackets, inside = _outer_brackets(latex)
     if brackets == "()" and "," not in inside:  # math-verify's grammar is slow at nested parentheses

@@ -328,6 +328,6 @@ def _power(base: Number, exponent: Number) -> Number:
     negative = base.approx < 0
     if negative and (exponent.exact is None or exponent.exact.denominator % 2 == 0):
         raise NoNumber("a root of a negative number")
-    size = _CONTEXT.power(abs(base.approx), exponent.approx)
+    size = _CONTEXT.power(_CONTEXT.abs(base.approx), exponent.approx)
     odd = negative and exponent.exact.numerator % 2 == 1
-    return Number(None, -size if odd else size, pending=pending)
+    return Number(None, _CONTEXT.minus(size) if odd else size, pending=pending)

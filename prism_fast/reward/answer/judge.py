@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 from prism_fast.reward.answer import symbolic, units
 from prism_fast.reward.answer.answers import Answer, Listing, needs_algebra, read
@@ -19,23 +20,37 @@ from prism_fast.reward.answer.quantities import Quantity
 MAX_ANSWER = 1024  # an answer of so many characters, or more, is wrong (docs/method.md 5)
 
 
+class Verdict(NamedTuple):
+    """``late`` and ``costly`` say why an answer is not right though it might be: see `symbolic.Allowance`."""
+
+    right: bool
+    late: bool = False
+    costly: bool = False
+
+
 def is_right(answer: str, gold: str, equivalents: Sequence[str] = ()) -> bool:
+    """The verdict of `judge` alone."""
+    return judge(answer, gold, equivalents).right
+
+
+def judge(answer: str, gold: str, equivalents: Sequence[str] = ()) -> Verdict:
     """Whether ``answer`` means the same as ``gold`` or as one of ``equivalents``.
 
     README.md shows what counts as the same, `tests/trainer/reward/judged_pairs.py` all of it. An empty answer and one
     of `MAX_ANSWER` characters or more is wrong. Takes microseconds where numbers, choices and texts are compared, and
-    at most `symbolic.SECONDS` plus the start of math-verify's process, once, where expressions are.
-    Raises RuntimeError where math-verify is needed and not installed.
+    at most `symbolic.SECONDS` of CPU time plus the start of math-verify's process, once, where expressions are. The
+    verdict is the same on a busy machine. Raises `symbolic.JudgeError` where math-verify is needed and not there.
     """
     answer = answer.strip()
     if not 0 < len(answer) < MAX_ANSWER:
-        return False
+        return Verdict(False)
     golds = [gold.strip(), *(text.strip() for text in equivalents)]
     if answer in golds:
-        return True
+        return Verdict(True)
     allowance = symbolic.Allowance()
     given = read(answer)
-    return any(_same(given, read(text), allowance) for text in golds if 0 < len(text) < MAX_ANSWER)
+    right = any(_same(given, read(text), allowance) for text in golds if 0 < len(text) < MAX_ANSWER)
+    return Verdict(right, allowance.late and not right, allowance.costly and not right)
 
 
 def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
@@ -54,10 +69,12 @@ def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
         return True
     if False in verdicts:
         return False
-    return answer.key == gold.key != "" or _same_expression(answer, gold, allowance)
+    if answer.key == gold.key != "" or (answer.stated == gold.stated != "" and "" in (answer.label, gold.label)):
+        return True
+    return _same_expression(answer, gold, allowance)
 
 
-_UNKNOWN = re.compile(r"[A-Za-z]{1,2}(?:_[A-Za-z0-9]{1,2}|[0-9]{1,2})?'?(?:\(.*\))?")
+_UNKNOWN = re.compile(r"[A-Za-zΑ-Ωα-ω]{1,2}(?:_[A-Za-z0-9]{1,2}|[0-9]{1,2})?'?(?:\(.*\))?")
 
 
 def _other_unknown(answer: Answer, gold: Answer) -> bool:
@@ -92,6 +109,8 @@ def _same_quantity(answer: Answer, gold: Answer) -> bool | None:
 def _agree(answer: Quantity, gold: Quantity) -> bool:
     if not units.agree(answer.unit, gold.unit):
         return False
+    if (answer.decade and gold.unit is None) or (gold.decade and answer.unit is None):
+        return False
     a, g = answer.value, gold.value
     if isinstance(answer.unit, units.Unit) and isinstance(gold.unit, units.Unit) and answer.unit != gold.unit:
         try:
@@ -112,6 +131,10 @@ def _same_listing(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -
 
 def _same_items(answer: Listing, gold: Listing, allowance: symbolic.Allowance) -> bool:
     if len(answer.items) != len(gold.items) or not _same_brackets(answer.brackets, gold.brackets):
+        return False
+    if (answer.interval or gold.interval) and answer.brackets != gold.brackets:
+        return False
+    if answer.roots and gold.roots:  # then which is which has been said
         return False
     ours, theirs = [item.label for item in answer.items], [item.label for item in gold.items]
     if all(ours) and set(ours) == set(theirs) and len(set(ours)) == len(ours):  # x=1, y=2 in any order
@@ -178,5 +201,8 @@ def _same_expression(answer: Answer, gold: Answer, allowance: symbolic.Allowance
     if answer.quantities and not needs_algebra(gold.latex):
         return False
     if {answer.key, gold.key} <= {"inf", "-inf", "∅"}:
+        return False
+    sets = [any(listing.brackets == "{}" for listing in side.listings) for side in (answer, gold)]
+    if sets[0] != sets[1] and (not answer.listings or not gold.listings):  # {1, 1} is not how {1} is written
         return False
     return symbolic.equal(gold.latex, answer.latex, allowance)

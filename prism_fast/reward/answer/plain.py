@@ -46,6 +46,30 @@ _COMMANDS = {
     **{"dots": "...", "ldots": "...", "cdots": "...", "textdegree": "°", "euro": "€", "pounds": "£", "percent": "%"},
 }
 _SPACES = frozenset(" ,;:!>")
+_GREEK = {
+    unicodedata.name(letter).split()[-1].lower().replace("lamda", "lambda"): letter
+    for letter in "αβγδεζηθικλμνξορςτυφχψω".replace("ς", "σ")
+}
+_GREEK |= {name.capitalize(): letter.upper() for name, letter in _GREEK.items()}
+_GREEK |= {"varphi": "φ", "varepsilon": "ε", "vartheta": "θ", "varrho": "ρ", "varsigma": "σ"}
+GREEK_COMMANDS = {letter: "\\" + name + " " for name, letter in _GREEK.items() if not name.startswith("var")}
+_COMMANDS |= {**_GREEK, "AA": "Å", "ohm": "Ω", "micro": "μ"}
+
+# LaTeX's spaces. A tilde is one where no number follows; "~ 5" is "about 5".
+_WIDE = re.compile(
+    r"\\(?:thinspace|medspace|thickspace|enspace|enskip|space|nobreakspace|hfill)(?![A-Za-z])"
+    r"|\\[hm]s(?:pace|kip)\*? ?(?:\{[^{}]{0,20}\}|[0-9.]{1,6} ?(?:em|pt|mm|cm|mu))"
+    r"|(?<!\\)~(?= ?[A-Za-z\\{}%°µμΩÅ$])|(?<=[A-Za-z]{2})~(?=[0-9])|(?<=})~(?=[0-9])"
+)
+_ENVIRONMENT = re.compile(
+    r"(?:\\left ?)?(?:\\\{|\\lbrace)? ?\\begin\{(cases|aligned|align\*?|gathered|split|array)\}(?:\{[lcr|]*\})?"
+    r"(?P<rows>.*?)\\end\{\1\}(?: ?\\right ?\.)?",
+    re.DOTALL,
+)
+_EXP = re.compile(r"(?<![A-Za-z])\\?exp ?(?:\\left ?)?(?=[({])")
+_ONE_I = re.compile(r"(?<![0-9.,A-Za-z^_{/])1 ?(?=i(?![A-Za-z0-9]))")
+_BOLD = re.compile(r"(?<![\w)\]}])(\*\*|__)(?=[^\s*_])([^*]+?)(?<=[^\s*_])\1(?![\w(\[{])")
+_ITALIC = re.compile(r"(?<![\w)\]}*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w(*])")
 
 
 _COMMAND = re.compile(r"\\([a-zA-Z]+|.)", re.DOTALL)
@@ -75,6 +99,7 @@ def to_latex(text: str) -> str:
     """
     text = _undressed(text).replace("*", r"\cdot ").replace("<=", r"\le ").replace(">=", r"\ge ")
     text = _FUNCTION.sub(lambda match: "\\" + {"inf": "infty"}.get(match[1], match[1]), text)
+    text = "".join(GREEK_COMMANDS.get(character, character) for character in text)
     text = re.sub(r"\^([+-]?[0-9]{2,}|[+-][0-9])", r"^{\1}", text)
     pieces: list[str] = []
     closing: list[bool] = []  # per open parenthesis: whether it is an exponent's or a root's, which takes braces
@@ -89,7 +114,16 @@ def to_latex(text: str) -> str:
 
 
 def _undressed(text: str) -> str:
-    return _delimiters(_characters(_lines(_boxed(text).strip())))
+    text = _WIDE.sub(" ", _boxed(text).strip())
+    text = _ENVIRONMENT.sub(lambda match: _rows(match[1], match["rows"]), text)
+    text = _delimiters(_characters(_lines(text)))
+    return _ONE_I.sub("", _EXP.sub("e^", text))
+
+
+def _rows(environment: str, rows: str) -> str:
+    """The rows of ``cases`` and the like as a list; a matrix stays what it is."""
+    aligned = re.sub(r" ?& ?(?==)|(?<==) ?& ?", "", rows.strip().removesuffix("\\\\"))
+    return aligned.replace("&", ", " if environment in ("cases", "array") else " ")
 
 
 def _boxed(text: str) -> str:
@@ -117,6 +151,7 @@ def _lines(text: str) -> str:
 
 
 def _characters(text: str) -> str:
+    text = re.sub(rf"(?<![0-9 ])({_VULGAR.pattern})(?=[A-Za-z(])", r"(\1)", text)
     text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match.group()).replace("⁄", "/") + " ", text)
     text = _SUPERSCRIPTS.sub(lambda match: f"^({match.group().translate(_SUPERSCRIPT)})", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
@@ -133,6 +168,11 @@ def _delimiters(text: str) -> str:
     for mark in ("**", "__", "*", "_", "`", '"', "'"):
         if text.count(mark) == 2 and text.startswith(mark) and text.endswith(mark):
             text = text.replace(mark, "")
+    if text.count("`") == 2:
+        text = text.replace("`", "")
+    text = _BOLD.sub(r"\2", text)
+    if re.search(r"[A-Za-z]{3}", text):  # not a product
+        text = _ITALIC.sub(r"\1", text)
     text = _TIMES_TEN.sub("*", text.replace("**", "^"))
     for mark in (r"\(", r"\)", r"\[", r"\]", "$$"):
         text = text.replace(mark, " ")
@@ -169,7 +209,7 @@ class _Latex:
         if character == "{" and self.text.startswith(",}", self.at):  # 1{,}234
             self.at += 2
             return ","
-        return " " if character == "~" and before[-1:].isalpha() else character
+        return character
 
     def _command(self, before: str) -> str:
         match = _COMMAND.match(self.text, self.at)
@@ -191,6 +231,8 @@ class _Latex:
             if name in ("left", "right") and self.text.startswith(".", self.at):
                 self.at += 1
             return " " if name in ("quad", "qquad") else ""
+        if name in _GREEK:
+            self.at += len(self.text) - self.at - len(self.text[self.at :].lstrip(" "))
         if name in _COMMANDS:
             return _COMMANDS[name]
         if name in _SPACES:

@@ -14,6 +14,7 @@ from prism_fast.reward.answer.words import spelled_number
 class Quantity:
     value: exact_number.Number
     unit: units.Unit | units.Noun | None
+    decade: bool = False  # "1990s": seconds, or ten years, but not the year 1990
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ _MONEY_MAGNITUDE = re.compile(r" ?([mMbB])(?![A-Za-z])")
 _MAGNITUDES = {"hundred": 100, "dozen": 12, "lakh": 10**5, "crore": 10**7, "billion": 10**9, "trillion": 10**12}
 _MAGNITUDES |= {"thousand": 1000, "k": 1000, "million": 10**6, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
 _PERCENT = re.compile(r" ?(?:%|percent\b|per cent\b|pct\b)(?: ?age points?\b| points?\b)?", re.IGNORECASE)
+_DECADE = re.compile(r"[1-9][0-9]{2}0'?s", re.IGNORECASE)
 _DECIMAL_COMMA = re.compile(r"(?<![0-9,.])((?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+)),([0-9]+)(?![0-9,.])")
 
 
@@ -44,6 +46,32 @@ def read_quantities(body: str) -> tuple[Quantity, ...]:
     if comma and body.count(",") == 1 and (len(comma[2]) != 3 or comma[1] == "0" or "." in comma[1]):
         texts.append(body[: comma.start()] + comma[1].replace(".", "") + "." + comma[2] + body[comma.end() :])
     return tuple(quantity for text in texts for quantity in _read_quantity(text))
+
+
+# A value and what it is about: "25pi = 78.5", "25pi (~ 78.5)", "25pi or about 78.5".
+_ABOUT = r"(?:~|=|about|approximately|approx\.?|roughly|or about|or approximately|or roughly)"
+_RESTATED = re.compile(rf"(?P<exact>[^=~]+?),? ?(?:{_ABOUT} ?(?P<rounded>[^=~]+)|\({_ABOUT} ?(?P<within>[^=~]+)\))")
+
+
+def read_restated(text: str) -> tuple[Quantity, ...]:
+    """Both values of a text that states one twice, where the second is the first or rounds it; else ()."""
+    match = _RESTATED.fullmatch(text)
+    if match is None:
+        return ()
+    exact = _read_quantity(match["exact"].strip())
+    rounded = _read_quantity((match["rounded"] or match["within"]).strip())
+    for a in exact:
+        for b in rounded:
+            above = abs(Fraction(b.value.approx)) - abs(Fraction(a.value.approx))
+            step = b.value.step or Fraction(b.value.exact is not None and b.value.exact % 1 == 0)
+            rounds = b.value.step is not None or a.value.exact is None or a.value.exact % 1 != 0
+            if (
+                ((-step < above <= step / 2 and rounds) or above == 0)
+                and a.value.approx * b.value.approx >= 0
+                and (a.unit is None or a.unit == b.unit)
+            ):
+                return (*(Quantity(e.value, e.unit or b.unit) for e in exact), *rounded)
+    return ()
 
 
 def _read_quantity(text: str) -> tuple[Quantity, ...]:
@@ -68,7 +96,8 @@ def _read_quantity(text: str) -> tuple[Quantity, ...]:
         rest = rest[1:-1]
     if money:
         return _money(value, money["unit"].rstrip(".").lower(), rest)
-    readings = tuple(Quantity(value, unit) for unit in units.parse(rest))
+    decade = _DECADE.fullmatch(text) is not None
+    readings = tuple(Quantity(value, unit, decade) for unit in units.parse(rest))
     return readings or _compound(value, rest)
 
 

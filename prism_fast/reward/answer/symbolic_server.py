@@ -1,17 +1,22 @@
 """The process that compares symbolic answers with math-verify; started and spoken to by `symbolic.py` alone.
 
-It imports math-verify once and then forks a child that answers the questions, so that one that takes too long can be
-killed with certainty and its successor is there in milliseconds, warm. The trainer's process, with its threads, is
-never forked. A child may not use more than `MEMORY` bytes or write files, and nothing in it evaluates text as Python:
-only LaTeX is parsed, by math-verify's grammar, and sympy's use of ``eval`` is replaced.
+It imports math-verify once and forks a child for every question, so that each meets the same state: what a comparison
+costs depends on the question alone. That cost is counted in Python calls, as many at any load; the clock of the
+child's CPU time stops what the count does not see (long integers), and the wall clock only what hangs: a
+child that in ``wall`` seconds had no CPU time at all. The trainer's
+process, with its threads, is never forked. A child may not use more than `MEMORY` bytes, start a process, open a socket
+or any file but a library's, and nothing in it evaluates text as Python: only LaTeX is parsed, by math-verify's grammar,
+and sympy's use of ``eval`` is replaced.
 
-Protocol, one line each: question ``{"gold": latex, "answer": latex, "seconds": s}``; reply ``yes``, ``no``, ``late``
-(out of time) or ``failed`` (out of memory, not LaTeX, ...). The first line says ``ready`` or ``missing <why>``.
+Protocol, one line each: question ``{"gold": latex, "answer": latex, "calls": n, "seconds": of CPU, "wall": s}``; reply
+``yes``, ``no``, ``costly`` (more calls or CPU time than that), ``failed`` (out of memory, not LaTeX, ...) or ``late``
+(it hung, or was killed from outside), then the calls and the CPU seconds that it took. The first line
+says ``ready`` or ``missing <why>``.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import gc
 import json
 import os
@@ -20,13 +25,13 @@ import resource
 import select
 import signal
 import sys
+import sysconfig
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
-MEMORY = 2 << 30  # bytes of address space
-QUESTIONS = 500  # per child: sympy remembers what it has computed
+MEMORY = 1 << 30  # bytes of address space
 MAX_FILES = 64  # the server opens a dozen
-_REPLIES = {b"y": "yes", b"n": "no", b"l": "late"}
 _LITERAL = re.compile(r"\s*(Integer|Float) *\( *'?([0-9.]+)'? *\)\s*")
 _WARM_UP = [
     (r"\frac{(x-1)(x+1)}{2}", r"(x^{2}-1)/2"),
@@ -50,25 +55,27 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies.write("ready\n")
     gc.freeze()  # a collection in a child would copy every page that it looks at
-    child = _Child(compare)
     for line in sys.stdin.buffer:
-        verdict = child.ask(line, json.loads(line)["seconds"])
-        replies.write(_REPLIES.get(verdict, "failed") + "\n")
-        if verdict not in (b"y", b"n") or child.asked == QUESTIONS:
-            child.end()
-            child = _Child(compare)
-    child.end()
+        replies.write(_answer(compare, json.loads(line)) + "\n")
     return 0
 
 
 def _load() -> Compare:
     import logging
 
+    import math_verify.parser
     import sympy
     import sympy.parsing.sympy_parser
+    from latex2sympy2_extended import symbols
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
+    # Otherwise R would be r.
+    for constant in ("gamma", "Gamma"):  # letters, not Euler's constant
+        symbols.sympy_singleton_map.pop(constant, None)
+    keep_case = ConversionConfig(lowercase_symbols=False)
+    math_verify.parser.latex2sympy = functools.partial(latex2sympy, conversion_config=keep_case)
     # It would take letters off as units ("3ab" is 3 abcoulomb); units are judged before a text comes here.
     normalization = LatexNormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
@@ -97,55 +104,71 @@ def _load() -> Compare:
     return compare
 
 
-class _Child:
-    """A fork that answers questions until one takes too long or `QUESTIONS` are answered."""
-
-    def __init__(self, compare: Compare):
-        questions, self.questions = os.pipe()
-        self.verdicts, verdicts = os.pipe()
-        self.asked = 0
-        self.process = os.fork()
-        if self.process == 0:
-            _serve_and_exit(compare, questions, verdicts)
-        os.close(questions)
-        os.close(verdicts)
-
-    def ask(self, line: bytes, seconds: float) -> bytes:
-        """One letter of `_REPLIES`, or nothing where the child died of the question."""
-        self.asked += 1
-        try:
-            os.write(self.questions, line)  # far less than a pipe holds
-        except BrokenPipeError:
-            return b""
-        ready, _, _ = select.select([self.verdicts], [], [], seconds)
-        return os.read(self.verdicts, 1) if ready else b"l"
-
-    def end(self) -> None:
-        os.kill(self.process, signal.SIGKILL)
-        os.waitpid(self.process, 0)
-        os.close(self.questions)
-        os.close(self.verdicts)
+def _answer(compare: Compare, question: dict) -> str:
+    """The reply to one question, from a child of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _compare_and_exit(compare, question, writer)
+    os.close(writer)
+    clock = (~child << 3) | 2  # Linux: the CPU clock of that process
+    in_time, used = [], -1.0
+    while not in_time and (now := time.clock_gettime(clock)) > used:  # waiting for a processor is no hang
+        used = now
+        in_time, _, _ = select.select([reader], [], [], question["wall"])
+    if not in_time:
+        os.kill(child, signal.SIGKILL)
+    _, status, usage = os.wait4(child, 0)
+    reply = os.read(reader, 64).decode() if in_time else ""
+    os.close(reader)
+    if not reply:
+        ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        verdict = {signal.SIGKILL: "late", signal.SIGPROF: "costly", signal.SIGXCPU: "costly"}.get(ended_by, "failed")
+        reply = f"{verdict} {question['calls'] if verdict == 'costly' else 0}"
+    return f"{reply} {usage.ru_utime + usage.ru_stime:.4f}"
 
 
-def _serve_and_exit(compare: Compare, questions: int, verdicts: int) -> NoReturn:
-    status = 1
+def _compare_and_exit(compare: Compare, question: dict, writer: int) -> NoReturn:
+    status, calls, limit = 1, 0, question["calls"]
+
+    def count(*_event: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > limit:  # an exception could be caught on its way out
+            os.write(writer, b"costly %d" % limit)
+            os._exit(0)
+
     try:
-        # Held open here, the server's pipes would outlive it.
-        for inherited in [0, *range(3, MAX_FILES)]:
-            if inherited not in (questions, verdicts):
-                with contextlib.suppress(OSError):
-                    os.close(inherited)
+        os.closerange(3, writer)
+        os.closerange(writer + 1, MAX_FILES)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        for line in os.fdopen(questions):
-            question = json.loads(line)
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            limit = int(used.ru_utime + used.ru_stime + question["seconds"]) + 2
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            os.write(verdicts, b"y" if compare(question["gold"], question["answer"]) else b"n")
+        resource.setrlimit(resource.RLIMIT_CPU, (int(question["seconds"]) + 2, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_PROF, question["seconds"])  # SIGPROF ends a process, also in the midst of C
+        sys.addaudithook(_refuse)
+        sys.settrace(count)
+        same = compare(question["gold"], question["answer"])
+        sys.settrace(None)
+        os.write(writer, b"%s %d" % (b"yes" if same else b"no", calls))
         status = 0
     finally:
         os._exit(status)  # an error ends here too: nothing was written, and the answer counts as "failed"
+
+
+_PATHS = [sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_LIBRARIES = tuple(os.path.realpath(path) + os.sep for path in _PATHS if path)
+_REFUSED = ("os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.remove", "os.rename", "os.kill")
+_REFUSED += ("subprocess.", "socket.", "shutil.", "pty.", "ctypes.")
+
+
+def _refuse(event: str, arguments: tuple) -> None:
+    """An audit hook: libraries may be imported late, and nothing else is opened or started."""
+    if event == "open":
+        path, _, flags = arguments
+        if flags & (os.O_WRONLY | os.O_RDWR) or not os.path.realpath(path).startswith(_LIBRARIES):
+            raise PermissionError(f"{path}: not opened here")
+    elif event.startswith(_REFUSED):
+        raise PermissionError(f"{event}: not done here")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,18 @@ _PREFIXED = """
     eV electronvolt    | 1.602176634e-19 | kg m2 s-2
     cal calorie        | 4.184  | kg m2 s-2
     bar                | 100000 | kg m-1 s-2
+    H henry henrie     | 1      | kg m2 s-2 A-2
+    S siemens siemen   | 1      | kg-1 m-2 s3 A2
+    Wb weber           | 1      | kg m2 s-2 A-1
+    Bq becquerel       | 1      | s-1
+    Gy gray            | 1      | m2 s-2
+    Sv sievert         | 1      | m2 s-2
+    kat katal          | 1      | mol s-1
+    cd candela         | 1      | cd
+    lm lumen           | 1      | cd sr
+    lx lux             | 1      | cd sr m-2
+    sr steradian       | 1      | sr
+    Da dalton          | 1.66053906660e-27 | kg
 """
 _BINARY = """
     B byte | 8 | bit
@@ -78,7 +90,7 @@ _PLAIN = """
     ft foot feet '           | 0.3048          | m
     yd yard                  | 0.9144          | m
     mi mile                  | 1609.344        | m
-    Å angstrom               | 1e-10           | m
+    Å angstrom ångström ångstrom | 1e-10           | m
     ly light-year            | 9460730472580800 | m
     sec                      | 1               | s
     min minute               | 60              | s
@@ -95,6 +107,11 @@ _PLAIN = """
     mmHg torr                | 133.322387415   | kg m-1 s-2
     psi                      | 6894.757293168  | kg m-1 s-2
     hp horsepower            | 745.6998715822702 | kg m2 s-3
+    kn kt knot               | 1852/3600       | m s-1
+    rpm RPM                  | 6               | degree s-1
+    dB decibel               | 1               | decibel
+    ppm                      | 0.000001        | share
+    au AU                    | 149597870700    | m
     mph                      | 0.44704         | m s-1
     kph kmh kmph             | 5/18            | m s-1
     K kelvin                 | 1               | kelvin
@@ -107,7 +124,14 @@ _PLAIN = """
     ¥ jpy yen                | 1               | jpy
     ₹ rs inr rupee           | 1               | inr
 """
-_PREFIXES = [("n", "nano", -9), ("μ", "micro", -6), ("u", "micro", -6), ("m", "milli", -3), ("c", "centi", -2)]
+_PREFIXES = [
+    ("p", "pico", -12),
+    ("n", "nano", -9),
+    ("μ", "micro", -6),
+    ("u", "micro", -6),
+    ("m", "milli", -3),
+    ("c", "centi", -2),
+]
 _PREFIXES += [("d", "deci", -1), ("k", "kilo", 3), ("M", "mega", 6), ("G", "giga", 9), ("T", "tera", 12)]
 
 _SYMBOLS: dict[str, tuple[Unit, ...]] = {}  # case sensitive
@@ -220,7 +244,7 @@ def _lookup(name: str) -> tuple[Unit, ...]:
             return _NAMES[spelling]
     if len(singular) > 1 and singular in _SYMBOLS:  # kgs, hrs
         return _SYMBOLS[singular]
-    if len(name) == 1:
+    if len(name) == 1 or not (name.islower() or name.isupper() or name.istitle()):  # pA is not Pa
         return ()
     # "KG" is kg; "mb" may be MB or Mb.
     return tuple(unit for symbol, units in _SYMBOLS.items() if symbol.lower() == lower for unit in units)

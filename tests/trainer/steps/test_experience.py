@@ -105,8 +105,9 @@ def test_experience_rewards_every_response_by_its_own_gold(monkeypatch):
 
 
 def test_answer_accuracy_needs_every_gold_answer():
-    assert answer_accuracy(answers(), SAMPLES).tolist() == [1, 0, 0, 1]
-    assert answer_accuracy(answers(), [SAMPLES[0], Sample("a:3", ())]) is None
+    accuracy, metrics = answer_accuracy(answers(), SAMPLES)
+    assert accuracy.tolist() == [1, 0, 0, 1] and metrics == {"judge/late": 0, "judge/too_costly": 0}
+    assert answer_accuracy(answers(), [SAMPLES[0], Sample("a:3", ())]) == (None, {})
 
 
 def test_overlong_penalty_is_linear_over_the_buffer():
