@@ -1,6 +1,7 @@
 """One record type per arrow of the flow.
 
-    data --Sample--> pack --PackedTree--> policy, rollout --Rollout--> score --Scores--> advantage --(B,)--> loss
+    data --Sample--> chat --Prompt--> sampler --Rollout--> discriminator's step --Scores--> advantage --(B,)--> loss
+    both models read PackedTree
 
 Dimensions: T tokens of a pack, P prompt tokens, S segments, R predicted tokens, B responses, G prompts (groups).
 """
@@ -300,7 +301,7 @@ class StepStats:
 
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # rollout, score, update, ...
+    seconds: dict[str, float] = field(default_factory=dict)  # by part: metric_names.PARTS
     tokens: dict[str, int] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:

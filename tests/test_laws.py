@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dev import house
+from prism_kernels import dispatch
 
 ROOT = house.ROOT
 KERNELS = sorted((ROOT / "kernels" / "prism_kernels").rglob("*.py"))
@@ -16,12 +17,12 @@ TRAINER = sorted((ROOT / "prism_fast").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 SOURCES = [*KERNELS, *TRAINER]
 # What stands below every room of the trainer; each of these files imports, of the trainer, others of them at most.
-GROUND = {"records", "config", "settings", "files", "pack", "response_format", "metric_names", "ranks"}
+GROUND = {"records", "config", "settings", "files", "pack", "response_format", "metric_names"}
 INSIDES = re.compile(  # of transformers: model code, and the registries and masks that model code uses
     r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
     r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
 )
-IMPLEMENTATIONS = re.compile(r"(reference|cpu|cpu_kernel|torch|sdpa|decode(?!_layout)|native|triton|cuda|flash)(_\w+)?")
+IMPLEMENTATIONS = re.compile(r"(reference|cpu|torch|sdpa|native|triton|cuda|flash)(_\w+)?")
 
 
 def imported(path):
@@ -182,11 +183,15 @@ def is_constant(line):
 
 @pytest.mark.parametrize("op", sorted({path.parent for path in KERNELS if path.name == "api.py"}), ids=lambda p: p.name)
 def test_implementations_do_not_import_each_other(op):
-    families = {}
-    for path in op.glob("*.py"):
-        match = IMPLEMENTATIONS.fullmatch(path.stem)
-        if match:
-            families[path.stem] = "cpu" if match[1] == "cpu_kernel" else match[1]
+    """Files belong to an implementation by the op's table, and those beside them by their names."""
+    matches = {path.stem: IMPLEMENTATIONS.fullmatch(path.stem) for path in op.glob("*.py")}
+    families = {stem: match[1] for stem, match in matches.items() if match}
+    for table in (found.table for found in dispatch._OPS.values()):
+        for impl, row in table.items():
+            package, _, stem = row.target.partition(":")[0].rpartition(".")
+            if package == f"prism_kernels.{op.name}":
+                assert families.get(stem, str(impl)) == str(impl), f"{op.name}/{stem}.py is of two implementations"
+                families[stem] = str(impl)
     assert "reference" in families.values()
     for name, family in families.items():
         for module in imported(op / f"{name}.py"):

@@ -128,6 +128,8 @@ def test_links_and_named_files_exist(name):
             titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in slugs, anchor
+    for named in re.findall(r"`((?:prism_fast|kernels|tests|docs|dev|benchmarks)/[\w/.-]+\.\w+)`", text):
+        assert name == "CHANGELOG.md" or (ROOT / named).exists(), named
 
 
 def test_settings_named_in_the_table_of_hazards_exist():

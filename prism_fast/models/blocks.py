@@ -62,7 +62,7 @@ class Norm(nn.Module):
     """RMSNorm; with ``rotation``, of attention heads, their rotary embedding too.
 
     ``impl`` (of ``prism_kernels.rms_norm``) is the model's choice. The two differ in their last bits: "reference" has
-    those of transformers' modules, "torch" keeps and moves less.
+    those of transformers' modules, "auto" takes what keeps and moves least, and is what ``PRISM_IMPL`` steers.
     """
 
     weight: Tensor

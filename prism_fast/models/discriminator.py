@@ -24,7 +24,7 @@ class Discriminator(TreeModel):
     """
 
     def __init__(self, model: Qwen3VLMoeForConditionalGeneration, head: Tensor, *, dropout: float = 0.0):
-        super().__init__(model, norm="torch")  # keeps and moves less than transformers' operations
+        super().__init__(model, norm="auto")
         self.head = nn.Parameter(head.detach().float().reshape(-1).to(model.device))
         self.dropout = dropout
         config = self.model.config.text_config

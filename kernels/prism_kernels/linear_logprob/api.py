@@ -160,7 +160,7 @@ def linear_policy_loss(
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
 ) -> PolicyLoss:
-    """Policy-gradient loss of packed sequences; the formula is in README.md.
+    """Policy-gradient loss of packed sequences; the formula is in linear_logprob/README.md.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap: as in :func:`linear_logprob`.

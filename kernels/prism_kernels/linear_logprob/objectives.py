@@ -16,7 +16,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """A policy-gradient objective as a value; the formula is in README.md (PPO clip: arXiv 1707.06347).
+    """A policy-gradient objective as a value; the formula is in linear_logprob/README.md (PPO clip: arXiv 1707.06347).
 
     >>> PolicyObjective.dapo(kl_coef=0.01, kl_estimator="k3")
 

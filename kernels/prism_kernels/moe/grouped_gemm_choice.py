@@ -5,7 +5,7 @@ that can run, at a size that depends on these alone, and keeps the fastest for e
 choice is fixed: ``loop``.
 
 Backends differ in the last bits, so a choice must not be made twice. :func:`product_choices` goes into a checkpoint,
-:func:`load_product_choices` takes it back before the first step (``prism_fast.run`` does both). In a job of several
+:func:`load_product_choices` takes it back before the first step. In a job of several
 processes a call does not measure: every rank calls :func:`settle_products` for its experts before the first step,
 and takes what rank 0 measured; without that it takes the first row of the table that can run.
 """

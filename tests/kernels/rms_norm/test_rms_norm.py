@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm, apply_rotary_pos_emb
 
-from prism_kernels import qk_norm_rotate, rms_norm
+from prism_kernels import dispatch, qk_norm_rotate, rms_norm
 from prism_kernels.rms_norm import rms_norm_rotate
 from tests.oracle import assert_as_exact, assert_same, double
 
-IMPLS = ["torch", "reference"]
+IMPLS = [str(name) for name in dispatch._OPS["rms_norm"].table]
 every = pytest.mark.parametrize("impl", IMPLS)
 
 
