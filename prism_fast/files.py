@@ -1,26 +1,39 @@
-"""Files that are whole or not there: written aside, then renamed."""
+"""Files that are whole or not there: written aside, then renamed. Places to write to, tried before the work."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prism_fast.records import DataError
+
+_SYSTEM = re.compile(r"([^:]*)\(os error (\d+)\)")  # how libraries written in Rust word an OSError
+
 
 def write_aside(target: Path, write: Callable[[Path], None]) -> None:
-    """Runs ``write(folder)`` on a folder beside ``target`` and renames it; an earlier ``target`` is replaced."""
+    """Runs ``write(folder)`` on a folder beside ``target`` and renames it; an earlier ``target`` is replaced.
+
+    Where that fails, nothing of it stays, and ``target`` is as it was.
+    """
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write(aside)
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+        raise
     old = None
     if target.exists():
         old = target.with_name(f".{target.name}.old")
@@ -51,3 +64,54 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = None) -> No
     text = json.dumps(value, indent=indent)
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def try_folder(folder: Path, key: str) -> None:
+    """Makes ``folder`` and tries to write in it. Raises DataError, naming the setting ``key``, where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _try_to_write(folder, 16)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _unwritable(folder, key, error) from None
+
+
+def try_new(path: Path, key: str = "out") -> None:
+    """Raises DataError where ``path`` exists, or could not be written; makes nothing that stays.
+
+    For results of long work, before it begins: what is there is never overwritten.
+    """
+    try:
+        if path.is_symlink() or path.exists():
+            raise DataError(f"{path}: exists already; choose another {key}, or remove it")
+        folder = path.absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        _try_to_write(folder, len(os.fsencode(path.name)) + 12)  # as long as the names of files written aside
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise _unwritable(path, key, error) from None
+
+
+def _try_to_write(folder: Path, length: int) -> None:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="." + "x" * max(0, length - 13), suffix=".tmp") as file:
+        file.write(b"x" * 4096)
+        file.flush()
+
+
+def _unwritable(path: Path, key: str, error: Exception) -> DataError:
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        reason = "a file is in the way"
+    else:
+        reason = system_reason(error) or str(error)
+    return DataError(f"{path}: cannot be written ({reason}); choose another {key}")
+
+
+def system_reason(error: BaseException) -> str | None:
+    """Why the system refused to read or write ("No space left on device"); None for any other error."""
+    found = _SYSTEM.search(str(error))
+    if found:
+        return found.group(1).strip() or os.strerror(int(found.group(2)))
+    if not isinstance(error, OSError) or isinstance(error, DataError):
+        return None
+    return error.strerror or " ".join(str(error).split())[:160] or "I/O error"

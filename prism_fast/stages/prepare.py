@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from prism_fast.config import FilterConfig, PairsConfig
 from prism_fast.data.encode import encode_all, question
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
+from prism_fast.files import try_new
 from prism_fast.models.load import open_policy
 from prism_fast.records import DataError, Rollout, Sample
 from prism_fast.reward import split_parts, verifiable_reward
@@ -25,6 +27,7 @@ def pairs(config: PairsConfig, progress: Progress | None = None, say: Say | None
 
     A response without a valid format has no parts to compare, and is counted, not written.
     """
+    _try_places(config.out)
     data = read_align(config.data.files, **config.data.reading)
     samples, rollout = _roll_out(config, data, progress)
     for line in data.bad.messages if say is not None else ():
@@ -48,6 +51,7 @@ def pairs(config: PairsConfig, progress: Progress | None = None, say: Say | None
 
 def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: Say | None = None) -> dict[str, int]:
     """Keeps the prompts whose pass rate over ``samples`` rollouts lies in [low, high]; returns counts."""
+    _try_places(config.out)
     data = read_rlvr(config.data.files, **config.data.reading)
     samples, rollout = _roll_out(config, data, progress)
     for line in data.bad.messages if say is not None else ():
@@ -72,6 +76,14 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: 
         )
     write_rlvr(config.out, kept[: config.keep])
     return counts
+
+
+def _try_places(out: Path) -> None:
+    """Raises DataError where the records, or the folder of images beside them, could not be written."""
+    try_new(out)
+    images = out.with_name(f"{out.stem}_images")
+    if images.exists() and not images.is_dir():
+        raise DataError(f"{images}: is a file, and a folder for images goes there; choose another out, or remove it")
 
 
 def _roll_out(

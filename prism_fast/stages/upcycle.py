@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from prism_fast.config import UpcycleConfig
-from prism_fast.files import write_aside
+from prism_fast.files import try_new, write_aside
 from prism_fast.models.backbone import local_directory
 from prism_fast.models.load import open_chat, pick_device, pick_dtype, with_chat
 from prism_fast.models.upcycle import upcycle
-from prism_fast.records import DataError
 
 
 def upcycle_directory(config: UpcycleConfig) -> Path:
     """Reads config.model.path, writes the discriminator with its tokenizer to config.out."""
-    if config.out.exists():
-        raise DataError(f"{config.out}: exists already; choose another out, or remove it")
+    try_new(config.out)
     path = local_directory(config.model.path)
     chat = open_chat(path, "qwen3_vl")
     made = upcycle(
@@ -27,6 +25,5 @@ def upcycle_directory(config: UpcycleConfig) -> Path:
         seed=config.seed,
         dtype=pick_dtype(config.model.dtype, pick_device()),
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_aside(config.out, with_chat(made, chat))
     return config.out
