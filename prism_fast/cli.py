@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import shlex
@@ -21,6 +22,8 @@ from typer.core import TyperGroup
 from prism_fast import DataError
 
 UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer brings
+
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # what to write
 
 
 class Commands(TyperGroup):
@@ -46,6 +49,12 @@ def _one_line() -> Iterator[None]:
             text = f"{command}: {error.format_message().removesuffix('.')}; see {command} --help"
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}; free space there, or choose another folder", file=sys.stderr)
+        sys.exit(2)
     except _stopped() as stop:
         print(str(stop), file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -69,6 +78,7 @@ app.add_typer(data_app, name="data")
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or the name of a recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, values in YAML.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in run.out.")]
+AcceptChanges = Annotated[bool, typer.Option("--accept-changes", help="--resume with other settings or data.")]
 
 CLONE = Path(__file__).resolve().parent.parent  # where the package lies in a clone; benchmarks/ is not installed
 
@@ -114,10 +124,14 @@ def _settings(cls, config: Path | None, overrides: list[str] | None):
     return settings
 
 
-def _stage(stage: str, cls, config: Path | None, overrides: list[str] | None, resume: bool) -> None:
+def _stage(
+    stage: str, cls, config: Path | None, overrides: list[str] | None, resume: bool, accept_changes: bool
+) -> None:
+    if accept_changes and not resume:
+        raise DataError("--accept-changes: goes with --resume alone; a new run needs no leave")
     settings = _settings(cls, config, overrides)
     run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
-    figures = run(settings, resume=resume)
+    figures = run(settings, resume=resume, accept_changes=accept_changes)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
     _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
 
@@ -181,11 +195,16 @@ def demo(
 
 
 @app.command()
-def sft(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
+def sft(
+    config: ConfigFile = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    overrides: Overrides = None,
+) -> None:
     """Stage 1: supervised fine-tuning."""
     from prism_fast.config import SFTConfig
 
-    _stage("sft", SFTConfig, config, overrides, resume)
+    _stage("sft", SFTConfig, config, overrides, resume, accept_changes)
 
 
 @app.command()
@@ -200,35 +219,52 @@ def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def warmup(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
+def warmup(
+    config: ConfigFile = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    overrides: Overrides = None,
+) -> None:
     """Stage 2b: the discriminator learns from (teacher, student) pairs."""
     from prism_fast.config import WarmupConfig
 
-    _stage("warmup", WarmupConfig, config, overrides, resume)
+    _stage("warmup", WarmupConfig, config, overrides, resume, accept_changes)
 
 
 @app.command()
-def align(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
+def align(
+    config: ConfigFile = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    overrides: Overrides = None,
+) -> None:
     """Stage 2c: adversarial alignment."""
     from prism_fast.config import AlignConfig
 
-    _stage("align", AlignConfig, config, overrides, resume)
+    _stage("align", AlignConfig, config, overrides, resume, accept_changes)
 
 
 @app.command()
-def rlvr(config: ConfigFile = None, resume: Resume = False, overrides: Overrides = None) -> None:
+def rlvr(
+    config: ConfigFile = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    overrides: Overrides = None,
+) -> None:
     """Stage 3: reinforcement learning with verifiable rewards."""
     from prism_fast.config import RLVRConfig
 
-    _stage("rlvr", RLVRConfig, config, overrides, resume)
+    _stage("rlvr", RLVRConfig, config, overrides, resume, accept_changes)
 
 
 @app.command("eval")
 def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
     from prism_fast.config import EvaluateConfig
+    from prism_fast.files import try_new
 
     settings = _settings(EvaluateConfig, config, overrides)
+    try_new(settings.out)
     from prism_fast.models.load import open_policy
     from prism_fast.reward import start
     from prism_fast.steps.evaluate import EvalSet, evaluate
@@ -324,8 +360,6 @@ def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) 
 
     run = {"pairs": prepare.pairs, "filter": prepare.filter_prompts}[stage]
     console = Console()
-    if settings.out.exists():
-        raise DataError(f"{settings.out}: exists already; choose another out, or remove it")
     with Progress(console=console) as progress:
         task = progress.add_task("responses", total=None)
         counts = run(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,8 +45,11 @@ from prism_fast.models.load import open_policy
 from prism_fast.records import DataError
 from prism_fast.report.build import build_report
 from prism_fast.run.environment import environment
+from prism_fast.run.lock import FILE_NAME as LOCK
+from prism_fast.run.lock import FolderLock
 from prism_fast.run.monitor import breakdown, read_metrics, tokens_per_second
-from prism_fast.run.session import set_up_torch
+from prism_fast.run.record import change_line, differences
+from prism_fast.run.session import begun, set_up_torch
 from prism_fast.stages.align import align
 from prism_fast.stages.prepare import filter_prompts, pairs
 from prism_fast.stages.rlvr import rlvr
@@ -215,7 +220,7 @@ class Demo:
         final = self.out / name / "final"
         if not self.finished(name):
             began = time.perf_counter()
-            run(config, resume=self.resume)
+            run(config, resume=self.resume and begun(config.run.out))
             self.seconds[name] = time.perf_counter() - began
         return final
 
@@ -269,18 +274,18 @@ def demo(
     if preset is not None:
         recipe = merge(recipe, {"demo": {"preset": preset}})
     run = Demo(out, seed, recipe, console, resume)
-    _claim(out, {"seed": seed, "recipe": recipe, "compare": compare}, resume)
-    summary = _pipeline(run)
-    if compare:
-        pairs_of_seeds = [_against_direct(run)]
-        for other in range(seed + 1, seed + compare):
-            console.rule(f"seed {other}")
-            again = Demo(out / "seeds" / str(other), other, recipe, console, resume)
-            _pipeline(again)
-            pairs_of_seeds.append(_against_direct(again))
-        summary["compare"] = _comparison(pairs_of_seeds)
-        write_json(out / "summary.json", summary, indent=1)
-    report = build_report(out)
+    with _claim(out, {"seed": seed, "recipe": recipe, "compare": compare}, resume):
+        summary = _pipeline(run)
+        if compare:
+            pairs_of_seeds = [_against_direct(run)]
+            for other in range(seed + 1, seed + compare):
+                console.rule(f"seed {other}")
+                again = Demo(out / "seeds" / str(other), other, recipe, console, resume)
+                _pipeline(again)
+                pairs_of_seeds.append(_against_direct(again))
+            summary["compare"] = _comparison(pairs_of_seeds)
+            write_json(out / "summary.json", summary, indent=1)
+        report = build_report(out)
     _show(console, summary)
     console.print(f"summary {out / 'summary.json'}   report {report}   {summary['seconds']:.0f} s", soft_wrap=True)
     return summary
@@ -324,22 +329,35 @@ def _comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _claim(out: Path, started_with: dict[str, Any], resume: bool) -> None:
-    """Marks the folder as this demo's. Nothing of an earlier run is overwritten."""
+@contextmanager
+def _claim(out: Path, started_with: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Marks the folder as this demo's, and holds its lock. Nothing of an earlier run is overwritten."""
     mark = out / MARK
     started_with = json.loads(json.dumps(started_with, default=str))
-    if mark.exists():
-        if not resume:
-            raise DataError(f"{out}: holds an earlier demo; add --resume to go on, or choose another --out")
-        if json.loads(mark.read_text()) != started_with:
-            raise DataError(
-                f"{mark}: was started with other settings; resume with the same ones, or choose another --out"
-            )
-        return
-    if out.exists() and any(out.iterdir()):
+    if mark.exists() and not resume:
+        raise DataError(f"{out}: holds an earlier demo; add --resume to go on, or choose another --out")
+    if resume and not mark.exists():
+        raise DataError(f"{out}: holds no demo to resume; correct --out, or leave out --resume to begin one")
+    if not resume and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise DataError(f"{out}: is not empty; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(mark, started_with, indent=1)
+    with FolderLock(out, "--out"):
+        if resume:
+            found = [change_line(*changed) for changed in differences(_read(mark), started_with)]
+            if found:
+                raise DataError(
+                    f"{mark}: was started with other settings: {'; '.join(found)}; resume with the same ones, or "
+                    f"choose another --out"
+                )
+        else:
+            write_json(mark, started_with, indent=1)
+        yield
+
+
+def _read(mark: Path) -> Any:
+    try:
+        return json.loads(mark.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{mark}: does not hold readable JSON ({error}); choose another --out") from None
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:

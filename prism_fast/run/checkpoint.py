@@ -70,17 +70,31 @@ def latest(folder: Path) -> Path | None:
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state) of a checkpoint; the random states are put back. Raises DataError where it is not readable."""
+    state = read_state(path)
     try:
-        state = json.loads((path / "trainer.json").read_text())
         tensors = load_file(path / "trainer.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise DataError(
-            f"{path}: not a readable checkpoint ({error}); remove it to resume from an earlier one"
-        ) from None
-    if state.get("version") != VERSION:
-        raise DataError(f"{path}/trainer.json: version {state.get('version')}, expected {VERSION}")
-    torch.set_rng_state(tensors.pop("torch_rng"))
+        torch.set_rng_state(tensors.pop("torch_rng"))
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
     cuda = tensors.pop("cuda_rng", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
     return tensors, state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint. Raises DataError where it is not readable."""
+    try:
+        state = json.loads((path / "trainer.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        version = state.get("version") if isinstance(state, dict) else "unknown"
+        raise DataError(f"{path}/trainer.json: version {version}, expected {VERSION}")
+    if not isinstance(state.get("step"), int):
+        raise _unreadable(path, ValueError("trainer.json has no whole number `step`"))
+    return state
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a readable checkpoint ({error}); remove it to resume from an earlier one")

@@ -16,7 +16,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rich.table import Column
 from rich.text import Text
 
 from prism_fast import metric_names as names
-from prism_fast.files import replacing
+from prism_fast.files import replacing, system_reason
 from prism_fast.records import DataError, StepStats
 from prism_fast.run.trackers import Log, Tracker, check_tracker, open_tracker
 
@@ -44,7 +45,8 @@ class Monitor:
     ``out`` is the stage's own folder. ``start_step`` is the last step that a resumed run does not repeat (0: a new
     run): later lines of ``out/metrics.jsonl`` are dropped, the rest is kept. A new run sets an older file aside as
     ``metrics.previous.jsonl``. ``quiet`` prints nothing; ``active=False`` (every rank but the first) also writes
-    nothing. Raises DataError where the tracker's package is not installed, or metrics.jsonl is damaged.
+    nothing. Raises DataError where the tracker's package is not installed, or metrics.jsonl is damaged. What the disk
+    or a terminal later refuses is said once and does not end the run: figures wait in memory until there is room.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Monitor:
         self._console = console or Console()
         self._quiet, self._active = quiet, active
         self._file: Any = None
+        self._waiting = b""  # what the disk has not taken yet
+        self._refused = False
         self._tracker: Log | None = None
         self._display: _Bar | _Plain | None = None
         self._not_finite: Counter[str] = Counter()
@@ -85,7 +89,7 @@ class Monitor:
         if self.path.exists():
             self._continue_file()
         self._tracker = open_tracker(self._tracker_name, self.stage, self.out, self._start_step)
-        self._file = open(self.path, "ab")
+        self._file = open(self.path, "ab", buffering=0)
         if not self._quiet:
             terminal = self._console.is_terminal and not self._console.is_dumb_terminal
             display = _Bar if terminal else _Plain
@@ -101,11 +105,16 @@ class Monitor:
         if repeated:
             counts = ", ".join(f"{name} {count} times" for name, count in repeated.items())
             self.warn(f"not finite, written as null: {counts}")
-        if self._display is not None:
-            self._display.close()
-        if self._tracker is not None:
-            self._tracker.close()
+        with self._printing():
+            if self._display is not None:
+                self._display.close()
+        with self._tracking():
+            if self._tracker is not None:
+                self._tracker.close()
+        self._flush()
         self._file.close()
+        if lost := self._waiting.count(b"\n"):
+            self._print(Text(f"warning: {self.path}: its last {lost} lines are lost", "yellow"))
 
     def step(self, stats: StepStats) -> None:
         """Records one optimizer step and moves the bar; adds ``time`` and ``tokens_per_second``."""
@@ -113,8 +122,9 @@ class Monitor:
         line = self._record(
             stats.step, stats.record() if rate is None else {names.TOKENS_PER_SECOND: rate, **stats.record()}
         )
-        if self._display is not None:
-            self._display.update(stats.step, _figures(line))
+        with self._printing():
+            if self._display is not None:
+                self._display.update(stats.step, _figures(line))
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Records held-out figures as ``eval/<name>`` and prints them in one line."""
@@ -133,7 +143,24 @@ class Monitor:
 
     def _print(self, text: Text) -> None:
         if self._active and not self._quiet:
-            self._console.print(text, soft_wrap=True)
+            with self._printing():
+                self._console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def _printing(self) -> Iterator[None]:
+        """The terminal may be gone, or the reader of a pipe: the run goes on without."""
+        try:
+            yield
+        except (OSError, SystemExit):  # the latter from rich, where a pipe breaks
+            self._quiet, self._display = True, None
+
+    @contextmanager
+    def _tracking(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._tracker = None
+            self.warn(f"tracker: {system_reason(error)}; the run goes on without it")
 
     def _record(self, step: int, figures: Mapping[str, float]) -> dict[str, Any]:
         self._step = step
@@ -150,13 +177,26 @@ class Monitor:
             numbers = {
                 name: value for name, value in line.items() if name not in ("step", "time") and value is not None
             }
-            self._tracker.log(numbers, step)
+            with self._tracking():
+                self._tracker.log(numbers, step)
         return line
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._active:
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self._file.flush()  # in the kernel's hands: a killed process loses nothing
+            self._waiting += json.dumps(line, allow_nan=False).encode() + b"\n"
+            self._flush()
+
+    def _flush(self) -> None:
+        """Hands all that waits to the kernel: a killed process loses nothing."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:  # only printed: there is nowhere to write it to
+                self._refused = True
+                text = f"{self.path}: cannot be written ({system_reason(error)}); its lines wait in memory until it can"
+                self._print(Text(f"warning, {self.stage} step {self._step}: {text}", "yellow"))
 
     def _continue_file(self) -> None:
         if self._start_step == 0:

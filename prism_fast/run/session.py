@@ -15,14 +15,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from prism_fast.config import RunConfig, WatchConfig
-from prism_fast.files import write_aside
+from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, WarmupConfig, WatchConfig
+from prism_fast.files import system_reason, write_aside, write_json
 from prism_fast.records import DataError, StepStats
-from prism_fast.run import checkpoint
+from prism_fast.run import checkpoint, record
 from prism_fast.run.alerts import Watch
+from prism_fast.run.lock import FILE_NAME as LOCK
+from prism_fast.run.lock import FolderLock
 from prism_fast.run.monitor import Monitor
 
 SaveModel = Callable[[Path], None]  # writes a model's directory
+StageConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 # -> (held-out figures, what the best checkpoint has most of)
 Evaluate = Callable[[], tuple[dict[str, float], float]]
 
@@ -44,7 +47,7 @@ class Part(Protocol):
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state."""
+    """The run was asked to stop (SIGTERM, SIGHUP, Ctrl-C) and has saved its state."""
 
     def __init__(self, signum: int, saved: Path):
         super().__init__(f"stopped by {signal.Signals(signum).name}; saved {saved}; go on with --resume")
@@ -83,12 +86,20 @@ def _millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
+def begun(out: Path) -> bool:
+    """Whether a run has begun in this folder: it can be resumed, from step 0 where nothing was saved yet."""
+    return (out / LOCK).exists() or bool(checkpoint.steps(out / "checkpoints"))
+
+
 class Session:
-    """One stage in its folder ``config.out``: resumed where it was left, stopped at the end of a step.
+    """One stage in its folder ``config.run.out``: resumed where it was left, stopped at the end of a step.
+
+    It holds the folder's lock, and keeps a record of what the run was started with. A resumed run with other settings
+    or data is refused, unless ``accept_changes``.
 
     ::
 
-        with Session("sft", config.run, resume) as session:
+        with Session("sft", config, resume) as session:
             ...                                             # models, from session.saved(name) where it is not None
             first = session.begin(total, models=..., optimizers=...)
             for step in range(first, total):
@@ -98,32 +109,74 @@ class Session:
             return session.finish()
     """
 
-    def __init__(self, stage: str, config: RunConfig, resume: bool):
-        self.stage, self.config, self.resume = stage, config, resume
-        self.out = config.out
-        self.folder = config.out / "checkpoints"
-        self.final = config.out / "final"
+    def __init__(self, stage: str, config: StageConfig, resume: bool, accept_changes: bool = False):
+        self.stage, self.config, self.resume, self.accept_changes = stage, config.run, resume, accept_changes
+        self.settings = config
+        self.out = self.config.out
+        self.folder = self.out / "checkpoints"
+        self.final = self.out / "final"
         self.state: dict[str, Any] = {}  # of the checkpoint: what ``end_of_step`` was given, among others
         self.figures: dict[str, float] = {}  # of the last evaluation
         self._best: tuple[int, float] | None = None  # step, value
         self._checkpoint: Path | None = None
-        self._open = contextlib.ExitStack()  # the monitor
+        self._lock, self._open = contextlib.ExitStack(), contextlib.ExitStack()  # the latter holds the monitor
+        self._notes: list[str] = []  # warnings from before there was a monitor
+        self._changed: list[str] = []  # since the checkpoint, and accepted
+        self._skipped = 0  # updates in a row
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Session:
-        if not self.resume and (self.final.exists() or checkpoint.steps(self.folder)):
-            raise DataError(f"{self.out}: holds an earlier run; add --resume to go on, or choose another run.out")
-        self._checkpoint = checkpoint.latest(self.folder) if self.resume else None
-        self.out.mkdir(parents=True, exist_ok=True)
-        set_up_torch(self.config)
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.ExitStack() as entered:
+            self._claim_folder(entered)
+            set_up_torch(self.config)
+            self._record = record.record(self.stage, self.settings)
+            self._checkpoint = checkpoint.latest(self.folder) if self.resume else None
+            if self._checkpoint is not None:
+                self._compare(self._checkpoint)
+            self._lock = entered.pop_all()
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # nohup
             with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
                 self._previous[signum] = signal.signal(signum, self._ask_to_stop)
         return self
 
+    def _claim_folder(self, entered: contextlib.ExitStack) -> None:
+        """Locks the folder, and raises DataError where it is not one for this run."""
+        if self.resume and not begun(self.out):
+            raise DataError(f"{self.out}: holds no run to resume; correct run.out, or leave out --resume to begin one")
+        if not entered.enter_context(FolderLock(self.out)).supported:
+            self._notes.append(f"{self.out}: its file system has no locks; start no second run in this folder")
+        if not self.resume and (self.final.exists() or checkpoint.steps(self.folder)):
+            raise DataError(f"{self.out}: holds an earlier run; add --resume to go on, or choose another run.out")
+        if not record.is_ours(self.out / record.FILE_NAME):
+            raise DataError(f"{self.out / record.FILE_NAME}: is of another program; choose another run.out")
+        for folder in (self.folder, self.final):
+            if folder.exists() and not folder.is_dir():
+                raise DataError(f"{folder}: is a file, expected a folder; choose another run.out")
+
+    def _compare(self, found: Path) -> None:
+        """Raises DataError where the checkpoint was made with other settings or data, and that is not accepted."""
+        state = checkpoint.read_state(found)
+        before = state.get("run")
+        changed = record.threads_line(state.get("threads"))
+        if before is None:
+            self._notes.append(f"{found}: has no record of its settings and data; they were not compared")
+        else:
+            changed += record.changes(before, self._record, self.settings)
+            self._record["starts"] = before["starts"]
+            if other := record.moved(before, self._record):
+                self._notes.append(
+                    f"resumed on other software or hardware, which may round otherwise: {', '.join(other)}"
+                )
+        if not self.accept_changes:
+            record.refuse(found, changed)
+        self._changed = changed
+
     def __exit__(self, *exc: object) -> None:
-        self._open.close()
+        with self._lock:
+            self._open.close()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -164,19 +217,25 @@ class Session:
         self._watch = None if watch is None else Watch(**watch.model_dump())
         self._parts = {**(parts or {}), **({} if self._watch is None else {"watch": self._watch})}
         first = 0 if self._checkpoint is None else self._restore(self._checkpoint)
-        self._monitor = self._open.enter_context(
-            Monitor(self.stage, self.out, total, tracker=self.config.tracker, start_step=first)
-        )
+        if first > total:
+            raise DataError(f"{self._checkpoint}: is past the {total} steps of this run; set at least steps={first}")
+        try:
+            self._monitor = self._open.enter_context(
+                Monitor(self.stage, self.out, total, tracker=self.config.tracker, start_step=first)
+            )
+            changed = {"changed": self._changed} if self._changed else {}
+            self._record["starts"] = [*self._record["starts"], {"step": first, "time": time.time(), **changed}]
+            write_json(self.out / record.FILE_NAME, self._record, indent=1)
+        except OSError as error:
+            raise DataError(f"{self.out}: cannot be written ({system_reason(error)}); free space there") from error
+        if self.resume and self._checkpoint is None:
+            self._notes.append("nothing was saved before; begins at step 0")
+        for text in (*self._notes, *(f"resumed with other settings: {text}" for text in self._changed)):
+            self._monitor.warn(text)
         return first
 
     def _restore(self, found: Path) -> int:
         tensors, self.state = checkpoint.load(found)
-        threads = self.state.get("threads")
-        if threads != torch.get_num_threads() and not torch.cuda.is_available():
-            raise DataError(
-                f"{found}: written with {threads} torch threads, now {torch.get_num_threads()}; "
-                f"set run.threads={threads} to continue bit for bit"
-            )
         step = self.state["step"]
         for prefix, optimizer in self._optimizers.items():
             own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -189,6 +248,7 @@ class Session:
                     raise DataError(f"{found}/trainer.json: {name}: {error}") from None
         if self.state.get("best") is not None:
             self._best = (self.state["best"], self.state["best_value"])
+        self._skipped = self.state.get("skipped_updates", 0)
         return step
 
     def end_of_step(
@@ -199,33 +259,51 @@ class Session:
         metrics: dict[str, float],
         warnings: Sequence[str] = (),
         state: Mapping[str, Any] | None = None,
+        fault: str | None = None,
     ) -> None:
         """Records step ``step`` (from 1), warns, evaluates and saves where it is time to.
 
-        ``tokens`` by part of the step; ``state``: what else a resumed run needs, as JSON, by name. Raises Stopped,
-        after saving, where a signal asked for it.
+        ``tokens`` by part of the step; ``state``: what else a resumed run needs, as JSON, by name; ``fault``: what was
+        not finite, so that an update was skipped. Raises, after saving, Stopped where a signal asked for it, DataError
+        where ``max_skipped_updates`` in a row were skipped. A checkpoint that cannot be written is a warning.
         """
         stats = StepStats(step, metrics, clock.seconds, tokens)
         self._monitor.step(stats)
         alerts = self._watch.observe(stats) if self._watch is not None else []
         for text in (*alerts, *(f"step {step}: {text}" for text in warnings)):
             self._monitor.warn(text)
+        self._skipped = 0 if fault is None else self._skipped + 1
+        hopeless = 0 < self.config.max_skipped_updates <= self._skipped
+        earlier_best = self._best
         if self._evaluate is not None and self._is_time(step, self.config.eval_every):
             self.figures, value = self._evaluate()
             self._monitor.evaluation(step, self.figures)
             if self._best is None or value > self._best[1]:
                 self._best = (step, value)
         is_best = self._best is not None and self._best[0] == step
-        if self._is_time(step, self.config.save_every) or is_best or self._signum is not None:
-            saved = self._save(step, dict(state or {}))
-            if self._signum is not None and step < self.total:
-                raise Stopped(self._signum, saved)
+        if not (self._is_time(step, self.config.save_every) or is_best or hopeless or self._signum is not None):
+            return
+        unsaved = self._save(step, {**(state or {}), "skipped_updates": 0 if hopeless else self._skipped})
+        if unsaved is not None:
+            self._best = earlier_best  # whose checkpoint is there
+            self._monitor.warn(f"step {step}: {unsaved}")
+        saved = checkpoint.latest(self.folder)
+        if hopeless:
+            raise DataError(
+                f"{self.out}: {self._skipped} updates in a row were skipped, the last as {fault}; stopped at step "
+                f"{step}, last saved {saved}; lower the learning rate, or set run.max_skipped_updates=0 to go on anyway"
+            )
+        if self._signum is not None and step < self.total:
+            if unsaved is not None:
+                raise DataError(f"stopped by {signal.Signals(self._signum).name} at step {step}; {unsaved}")
+            raise Stopped(self._signum, saved or self.folder)
 
     def _is_time(self, step: int, every: int) -> bool:
         """Every ``every`` steps, and at the end."""
         return step == self.total or (every > 0 and step % every == 0)
 
-    def _save(self, step: int, state: dict[str, Any]) -> Path:
+    def _save(self, step: int, state: dict[str, Any]) -> str | None:
+        """Writes a checkpoint; where the system refuses, what to say of it: those before are as they were."""
         tensors = {
             f"{prefix}{name}": value
             for prefix, optimizer in self._optimizers.items()
@@ -233,8 +311,16 @@ class Session:
         }
         best, value = self._best if self._best is not None else (None, None)
         state.update({name: part.state() for name, part in self._parts.items()})
-        state.update(best_value=value, threads=torch.get_num_threads(), stage=self.stage)
-        return checkpoint.save(self.folder, step, self._models, tensors, state, self.config.keep_last, best)
+        state.update(best_value=value, threads=torch.get_num_threads(), stage=self.stage, run=self._record)
+        try:
+            checkpoint.save(self.folder, step, self._models, tensors, state, self.config.keep_last, best)
+        except Exception as error:  # libraries raise whatever they like where a disk is full
+            reason = system_reason(error)
+            if reason is None or isinstance(error, DataError):
+                raise
+            kept = checkpoint.latest(self.folder)
+            return f"the checkpoint could not be written ({reason}); the last one is {kept or 'none'}; free space there"
+        return None
 
     def finish(self, skipped: Sequence[str] = ()) -> dict[str, float]:
         """Reports the records that were ``skipped``, writes ``OUT/final/``: the models of the last step as directories
@@ -247,5 +333,15 @@ class Session:
             for name, save_model in self._models.items():
                 save_model(aside / name)
 
-        write_aside(self.final, write)
+        try:
+            write_aside(self.final, write)
+        except Exception as error:
+            reason = system_reason(error)
+            if reason is None or isinstance(error, DataError):
+                raise
+            kept = checkpoint.latest(self.folder)
+            raise DataError(
+                f"{self.final}: could not be written ({reason}); free space there, then go on with --resume "
+                f"from {kept or 'step 0'}"
+            ) from error
         return self.figures

@@ -33,9 +33,9 @@ from prism_kernels import PolicyObjective
 from prism_kernels.group_advantage.rules import RULES
 
 
-def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
+def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Moves config.policy towards the teacher; writes config.run.out/final/{policy,discriminator}."""
-    with Session("align", config.run, resume) as session:
+    with Session("align", config, resume, accept_changes) as session:
         policy, chat = open_policy(config.policy, session.saved("policy"))
         discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
         data = read_align(config.data.files, **config.data.reading)
@@ -93,7 +93,10 @@ def align(config: AlignConfig, *, resume: bool = False) -> dict[str, float]:
             else:
                 updater.next_step()
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions()
-            session.end_of_step(step + 1, clock, tokens, metrics, _warnings(fault, tokens, metrics))
+            broken = _broken_gradients(metrics)
+            warnings = _warnings(fault, tokens, broken)
+            fault = fault or next(iter(broken), None)
+            session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
         return session.finish(data.bad.messages)
 
 
@@ -103,13 +106,16 @@ def _limits(config: AlignConfig) -> dict[str, Any]:
     return {"max_prompt_tokens": config.data.max_prompt_tokens, "config": config, "needs_gold": needs_gold}
 
 
-def _warnings(fault: str | None, tokens: dict[str, int], metrics: dict[str, float]) -> list[str]:
+def _broken_gradients(metrics: dict[str, float]) -> list[str]:
+    norms = (("policy", names.POLICY_GRAD_NORM), ("discriminator", names.DISCRIMINATOR_GRAD_NORM))
+    broken = [model for model, norm in norms if not math.isfinite(metrics.get(norm, 0.0))]
+    return [f"a gradient of the {model} is not finite" for model in broken]
+
+
+def _warnings(fault: str | None, tokens: dict[str, int], broken: list[str]) -> list[str]:
     found = []
     if fault is not None:
         found.append(f"{fault}; nothing was updated")
     elif not tokens["update_policy"]:
         found.append("every advantage is 0; the policy was not updated")
-    for model, norm in (("policy", names.POLICY_GRAD_NORM), ("discriminator", names.DISCRIMINATOR_GRAD_NORM)):
-        if not math.isfinite(metrics.get(norm, 0.0)):
-            found.append(f"a gradient of the {model} is not finite; it was not updated")
-    return found
+    return found + [f"{text}; it was not updated" for text in broken]

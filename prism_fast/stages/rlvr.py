@@ -22,9 +22,9 @@ from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.update import Updater
 
 
-def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
+def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Trains config.policy on verifiable rewards; writes config.run.out/final/policy."""
-    with Session("rlvr", config.run, resume) as session:
+    with Session("rlvr", config, resume, accept_changes) as session:
         start_reward(config.reward)
         policy, chat = open_policy(config.policy, session.saved("policy"))
         reference = None
@@ -57,7 +57,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
 
         position = session.state.get("position", 0)
         for step in range(first, config.steps):
-            clock, warnings = Clock(), []
+            clock, warnings, fault = Clock(), [], None
             with clock("rollout"):
                 batch, position, metrics = sampler(partial(draw, step), position, config.rollout.prompts_per_step)
             tokens = {"rollout": int(metrics.pop("sampled_tokens")), "update_policy": 0}
@@ -80,5 +80,5 @@ def rlvr(config: RLVRConfig, *, resume: bool = False) -> dict[str, float]:
                 if not math.isfinite(metrics[names.GRAD_NORM]):
                     fault = batch.rollout.fault() or "a gradient is not finite"
                     warnings.append(f"{fault}; that update was skipped")
-            session.end_of_step(step + 1, clock, tokens, metrics, warnings, {"position": position})
+            session.end_of_step(step + 1, clock, tokens, metrics, warnings, {"position": position}, fault)
         return session.finish(data.bad.messages)

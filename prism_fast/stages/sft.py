@@ -18,9 +18,9 @@ from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
 from prism_fast.steps.update import Updater
 
 
-def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
+def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Trains config.model on config.data; writes config.run.out/final. Returns the last evaluation's figures."""
-    with Session("sft", config.run, resume) as session:
+    with Session("sft", config, resume, accept_changes) as session:
         policy, chat = open_policy(config.model, session.saved("policy"))
         data = read_sft(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy)
@@ -37,7 +37,7 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
             demonstration, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )
         for step in range(first, total):
-            clock, warnings = Clock(), []
+            clock, warnings, fault = Clock(), [], None
             with clock("data"):
                 picked = order(len(data), config.run.seed, step * config.batch_size, config.batch_size)
                 trees = demonstration_trees(encode_all(data, picked, encode))
@@ -51,6 +51,8 @@ def sft(config: SFTConfig, *, resume: bool = False) -> dict[str, float]:
                     metrics[names.LOSS] = supervised_gradient(policy, packs)
                     metrics[names.GRAD_NORM] = updater.step()
                 if not math.isfinite(metrics[names.GRAD_NORM]):
-                    warnings.append("a gradient is not finite; that update was skipped")
-            session.end_of_step(step + 1, clock, {"update": sum(p.num_tokens for p in packs)}, metrics, warnings)
+                    fault = "a gradient is not finite"
+                    warnings.append(f"{fault}; that update was skipped")
+            tokens = {"update": sum(p.num_tokens for p in packs)}
+            session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
         return session.finish(data.bad.messages)

@@ -21,9 +21,9 @@ from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient,
 from prism_fast.steps.update import Updater
 
 
-def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, float]:
+def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Trains config.discriminator on pairs; writes config.run.out/final. Returns held-out pair accuracies."""
-    with Session("warmup", config.run, resume) as session:
+    with Session("warmup", config, resume, accept_changes) as session:
         saved = session.saved("discriminator")
         discriminator, chat = open_discriminator(config.discriminator, saved, config.head_dropout)
         data = read_warmup(config.data.files, **config.data.reading)
@@ -43,7 +43,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, float]:
             watch=config.watch,
         )
         for step in range(first, total):
-            clock, warnings, lr = Clock(), [], updater.lr
+            clock, warnings, fault, lr = Clock(), [], None, updater.lr
             with clock("data"):
                 picked = order(count, config.run.seed, step * config.batch_size, config.batch_size)
                 records = encode_all(data, picked, encode)
@@ -64,7 +64,8 @@ def warmup(config: WarmupConfig, *, resume: bool = False) -> dict[str, float]:
             if not math.isfinite(metrics[names.GRAD_NORM]):
                 fault = not_finite(broken, labels, records) or "a gradient is not finite"
                 warnings.append(f"{fault}; that update was skipped")
-            session.end_of_step(step + 1, clock, {"update": sum(p.num_tokens for p in packs)}, metrics, warnings)
+            tokens = {"update": sum(p.num_tokens for p in packs)}
+            session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
         return session.finish(data.bad.messages)
 
 

@@ -37,11 +37,11 @@ def test_the_command_line_is_frozen():
             options[f"{name} {inner}".strip()] = sorted(flags)
     expected = {
         "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke"],
-        "sft": ["--config", "--resume"],
+        "sft": ["--accept-changes", "--config", "--resume"],
         "upcycle": ["--config"],
-        "warmup": ["--config", "--resume"],
-        "align": ["--config", "--resume"],
-        "rlvr": ["--config", "--resume"],
+        "warmup": ["--accept-changes", "--config", "--resume"],
+        "align": ["--accept-changes", "--config", "--resume"],
+        "rlvr": ["--accept-changes", "--config", "--resume"],
         "eval": ["--config"],
         "config": ["--config"],
         "bench": [],

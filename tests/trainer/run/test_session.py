@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from prism_fast.config import RunConfig, WatchConfig
+from prism_fast.config import SFTConfig, WatchConfig
 from prism_fast.records import DataError
 from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
@@ -43,13 +43,14 @@ class Counter:
 class Stage:
     """A stage of a made-up model that one number stands for."""
 
-    def __init__(self, out, **config):
-        self.config = RunConfig(out=out, threads=1, **config)
+    def __init__(self, out, data="nowhere.json", lr=1e-3, **config):
+        tree = {"model": {"path": "nowhere"}, "data": {"files": [data]}, "optimizer": {"lr": lr}, "steps": 9}
+        self.config = SFTConfig.model_validate({**tree, "run": {"out": out, "threads": 1, **config}})
         self.weight, self.optimizers, self.counter = 0, {"a/": Optimizer(), "b/": Optimizer()}, Counter()
         self.values: list[float] = []  # of evaluations, in turn
         self.events: list[str] = []
 
-    def run(self, total, *, until=None, resume=False, **begin):
+    def run(self, total, *, until=None, resume=False, accept_changes=False, fault=lambda step: None, **begin):
         def save(path):
             path.mkdir(parents=True)
             (path / "weight").write_text(str(self.weight))
@@ -60,7 +61,7 @@ class Stage:
             accuracy = self.values.pop(0)
             return {"accuracy": accuracy}, accuracy
 
-        with Session("sft", self.config, resume) as session:
+        with Session("sft", self.config, resume, accept_changes) as session:
             saved = session.saved("policy")
             self.weight = 0 if saved is None else int((saved / "weight").read_text())
             begin = {"evaluate": evaluate if self.values else None, "parts": {"counter": self.counter}, **begin}
@@ -73,7 +74,9 @@ class Stage:
                     optimizer.value = optimizer.value + self.weight
                 warnings = ["odd"] if step % 2 else []
                 metrics, state = {"loss": float(step), "format_valid": 0.0}, {"position": self.position}
-                session.end_of_step(step + 1, Clock(), {"update": 5}, metrics, warnings, state)
+                session.end_of_step(
+                    step + 1, Clock(), {"update": 5}, metrics, warnings, state, fault and fault(step + 1)
+                )
             return session.finish(["a.json:3: bad"]) if until is None else None
 
 

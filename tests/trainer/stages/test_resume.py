@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prism_fast.config import RunConfig
+from prism_fast.config import AlignConfig, load_config
 from prism_fast.models.load import ProductChoices
 from prism_fast.records import DataError
 from prism_fast.run import checkpoint
@@ -110,7 +110,7 @@ def test_another_thread_count_is_refused(tiny_folder, finished, tmp_path):
     out = shutil.copytree(finished("sft"), tmp_path / "run")
     file = out / "checkpoints/step-000008/trainer.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "threads": 7}))
-    with pytest.raises(DataError, match="threads=7"):
+    with pytest.raises(DataError, match=r"run\.threads: 7 -> 1"):
         run_stage("sft", settings(tiny_folder, "sft", out, steps=10), resume=True)
 
 
@@ -129,7 +129,8 @@ def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
 
 def test_measured_products_come_back_before_the_first_step(tmp_path, monkeypatch):
     """A GPU's choice of who multiplies the experts changes bits; a resumed process must not make it again."""
-    config, saved = RunConfig(out=tmp_path, save_every=1), {"NVIDIA H200 bfloat16 E4 H2048 I6144 v5": "triton"}
+    tree = settings(tmp_path, "align", tmp_path, run={"out": str(tmp_path), "save_every": 1})
+    config, saved = load_config(AlignConfig, None, base=tree), {"NVIDIA H200 bfloat16 E4 H2048 I6144 v5": "triton"}
 
     def begin(session):
         return session.begin(2, models={}, optimizers={}, parts={"product_choices": ProductChoices()})
