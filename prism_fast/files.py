@@ -83,6 +83,8 @@ def try_new(path: Path, key: str = "out") -> None:
     try:
         if path.is_symlink() or path.exists():
             raise DataError(f"{path}: exists already; choose another {key}, or remove it")
+        if "\0" in str(path):
+            raise ValueError("a NUL in the name")
         folder = path.absolute().parent
         while not folder.exists():
             folder = folder.parent

@@ -22,6 +22,7 @@ from prism_fast.run import checkpoint, record
 from prism_fast.run.alerts import Watch
 from prism_fast.run.lock import FILE_NAME as LOCK
 from prism_fast.run.lock import FolderLock
+from prism_fast.run.monitor import FILE_NAME as METRICS
 from prism_fast.run.monitor import Monitor
 
 SaveModel = Callable[[Path], None]  # writes a model's directory
@@ -148,13 +149,16 @@ class Session:
             raise DataError(f"{self.out}: holds no run to resume; correct run.out, or leave out --resume to begin one")
         if not entered.enter_context(FolderLock(self.out)).supported:
             self._notes.append(f"{self.out}: its file system has no locks; start no second run in this folder")
+        for folder in (self.folder, self.final):
+            if folder.exists() and not folder.is_dir():
+                raise DataError(f"{folder}: is a file, expected a folder; choose another run.out")
+        for file in (METRICS, record.FILE_NAME):
+            if (self.out / file).is_dir():
+                raise DataError(f"{self.out / file}: is a folder, expected a file; choose another run.out")
         if not self.resume and (self.final.exists() or checkpoint.steps(self.folder)):
             raise DataError(f"{self.out}: holds an earlier run; add --resume to go on, or choose another run.out")
         if not record.is_ours(self.out / record.FILE_NAME):
             raise DataError(f"{self.out / record.FILE_NAME}: is of another program; choose another run.out")
-        for folder in (self.folder, self.final):
-            if folder.exists() and not folder.is_dir():
-                raise DataError(f"{folder}: is a file, expected a folder; choose another run.out")
 
     def _compare(self, found: Path) -> None:
         """Raises DataError where the checkpoint was made with other settings or data, and that is not accepted."""

@@ -1,5 +1,6 @@
 """The end of a step and of a stage: what is recorded, in which order, when it is saved, and what comes back."""
 
+import errno
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import torch
 
 from prism_fast.config import SFTConfig, WatchConfig
 from prism_fast.records import DataError
-from prism_fast.run import checkpoint
+from prism_fast.run import checkpoint, session
 from prism_fast.run.monitor import read_metrics
 from prism_fast.run.session import Clock, Session, Stopped
 
@@ -61,12 +62,12 @@ class Stage:
             accuracy = self.values.pop(0)
             return {"accuracy": accuracy}, accuracy
 
-        with Session("sft", self.config, resume, accept_changes) as session:
-            saved = session.saved("policy")
+        with Session("sft", self.config, resume, accept_changes) as run:
+            saved = run.saved("policy")
             self.weight = 0 if saved is None else int((saved / "weight").read_text())
             begin = {"evaluate": evaluate if self.values else None, "parts": {"counter": self.counter}, **begin}
-            first = session.begin(total, models={"policy": save}, optimizers=self.optimizers, **begin)
-            self.position = session.state.get("position", 0)
+            first = run.begin(total, models={"policy": save}, optimizers=self.optimizers, **begin)
+            self.position = run.state.get("position", 0)
             for step in range(first, until or total):
                 self.weight, self.counter.count = self.weight + 1, self.counter.count + 2
                 self.position += 3
@@ -74,10 +75,8 @@ class Stage:
                     optimizer.value = optimizer.value + self.weight
                 warnings = ["odd"] if step % 2 else []
                 metrics, state = {"loss": float(step), "format_valid": 0.0}, {"position": self.position}
-                session.end_of_step(
-                    step + 1, Clock(), {"update": 5}, metrics, warnings, state, fault and fault(step + 1)
-                )
-            return session.finish(["a.json:3: bad"]) if until is None else None
+                run.end_of_step(step + 1, Clock(), {"update": 5}, metrics, warnings, state, fault and fault(step + 1))
+            return run.finish(["a.json:3: bad"]) if until is None else None
 
 
 def lines(out):
@@ -164,3 +163,183 @@ def test_a_state_of_another_sort_is_named_and_a_missing_one_is_left(tmp_path):
     stage = Stage(tmp_path, save_every=1)
     stage.run(3, resume=True)
     assert stage.counter.count == 4
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_every_signal_that_asks_to_stop_saves(signum, tmp_path):
+    with pytest.raises(Stopped, match=signal.Signals(signum).name):
+        Stage(tmp_path, save_every=0).run(3, fault=lambda step: os.kill(os.getpid(), signum))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1]
+
+
+def test_a_terminal_that_closes_under_nohup_stops_nothing(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        Stage(tmp_path).run(3, fault=lambda step: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    first = Stage(tmp_path, save_every=1)
+
+    def meanwhile(step):
+        for resume in (False, True):
+            with pytest.raises(DataError, match="in use by process"):
+                Stage(tmp_path, save_every=1).run(3, resume=resume)
+
+    first.run(3, fault=meanwhile)
+    assert lines(tmp_path)[0]["loss"] == 0.0 and checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
+    Stage(tmp_path, save_every=1).run(5, resume=True)
+
+
+def test_nothing_to_resume_is_an_error_and_nothing_saved_is_a_fresh_start(tmp_path):
+    for folder in ("mistyped", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match=f"{folder}: holds no run to resume"):
+            Stage(tmp_path / folder).run(3, resume=True)
+    assert not (tmp_path / "mistyped").exists() and not any((tmp_path / "empty").iterdir())
+    Stage(tmp_path / "run", save_every=0).run(3, until=2)  # ends before it saves
+    Stage(tmp_path / "run", save_every=0, lr=1.0).run(3, resume=True)
+    assert lines(tmp_path / "run")[0] == {"step": 0, "warning": "nothing was saved before; begins at step 0"}
+    assert (tmp_path / "run/final/policy/weight").read_text() == "3"
+
+
+def test_other_settings_and_data_are_refused_or_accepted(tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text("[]")
+    Stage(tmp_path / "run", data).run(3)
+    data.write_text("[1]")
+    other = {"data": data, "lr": 1e-2, "seed": 5, "save_every": 7}
+    expected = (
+        r"step-000003: the run would go on with other settings: optimizer.lr: 0.001 -> 0.01; run.seed: 0 -> 5; data"
+    )
+    with pytest.raises(DataError, match=rf"{expected}.*--accept-changes"):
+        Stage(tmp_path / "run", **other).run(4, resume=True)
+    Stage(tmp_path / "run", **other).run(4, resume=True, accept_changes=True)
+    warned = [line["warning"] for line in lines(tmp_path / "run") if "warning" in line and line["step"] == 3]
+    assert "resumed with other settings: run.seed: 0 -> 5" in warned
+    made = json.loads((tmp_path / "run/run.json").read_text())
+    assert made["config"]["run"]["seed"] == 5 and made["config"]["optimizer"]["beta2"] == 0.999
+    first, second = made["starts"]
+    assert (first["step"], second["step"], len(second["changed"])) == (0, 3, 3)
+    Stage(tmp_path / "run", **other).run(5, resume=True)  # what was accepted is now its own
+
+
+def test_a_checkpoint_without_a_record_resumes_with_a_warning(tmp_path):
+    Stage(tmp_path).run(3)
+    file = tmp_path / "checkpoints/step-000003/trainer.json"
+    state = json.loads(file.read_text())
+    del state["run"]
+    file.write_text(json.dumps(state))
+    Stage(tmp_path, lr=1.0).run(4, resume=True)
+    assert "has no record of its settings" in json.dumps(lines(tmp_path))
+
+
+def test_a_run_that_is_past_its_end_is_not_called_done(tmp_path):
+    Stage(tmp_path).run(3)
+    with pytest.raises(DataError, match=r"step-000003: is past the 2 steps .* steps=3"):
+        Stage(tmp_path).run(2, resume=True)
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoints", "final", "run.lock", "metrics.jsonl"])
+def test_what_is_in_the_way_stays(name, tmp_path):
+    if name in ("run.lock", "metrics.jsonl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / "metrics.previous.jsonl").write_text("{}")
+    else:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(DataError) as refused:
+        Stage(tmp_path).run(3)
+    assert "\n" not in str(refused.value) and name in str(refused.value)
+    assert (tmp_path / name).is_dir() or (tmp_path / name).read_text() == "mine"
+
+
+class FullDisk:
+    """A disk that is full while the steps in ``when`` are saved."""
+
+    def __init__(self, monkeypatch, when, error):
+        self.step, save = 0, checkpoint.save
+
+        def try_to_save(folder, step, *args):
+            self.step = step
+            models = {"policy": self.refuse} if step in when else args[0]
+            return save(folder, step, models, *args[1:])
+
+        def try_final(target, write):
+            if 0 in when:
+                self.refuse(target)
+            original(target, write)
+
+        self.error = error
+        original = session.write_aside
+        monkeypatch.setattr(checkpoint, "save", try_to_save)
+        monkeypatch.setattr(session, "write_aside", try_final)
+
+    def refuse(self, path):
+        raise self.error
+
+
+NO_SPACE = (OSError(errno.ENOSPC, "No space left on device"), Exception("No space left on device (os error 28)"))
+
+
+@pytest.mark.parametrize("error", NO_SPACE)
+def test_a_checkpoint_that_cannot_be_written_is_a_warning(error, tmp_path, monkeypatch):
+    FullDisk(monkeypatch, {4}, error)
+    stage = Stage(tmp_path, save_every=2, keep_last=9)
+    stage.run(7)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 6, 7]
+    text = f"the checkpoint could not be written (No space left on device); the last one is {tmp_path}"
+    assert text in json.dumps(lines(tmp_path))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_the_best_checkpoint_is_not_given_up_for_one_that_was_not_written(tmp_path, monkeypatch):
+    FullDisk(monkeypatch, {2}, NO_SPACE[0])
+    stage = Stage(tmp_path, save_every=0, eval_every=1, keep_last=1)
+    stage.values = [0.5, 0.9, 0.1, 0.2]
+    stage.run(4)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1, 4]
+
+
+def test_a_final_model_that_cannot_be_written_is_one_line_and_resumes(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        FullDisk(patch, {3, 0}, NO_SPACE[0])
+        with pytest.raises(DataError, match=r"final: could not be written \(No space.*--resume from .*step-000002"):
+            Stage(tmp_path, save_every=2).run(3)
+    Stage(tmp_path, save_every=2).run(3, resume=True)
+    assert (tmp_path / "final/policy/weight").read_text() == "3"
+
+
+def test_a_stop_that_cannot_save_says_so(tmp_path, monkeypatch):
+    FullDisk(monkeypatch, {2}, NO_SPACE[0])
+    with pytest.raises(DataError, match=r"stopped by SIGTERM at step 2; .*No space.*last one is .*step-000001"):
+        Stage(tmp_path, save_every=1).run(
+            5, fault=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None
+        )
+
+
+def test_a_bug_while_saving_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    FullDisk(monkeypatch, {2}, RuntimeError("shapes"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        Stage(tmp_path, save_every=1).run(5)
+
+
+def test_skipped_updates_in_a_row_stop_the_run(tmp_path):
+    broken = {2, 4, 5, 6}
+    stage = Stage(tmp_path, save_every=0, max_skipped_updates=3)
+    with pytest.raises(DataError, match=r": 3 updates in a row were skipped, the last as score 6 is NaN; .*-000006"):
+        stage.run(9, fault=lambda step: f"score {step} is NaN" if step in broken else None)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [6] and not (tmp_path / "final").exists()
+    with pytest.raises(DataError, match="3 updates in a row"):  # three more are allowed, and no more
+        Stage(tmp_path, save_every=0, max_skipped_updates=3).run(9, resume=True, fault=lambda step: "NaN")
+    assert lines(tmp_path)[-1]["step"] == 9
+    free = Stage(tmp_path, save_every=0, max_skipped_updates=0)
+    free.run(12, resume=True, fault=lambda step: "NaN")
+
+
+def test_skipped_updates_are_counted_over_a_resume(tmp_path):
+    Stage(tmp_path, save_every=2, max_skipped_updates=3).run(9, until=2, fault=lambda step: "NaN")
+    with pytest.raises(DataError, match="stopped at step 3"):
+        Stage(tmp_path, save_every=2, max_skipped_updates=3).run(9, resume=True, fault=lambda step: "NaN")
