@@ -93,7 +93,8 @@ class Monitor:
         if not self._quiet:
             terminal = self._console.is_terminal and not self._console.is_dumb_terminal
             display = _Bar if terminal else _Plain
-            self._display = display(self.stage, self.total_steps, self._start_step, self._console)
+            with self._printing():
+                self._display = display(self.stage, self.total_steps, self._start_step, self._console)
         if lost:
             self.warn(f"{self.path}: no such file, so the steps up to {self._start_step} are missing from the metrics")
         return self

@@ -26,6 +26,7 @@ from prism_fast.run.monitor import FILE_NAME as METRICS
 from prism_fast.run.monitor import Monitor
 
 SaveModel = Callable[[Path], None]  # writes a model's directory
+REMEDY = "free space or restore access there"
 StageConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 # -> (held-out figures, what the best checkpoint has most of)
 Evaluate = Callable[[], tuple[dict[str, float], float]]
@@ -231,7 +232,9 @@ class Session:
             self._record["starts"] = [*self._record["starts"], {"step": first, "time": time.time(), **changed}]
             write_json(self.out / record.FILE_NAME, self._record, indent=1)
         except OSError as error:
-            raise DataError(f"{self.out}: cannot be written ({system_reason(error)}); free space there") from error
+            raise DataError(
+                f"{self.out}: cannot be written ({system_reason(error)}); free space or restore access there"
+            ) from error
         if self.resume and self._checkpoint is None:
             self._notes.append("nothing was saved before; begins at step 0")
         for text in (*self._notes, *(f"resumed with other settings: {text}" for text in self._changed)):
@@ -322,8 +325,8 @@ class Session:
             reason = system_reason(error)
             if reason is None or isinstance(error, DataError):
                 raise
-            kept = checkpoint.latest(self.folder)
-            return f"the checkpoint could not be written ({reason}); the last one is {kept or 'none'}; free space there"
+            kept = checkpoint.latest(self.folder) or "none"
+            return f"the checkpoint could not be written ({reason}); the last one is {kept}; {REMEDY}"
         return None
 
     def finish(self, skipped: Sequence[str] = ()) -> dict[str, float]:
@@ -343,9 +346,8 @@ class Session:
             reason = system_reason(error)
             if reason is None or isinstance(error, DataError):
                 raise
-            kept = checkpoint.latest(self.folder)
+            kept = checkpoint.latest(self.folder) or "step 0"
             raise DataError(
-                f"{self.final}: could not be written ({reason}); free space there, then go on with --resume "
-                f"from {kept or 'step 0'}"
+                f"{self.final}: could not be written ({reason}); {REMEDY}, then go on with --resume from {kept}"
             ) from error
         return self.figures

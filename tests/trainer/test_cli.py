@@ -346,6 +346,49 @@ def test_data_check_counts_and_shows_a_record(tiny_folder, tmp_path, capsys, mon
     assert status == 2 and "none of the formats" in err
 
 
+@pytest.mark.parametrize("command", [("eval",), ("data", "pairs"), ("data", "filter"), ("upcycle",)])
+def test_results_are_placed_before_the_work_and_over_nothing(command, tmp_path, capsys, monkeypatch):
+    data = write(tmp_path / "data.parquet", [])
+    before = data.read_bytes()
+    (tmp_path / "model").mkdir()
+    config = write(tmp_path / "model/config.json", {})
+    (tmp_path / "new_images").write_text("mine")
+    arguments = [*command, f"model.path={tmp_path / 'nowhere'}"]
+    arguments += [] if command == ("upcycle",) else [f"data.files=[{data}]"]
+    for out, says in ((data, "exists already"), (config, "exists already"), (config / "x", "a file is in the way")):
+        status, _, err = run(capsys, monkeypatch, *arguments, f"out={out}")
+        assert status == 2 and says in err and err.count("\n") == 1, err
+    if command[0] == "data":
+        status, _, err = run(capsys, monkeypatch, *arguments, f"out={tmp_path / 'new.jsonl'}")
+        assert status == 2 and "new_images: is a file" in err, err
+    assert data.read_bytes() == before and config.read_text() == "{}"
+
+
+@pytest.mark.parametrize("place", ["sft.json", "sft.json/run"])
+def test_a_run_needs_a_folder(place, tiny_folder, capsys, monkeypatch):
+    status, _, err = run(capsys, monkeypatch, *stage_arguments(tiny_folder, tiny_folder / "data" / place))
+    assert status == 2 and "cannot be written (a file is in the way); choose another run.out" in err
+
+
+def test_resume_needs_a_run_and_changes_need_resume(tiny_folder, tmp_path, capsys, monkeypatch):
+    arguments = stage_arguments(tiny_folder, tmp_path / "mistyped")
+    status, _, err = run(capsys, monkeypatch, *arguments, "--resume")
+    assert status == 2 and "mistyped: holds no run to resume" in err and not (tmp_path / "mistyped").exists()
+    status, _, err = run(capsys, monkeypatch, *arguments, "--accept-changes")
+    assert status == 2 and "--resume" in err
+    status, _, err = run(capsys, monkeypatch, "demo", "--out", tmp_path / "mistyped", "--resume")
+    assert status == 2 and "holds no demo to resume" in err and not (tmp_path / "mistyped").exists()
+
+
+def test_a_disk_that_refuses_is_one_line(capsys, monkeypatch):
+    def refuse(*args):
+        raise OSError(28, "No space left on device", "runs/eval.json")
+
+    monkeypatch.setattr("prism_fast.run.environment.environment", refuse)
+    status, _, err = run(capsys, monkeypatch, "doctor")
+    assert status == 2 and err.startswith("error: runs/eval.json: No space left on device; ") and err.count("\n") == 1
+
+
 def test_eval_pairs_filter_upcycle_and_doctor(tiny_folder, tmp_path, capsys, monkeypatch):
     model = f"model.path={tiny_folder / 'base'}"
     status, shown, err = run(

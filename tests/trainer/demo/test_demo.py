@@ -11,6 +11,7 @@ from prism_fast.records import DataError
 from prism_fast.report import draw, experts, plots
 from prism_fast.report.build import PLOTS
 from prism_fast.report.data import load_run
+from prism_fast.run.lock import FolderLock
 from prism_fast.run.monitor import read_metrics
 from prism_fast.stages.rlvr import rlvr
 
@@ -92,7 +93,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     assert returned["stages"].keys() == summary["stages"].keys()
     with pytest.raises(DataError, match="holds an earlier demo"):
         demo(out, smoke=True, seed=1, overrides=FEW, compare=1)
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="other settings: seed: 1 -> 2; "):
         demo(out, smoke=True, seed=2, overrides=FEW, compare=1, resume=True)
     again = demo(out, smoke=True, seed=1, overrides=FEW, compare=1, resume=True)  # all stages are finished
     assert again["stages"]["rlvr"]["accuracy"] == summary["stages"]["rlvr"]["accuracy"]
@@ -104,3 +105,15 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
         demo(tmp_path, smoke=True)
     with pytest.raises(DataError, match="unknown section"):
         demo(tmp_path / "new", smoke=True, overrides={"rlhf": {}})
+
+
+def test_a_folder_in_use_or_in_the_way_is_refused(tmp_path):
+    with FolderLock(tmp_path / "used"), pytest.raises(DataError, match=r"used: in use by process .*another --out"):
+        demo(tmp_path / "used", smoke=True)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/demo"):
+        with pytest.raises(DataError, match=r"cannot be written \(a file is in the way\); choose another --out"):
+            demo(out, smoke=True)
+    (tmp_path / "used/demo.json").write_text("{")
+    with pytest.raises(DataError, match=r"demo\.json: does not hold readable JSON"):
+        demo(tmp_path / "used", smoke=True, resume=True)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import resource
 import time
 
 import pytest
@@ -213,3 +214,61 @@ def test_breakdown_and_rate():
     assert seconds == {"rollout": 1.0, "eval": 18.0} and tokens == {"rollout": 200}
     assert tokens_per_second(seconds, tokens) == 200.0
     assert tokens_per_second({}, {"rollout": 3}) is None and tokens_per_second({"rollout": 1.0}, {}) is None
+
+
+def test_figures_wait_for_a_disk_that_is_full(tmp_path):
+    said = io.StringIO()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Monitor("sft", tmp_path, 9, console=Console(file=said, width=200)) as monitor:
+        try:
+            for step in range(1, 9):
+                if step == 3:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+                monitor.step(StepStats(step, {"loss": 0.5}, {"update": 1.0}, {"update": 3}))
+                if step == 6:
+                    assert (tmp_path / "metrics.jsonl").stat().st_size == 300  # in the middle of a line
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+    assert said.getvalue().count("cannot be written (File too large); its lines wait in memory") == 1
+
+
+def test_lines_that_never_found_room_are_counted(tmp_path):
+    said = io.StringIO()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with Monitor("sft", tmp_path, 9, console=Console(file=said, width=200)) as monitor:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+            for step in (1, 2):
+                monitor.step(StepStats(step, {"loss": 0.5}, {}, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "its last 2 lines are lost" in said.getvalue()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_terminal_that_is_gone_ends_nothing(at_once, terminal, error, tmp_path):
+    class Gone(io.StringIO):
+        broken = False
+
+        def write(self, text):
+            if self.broken:
+                raise error
+            return super().write(text)
+
+    class Ends(Console):
+        def on_broken_pipe(self):  # rich's own also turns the standard output off
+            raise SystemExit(1)
+
+    file = Gone()
+    file.broken = at_once
+    with Monitor("sft", tmp_path, 3, console=Ends(file=file, force_terminal=terminal)) as monitor:
+        file.broken = True
+        for step in (1, 2, 3):
+            monitor.step(StepStats(step, {"loss": 0.5}, {}, {}))
+            monitor.warn("odd")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6

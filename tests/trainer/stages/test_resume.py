@@ -1,9 +1,11 @@
 """A killed stage, resumed, gives the same losses and the same final weights, bit for bit on a CPU."""
 
 import json
+import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +127,42 @@ def test_a_torn_checkpoint_is_never_taken(tiny_folder, tmp_path):
         checkpoint.save(base, 5, {"policy": broken}, {}, {}, keep_last=1)
     assert checkpoint.steps(base) == []
     assert checkpoint.latest(base) is None
+
+
+def test_a_file_size_limit_costs_no_step_and_no_whole_checkpoint(tiny_folder, tmp_path):
+    """As a full disk: torch's, safetensors' and the tokenizer's errors are each another."""
+    out = tmp_path / "run"
+    run_stage("sft", settings(tiny_folder, "sft", out, steps=2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, steps in ((1 << 20, 4), (8 << 10, 5)):  # the weights do not fit; nor does the tokenizer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(DataError, match=r"final: could not be written \(File too large\); .*step-000002"):
+                run_stage("sft", settings(tiny_folder, "sft", out, steps=steps), resume=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.steps(out / "checkpoints") == [2] and (out / "final/policy/model.safetensors").exists()
+    assert sum("checkpoint could not be written (File too large)" in text for _, text in warnings(out)) == 2
+    run_stage("sft", settings(tiny_folder, "sft", out, steps=5), resume=True)
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("stage", ["warmup", "align", "rlvr"])
+def test_other_data_and_models_are_not_resumed_with(stage, tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    run_stage(stage, settings(tiny_folder, stage, out, steps=2))
+    tree = settings(tiny_folder, stage, out, steps=3)
+    other = tmp_path / "other"
+    name = Path(tree["data"]["files"][0]).name
+    shutil.copytree(tiny_folder, other)
+    moved = json.loads(json.dumps(tree).replace(str(tiny_folder), str(other)))
+    moved["run"]["out"] = str(out)
+    run_stage(stage, moved, resume=True)  # the same contents elsewhere
+    moved["data"]["files"] *= 2
+    key = "discriminator" if stage == "warmup" else "policy"
+    moved[key] = {"path": str(tmp_path / "mistyped")}
+    with pytest.raises(DataError, match=rf"data\.files: .*{name} -> .*; {key}\.path: .* -> .*mistyped; set them back"):
+        run_stage(stage, moved, resume=True)
 
 
 def test_measured_products_come_back_before_the_first_step(tmp_path, monkeypatch):
