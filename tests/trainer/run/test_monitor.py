@@ -250,6 +250,7 @@ def test_lines_that_never_found_room_are_counted(tmp_path):
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error")])
 @pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the bar's own thread ends so
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_terminal_that_is_gone_ends_nothing(at_once, terminal, error, tmp_path):
     class Gone(io.StringIO):

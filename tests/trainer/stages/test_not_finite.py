@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from prism_fast.models.discriminator import Discriminator
+from prism_fast.records import DataError
 from prism_fast.run.monitor import read_metrics
 from prism_fast.stages import align
+from prism_fast.steps.update import Updater
 from tests.tiny_run import run_stage, settings
 
 BROKEN = 2  # the step
@@ -72,3 +74,24 @@ def test_warmup(tiny_folder, tmp_path, monkeypatch, capsys):
     assert f"step {BROKEN}: the perception score of the teacher of" in said and "pairs.jsonl:" in said
     assert not changed(weights(1, "discriminator"), weights(2, "discriminator"))
     assert changed(weights(2, "discriminator"), weights(3, "discriminator")) and lines[2]["grad_norm"] is None
+
+
+@pytest.mark.parametrize("stage", ["sft", "warmup", "align", "rlvr"])
+def test_updates_that_are_skipped_in_a_row_stop_a_stage(stage, tiny_folder, tmp_path, monkeypatch):
+    def skip(self):
+        self.next_step()
+        return math.nan
+
+    monkeypatch.setattr(Updater, "step", skip)
+    tree = settings(tiny_folder, stage, tmp_path)
+    tree["run"] = {**tree["run"], "max_skipped_updates": 3, "save_every": 0}
+    with pytest.raises(DataError, match=r": 3 updates in a row were skipped, the last as .* is not finite; .*-000003"):
+        run_stage(stage, tree)
+
+
+def test_steps_with_nothing_to_learn_are_no_faults(tiny_folder, tmp_path):
+    tree = settings(tiny_folder, "rlvr", tmp_path)  # an untrained policy is never right
+    tree["run"] = {**tree["run"], "max_skipped_updates": 1}
+    run_stage("rlvr", {**tree, "steps": 3, "dynamic_sampling": {"generation_factor": 1, "max_tries": 1}})
+    said = [line["warning"] for line in read_metrics(tmp_path / "metrics.jsonl") if "warning" in line]
+    assert any("no update was made" in text for text in said)
