@@ -63,6 +63,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
+def clear_partial(folder: Path) -> None:
+    """Removes what a kill has left half written; only for who holds the run's folder."""
+    for path in folder.glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def latest(folder: Path) -> Path | None:
     found = steps(folder)
     return folder / f"step-{found[-1]:06d}" if found else None

@@ -131,6 +131,7 @@ class Session:
     def __enter__(self) -> Session:
         with contextlib.ExitStack() as entered:
             self._claim_folder(entered)
+            checkpoint.clear_partial(self.folder)
             set_up_torch(self.config)
             self._record = record.record(self.stage, self.settings)
             self._checkpoint = checkpoint.latest(self.folder) if self.resume else None

@@ -194,6 +194,13 @@ def test_a_folder_in_use_is_refused(tmp_path):
     Stage(tmp_path, save_every=1).run(5, resume=True)
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    Stage(tmp_path).run(3)
+    (tmp_path / "checkpoints/.step-000004.partial/policy").mkdir(parents=True)
+    Stage(tmp_path).run(5, resume=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
 def test_nothing_to_resume_is_an_error_and_nothing_saved_is_a_fresh_start(tmp_path):
     for folder in ("mistyped", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
