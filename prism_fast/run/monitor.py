@@ -153,7 +153,8 @@ class Monitor:
         try:
             yield
         except (OSError, SystemExit):  # the latter from rich, where a pipe breaks
-            self._quiet, self._display = True, None
+            self._console.quiet = self._quiet = True  # for the bar's own thread too
+            self._display = None
 
     @contextmanager
     def _tracking(self) -> Iterator[None]:
