@@ -93,10 +93,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             else:
                 updater.next_step()
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions()
-            broken = _broken_gradients(metrics)
-            warnings = _warnings(fault, tokens, broken)
-            fault = fault or next(iter(broken), None)
-            session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
+            session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
         return session.finish(data.bad.messages)
 
 
@@ -106,16 +103,14 @@ def _limits(config: AlignConfig) -> dict[str, Any]:
     return {"max_prompt_tokens": config.data.max_prompt_tokens, "config": config, "needs_gold": needs_gold}
 
 
-def _broken_gradients(metrics: dict[str, float]) -> list[str]:
+def _said(fault: str | None, tokens: dict[str, int], metrics: dict[str, float]) -> dict[str, Any]:
+    """Warnings of a step, and what was not finite in it."""
     norms = (("policy", names.POLICY_GRAD_NORM), ("discriminator", names.DISCRIMINATOR_GRAD_NORM))
-    broken = [model for model, norm in norms if not math.isfinite(metrics.get(norm, 0.0))]
-    return [f"a gradient of the {model} is not finite" for model in broken]
-
-
-def _warnings(fault: str | None, tokens: dict[str, int], broken: list[str]) -> list[str]:
+    broken = [f"a gradient of the {m} is not finite" for m, norm in norms if not math.isfinite(metrics.get(norm, 0.0))]
     found = []
     if fault is not None:
         found.append(f"{fault}; nothing was updated")
     elif not tokens["update_policy"]:
         found.append("every advantage is 0; the policy was not updated")
-    return found + [f"{text}; it was not updated" for text in broken]
+    found += [f"{text}; it was not updated" for text in broken]
+    return {"warnings": found, "fault": fault or next(iter(broken), None)}
