@@ -50,9 +50,8 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
-        encode = partial(lesson, chat=chat, **_limits(config))
         prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
-        objective, load = PolicyObjective.grpo(), ExpertLoad()
+        objective, load, encode = PolicyObjective.grpo(), ExpertLoad(), partial(lesson, chat=chat, **_limits(config))
         for step in range(first, config.steps):
             clock, metrics = Clock(), {names.LEARNING_RATE: updater.lr}
             with clock("data"):
