@@ -78,8 +78,9 @@ def held_out_curves(run: Run) -> Figure | None:
         held_out = ((names.EVAL_ACCURACY, "accuracy"), (names.EVAL_FORMAT_VALID, "format_valid"))
         first = {metric: before[name] for metric, name in held_out if name in before}
         sampled = {"color": COLOUR[stage], "alpha": 0.4, "linewidth": 1.0}
-        curve(axis, run.metrics[stage], names.ACCURACY, label="accuracy, in training", **sampled)
-        curve(axis, run.metrics[stage], names.FORMAT_VALID, linestyle=":", **sampled)
+        if stage != "sft":  # which samples no responses
+            curve(axis, run.metrics[stage], names.ACCURACY, label="accuracy, in training", **sampled)
+            curve(axis, run.metrics[stage], names.FORMAT_VALID, linestyle=":", **sampled)
         lines = [{"step": 0, **first}, *run.metrics[stage]]
         look = {"smooth": False, "color": COLOUR[stage]}
         curve(axis, lines, names.EVAL_ACCURACY, label="accuracy", **look)

@@ -39,7 +39,7 @@ def user(text):
     [
         ({"prompt": user("<image>a<|im_end|>b")}, (4, 3), "holds the control token <|im_end|>"),
         ({"prompt": user("<image>a<|video_pad|>")}, (4, 3), "holds the control token <|video_pad|>"),
-        ({}, (1, 201), "over 200 times the other"),
+        ({}, (1, 201), "aspect ratio over the limit of 200"),
         ({"reward_model": {"ground_truth": ""}}, (4, 3), "the answer is empty"),
         ({"options": ["A. 3"]}, (4, 3), "options: the field is not read"),
     ],
