@@ -44,7 +44,7 @@ def assert_stages_write_the_declared_names(out):
     lines = [line for stage in stages for line in read_metrics(out / stage / "metrics.jsonl")]
     written = {name for line in lines for name in line} - {"step", "time", "warning"}
     assert {name for name in written if metric_names.find(name) is None} == set()
-    rare = {metric_names.EVAL_JUDGE_LATE, metric_names.EVAL_JUDGE_COSTLY}  # an evaluation tells them where they are not 0
+    rare = {metric_names.EVAL_JUDGE_LATE, metric_names.EVAL_JUDGE_COSTLY}  # told where they are not 0
     assert metric_names.DECLARED.keys() - written == rare
 
 
