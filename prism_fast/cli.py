@@ -84,18 +84,19 @@ CLONE = Path(__file__).resolve().parent.parent  # where the package lies in a cl
 
 
 def main() -> None:
-    wait_without_spinning()
+    spin_briefly()
     app(prog_name="prism-fast")
 
 
-def wait_without_spinning() -> None:
-    """Threads of a parallel loop sleep at its end instead of spinning, unless the user has said how they wait.
+def spin_briefly() -> None:
+    """Threads of a parallel loop spin a little at its end, then sleep, unless the user has said how they wait.
 
-    A thread that spins keeps the core that the last one needs, and a run beside other busy processes crawls
-    (dev/LOG.md). OpenMP reads this once, when torch is loaded; the bits of a result are the same.
+    A thread that spins for long keeps the core that the last one needs, and a run beside other busy processes crawls;
+    one that sleeps at once is woken late at every one of a small model's many loops (dev/LOG.md has both). OpenMP
+    reads this once, when torch is loaded; the bits of a result are the same.
     """
-    ways = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-    if "torch" not in sys.modules and not ways.keys() & os.environ.keys():
+    ways = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # turns; milliseconds
+    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", *ways} & os.environ.keys():
         os.environ.update(ways)
 
 

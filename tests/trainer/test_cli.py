@@ -75,8 +75,8 @@ def test_help_texts_load_neither_torch_nor_transformers():
 WAYS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-@pytest.mark.parametrize(("user", "left"), [({}, ["PASSIVE", "0", "0"]), ({WAYS[0]: "ACTIVE"}, ["ACTIVE", None, None])])
-def test_threads_wait_without_spinning_unless_the_user_says_how(user, left):
+@pytest.mark.parametrize(("user", "left"), [({}, [None, "10000", "1"]), ({WAYS[0]: "ACTIVE"}, ["ACTIVE", None, None])])
+def test_threads_spin_briefly_unless_the_user_says_how(user, left):
     """Told before torch is loaded, which reads it once."""
     code = (
         "import os, sys; from prism_fast import cli\n"
