@@ -46,7 +46,7 @@ def route_truth(x, router, index, kind, num_kinds, renormalize):
     if renormalize:
         weight = weight / weight.sum(1, keepdim=True)
     prob_sum = [
-        sum((p for p, c in zip(probability, kind) if c == i), torch.zeros(len(router))) for i in range(num_kinds)
+        sum((p for p, c in zip(probability, kind) if c == i), x.new_zeros(len(router))) for i in range(num_kinds)
     ]
     return probability, weight, torch.stack([row.double() for row in prob_sum])
 

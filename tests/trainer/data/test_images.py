@@ -319,6 +319,7 @@ def test_places_that_are_no_files_are_refused_without_waiting(tmp_path):
         (encoded(Image.new("RGB", (4, 4)), "PDF"), "PDF"),
         (encoded(Image.new("RGB", (16, 16)), "ICO"), "none of PNG"),
     ],
+    ids=("empty", "junk", "eps", "lfs", "html", "svg", "heic", "tga", "pdf", "ico"),  # a PDF's bytes hold the time
 )
 def test_other_formats_are_refused_with_their_name(data, words):
     refusal(data, words)
