@@ -103,8 +103,8 @@ def packed_eager(case: PolicyCase) -> Outputs:
     """One packed tree, the trainer's forward; all logits at once."""
     (packed,) = pack(response_trees(case.rollout), tokens(case), case.module.image)
     lengths = packed.sequence_start.diff().long()
-    packed = packed.to(case.device)
     advantage = case.advantages[packed.label].repeat_interleave(lengths).to(case.device)
+    packed = packed.to(case.device)
     logprob = eager_logprob(case, case.module(packed)[packed.predict_row], packed.target_ids)
     loss = surrogate(logprob, logprob.detach(), advantage) / case.rows
     loss.backward()
