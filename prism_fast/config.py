@@ -109,6 +109,62 @@ class OptimizerConfig(Node):
     beta1: Part = Field(0.9, description="decay of the first moment")
     beta2: Part = Field(0.999, description="decay of the second moment")
     clip_norm: Annotated[float, Field(gt=0, le=1e12), NUMBER] = Field(1.0, description="longest gradient")
+    offload: bool = Field(False, description="keep the optimizer's state in host memory; with cluster.sharding=zero*")
+
+
+# Keys of DeepSpeed's configuration that follow from other settings, or that the trainer relies on.
+DEEPSPEED_OWNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "gradient_clipping",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "amp",
+    "data_types",
+    "checkpoint",
+    "activation_checkpointing",
+    "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer",
+    "communication_data_type",
+)
+DEEPSPEED_OWNED_ZERO = ("stage", "offload_optimizer", "offload_param", "stage3_param_persistence_threshold")
+
+
+class ClusterConfig(Node):
+    """How the processes of a run share models and work; in one process nothing of it is read."""
+
+    sharding: Literal["none", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "none",
+        description="what each process holds a part of: none: nothing; zero1: optimizer; zero2: and gradients; zero3, "
+        "fsdp2: and weights. zero* need deepspeed",
+    )
+    timeout_minutes: Annotated[float, Field(gt=0, le=10_000), NUMBER] = Field(
+        30.0, description="longest wait for another process, after which the run ends"
+    )
+    deepspeed: dict[str, Any] = Field(
+        {}, description="keys over the generated DeepSpeed configuration, OUT/deepspeed.json"
+    )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_owned(cls, keys: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if keys and not info.data.get("sharding", "zero1").startswith("zero"):
+            raise ValueError(f"sharding = {info.data['sharding']} has no DeepSpeed; set sharding to zero1, 2 or 3")
+        zero = keys.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"zero_optimization: expected keys, got {got(zero)}")
+        owned = [key for key in DEEPSPEED_OWNED if key in keys]
+        owned += [f"zero_optimization.{key}" for key in DEEPSPEED_OWNED_ZERO if key in zero]
+        if owned:
+            raise ValueError(f"{', '.join(owned)}: set by the trainer; leave out, and set its own keys instead")
+        return keys
 
 
 class RunConfig(Node):
@@ -189,6 +245,7 @@ class SFTConfig(Node):
     data: DataConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
     batch_size: Batch = Field(64, description="samples of one step")
     max_tokens: Tokens = Field(8192, description="prompt and response; a longer one is an error")
@@ -220,6 +277,7 @@ class WarmupConfig(Node):
     data: DataConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
     watch: WatchConfig = WatchConfig()
     batch_size: Batch = Field(64, description="records of one step; a record is a caption pair and a reasoning pair")
     max_tokens: Tokens = Field(8192, description="prompt and one part; a longer one is an error")
@@ -285,6 +343,7 @@ class AlignConfig(DiscriminatorStep):
     policy_optimizer: OptimizerConfig
     discriminator_optimizer: OptimizerConfig
     run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
     steps: Steps = Field(description="updates of policy and discriminator")
     advantage: AdvantageConfig = AdvantageConfig()
     eval: EvalConfig = EvalConfig()
@@ -369,6 +428,7 @@ class RLVRConfig(RewardConfig):
     rollout: RolloutConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    cluster: ClusterConfig = ClusterConfig()
     steps: Steps = Field(description="updates of the policy")
     objective: ObjectiveConfig = ObjectiveConfig()
     dynamic_sampling: DynamicSamplingConfig | None = Field(None, description="DAPO's, of prompts; null: off")
