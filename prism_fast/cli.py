@@ -115,12 +115,17 @@ def _quiet_transformers() -> None:
 
 def _settings(cls, config: Path | None, overrides: list[str] | None):
     """The configuration of a command that opens models."""
+    from prism_fast import ranks
     from prism_fast.config import load_config
 
-    settings = load_config(cls, config, overrides or (), note=lambda text: print(f"note: {text}"))
+    here = ranks.place(os.environ)
+    say = print if here.rank == 0 else lambda *_, **__: None
+    settings = load_config(cls, config, overrides or (), note=lambda text: say(f"note: {text}"))
+    if here.world > 1 and not hasattr(settings, "cluster"):
+        raise DataError(f"this command runs in one process, got {here.world}; start it without torchrun")
     models = [getattr(settings, name).path for name in ("model", "policy", "discriminator") if hasattr(settings, name)]
     files = settings.data.files if hasattr(settings, "data") else ()
-    print(f"loading {', '.join(map(str, (*models, *files)))}", flush=True)
+    say(f"loading {', '.join(map(str, (*models, *files)))}", flush=True)
     _quiet_transformers()
     return settings
 
@@ -133,6 +138,10 @@ def _stage(
     settings = _settings(cls, config, overrides)
     run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
     figures = run(settings, resume=resume, accept_changes=accept_changes)
+    from prism_fast import ranks
+
+    if ranks.place(os.environ).rank > 0:
+        return  # the first process says what was made
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
     _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
 

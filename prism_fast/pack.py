@@ -7,7 +7,8 @@ for a discriminator. Everything here is on the host, before the pack is moved to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -31,10 +32,11 @@ KIND_NAMES = (
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How a model lays images into its token stream: the placeholder's id, and patches per token side."""
+    """How a model lays images into its token stream: the placeholder's id, patches per token side, numbers a patch."""
 
     token_id: int
     merge_size: int
+    patch_dim: int = 0  # channels * temporal patch * patch * patch
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,27 @@ class Tree:
             raise ValueError(f"labels: {len(self.labels)} for {len(self.branches)} branches; give one for each")
 
 
+def check_image_tokens(prompt: Prompt, image: ImageTokens) -> None:
+    """Raises DataError where a prompt has not as many image tokens as its images' sizes ask for."""
+    found = int((prompt.input_ids == image.token_id).sum())
+    grid = prompt.image_grid_thw
+    expected = 0 if grid is None else int(grid.prod(-1).sum()) // image.merge_size**2
+    if found != expected:
+        raise DataError(
+            f"{prompt.place or 'prompt'}: {found} image tokens, expected {expected} from its images' "
+            "sizes; use the checkpoint's own tokenizer and image processor"
+        )
+
+
 def mrope_positions(prompt: Prompt, image: ImageTokens) -> tuple[Tensor, int]:
     """Multimodal rotary positions of a prompt: ((3, P) int64 rows t, h, w; the position of the next token).
 
     Text advances all three rows by one a token. An image of (t, h, w) patches spans t x h/merge x w/merge tokens on a
     grid from the current position; the text after it goes on at the largest of the three + 1 (Qwen3-VL).
     """
+    check_image_tokens(prompt, image)
     ids = prompt.input_ids
     is_image = ids == image.token_id
-    expected = 0 if prompt.image_grid_thw is None else int(prompt.image_grid_thw.prod(-1).sum()) // image.merge_size**2
-    if int(is_image.sum()) != expected:
-        raise DataError(
-            f"{prompt.place or 'prompt'}: {int(is_image.sum())} image tokens, expected {expected} from its images' "
-            "sizes; use the checkpoint's own tokenizer and image processor"
-        )
     columns, position, row = [], 0, 0
     starts = is_image.nonzero().flatten().tolist()
     taken = 0
@@ -137,11 +146,57 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
     )
 
 
-def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> list[PackedTree]:
+class Packs(Sequence[PackedTree]):
+    """The packs of a batch: planned at once, from lengths alone, and each built when it is asked for.
+
+    ``parts[i]`` of pack i: [(index into trees, [branch, ...]), ...].
+    """
+
+    def __init__(self, trees: Sequence[Tree], parts: Sequence[Sequence[tuple[int, Sequence[int]]]], image: ImageTokens):
+        self.trees, self.parts, self.image = trees, parts, image
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> PackedTree: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Packs: ...
+
+    def __getitem__(self, index: int | slice) -> PackedTree | Packs:
+        if isinstance(index, slice):
+            return Packs(self.trees, self.parts[index], self.image)
+        return build_pack(self.trees, self.parts[index], self.image)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all packs; a split tree's root counts in each of its parts."""
+        roots = sum(len(self.trees[t].prompt) for part in self.parts for t, _ in part)
+        return roots + self.num_targets
+
+    @property
+    def num_targets(self) -> int:
+        """Predicted tokens in all packs: those of branches."""
+        return sum(self.trees[t].branches[b].numel() for part in self.parts for t, chosen in part for b in chosen)
+
+    @property
+    def has_image(self) -> bool:
+        return any(self.trees[t].prompt.image_grid_thw is not None for part in self.parts for t, _ in part)
+
+    def labels(self, index: int) -> Tensor:
+        """(branches,) int64: ``PackedTree.label`` of a pack."""
+        found = [(self.trees[t], b) for t, chosen in self.parts[index] for b in chosen]
+        return torch.tensor([b if tree.labels is None else tree.labels[b] for tree, b in found], dtype=torch.int64)
+
+
+def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> Packs:
     """Packs of at most ``capacity`` tokens that hold every branch of every tree (a split tree repeats its root).
 
     Raises DataError, naming the prompt's file and record, where one root with one branch does not fit.
     """
+    for tree in trees:
+        check_image_tokens(tree.prompt, image)
     sizes = [(len(tree.prompt), [b.numel() for b in tree.branches]) for tree in trees]
     for i, (root, branches) in enumerate(sizes):
         kept = sum(branches[b] for b in trees[i].together)
@@ -152,8 +207,32 @@ def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> list[Packe
                 f"not fit in a pack of {capacity}; raise run.tokens_per_pack, lower the limits of lengths, or remove "
                 "the record"
             )
-    packs = pack_trees(sizes, capacity, together=[tree.together for tree in trees])
-    return [build_pack(trees, parts, image) for parts in packs if parts]
+    parts = pack_trees(sizes, capacity, together=[tree.together for tree in trees])
+    return Packs(trees, [part for part in parts if part], image)
+
+
+def spare_pack(image: ImageTokens) -> PackedTree:
+    """A pack in which nothing is predicted or read out: every gradient that it gives is exactly 0.
+
+    For a process that has no pack where the others have one, and whose model must be called as often as theirs.
+    """
+    prompt = Prompt(torch.tensor([0 if image.token_id else 1]), None, None)
+    return build_pack([Tree(prompt, (), ())], [(0, ())], image)
+
+
+def with_blank_image(packed: PackedTree, image: ImageTokens) -> PackedTree:
+    """A pack without images with one of one token, black, whose features no row takes: a gradient of exactly 0.
+
+    For a process whose model must run its vision tower because the others' do.
+    """
+    if packed.pixel_values is not None:
+        return packed
+    side = image.merge_size
+    return replace(
+        packed,
+        pixel_values=torch.zeros(side * side, image.patch_dim),
+        image_grid_thw=torch.tensor([[1, side, side]]),
+    )
 
 
 def merge_prompts(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:

@@ -31,6 +31,7 @@ from prism_fast.models.backbone import embed
 from prism_fast.pack import build_pack, mrope_positions
 from prism_fast.steps.discriminator_step import discriminator_gradient, discriminator_trees
 from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.update import Backprop
 from prism_kernels import tree_attention
 
 # (caption, reasoning) of one response -> its two scores.
@@ -193,7 +194,7 @@ def last_layer(layer, hidden: Tensor, cos_sin: tuple[Tensor, Tensor], pack) -> T
 
 def ours(case: Case) -> Outputs:
     """The alignment stage's own code."""
-    given = (case.module, [case.lesson], case.rollout, case.parts, STEP)
+    given = (Backprop(case.module), [case.lesson], case.rollout, case.parts, STEP)
     scores, metrics, _ = discriminator_gradient(*given, tokens_per_pack=case.tokens_per_pack, load=ExpertLoad())
     student = torch.stack([scores.perception, scores.reasoning])
     teacher = torch.stack([scores.teacher_perception[0], scores.teacher_reasoning[0]])

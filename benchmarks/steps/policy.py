@@ -25,6 +25,7 @@ from benchmarks.steps.step import Step, Way
 from prism_fast.models.policy import Policy
 from prism_fast.pack import pack
 from prism_fast.steps.policy_step import policy_gradient, response_trees
+from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective
 
 OBJECTIVE = PolicyObjective.grpo()
@@ -114,7 +115,7 @@ def packed_eager(case: PolicyCase) -> Outputs:
 def ours(case: PolicyCase) -> Outputs:
     """The trainer's own code. The rollout's log-probs are 0 here, so the gap to them is the mean of the log-probs."""
     metrics, _ = policy_gradient(
-        case.module, case.rollout, case.advantages, OBJECTIVE, temperature=1.0, tokens_per_pack=tokens(case)
+        Backprop(case.module), case.rollout, case.advantages, OBJECTIVE, temperature=1.0, tokens_per_pack=tokens(case)
     )
     return {"logprob": -torch.tensor(metrics["sampler_gap/mean"]), "loss": torch.tensor(metrics["loss"])}
 

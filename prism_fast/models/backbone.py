@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prism_fast.data.chat_files import brief, one_line
-from prism_fast.models.blocks import Attend, ReadOut, Recompute, TextModel, attend_tree, own_layers, run_layers
+from prism_fast.models.blocks import (
+    Attend,
+    ReadOut,
+    Recompute,
+    TextModel,
+    TreeLayer,
+    attend_tree,
+    own_layers,
+    run_layers,
+)
 from prism_fast.models.checkpoint_checks import check_values, check_weights, check_words, read_config
 from prism_fast.pack import ImageTokens
 from prism_fast.records import DataError, PackedTree
@@ -80,7 +89,9 @@ def load_model(
 
 
 def image_tokens(config) -> ImageTokens:
-    return ImageTokens(config.image_token_id, config.vision_config.spatial_merge_size)
+    vision = config.vision_config
+    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return ImageTokens(config.image_token_id, vision.spatial_merge_size, patch_dim)
 
 
 class TreeModel(nn.Module):
@@ -90,6 +101,7 @@ class TreeModel(nn.Module):
     """
 
     model: Any  # transformers' modules say no attributes' types
+    always_fp32: frozenset[str] = frozenset()  # names of parameters that are fp32 whatever the model's dtype
 
     def __init__(self, model: PreTrainedModel, *, norm: str):
         super().__init__()
@@ -97,6 +109,19 @@ class TreeModel(nn.Module):
         own_layers(self.text, norm=norm)
         self.image = image_tokens(model.config)
         self.recompute: Recompute | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.rotary_emb.inv_freq.device  # a buffer: whoever shards weights leaves it where it is
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights; see ``always_fp32``."""
+        return self.model.dtype
+
+    def gathered_at_once(self) -> tuple[type, ...]:
+        """Classes of the modules that are gathered in one piece, and called as a whole, where weights are sharded."""
+        return TreeLayer, type(self.visual.blocks[0])
 
     @property
     def text(self) -> TextModel:
@@ -138,6 +163,13 @@ class TreeModel(nn.Module):
         )
 
 
+def inner(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Of a TreeModel's weights those of its transformers model, by that model's names."""
+    if weights is None:
+        return None
+    return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+
+
 def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
     """Token embeddings (T, H) with image features in their rows, and the DeepStack features (image rows, H) each.
 
@@ -148,5 +180,7 @@ def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
         return hidden, []
     visual = backbone.visual
     features = visual(pack.pixel_values.to(visual.dtype), grid_thw=pack.image_grid_thw, return_dict=True)
-    hidden = hidden.index_copy(0, pack.image_row, features.pooler_output.to(hidden.dtype))
-    return hidden, list(features.deepstack_features)
+    pooled, deepstack = features.pooler_output, list(features.deepstack_features)
+    if len(pooled) > len(pack.image_row):  # a blank image: it is computed, and no row takes it
+        pooled, *deepstack = (x[: len(pack.image_row)] for x in (pooled, *deepstack))
+    return hidden.index_copy(0, pack.image_row, pooled.to(hidden.dtype)), deepstack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from prism_fast.data.chat_files import quiet
-from prism_fast.models.backbone import TreeModel, load_model, local_directory
+from prism_fast.models.backbone import TreeModel, inner, load_model, local_directory
 from prism_fast.models.blocks import ReadOut, Recompute
 from prism_fast.models.checkpoint_layouts import HEAD_FILE, HEAD_KEYS, read_head, settle_square_experts
 from prism_fast.records import DataError, Judgement, PackedTree
@@ -22,6 +23,8 @@ class Discriminator(TreeModel):
     In the last layer only the read-out rows need queries, experts, norm and head. With ``balance=True`` (warm-up) its
     router still sees every row, because the load-balancing loss does.
     """
+
+    always_fp32 = frozenset({"head"})
 
     def __init__(self, model: Qwen3VLMoeForConditionalGeneration, head: Tensor, *, dropout: float = 0.0):
         super().__init__(model, norm="auto")
@@ -68,13 +71,17 @@ class Discriminator(TreeModel):
         hidden = hidden.float()
         if self.dropout and self.training:
             hidden = nn.functional.dropout(hidden, self.dropout)
-        return Judgement(hidden @ self.head, stats)
+        return Judgement(hidden @ self.head.float(), stats)
 
-    def save(self, path: str | Path) -> None:
-        """A Hugging Face directory; the head lies beside the model in ``value_head.safetensors``."""
+    def save(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """A Hugging Face directory; the head lies beside the model in ``value_head.safetensors``.
+
+        ``weights``: see `models.load.with_chat`.
+        """
         with quiet():
-            self.model.save_pretrained(path)
-        save_file({HEAD_KEYS[0]: self.head.detach().reshape(1, -1).cpu().contiguous()}, Path(path) / HEAD_FILE)
+            self.model.save_pretrained(path, state_dict=inner(weights))
+        head = (self.head if weights is None else weights["head"]).detach().float()
+        save_file({HEAD_KEYS[0]: head.reshape(1, -1).cpu().contiguous()}, Path(path) / HEAD_FILE)
 
 
 def _one_dimensional(pack: PackedTree) -> Tensor:

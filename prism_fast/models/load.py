@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from prism_fast import ranks
 from prism_fast.config import ModelConfig
 from prism_fast.data.chat import Chat
 from prism_fast.models.backbone import local_directory
@@ -86,15 +88,34 @@ def _prepare(module, config: ModelConfig):
     return module.train()
 
 
-def with_chat(model: Policy | Discriminator, chat: Chat) -> Callable[[Path], None]:
-    """Saves a model with its tokenizer and image processor, so that the directory opens by itself."""
+def with_chat(
+    model: Policy | Discriminator, chat: Chat, weights: dict[str, Tensor] | None = None
+) -> Callable[[Path], None]:
+    """Saves a model with its tokenizer and image processor, so that the directory opens by itself.
+
+    ``weights``: whole ones by the model's names, where it holds only a part of them.
+    """
 
     def save_both(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        model.save(path)
+        model.save(path, weights)
         chat.save(path)
 
     return save_both
+
+
+def collected(
+    model: Policy | Discriminator, chat: Chat, stream: Callable[[], Iterable[tuple[str, Tensor]]]
+) -> Callable[[], Callable[[Path], None]]:
+    """() -> what saves a trained model as it now is. A call of all processes: the first one gets the whole weights."""
+
+    def collect() -> Callable[[Path], None]:
+        if not ranks.grouped():
+            return with_chat(model, chat)
+        whole = {name: tensor.cpu() for name, tensor in stream() if ranks.is_first()}
+        return with_chat(model, chat, whole)
+
+    return collect
 
 
 class ProductChoices:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from prism_fast.data.chat_files import quiet
-from prism_fast.models.backbone import TreeModel, load_model
+from prism_fast.models.backbone import TreeModel, inner, load_model
 from prism_fast.models.blocks import Attend, Recompute, run_layers
 from prism_fast.records import PackedTree
 
@@ -92,6 +92,7 @@ class Policy(TreeModel):
         hidden, _ = run_layers(self.text, self.text.embed_tokens(token), position.expand(3, -1), attend)
         return hidden
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """A Hugging Face directory; ``weights``: see `models.load.with_chat`."""
         with quiet():
-            self.model.save_pretrained(path, safe_serialization=True)
+            self.model.save_pretrained(path, state_dict=inner(weights))

@@ -41,18 +41,20 @@ FREE = (
     "data.skip_bad_records",  # a record that is passed over would have ended the run
     "watch.*",
     "*.activation_checkpointing",  # computes the same again
+    "cluster.*",  # rounds otherwise, as another machine does
+    "*.offload",
 )
 LENGTH = ("steps", "epochs")  # free too where the learning rate does not depend on the number of steps
 _ABSENT = object()
 
 
-def record(stage: str, config: BaseModel) -> dict[str, Any]:
+def record(stage: str, config: BaseModel, processes: int = 1) -> dict[str, Any]:
     """The record of a start with these settings, as JSON. Reads the inputs that are there."""
     return {
         "stage": stage,
         "config": config.model_dump(mode="json"),
         "inputs": dict(_inputs(config, "")),
-        "environment": environment(),
+        "environment": {**environment(), "processes": processes},
         "starts": [],
     }
 
@@ -79,7 +81,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], config: BaseModel) -
 def moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``name old -> new`` of hardware and packages, which may round differently."""
     before, after = ({**side["environment"], **side["environment"]["packages"]} for side in (old, new))
-    names = ("cpu", "gpu", "python", *new["environment"]["packages"])
+    before.setdefault("processes", 1)  # a record from before there could be more
+    names = ("cpu", "gpu", "python", "processes", *new["environment"]["packages"])
     return [f"{n} {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from prism_fast import ranks
 from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, WarmupConfig, WatchConfig
 from prism_fast.files import system_reason, write_aside, write_json
 from prism_fast.records import DataError, StepStats
@@ -26,6 +27,7 @@ from prism_fast.run.monitor import FILE_NAME as METRICS
 from prism_fast.run.monitor import Monitor
 
 SaveModel = Callable[[Path], None]  # writes a model's directory
+CollectModel = Callable[[], SaveModel]  # as it now is; a call of all processes, of which the first one writes
 REMEDY = "free space or restore access there"
 StageConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 # -> (held-out figures, what the best checkpoint has most of)
@@ -122,6 +124,7 @@ class Session:
         self._best: tuple[int, float] | None = None  # step, value
         self._checkpoint: Path | None = None
         self._lock, self._open = contextlib.ExitStack(), contextlib.ExitStack()  # the latter holds the monitor
+        self._record: dict[str, Any] = {}
         self._notes: list[str] = []  # warnings from before there was a monitor
         self._changed: list[str] = []  # since the checkpoint, and accepted
         self._skipped = 0  # updates in a row
@@ -129,14 +132,21 @@ class Session:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Session:
+        cluster = self.settings.cluster
         with contextlib.ExitStack() as entered:
-            self._claim_folder(entered)
-            checkpoint.clear_partial(self.folder)
-            set_up_torch(self.config)
-            self._record = record.record(self.stage, self.settings)
-            self._checkpoint = checkpoint.latest(self.folder) if self.resume else None
-            if self._checkpoint is not None:
-                self._compare(self._checkpoint)
+            alone = cluster.sharding != "none"
+            entered.enter_context(ranks.joined(timeout_minutes=cluster.timeout_minutes, alone=alone))
+            with ranks.together():
+                set_up_torch(self.config)
+                if ranks.is_first():
+                    self._claim_folder(entered)
+                    checkpoint.clear_partial(self.folder)
+                    self._record = record.record(self.stage, self.settings, ranks.world())
+                    self._checkpoint = checkpoint.latest(self.folder) if self.resume else None
+                    if self._checkpoint is not None:
+                        self._compare(self._checkpoint)
+            found = ranks.from_first(str(self._checkpoint) if self._checkpoint else None)
+            self._checkpoint = Path(found) if found else None
             self._lock = entered.pop_all()
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
@@ -181,8 +191,10 @@ class Session:
         self._changed = changed
 
     def __exit__(self, *exc: object) -> None:
-        with self._lock:
+        try:
             self._open.close()
+        finally:
+            self._lock.__exit__(*exc)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -201,13 +213,16 @@ class Session:
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         )
-        print(f"{self.stage}: {records:,} records, {', '.join([*sizes, device])} -> {self.out}", flush=True)
+        if ranks.world() > 1:
+            device += f", {ranks.world()} processes"
+        if ranks.is_first():
+            print(f"{self.stage}: {records:,} records, {', '.join([*sizes, device])} -> {self.out}", flush=True)
 
     def begin(
         self,
         total: int,
         *,
-        models: Mapping[str, SaveModel],
+        models: Mapping[str, CollectModel],
         optimizers: Mapping[str, Optimizer],
         parts: Mapping[str, Part] | None = None,
         evaluate: Evaluate | None = None,
@@ -225,22 +240,29 @@ class Session:
         first = 0 if self._checkpoint is None else self._restore(self._checkpoint)
         if first > total:
             raise DataError(f"{self._checkpoint}: is past the {total} steps of this run; set at least steps={first}")
-        try:
-            self._monitor = self._open.enter_context(
-                Monitor(self.stage, self.out, total, tracker=self.config.tracker, start_step=first)
-            )
-            changed = {"changed": self._changed} if self._changed else {}
-            self._record["starts"] = [*self._record["starts"], {"step": first, "time": time.time(), **changed}]
-            write_json(self.out / record.FILE_NAME, self._record, indent=1)
-        except OSError as error:
-            raise DataError(
-                f"{self.out}: cannot be written ({system_reason(error)}); free space or restore access there"
-            ) from error
+        with ranks.together():
+            self._open_records(total, first)
         if self.resume and self._checkpoint is None:
             self._notes.append("nothing was saved before; begins at step 0")
         for text in (*self._notes, *(f"resumed with other settings: {text}" for text in self._changed)):
             self._monitor.warn(text)
         return first
+
+    def _open_records(self, total: int, first: int) -> None:
+        """The monitor, which is silent in all processes but the first, and the run's record."""
+        active = ranks.is_first()
+        try:
+            self._monitor = self._open.enter_context(
+                Monitor(self.stage, self.out, total, tracker=self.config.tracker, start_step=first, active=active)
+            )
+            if active:
+                changed = {"changed": self._changed} if self._changed else {}
+                self._record["starts"] = [*self._record["starts"], {"step": first, "time": time.time(), **changed}]
+                write_json(self.out / record.FILE_NAME, self._record, indent=1)
+        except OSError as error:
+            raise DataError(
+                f"{self.out}: cannot be written ({system_reason(error)}); free space or restore access there"
+            ) from error
 
     def _restore(self, found: Path) -> int:
         tensors, self.state = checkpoint.load(found)
@@ -275,6 +297,7 @@ class Session:
         not finite, so that an update was skipped. Raises, after saving, Stopped where a signal asked for it, DataError
         where ``max_skipped_updates`` in a row were skipped. A checkpoint that cannot be written is a warning.
         """
+        self._heed_others()
         stats = StepStats(step, metrics, clock.seconds, tokens)
         self._monitor.step(stats)
         alerts = self._watch.observe(stats) if self._watch is not None else []
@@ -295,7 +318,7 @@ class Session:
         if unsaved is not None:
             self._best = earlier_best  # whose checkpoint is there
             self._monitor.warn(f"step {step}: {unsaved}")
-        saved = checkpoint.latest(self.folder)
+        saved = ranks.from_first(str(checkpoint.latest(self.folder) or self.folder))
         if hopeless:
             raise DataError(
                 f"{self.out}: {self._skipped} updates in a row were skipped, the last as {fault}; stopped at step "
@@ -304,24 +327,39 @@ class Session:
         if self._signum is not None and step < self.total:
             if unsaved is not None:
                 raise DataError(f"stopped by {signal.Signals(self._signum).name} at step {step}; {unsaved}")
-            raise Stopped(self._signum, saved or self.folder)
+            raise Stopped(self._signum, Path(saved))
+
+    def _heed_others(self) -> None:
+        """Says that this process gets on, and takes over a signal that only another one was sent."""
+        ranks.alive(self.settings.cluster.timeout_minutes)
+        if ranks.world() > 1:
+            self._signum = max(signum or 0 for signum in ranks.gather(self._signum)) or None
 
     def _is_time(self, step: int, every: int) -> bool:
         """Every ``every`` steps, and at the end."""
         return step == self.total or (every > 0 and step % every == 0)
 
     def _save(self, step: int, state: dict[str, Any]) -> str | None:
-        """Writes a checkpoint; where the system refuses, what to say of it: those before are as they were."""
+        """Writes a checkpoint; where the system refuses, what to say of it: those before are as they were.
+
+        All processes bring together what is saved, and the first one writes it.
+        """
         tensors = {
             f"{prefix}{name}": value
             for prefix, optimizer in self._optimizers.items()
             for name, value in optimizer.tensors().items()
         }
+        models = {name: collect() for name, collect in self._models.items()}
+        return ranks.from_first(self._write(step, models, tensors, state) if ranks.is_first() else None)
+
+    def _write(
+        self, step: int, models: Mapping[str, SaveModel], tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> str | None:
         best, value = self._best if self._best is not None else (None, None)
         state.update({name: part.state() for name, part in self._parts.items()})
         state.update(best_value=value, threads=torch.get_num_threads(), stage=self.stage, run=self._record)
         try:
-            checkpoint.save(self.folder, step, self._models, tensors, state, self.config.keep_last, best)
+            checkpoint.save(self.folder, step, models, tensors, state, self.config.keep_last, best)
         except Exception as error:  # libraries raise whatever they like where a disk is full
             reason = system_reason(error)
             if reason is None or isinstance(error, DataError):
@@ -336,9 +374,15 @@ class Session:
         for line in skipped:
             self._monitor.warn(f"skipped: {line}")
         self._open.close()
+        models = {name: collect() for name, collect in self._models.items()}
+        with ranks.together():
+            if ranks.is_first():
+                self._write_final(models)
+        return self.figures
 
+    def _write_final(self, models: Mapping[str, SaveModel]) -> None:
         def write(aside: Path) -> None:
-            for name, save_model in self._models.items():
+            for name, save_model in models.items():
                 save_model(aside / name)
 
         try:
@@ -351,4 +395,3 @@ class Session:
             raise DataError(
                 f"{self.final}: could not be written ({reason}); {REMEDY}, then go on with --resume from {kept}"
             ) from error
-        return self.figures

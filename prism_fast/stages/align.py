@@ -14,7 +14,7 @@ from prism_fast.config import AlignConfig
 from prism_fast.data.encode import NO_RECORDS, encode_all, lesson
 from prism_fast.data.formats import read_align
 from prism_fast.data.order import order
-from prism_fast.models.load import ProductChoices, load_discriminator, open_policy, with_chat
+from prism_fast.models.load import ProductChoices, collected, load_discriminator, open_policy
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.advantage import alignment_advantage
 from prism_fast.steps.discriminator_step import (
@@ -28,7 +28,7 @@ from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import generate
-from prism_fast.steps.update import Updater
+from prism_fast.steps.update import open_updater
 from prism_kernels import PolicyObjective
 from prism_kernels.group_advantage.rules import RULES
 
@@ -40,14 +40,18 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
         discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
         data = read_align(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy, discriminator=discriminator)
-        updater = Updater(policy, config.policy_optimizer, config.steps)
-        judge_updater = Updater(discriminator, config.discriminator_optimizer, config.steps)
+        settings = (config.steps, config.cluster, session.out)
+        updater = open_updater(policy, config.policy_optimizer, *settings)
+        judge_updater = open_updater(discriminator, config.discriminator_optimizer, *settings)
         first = session.begin(
             config.steps,
-            models={"policy": with_chat(policy, chat), "discriminator": with_chat(discriminator, chat)},
+            models={
+                "policy": collected(policy, chat, updater.stream),
+                "discriminator": collected(discriminator, chat, judge_updater.stream),
+            },
             optimizers={"policy/": updater, "discriminator/": judge_updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
+            evaluate=evaluator(updater, chat, config.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
         prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
@@ -63,12 +67,13 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                 continue
             with clock("rollout"):
                 seed = config.run.seed * 1_000_003 + step
-                rollout = generate(policy, chat, [item.prompt for item in lessons], config.rollout, seed=seed)
+                with updater.gathered():
+                    rollout = generate(policy, chat, [item.prompt for item in lessons], config.rollout, seed=seed)
             tokens = {"rollout": rollout.num_tokens, "update_policy": 0}
             with clock("update_discriminator"):
                 parts = student_parts(rollout, chat, config)
                 scores, judged, tokens["update_discriminator"] = discriminator_gradient(
-                    discriminator, lessons, rollout, parts, config, load=load, **per_pack
+                    judge_updater, lessons, rollout, parts, config, load=load, **per_pack
                 )
                 fault = not_finite(scores, rollout, lessons)  # before a clamp makes numbers of infinities
                 if fault is None:
@@ -84,7 +89,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                     )
                 with clock("update_policy"):
                     learned, tokens["update_policy"] = policy_gradient(
-                        policy, rollout, advantages, objective, temperature=config.rollout.temperature, **per_pack
+                        updater, rollout, advantages, objective, temperature=config.rollout.temperature, **per_pack
                     )
                     metrics[names.POLICY_GRAD_NORM] = updater.step()
                 metrics |= learned

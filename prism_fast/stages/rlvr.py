@@ -11,7 +11,7 @@ from prism_fast.config import RLVRConfig
 from prism_fast.data.encode import NO_RECORDS, encode_all, question
 from prism_fast.data.formats import read_rlvr
 from prism_fast.data.order import order
-from prism_fast.models.load import ProductChoices, load_policy, open_policy, with_chat
+from prism_fast.models.load import ProductChoices, collected, load_policy, open_policy
 from prism_fast.records import Experience
 from prism_fast.reward import start as start_reward
 from prism_fast.run.session import Clock, Session
@@ -19,7 +19,7 @@ from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import experience, experience_metrics, mixed_groups, uniform_prompts
 from prism_fast.steps.policy_step import policy_gradient
-from prism_fast.steps.update import Updater
+from prism_fast.steps.update import Backprop, open_updater
 
 
 def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
@@ -29,17 +29,17 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
         policy, chat = open_policy(config.policy, session.saved("policy"))
         reference = None
         if config.reference is not None:
-            reference = load_policy(config.reference, chat).requires_grad_(False)
+            reference = Backprop(load_policy(config.reference, chat).requires_grad_(False))
         data = read_rlvr(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy)
-        updater = Updater(policy, config.optimizer, config.steps)
+        updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)
         first = session.begin(
             config.steps,
-            models={"policy": with_chat(policy, chat)},
+            models={"policy": collected(policy, chat, updater.stream)},
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
             evaluate=evaluator(
-                policy, chat, config.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
+                updater, chat, config.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
             ),
             watch=config.watch,
         )
@@ -53,7 +53,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
         def draw(step: int, start: int, number: int, attempt: int) -> Experience | None:
             seed = (config.run.seed * 1_000_003 + step) * 101 + attempt
             questions = encode_all(data, order(len(data), config.run.seed, start, number), encode)
-            return experience(policy, chat, questions, config.rollout, config, seed=seed) if questions else None
+            return experience(updater, chat, questions, config.rollout, config, seed=seed) if questions else None
 
         position = session.state.get("position", 0)
         for step in range(first, config.steps):
@@ -71,7 +71,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
                     advantages = reward_advantage(batch.reward, batch.rollout.group, config.objective.name)
                 with clock("update_policy"):
                     learned, tokens["update_policy"] = policy_gradient(
-                        policy, batch.rollout, advantages, objective, reference=reference, **settings
+                        updater, batch.rollout, advantages, objective, reference=reference, **settings
                     )
                     metrics[names.GRAD_NORM] = updater.step()
                 metrics |= learned | experience_metrics(batch)

@@ -10,12 +10,12 @@ from prism_fast.config import SFTConfig
 from prism_fast.data.encode import NO_RECORDS, demonstration, encode_all
 from prism_fast.data.formats import read_sft
 from prism_fast.data.order import order
-from prism_fast.models.load import ProductChoices, open_policy, with_chat
+from prism_fast.models.load import ProductChoices, collected, open_policy
 from prism_fast.pack import pack
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
-from prism_fast.steps.update import Updater
+from prism_fast.steps.update import open_updater
 
 
 def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
@@ -25,13 +25,13 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
         data = read_sft(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy)
         total = config.steps or math.ceil(config.epochs * len(data) / config.batch_size)
-        updater = Updater(policy, config.optimizer, total)
+        updater = open_updater(policy, config.optimizer, total, config.cluster, session.out)
         first = session.begin(
             total,
-            models={"policy": with_chat(policy, chat)},
+            models={"policy": collected(policy, chat, updater.stream)},
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=evaluator(policy, chat, config.data, config.eval, config.run.seed, bad=data.bad),
+            evaluate=evaluator(updater, chat, config.data, config.eval, config.run.seed, bad=data.bad),
         )
         encode = partial(
             demonstration, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
@@ -48,11 +48,11 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
                 updater.next_step()
             else:
                 with clock("update"):
-                    metrics[names.LOSS] = supervised_gradient(policy, packs)
+                    metrics[names.LOSS] = supervised_gradient(updater, packs)
                     metrics[names.GRAD_NORM] = updater.step()
                 if not math.isfinite(metrics[names.GRAD_NORM]):
                     fault = "a gradient is not finite"
                     warnings.append(f"{fault}; that update was skipped")
-            tokens = {"update": sum(p.num_tokens for p in packs)}
+            tokens = {"update": packs.num_tokens}
             session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
         return session.finish(data.bad.messages)

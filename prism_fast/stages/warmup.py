@@ -11,14 +11,13 @@ from prism_fast.config import WarmupConfig
 from prism_fast.data.encode import NO_RECORDS, encode_all, pair_record
 from prism_fast.data.formats import Dataset, read_warmup
 from prism_fast.data.order import order
-from prism_fast.models.discriminator import Discriminator
-from prism_fast.models.load import ProductChoices, open_discriminator, with_chat
+from prism_fast.models.load import ProductChoices, collected, open_discriminator
 from prism_fast.pack import pack
 from prism_fast.records import DataError, PairRecord, Sample
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
-from prism_fast.steps.update import Updater
+from prism_fast.steps.update import Updater, open_updater
 
 
 def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
@@ -33,13 +32,14 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
         )
         count, held_out = _held_out(data, config, encode)
         total = config.steps or math.ceil(config.epochs * count / config.batch_size)
-        updater, load = Updater(discriminator, config.optimizer, total), ExpertLoad()
+        updater = open_updater(discriminator, config.optimizer, total, config.cluster, session.out)
+        load = ExpertLoad()
         first = session.begin(
             total,
-            models={"discriminator": with_chat(discriminator, chat)},
+            models={"discriminator": collected(discriminator, chat, updater.stream)},
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=lambda: _evaluate(discriminator, held_out, config),
+            evaluate=lambda: _evaluate(updater, held_out, config),
             watch=config.watch,
         )
         for step in range(first, total):
@@ -55,16 +55,14 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
                 trees, labels = pair_trees(records)
                 packs = pack(trees, config.run.tokens_per_pack, discriminator.image)
             with clock("update"):
-                metrics, broken = pair_gradient(
-                    discriminator, packs, labels, balance_coef=config.balance_coef, load=load
-                )
+                metrics, broken = pair_gradient(updater, packs, labels, balance_coef=config.balance_coef, load=load)
                 metrics[names.LEARNING_RATE] = lr
                 metrics[names.GRAD_NORM] = updater.step()
             metrics.update(load.fractions())
             if not math.isfinite(metrics[names.GRAD_NORM]):
                 fault = not_finite(broken, labels, records) or "a gradient is not finite"
                 warnings.append(f"{fault}; that update was skipped")
-            tokens = {"update": sum(p.num_tokens for p in packs)}
+            tokens = {"update": packs.num_tokens}
             session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
         return session.finish(data.bad.messages)
 
@@ -86,9 +84,7 @@ def _held_out(
     return count, held_out
 
 
-def _evaluate(
-    discriminator: Discriminator, held_out: list[PairRecord], config: WarmupConfig
-) -> tuple[dict[str, float], float]:
+def _evaluate(updater: Updater, held_out: list[PairRecord], config: WarmupConfig) -> tuple[dict[str, float], float]:
     """(pair accuracies, their sum, by which checkpoints compare)."""
-    figures = pair_accuracy(discriminator, held_out, tokens_per_pack=config.run.tokens_per_pack)
+    figures = pair_accuracy(updater, held_out, tokens_per_pack=config.run.tokens_per_pack)
     return figures, sum(figures.values())

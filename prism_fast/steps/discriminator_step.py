@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from prism_fast import metric_names as names
+from prism_fast import ranks
 from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
-from prism_fast.models.discriminator import Discriminator
-from prism_fast.pack import Tree, pack
+from prism_fast.pack import Packs, Tree, pack
 from prism_fast.records import Lesson, Rollout, Scores
 from prism_fast.response_format import split_parts
 from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.own_packs import SPARE, own_packs
 from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.update import Backprop
 from prism_kernels import find_tag_spans
 
 Parts = tuple[Tensor, Tensor]  # tokens of a caption and of a reasoning
@@ -58,7 +60,7 @@ def _by_side(labels: Sequence[Sequence[int]]) -> Tensor:
 
 
 def discriminator_gradient(
-    discriminator: Discriminator,
+    updater: Backprop,
     lessons: Sequence[Lesson],
     rollout: Rollout,
     parts: Sequence[Parts | None],
@@ -67,36 +69,57 @@ def discriminator_gradient(
     tokens_per_pack: int,
     load: ExpertLoad,
 ) -> tuple[Scores, dict[str, float], int]:
-    """One forward and backward over all parts: (scores, metrics, tokens). Its weights are those before the update."""
+    """One forward and backward over all parts: (scores, metrics, tokens), the batch's in every process.
+
+    Its weights are those before the update.
+    """
+    discriminator = updater.module
     trees, labels = discriminator_trees(lessons, rollout, parts)
     packs = pack(trees, tokens_per_pack, discriminator.image)
     valid = labels.student[0] >= 0
     valid_total = int(valid.sum())
-    uncounted = rollout.group.bincount(minlength=len(lessons))  # responses for which a teacher's square has to count
-    score_of_part = torch.zeros(labels.total)
-    loss = 0.0
-    for packed in packs:
-        on_device = packed.to(discriminator.head.device)
-        judgement = discriminator(on_device, text_positions=config.compat.text_positions)
-        load.add(judgement.stats)
+    uncounted = _uncounted(packs, labels, rollout.group.bincount(minlength=len(lessons)))
+    own: dict[str, Tensor] = {}  # by pack: scores as they are compared, in the order of PackedTree.label, and the loss
+    for number, packed in own_packs(updater, packs):
+        on_device = packed.to(discriminator.device)
+        judgement = updater(on_device, text_positions=config.compat.text_positions)
+        load.add(judgement.stats, counted=number != SPARE)
         score, lengths, branch = judgement.score, on_device.sequence_start.diff(), packed.branch_of(labels.total)
         raw = score.clamp(-config.score_clamp, config.score_clamp) if config.compat.clamp_in_loss else score
         corrected = length_corrected(raw, lengths, config.length_correction)
         part = alignment_loss(
-            _pair_scores(raw, corrected, branch, labels, rollout.group, uncounted),
+            _pair_scores(raw, corrected, branch, labels, rollout.group, uncounted[number]),
             valid_total=valid_total,
             response_total=len(rollout),
             prompt_total=len(lessons),
             score_penalty=config.score_penalty,
         )
-        part.backward()
-        loss += float(part.detach())
-        uncounted = uncounted.where(branch[labels.teacher[0]] < 0, 0)
-        score_of_part[packed.label] = length_corrected(score.detach(), lengths, config.length_correction).cpu()
+        updater.backward(part)
+        if number != SPARE:
+            own[f"loss.{number}"] = part.detach()
+            own[f"score.{number}"] = length_corrected(score.detach(), lengths, config.length_correction).cpu()
+    of_pack = ranks.merge(own)
+    loss, score_of_part = 0.0, torch.zeros(labels.total)
+    for number in range(len(packs)):
+        loss += float(of_pack[f"loss.{number}"])
+        score_of_part[packs.labels(number)] = of_pack[f"score.{number}"]
     student, teacher = score_of_part[labels.student].where(valid, 0.0), score_of_part[labels.teacher]
     scores = Scores(student[0], student[1], teacher[0], teacher[1], valid)
-    metrics = {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group)}
-    return scores, metrics, sum(p.num_tokens for p in packs)
+    return scores, {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group)}, packs.num_tokens
+
+
+def _uncounted(packs: Packs, labels: PartLabels, responses: Tensor) -> dict[int, Tensor]:
+    """By pack (and SPARE), (prompts,): the responses for which a teacher's square has to count there.
+
+    A split tree's teacher stands in several packs, and its square counts in the first of them.
+    """
+    found, left = {SPARE: torch.zeros_like(responses)}, responses
+    for number in range(len(packs)):
+        found[number] = left
+        here = torch.zeros(labels.total, dtype=torch.bool)
+        here[packs.labels(number)] = True
+        left = left.where(~here[labels.teacher[0]], 0)
+    return found
 
 
 def _pair_scores(

@@ -19,8 +19,10 @@ from prism_fast.data.images import image_uri
 from prism_fast.files import write_json
 from prism_fast.models.policy import Policy
 from prism_fast.records import DataError, Prompt, Sample
-from prism_fast.reward import count_caption_items, count_reasoning_steps, reward_of
+from prism_fast.reward import count_caption_items, count_reasoning_steps
+from prism_fast.steps.experience import judged
 from prism_fast.steps.sampler import generate
+from prism_fast.steps.update import Updater
 
 SHOWN = 12  # responses kept with their images
 
@@ -114,7 +116,7 @@ def evaluate(
 
 
 def evaluator(
-    policy: Policy,
+    updater: Updater,
     chat: Chat,
     data: DataConfig,
     config: EvalConfig,
@@ -131,7 +133,8 @@ def evaluator(
         return None
 
     def measure() -> tuple[dict[str, float], float]:
-        result = evaluate(policy, chat, held_out, config, seed=seed, own=own)
+        with updater.gathered():
+            result = evaluate(updater.module, chat, held_out, config, seed=seed, own=own)
         return result.figures(), result.accuracy
 
     return measure
@@ -141,7 +144,7 @@ def judge(
     name: str, samples: list[Sample], texts: list[str], lengths: list[int], k: int = 1, own: OwnReward = BY_THE_JUDGE
 ) -> Evaluation:
     """Figures of given responses, k in a row for each prompt."""
-    rewards = [reward_of(text, sample, own) for text, sample in zip(texts, samples)]
+    rewards = judged(texts, samples, own)
     right = [r.accuracy for r in rewards]
     by_type: dict[str, list[float]] = {}
     for sample, accuracy in zip(samples, right):

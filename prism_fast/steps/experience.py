@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from prism_fast import metric_names as names
+from prism_fast import ranks
 from prism_fast.config import BY_THE_JUDGE, DynamicSamplingConfig, OverlongConfig, OwnReward, RewardConfig, Sampling
 from prism_fast.data.chat import Chat
-from prism_fast.models.policy import Policy
 from prism_fast.records import Experience, Prompt, Rollout, Sample
 from prism_fast.reward import Reward, reward_of
 from prism_fast.steps.sampler import generate
+from prism_fast.steps.update import Updater
 
 # draw(first prompt, number of prompts, try) -> their Experience; None where every record among them is bad
 Draw = Callable[[int, int, int], Experience | None]
 
 
 def experience(
-    policy: Policy,
+    updater: Updater,
     chat: Chat,
     questions: Sequence[tuple[Sample, Prompt]],
     sampling: Sampling,
@@ -29,7 +30,8 @@ def experience(
     seed: int,
 ) -> Experience:
     """Samples and rewards responses to some prompts."""
-    rollout = generate(policy, chat, [prompt for _, prompt in questions], sampling, seed=seed)
+    with updater.gathered():
+        rollout = generate(updater.module, chat, [prompt for _, prompt in questions], sampling, seed=seed)
     weights = {"accuracy_weight": config.accuracy_weight, "format_weight": config.format_weight}
     rewards = rewards_of(rollout, [sample for sample, _ in questions], config.reward, **weights)
     reward = torch.tensor([r.score for r in rewards])
@@ -61,9 +63,19 @@ def experience_metrics(batch: Experience) -> dict[str, float]:
 def rewards_of(
     rollout: Rollout, samples: Sequence[Sample], own: OwnReward = BY_THE_JUDGE, **weights: float
 ) -> list[Reward]:
-    """One reward per response; samples (G,), by prompt."""
+    """One reward per response; samples (G,), by prompt. Each process judges a part: all have the same verdicts."""
     asked = [samples[group] for group in rollout.group.tolist()]
-    return [reward_of(text, sample, own, **weights) for text, sample in zip(rollout.text, asked)]
+    return judged(rollout.text, asked, own, **weights)
+
+
+def judged(
+    texts: Sequence[str], samples: Sequence[Sample], own: OwnReward = BY_THE_JUDGE, **weights: float
+) -> list[Reward]:
+    """The reward of each text as an answer to its sample, of which each process finds a part."""
+    mine = range(ranks.rank(), len(texts), ranks.world())
+    found = ranks.gather({i: vars(reward_of(texts[i], samples[i], own, **weights)) for i in mine})
+    verdicts = {int(i): Reward(**verdict) for part in found for i, verdict in part.items()}
+    return [verdicts[i] for i in range(len(texts))]
 
 
 def answer_accuracy(rollout: Rollout, samples: Sequence[Sample]) -> tuple[Tensor | None, dict[str, float]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prism_fast import ranks
 from prism_fast.metric_names import expert_load
 from prism_fast.pack import KIND_NAMES
 from prism_kernels import RoutingStats
@@ -18,8 +19,9 @@ class ExpertLoad:
     def __init__(self):
         self._counts: list[Tensor] = []
 
-    def add(self, stats: Sequence[RoutingStats]) -> None:
-        counts = [s.counts.detach() for s in stats]
+    def add(self, stats: Sequence[RoutingStats], *, counted: bool = True) -> None:
+        """``counted``: false for a pack that is no part of the batch, from which only the shape is taken."""
+        counts = [s.counts.detach() * counted for s in stats]
         self._counts = counts if not self._counts else [a + b for a, b in zip(self._counts, counts)]
 
     def fractions(self) -> dict[str, float]:
@@ -27,6 +29,7 @@ class ExpertLoad:
         if not self._counts:
             return {}
         counts = torch.stack(self._counts).double()  # (layers, kinds, E)
+        ranks.add(counts)
         totals = counts.sum(-1, keepdim=True)
         shares = (counts / totals.clamp(min=1)).tolist()
         present = (totals[..., 0] > 0).tolist()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from prism_fast import metric_names as names
-from prism_fast.models.discriminator import Discriminator
-from prism_fast.pack import Tree, merge_prompts, pack
+from prism_fast import ranks
+from prism_fast.pack import Packs, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, PairRecord
 from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.own_packs import SPARE, own_packs
 from prism_fast.steps.pair_loss import bradley_terry
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.update import Backprop
 from prism_kernels import load_balancing_loss
 
 
@@ -41,8 +44,8 @@ def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int
 
 
 def pair_gradient(
-    discriminator: Discriminator,
-    packs: Sequence[PackedTree],
+    updater: Backprop,
+    packs: Packs,
     labels: PartLabels,
     *,
     balance_coef: float,
@@ -52,32 +55,67 @@ def pair_gradient(
 
     The loss is the mean over records and sides of -log sigmoid(D(y+) - D(y)), plus ``balance_coef`` times the
     load-balancing loss, averaged over packs. The labels are those of scores that are not finite in the first pack after
-    which the loss is not.
+    which the loss is not. Both are the batch's in every process.
     """
-    records = labels.teacher.shape[1]
-    metrics: dict[str, float] = {names.LOSS: 0.0, **{names.PAIR_LOSS[side]: 0.0 for side in names.SIDES}}
-    right: list[list[Tensor]] = [[], []]
-    broken: set[int] = set()
-    for packed in packs:
-        judgement = discriminator(packed.to(discriminator.head.device), balance=balance_coef > 0)
+    discriminator, records = updater.module, labels.teacher.shape[1]
+    found: list[_PackFigures] = []
+    for number, packed in own_packs(updater, packs):
+        judgement = updater(packed.to(discriminator.device), balance=balance_coef > 0)
         loss = judgement.score.new_zeros(())
-        for side, name in enumerate(names.SIDES):
+        figures = _PackFigures(number)
+        for side in range(2):
             teacher, student = pair_scores(judgement.score, packed, labels, side)
             pair_loss = bradley_terry(teacher, student).sum() / records
             loss = loss + pair_loss / 2
-            metrics[names.PAIR_LOSS[name]] += float(pair_loss.detach())
-            right[side].append((teacher > student).detach())
-        if balance_coef > 0:
+            figures.pair_loss.append(float(pair_loss.detach()))
+            figures.right.append(int((teacher > student).sum()))
+            figures.pairs.append(len(teacher))
+        if balance_coef > 0 and number != SPARE:
             balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
             loss = loss + balance_coef * balance
-            metrics[names.BALANCE_LOSS] = metrics.get(names.BALANCE_LOSS, 0.0) + float(balance.detach())
-        loss.backward()
-        metrics[names.LOSS] += float(loss.detach())
+            figures.balance_loss = float(balance.detach())
+        updater.backward(loss)
+        figures.loss = float(loss.detach())
+        figures.broken = packed.label[~judgement.score.detach().isfinite().cpu()].tolist()
+        load.add(judgement.stats, counted=number != SPARE)
+        if number != SPARE:
+            found.append(figures)
+    return _over_packs(found, balanced=balance_coef > 0)
+
+
+@dataclass
+class _PackFigures:
+    """What one pack adds to a batch's figures; lists are by side."""
+
+    number: int
+    loss: float = 0.0
+    balance_loss: float = 0.0
+    pair_loss: list[float] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)  # labels of parts whose score is not finite
+
+
+def _over_packs(own: Sequence[_PackFigures], *, balanced: bool) -> tuple[dict[str, float], set[int]]:
+    """As `pair_gradient` returns it, of the packs of all processes, in their order."""
+    found = sorted((_PackFigures(**f) for part in ranks.gather([vars(f) for f in own]) for f in part), key=_number)
+    metrics: dict[str, float] = {names.LOSS: 0.0, **{names.PAIR_LOSS[side]: 0.0 for side in names.SIDES}}
+    broken: set[int] = set()
+    for figures in found:
+        for side, name in enumerate(names.SIDES):
+            metrics[names.PAIR_LOSS[name]] += figures.pair_loss[side]
+        if balanced:
+            metrics[names.BALANCE_LOSS] = metrics.get(names.BALANCE_LOSS, 0.0) + figures.balance_loss
+        metrics[names.LOSS] += figures.loss
         if not broken and not math.isfinite(metrics[names.LOSS]):
-            broken = set(packed.label[~judgement.score.detach().isfinite().cpu()].tolist())
-        load.add(judgement.stats)
-    metrics.update({names.PAIR_ACCURACY[name]: value for name, value in _fractions(right).items()})
+            broken = set(figures.broken)
+    for side, name in enumerate(names.SIDES):
+        metrics[names.PAIR_ACCURACY[name]] = _share([f.right[side] for f in found], [f.pairs[side] for f in found])
     return metrics, broken
+
+
+def _number(figures: _PackFigures) -> int:
+    return figures.number
 
 
 def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecord]) -> str | None:
@@ -91,22 +129,30 @@ def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecor
 
 
 @torch.no_grad()
-def pair_accuracy(
-    discriminator: Discriminator, records: Sequence[PairRecord], *, tokens_per_pack: int
-) -> dict[str, float]:
+def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_per_pack: int) -> dict[str, float]:
     """How often the teacher's part scores higher than the student's, on held-out records."""
-    discriminator.eval()
+    discriminator = updater.module
     trees, labels = pair_trees(records)
-    right: list[list[Tensor]] = [[], []]
-    for packed in pack(trees, tokens_per_pack, discriminator.image):
-        score = discriminator(packed.to(discriminator.head.device)).score
-        for side in range(2):
-            teacher, student = pair_scores(score, packed, labels, side)
-            right[side].append(teacher > student)
+    packs = pack(trees, tokens_per_pack, discriminator.image)
+    right: list[list[int]] = [[], []]
+    pairs: list[list[int]] = [[], []]
+    discriminator.eval()
+    with updater.gathered():
+        for number in range(ranks.rank(), len(packs), ranks.world()):
+            packed = packs[number]
+            score = discriminator(packed.to(discriminator.device)).score
+            for side in range(2):
+                teacher, student = pair_scores(score, packed, labels, side)
+                right[side].append(int((teacher > student).sum()))
+                pairs[side].append(len(teacher))
     discriminator.train()
-    return {f"pair_accuracy_{name}": value for name, value in _fractions(right).items()}
+    counted = ranks.gather([right, pairs])
+    return {
+        f"pair_accuracy_{name}": _share(*([n for part in counted for n in part[what][side]] for what in range(2)))
+        for side, name in enumerate(names.SIDES)
+    }
 
 
-def _fractions(right: list[list[Tensor]]) -> dict[str, float]:
-    """By side's name, how many of the comparisons were right."""
-    return {name: float(torch.cat(of_side).float().mean()) for name, of_side in zip(names.SIDES, right)}
+def _share(right: Sequence[int], pairs: Sequence[int]) -> float:
+    """How many of the comparisons were right."""
+    return float(torch.tensor(float(sum(right))) / sum(pairs))

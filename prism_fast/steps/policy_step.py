@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from prism_fast import metric_names as names
+from prism_fast import ranks
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, Rollout
+from prism_fast.steps.own_packs import SPARE, own_packs
+from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
 
 # What the loss's op measures of a pack, as metrics.
@@ -22,16 +25,17 @@ MEASURED = {
 
 
 def policy_gradient(
-    policy: Policy,
+    updater: Backprop,
     rollout: Rollout,
     advantages: Tensor,
     objective: PolicyObjective,
     *,
     temperature: float,
     tokens_per_pack: int,
-    reference: Policy | None = None,
+    reference: Backprop | None = None,
 ) -> tuple[dict[str, float], int]:
-    """Adds the gradient of the policy loss of a whole batch to the policy; returns (metrics, tokens computed).
+    """Adds the gradient of the policy loss of a whole batch to the policy; returns (metrics, tokens computed), which
+    are the batch's in every process.
 
     On-policy: one step per batch, so the ratio is 1 and old log-probs are never computed. Denominators are those of the
     whole batch, however it is packed. A response of zero advantage (its group's rewards are all equal) has no gradient
@@ -39,16 +43,17 @@ def policy_gradient(
     others. Where no response has an advantage there is no gradient, and 0 tokens are computed. ``entropy`` is that of
     the sampler, by its own samples: the mean of -log p over all tokens. advantages (B,).
     """
+    policy: Policy = updater.module
     every = objective.kl_coef != 0 or objective.entropy_coef != 0
     packs = pack(response_trees(rollout, None if every else advantages != 0), tokens_per_pack, policy.image)
     normalizer = rollout.num_tokens if objective.aggregate == "token_mean" else len(rollout)
-    device = policy.head.device
-    loss, measured = 0.0, []
-    for packed in packs:
-        sampled = torch.cat([rollout.logprob[i] for i in packed.label.tolist()]).to(device)
+    device = policy.device
+    loss, measured = torch.zeros((), device=device), []
+    for number, packed in own_packs(updater, packs):
+        sampled = torch.cat([torch.zeros(0), *(rollout.logprob[i] for i in packed.label.tolist())]).to(device)
         advantage = advantages[packed.label].to(device)
         packed = packed.to(device)
-        out = policy(
+        out = updater(
             packed,
             op=linear_policy_loss,
             advantages=advantage,
@@ -61,17 +66,20 @@ def policy_gradient(
             temperature=temperature,
             with_logprob=False,
         )
-        out.loss.backward()
-        loss += out.loss.detach()
-        measured.append({name: float(value) for name, value in out.stats.items()})
+        updater.backward(out.loss)
+        loss = loss + out.loss.detach()
+        if number != SPARE:
+            measured.append({name: float(value) for name, value in out.stats.items()})
+    ranks.add(loss)
+    measured = [stats for part in ranks.gather(measured) for stats in part]
     metrics = {names.LOSS: float(loss), names.ZERO_ADVANTAGE: float((advantages == 0).float().mean())}
     if rollout.num_tokens:
         metrics[names.ENTROPY] = -float(torch.cat(list(rollout.logprob)).sum()) / rollout.num_tokens
-    return metrics | _over_packs(measured), sum(p.num_tokens for p in packs)
+    return metrics | _over_packs(measured), packs.num_tokens
 
 
 @torch.no_grad()
-def reference_logprob(reference: Policy, packed: PackedTree, bias: Tensor, temperature: float) -> Tensor:
+def reference_logprob(reference: Backprop, packed: PackedTree, bias: Tensor, temperature: float) -> Tensor:
     """(R,) fp32: the reference policy's log-probs of the pack's predicted tokens, over the tokens of the policy."""
     return reference(packed, op=linear_logprob, bias=bias, temperature=temperature).logprob
 

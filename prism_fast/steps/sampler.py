@@ -5,11 +5,13 @@ B rows (responses), G distinct prompts, P prompt tokens, L generated tokens, Hq 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prism_fast import ranks
 from prism_fast.config import Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
@@ -114,26 +116,31 @@ def generate(
 ) -> Rollout:
     """Samples ``sampling.samples`` responses for each prompt; B = len(prompts) * samples.
 
-    The same seed gives the same responses whatever ``rows_at_once`` is, up to rounding. ``progress`` is told the number
-    of finished responses.
+    The same seed gives the same responses whatever ``rows_at_once`` and the number of processes are, up to rounding:
+    each process samples a part of them and has all in the end. ``policy`` holds whole weights (`Updater.gathered`).
+    ``progress`` is told the number of this process's finished responses.
     """
     was_training = policy.training
     policy.eval()
     samples, limit = sampling.samples, sampling.max_response_tokens
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand((len(prompts) * samples, limit), generator=generator, dtype=torch.float64)
+    own = [Share(group, 0, samples) for group in range(ranks.rank(), len(prompts), ranks.world())]
+    index: list[int] = []  # of this process's responses
     ids: list[Tensor] = []
     logprobs: list[Tensor] = []
-    per_batch = max(1, sampling.rows_at_once // samples)
-    for start in range(0, len(prompts), per_batch):
-        batch = prompts[start : start + per_batch]
-        rows = slice(start * samples, (start + len(batch)) * samples)
-        batch_ids, batch_logprobs = _generate(policy, chat, batch, samples, uniform[rows], sampling.temperature)
+    for batch in _batches(own, sampling.rows_at_once):
+        rows = [share.group * samples + share.first + i for share in batch for i in range(share.number)]
+        distinct, which = merge_prompts([prompts[share.group] for share in batch])
+        group = torch.tensor(which).repeat_interleave(torch.tensor([share.number for share in batch]))
+        batch_ids, batch_logprobs = _generate(policy, chat, distinct, group, uniform[rows], sampling.temperature)
+        index += rows
         ids += batch_ids
         logprobs += batch_logprobs
         if progress is not None:
             progress(len(ids))
     policy.train(was_training)
+    ids, logprobs = _everywhere(index, ids, logprobs)
     return Rollout(
         prompts=list(prompts),
         group=torch.arange(len(prompts)).repeat_interleave(samples),
@@ -144,20 +151,62 @@ def generate(
     )
 
 
-def _generate(
-    policy: Policy, chat: Chat, prompts: Sequence[Prompt], samples: int, uniform: Tensor, temperature: float
+class Share(NamedTuple):
+    """Responses of one prompt that one process samples: ``number`` of them, from number ``first`` on."""
+
+    group: int
+    first: int
+    number: int
+
+
+def _batches(shares: Sequence[Share], rows_at_once: int) -> Iterator[list[Share]]:
+    """Shares of at most ``rows_at_once`` responses together, where one alone is not more."""
+    batch: list[Share] = []
+    for share in shares:
+        if batch and sum(s.number for s in batch) + share.number > rows_at_once:
+            yield batch
+            batch = []
+        batch.append(share)
+    if batch:
+        yield batch
+
+
+def _everywhere(
+    index: Sequence[int], ids: Sequence[Tensor], logprobs: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(token ids, log-probs) of every row, on the host."""
+    """(token ids, log-probs) of all processes' responses, in order, from this one's and their numbers."""
+    if ranks.world() == 1:
+        return list(ids), list(logprobs)
+    empty = torch.zeros(0)
+    own = {
+        "index": torch.tensor(index, dtype=torch.int64),
+        "length": torch.tensor([len(x) for x in ids], dtype=torch.int64),
+        "ids": torch.cat([empty.long(), *ids]),
+        "logprob": torch.cat([empty, *logprobs]),
+    }
+    found = ranks.merge({f"{ranks.rank()}.{name}": value for name, value in own.items()})
+    responses: dict[int, tuple[Tensor, Tensor]] = {}
+    for number in range(ranks.world()):
+        lengths = found[f"{number}.length"].tolist()
+        parts = zip(found[f"{number}.ids"].split(lengths), found[f"{number}.logprob"].split(lengths))
+        responses |= dict(zip(found[f"{number}.index"].tolist(), parts))
+    in_order = [responses[i] for i in range(len(responses))]
+    return [x for x, _ in in_order], [p for _, p in in_order]
+
+
+def _generate(
+    policy: Policy, chat: Chat, prompts: Sequence[Prompt], group: Tensor, uniform: Tensor, temperature: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(token ids, log-probs) of every row, on the host; ``group`` (B,) into ``prompts``, which are distinct."""
     device = policy.bias.device
-    distinct, which = merge_prompts(prompts)
-    pack = build_pack([Tree(p, (), ()) for p in distinct], [(i, ()) for i in range(len(distinct))], policy.image)
+    pack = build_pack([Tree(p, (), ()) for p in prompts], [(i, ()) for i in range(len(prompts))], policy.image)
     pack = pack.to(device)
     prefill = _Prefill(pack.layout)
     hidden = policy(pack, attend=prefill)
-    group = torch.tensor(which, device=device).repeat_interleave(samples)  # (B,) into distinct
+    group = group.to(device)
     last = pack.layout.segment_start[1:].long() - 1
     state = hidden[last][group]  # (B, H)
-    position = torch.tensor([mrope_positions(p, policy.image)[1] for p in distinct], device=device)[group]
+    position = torch.tensor([mrope_positions(p, policy.image)[1] for p in prompts], device=device)[group]
     cache = _Decode(prefill, group)
     total, limit = uniform.shape
     tokens = torch.full((total, limit), -1, dtype=torch.int64, device=device)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from prism_fast.models.policy import Policy
-from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts
-from prism_fast.records import PackedTree, Prompt
+from prism_fast import ranks
+from prism_fast.pack import KIND_RESPONSE, Packs, Tree, merge_prompts
+from prism_fast.records import Prompt
+from prism_fast.steps.own_packs import own_packs
+from prism_fast.steps.update import Backprop
 from prism_kernels import linear_cross_entropy
 
 
@@ -24,13 +27,13 @@ def demonstration_trees(demonstrations: Sequence[tuple[Prompt, Tensor]]) -> list
     ]
 
 
-def supervised_gradient(policy: Policy, packs: Sequence[PackedTree]) -> float:
+def supervised_gradient(policy: Backprop, packs: Packs) -> float:
     """Adds the gradient of a batch's loss to the policy and returns the loss: the mean over its response tokens."""
-    rows = sum(p.target_row.numel() for p in packs)
-    loss = 0.0
-    for packed in packs:
-        packed = packed.to(policy.head.device)
-        part = policy(packed, op=linear_cross_entropy, normalizer=rows)
-        part.backward()
-        loss += part.detach()
+    device, rows = policy.module.device, packs.num_targets
+    loss = torch.zeros((), device=device)
+    for _, packed in own_packs(policy, packs):
+        part = policy(packed.to(device), op=linear_cross_entropy, normalizer=rows)
+        policy.backward(part)
+        loss = loss + part.detach()
+    ranks.add(loss)
     return float(loss)

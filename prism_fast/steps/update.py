@@ -1,42 +1,80 @@
-"""Gradients -> weights: AdamW with fp32 master weights, schedule and clipping.
+"""Gradients -> weights: AdamW with fp32 master weights, schedule and clipping; on one process or on many.
 
-The one place where a sharded or distributed engine plugs in; nothing else knows how weights are updated.
+The one place where a sharding engine plugs in, and the only importer of deepspeed; nothing else knows how weights are
+updated. Every form has the same calls: the updater itself is the way into a micro-step's forward, ``backward(loss)``
+adds gradients up, ``step()`` updates. Losses are shares of the whole batch's loss: gradients are summed, over packs and
+over processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prism_fast.config import OptimizerConfig
+from prism_fast import ranks
+from prism_fast.config import ClusterConfig, OptimizerConfig
+from prism_fast.files import write_json
+from prism_fast.models.backbone import TreeModel
+from prism_fast.records import DataError
 
 
-class Updater:
-    """AdamW over the trainable parameters of a module.
+class Backprop:
+    """A module whose losses' gradients add up, without an optimizer: as much of an updater as a gradient needs.
+
+    ``lockstep``: processes must call the module equally often, and each call must run every submodule.
+    """
+
+    lockstep = False
+    every_module = False  # in lockstep: also those that no process needs in this step
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A micro-step's forward: the loss must be made of its output alone."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Weights are whole, and a submodule may be called by itself: sampling, evaluation, saving. No gradients.
+
+        Every forward outside a micro-step needs it. All processes enter and leave together; in between each may do
+        what it likes.
+        """
+        yield
+
+
+class Updater(Backprop):
+    """AdamW over the trainable parameters of a module, in one process or with gradients summed over several.
 
     Parameters of less than fp32 have an fp32 master copy, which the optimizer updates and the parameter rounds. Weight
     decay applies to matrices only (norms, biases and the scalar head have none).
     """
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, total_steps: int):
+        super().__init__(module)
         self.config, self.total_steps, self.steps = config, total_steps, 0
         self.names, self.parameters = [], []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 self.names.append(name)
                 self.parameters.append(parameter)
-        self.masters = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in self.parameters]
-        matrices = [m for m in self.masters if m.dim() >= 2]
-        others = [m for m in self.masters if m.dim() < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), foreach=True
-        )
+        self.masters = self._masters()
+        self.adamw = _adamw(self.masters, config)
+
+    def _masters(self) -> list[Tensor]:
+        return [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in self.parameters]
 
     @property
     def lr(self) -> float:
@@ -48,8 +86,8 @@ class Updater:
 
         A norm that is not finite leaves the weights as they are; the caller sees it in the returned value.
         """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in grads]))) if grads else 0.0
+        self._reduce()
+        norm = self._norm([p.grad for p in self.parameters if p.grad is not None])
         if math.isfinite(norm):
             scale = min(1.0, self.config.clip_norm / (norm + 1e-6))
             for parameter, master in zip(self.parameters, self.masters):
@@ -68,20 +106,38 @@ class Updater:
         self.next_step()
         return norm
 
+    def _reduce(self) -> None:
+        """Gradients of this process -> those of all."""
+        ranks.add_gradients(self.parameters)
+
+    def _norm(self, grads: list[Tensor]) -> float:
+        return float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in grads]))) if grads else 0.0
+
     def next_step(self) -> None:
         """Clears the gradients and moves the schedule on; by itself it skips an update."""
         for parameter in self.parameters:
             parameter.grad = None
         self.steps += 1
 
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every weight, a tied one once; all processes take all of them, in the same order.
+
+        A tensor is the caller's: it stays as it is when the next is taken.
+        """
+        for name, parameter in self.module.named_parameters():
+            yield name, ranks.whole(parameter.detach())
+
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters."""
+        """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters.
+
+        Whole tensors, whatever the form: a call of all processes.
+        """
         kept = {}
         for name, parameter, master in zip(self.names, self.parameters, self.masters):
             if master is not parameter:
                 kept[f"master.{name}"] = master
             for key, value in self.adamw.state.get(master, {}).items():
-                kept[f"{key}.{name}"] = value
+                kept[f"{key}.{name}"] = ranks.whole(value)
         return kept
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
@@ -92,12 +148,296 @@ class Updater:
                 if master is not parameter:
                     master.copy_(tensors[f"master.{name}"])
                 state = {
-                    key: tensors[f"{key}.{name}"].to(master.device if key != "step" else "cpu").clone()
+                    key: tensors[f"step.{name}"].clone() if key == "step" else _like(tensors[f"{key}.{name}"], master)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"{key}.{name}" in tensors
                 }
                 if state:
                     self.adamw.state[master] = state
+
+
+class FSDPUpdater(Updater):
+    """Weights, gradients and optimizer sharded by torch's FSDP2; the shards are fp32, and are their own masters.
+
+    What it computes is what `Updater` does: a parameter without a gradient in any process is not updated.
+    """
+
+    lockstep = True
+
+    def __init__(self, module: TreeModel, config: OptimizerConfig, total_steps: int):
+        self.compute = module.dtype
+        ranks.shard(module.float(), module.gathered_at_once(), compute=self.compute)
+        super().__init__(module, config, total_steps)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss * ranks.world()).backward()  # FSDP2 takes the mean over processes
+
+    def _reduce(self) -> None:
+        """Each backward has reduced them."""
+
+    def _norm(self, grads: list[Tensor]) -> float:
+        squares = torch.zeros((), dtype=torch.float64)
+        for grad in grads:
+            squares += ranks.local(grad).double().square().sum().cpu()
+        ranks.add(squares)
+        return float(squares.sqrt())
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        units = [m for m in self.module.modules() if hasattr(m, "unshard")]
+        self.module.set_reshard_after_forward(False)
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            self.module.set_reshard_after_forward(True)
+            for unit in units:
+                unit.reshard()
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in super().stream():
+            yield name, value.to(self.compute) if name not in self.module.always_fp32 else value
+
+
+class DeepSpeedUpdater(Updater):
+    """DeepSpeed's ZeRO 1, 2 or 3 around the same AdamW. Touches private names, so deepspeed is pinned.
+
+    ``micro``: backward calls since the last step; DeepSpeed's own ``step`` fails without any.
+    """
+
+    lockstep = True
+    every_module = True  # its buckets and its trace want all gradients, in the same order, every time
+
+    def __init__(
+        self, module: TreeModel, config: OptimizerConfig, total_steps: int, cluster: ClusterConfig, out: Path | None
+    ):
+        deepspeed = import_deepspeed()
+        Backprop.__init__(self, module)
+        self.config, self.total_steps, self.steps, self.micro = config, total_steps, 0, 0
+        self.stage = int(cluster.sharding.removeprefix("zero"))
+        self._low_precision = module.dtype != torch.float32
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in trained], [p for _, p in trained]
+        settings = deepspeed_config(cluster, config, module.dtype, module.device, ranks.world())
+        if out is not None and ranks.is_first():
+            write_json(out / "deepspeed.json", settings, indent=1)
+        if self.stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(module, list(module.gathered_at_once()))
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=_adamw(self.parameters, config), config=settings, dist_init_required=False
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.micro += 1
+        self.engine.backward(loss * ranks.world())  # DeepSpeed takes the mean over processes
+
+    def step(self) -> float:
+        """As `Updater.step`. A parameter without a gradient counts as one whose gradient is 0."""
+        if not self.micro:
+            self.next_step()
+            return 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        self.micro = 0
+        self.steps += 1
+        return float(norm)
+
+    def next_step(self) -> None:
+        if self.micro:
+            self.optimizer.zero_grad()
+            if self.stage == 2:  # gradients that are reduced already, which zero_grad leaves
+                for kept in (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors):
+                    for group in kept:
+                        kept[group] = None
+                self.optimizer.micro_step_id = -1
+        self.micro = 0
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self.engine):  # gathers once, and takes the hooks off meanwhile
+            yield
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        if self.stage < 3:
+            yield from super().stream()
+            return
+        import deepspeed
+
+        for unit in _units(self.module):
+            with deepspeed.zero.GatheredParameters([p for _, p in unit]):
+                whole = [(name, p.detach().clone()) for name, p in unit]
+            yield from whole
+
+    def tensors(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        kept: dict[str, Tensor] = {}
+        flat = [p for group in self.optimizer.optimizer.param_groups for p in group["params"]]
+        steps = [state["step"] for p in flat if (state := self.optimizer.optimizer.state.get(p))]
+        if steps:
+            self._link_moments()
+        for name, parameter in zip(self.names, self.parameters):
+            if self._low_precision:
+                kept[f"master.{name}"] = safe_get_full_fp32_param(parameter)
+            if steps:
+                kept[f"step.{name}"] = steps[0].detach().cpu().clone()
+                for key in ("exp_avg", "exp_avg_sq"):
+                    kept[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key)
+        return kept
+
+    def load(self, tensors: dict[str, Tensor], steps: int) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.steps = steps
+        done = [tensors[f"step.{name}"] for name in self.names if f"step.{name}" in tensors]
+        if done:  # a fresh engine has no moments
+            for group in self.optimizer.optimizer.param_groups:
+                for flat in group["params"]:
+                    self.optimizer.optimizer.state[flat] = {
+                        "step": torch.stack(done).max().clone(),
+                        "exp_avg": torch.zeros_like(flat),
+                        "exp_avg_sq": torch.zeros_like(flat),
+                    }
+            self._link_moments()
+        for name, parameter in zip(self.names, self.parameters):
+            if self._low_precision:
+                safe_set_full_fp32_param(parameter, tensors[f"master.{name}"].to(parameter.device))
+            for key in ("exp_avg", "exp_avg_sq") if done else ():
+                value = tensors.get(f"{key}.{name}", torch.zeros(()))  # one that never had a gradient has none
+                safe_set_full_optimizer_state(parameter, value.expand(self._shape(parameter)).contiguous(), key)
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _link_moments(self) -> None:
+        """ZeRO 1 and 2 link moments to parameters in the first group's first step: later groups have none then."""
+        if self.stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def open_updater(
+    module: TreeModel,
+    config: OptimizerConfig,
+    total_steps: int,
+    cluster: ClusterConfig | None = None,
+    out: Path | None = None,
+) -> Updater:
+    """The updater that ``cluster.sharding`` asks for. ``out``: where deepspeed.json is written."""
+    sharding = "none" if cluster is None else cluster.sharding
+    if config.offload and not sharding.startswith("zero"):
+        raise DataError(
+            f"optimizer.offload: cluster.sharding is {sharding}; set it to zero1, zero2 or zero3, or leave offload out"
+        )
+    if sharding == "none":
+        return Updater(module, config, total_steps)
+    if not ranks.grouped():
+        raise DataError(
+            f"cluster.sharding = {sharding}: the process group is not there; start with prism-fast or torchrun"
+        )
+    if sharding == "fsdp2":
+        return FSDPUpdater(module, config, total_steps)
+    assert cluster is not None
+    return DeepSpeedUpdater(module, config, total_steps, cluster, out)
+
+
+def deepspeed_config(
+    cluster: ClusterConfig, optimizer: OptimizerConfig, dtype: torch.dtype, device: torch.device, world: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, generated from ours; ``cluster.deepspeed`` lies over it."""
+    zero: dict[str, Any] = {
+        "stage": int(cluster.sharding.removeprefix("zero")),
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 200_000_000,
+        # DeepSpeed refuses it for ZeRO 1 where the caller says when gradients are complete.
+        "overlap_comm": device.type == "cuda" and cluster.sharding != "zero1",
+        # All weights are sharded: with leaf modules, small ones that stay are fetched again and again.
+        "stage3_param_persistence_threshold": 0,
+        # ZeRO 3 would replace torch.nn.functional.linear for the whole process, a reference model's too.
+        "memory_efficient_linear": False,
+    }
+    if optimizer.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    made: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # packs; how many there are in a step is the trainer's to say
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optimizer.clip_norm,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "steps_per_print": 2**31,
+    }
+    if dtype == torch.bfloat16:
+        made["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        made["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _over(made, cluster.deepspeed)
+
+
+def import_deepspeed() -> Any:
+    """deepspeed, with what keeps its start quiet and quick. Raises DataError where it is not installed, or another."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise DataError(
+            f"cluster.sharding: zero needs deepspeed ({error}); pip install 'prism-fast[cluster]', or take fsdp2"
+        ) from error
+    if not hasattr(deepspeed.runtime.config, "get_managed_gradient_accumulation"):
+        raise DataError(f"deepspeed {deepspeed.__version__}: too old; pip install 'prism-fast[cluster]', or take fsdp2")
+    # Compiled at the first start: it takes minutes, and leaves a lock that hangs the next start where it is killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    made = copy.deepcopy(under)
+    for key, value in over.items():
+        deeper = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = _over(made[key], value) if deeper else copy.deepcopy(value)
+    return made
+
+
+def _adamw(parameters: list[Tensor] | list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Weight decay for matrices only."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), foreach=True
+    )
+
+
+def _like(tensor: Tensor, master: Tensor) -> Tensor:
+    """A copy of a whole tensor, where and dealt as ``master`` is."""
+    return ranks.shard_like(tensor.clone(), master)
+
+
+def _units(module: TreeModel) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Parameters by name, in the pieces that are gathered at once; a tied one is in the first."""
+    seen: set[int] = set()
+    named = list(module.named_parameters())
+    for unit in [m for m in module.modules() if isinstance(m, module.gathered_at_once())]:
+        inside = {id(p) for p in unit.parameters()}
+        yield [(name, p) for name, p in named if id(p) in inside]
+        seen |= inside
+    for name, parameter in named:
+        if id(parameter) not in seen:
+            yield [(name, parameter)]
 
 
 def learning_rate_factor(step: int, total: int, config: OptimizerConfig) -> float:

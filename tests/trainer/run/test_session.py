@@ -66,7 +66,7 @@ class Stage:
             saved = run.saved("policy")
             self.weight = 0 if saved is None else int((saved / "weight").read_text())
             begin = {"evaluate": evaluate if self.values else None, "parts": {"counter": self.counter}, **begin}
-            first = run.begin(total, models={"policy": save}, optimizers=self.optimizers, **begin)
+            first = run.begin(total, models={"policy": lambda: save}, optimizers=self.optimizers, **begin)
             self.position = run.state.get("position", 0)
             for step in range(first, until or total):
                 self.weight, self.counter.count = self.weight + 1, self.counter.count + 2

@@ -15,6 +15,7 @@ from prism_fast.steps.advantage import alignment_advantage
 from prism_fast.steps.discriminator_step import discriminator_gradient, discriminator_trees
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
+from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective
 from tests.models import EOS, IMAGE_TOKEN, assert_gradients_as_exact, exact, moe, prompt, qwen, roundings, tokens
 from tests.oracle import assert_as_exact, assert_same
@@ -83,7 +84,7 @@ def test_discriminator_step_equals_the_definition(tokens_per_pack, valid, beta):
     mine = made(stock, head)
     config = DiscriminatorStep(length_correction=beta)
     scores, metrics, _ = discriminator_gradient(
-        mine, lessons, rollout, parts, config, tokens_per_pack=tokens_per_pack, load=ExpertLoad()
+        Backprop(mine), lessons, rollout, parts, config, tokens_per_pack=tokens_per_pack, load=ExpertLoad()
     )
     truth, terms = exact(stock), roundings(stock, 100)
     expected = definition(truth, head.double(), lessons, rollout, parts, beta)
@@ -113,7 +114,7 @@ def test_compat_clamps_inside_the_loss():
     lessons, rollout, parts = batch()
     config = DiscriminatorStep(compat=CompatConfig(clamp_in_loss=True))
     _, metrics, _ = discriminator_gradient(
-        made(stock, head), lessons, rollout, parts, config, tokens_per_pack=4096, load=ExpertLoad()
+        Backprop(made(stock, head)), lessons, rollout, parts, config, tokens_per_pack=4096, load=ExpertLoad()
     )
     expected, eager = (
         definition(model, h, lessons, rollout, parts, clamp=10.0)
@@ -165,7 +166,7 @@ def test_policy_gradient_equals_separate_forwards(objective, tokens_per_pack, wi
     advantages = torch.randn(8)
     advantages[without_advantage] = 0.0
     metrics, computed = policy_gradient(
-        policy, rollout, advantages, objective, temperature=1.0, tokens_per_pack=tokens_per_pack
+        Backprop(policy), rollout, advantages, objective, temperature=1.0, tokens_per_pack=tokens_per_pack
     )
     left_out = without_advantage if objective.entropy_coef == 0 else []
     lengths = [len(ids) for ids in rollout.response_ids]
@@ -214,7 +215,7 @@ def test_without_any_advantage_nothing_is_computed():
     policy = Policy(stock)
     _, rollout, _ = batch()
     settings = {"temperature": 1.0, "tokens_per_pack": 4096}
-    metrics, computed = policy_gradient(policy, rollout, torch.zeros(8), PolicyObjective.grpo(), **settings)
+    metrics, computed = policy_gradient(Backprop(policy), rollout, torch.zeros(8), PolicyObjective.grpo(), **settings)
     assert (metrics["loss"], metrics["zero_advantage"], computed) == (0.0, 1.0, 0)
     assert not any(name.startswith("sampler_gap") for name in metrics)
     assert all(parameter.grad is None for parameter in policy.parameters())

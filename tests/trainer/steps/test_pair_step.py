@@ -11,6 +11,7 @@ from prism_fast.pack import Tree, pack
 from prism_fast.records import PairRecord
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
+from prism_fast.steps.update import Backprop
 from tests.models import assert_gradients_as_exact, exact, moe, prompt, roundings, tokens
 from tests.oracle import assert_as_exact, assert_same
 from tests.trainer.models.test_discriminator import discriminator, separate_scores
@@ -30,7 +31,7 @@ def records():
 def gradient(mine, batch, tokens_per_pack, balance_coef=0.0):
     trees, labels = pair_trees(batch)
     packs = pack(trees, tokens_per_pack, mine.image)
-    return pair_gradient(mine, packs, labels, balance_coef=balance_coef, load=ExpertLoad()), packs, labels
+    return pair_gradient(Backprop(mine), packs, labels, balance_coef=balance_coef, load=ExpertLoad()), packs, labels
 
 
 @pytest.mark.parametrize("tokens_per_pack", [4096, 40])  # 40: a tree's students are split, its teachers repeated
@@ -62,7 +63,7 @@ def test_step_equals_the_definition(tokens_per_pack):
         assert metrics[f"pair_accuracy/{name}"] == right[side] / len(batch)
     assert not broken and "loss/balance" not in metrics
     assert_gradients_as_exact(mine.model, truth, stock, terms, without=("lm_head",))
-    held_out = pair_accuracy(mine, batch, tokens_per_pack=tokens_per_pack)
+    held_out = pair_accuracy(Backprop(mine), batch, tokens_per_pack=tokens_per_pack)
     assert held_out == {
         f"pair_accuracy_{name}": metrics[f"pair_accuracy/{name}"] for name in ("perception", "reasoning")
     }

@@ -1,0 +1,253 @@
+"""The processes of one run: which of them this is, and what they tell each other. Only here is torch.distributed used.
+
+In one process there is no process group, and everything here is the identity. Every rank holds the plan of the whole
+batch and computes a part of it, so what is exchanged is small: responses, scores, and gradients, which are added.
+Nothing is pickled: tensors travel as safetensors, everything else as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from prism_fast.records import DataError
+
+BUCKET = 1 << 26  # numbers in one sum of gradients
+# Who starts the processes -> names of rank, number of ranks, and rank on this machine.
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+class Place(NamedTuple):
+    """Where a process stands among those of its run."""
+
+    rank: int
+    world: int
+    local_rank: int  # on its machine
+
+
+ALONE = Place(0, 1, 0)
+
+
+def place(environ: Mapping[str, str]) -> Place:
+    """What torchrun and launchers like it, or SLURM, say of this process. Raises DataError on half of it."""
+    for names in LAUNCHERS:
+        if names[0] not in environ:
+            continue
+        if names[0] == "SLURM_PROCID" and not ("MASTER_ADDR" in environ and "SLURM_LOCALID" in environ):
+            continue  # a shell inside an allocation: torchrun is started from it, or one process
+        values = [environ.get(name, "0" if name == "LOCAL_RANK" else "") for name in names]
+        if not all(value.isdecimal() for value in values):
+            raise DataError(f"{', '.join(names)} are {values}, expected three numbers; start with torchrun")
+        found = Place(*map(int, values))
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+        if found.world > 1 and missing:
+            raise DataError(f"{names[0]} is set and {missing[0]} is not; start with torchrun, or unset {names[0]}")
+        if not 0 <= found.rank < found.world:
+            raise DataError(f"{names[0]} = {found.rank} of {names[1]} = {found.world}; start with torchrun")
+        return found
+    return ALONE
+
+
+@contextlib.contextmanager
+def joined(*, timeout_minutes: float = 30.0, alone: bool = False) -> Iterator[Place]:
+    """This process among those of its run, as its environment says; the process group lasts as long as the context.
+
+    One process has no group, unless ``alone``: what shards models wants one. Where a wait takes longer than the
+    timeout, the process prints every thread's stack and ends.
+    """
+    here = place(os.environ)
+    if dist.is_initialized() or (here.world == 1 and not alone):
+        yield here
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(here.local_rank)
+    options: dict[str, Any] = {"timeout": datetime.timedelta(minutes=timeout_minutes)}
+    if here.world == 1:
+        options["store"] = dist.HashStore()
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=here.rank, world_size=here.world, **options
+        )
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"rank {here.rank} of {here.world}: does not reach the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); check that all were started"
+        ) from error
+    try:
+        yield here
+        dist.destroy_process_group()  # not after an error: others may wait in it
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def alive(timeout_minutes: float) -> None:
+    """Says that this process gets on: if it is not called again in time, every thread's stack is printed."""
+    if dist.is_initialized():
+        faulthandler.dump_traceback_later(60 * timeout_minutes, repeat=False)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints."""
+    return rank() == 0
+
+
+def grouped() -> bool:
+    """Whether there is a process group, if of one process."""
+    return dist.is_initialized()
+
+
+def add(*tensors: Tensor) -> None:
+    """Sums each tensor over the processes, in place. All have the same shapes in the same order."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def largest(value: float) -> float:
+    """The largest of the processes' values."""
+    return max(gather(value))
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value (JSON), by rank."""
+    return [json.loads(part) for part in _gather(json.dumps(value).encode())] if world() > 1 else [value]
+
+
+def from_first(value: Any) -> Any:
+    """The value (JSON) of rank 0; the others' is not looked at."""
+    return gather(value if is_first() else None)[0]
+
+
+def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All processes' tensors, on the host, by name; each name is one process's."""
+    if world() == 1:
+        return dict(tensors)
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    merged: dict[str, Tensor] = {}
+    for number, part in enumerate(_gather(save_tensors(own))):
+        theirs = load_tensors(part)
+        if twice := merged.keys() & theirs.keys():
+            raise ValueError(f"merge: {min(twice)} of rank {number} is another rank's too")
+        merged |= theirs
+    return merged
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one process refuses with a DataError in this context, all do; the first one's is raised."""
+    fault = None
+    try:
+        yield
+    except DataError as error:
+        if world() == 1:
+            raise
+        fault = str(error)
+    faults = [text for text in gather(fault) if text is not None]
+    if faults:
+        raise DataError(faults[0])
+
+
+def _gather(payload: bytes) -> list[bytes]:
+    sizes = torch.zeros(world(), dtype=torch.int64)
+    sizes[rank()] = len(payload)
+    dist.all_reduce(sizes)
+    longest = int(sizes.max())
+    own = torch.zeros(longest, dtype=torch.uint8)
+    own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world())]
+    dist.all_gather(parts, own)
+    return [part[:size].numpy().tobytes() for part, size in zip(parts, sizes.tolist())]
+
+
+def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sums gradients over the processes, in fp32; one that no process has stays absent.
+
+    A few collectives whatever the number of parameters: which gradients there are, then buckets of them.
+    """
+    if world() == 1:
+        return
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(there)
+    shared = [p for p, count in zip(parameters, there.tolist()) if count]
+    for bucket in _buckets(shared):
+        wide = torch.promote_types(bucket[0].dtype, torch.float32)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([grad.flatten().to(wide) for grad in grads])
+        dist.all_reduce(flat)
+        for parameter, total in zip(bucket, flat.split([p.numel() for p in bucket])):
+            parameter.grad = total.view_as(parameter).to(parameter.dtype)
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of one dtype, of at most BUCKET numbers where they are smaller than that."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (size + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        yield bucket
+
+
+def shard(module: nn.Module, units: tuple[type, ...], *, compute: torch.dtype) -> None:
+    """Shards a module's fp32 weights by torch's FSDP2: each of ``units`` in one piece, then what is left, the root's.
+
+    ``compute``: the dtype of gathered weights, and of a forward; gradients are summed in fp32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = next(module.parameters()).device.type
+    options: dict[str, Any] = {"mesh": init_device_mesh(device, (world(),))}
+    if compute != torch.float32:
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for part in [m for m in module.modules() if isinstance(m, units)]:
+        fully_shard(part, **options)
+    fully_shard(module, **options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process holds a shard: a collective; another tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a whole tensor, dealt as ``like`` is; the whole where ``like`` is no shard."""
+    if not hasattr(like, "full_tensor"):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,80 @@
+"""Several processes on one machine, with a time limit, for tests: each runs a list of cases and the first one reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 420  # for one launch; a process that hangs is killed then, and what it was doing is printed
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """As torchrun sets it; world 0: one process that was started by itself."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHONFAULTHANDLER": "1"}
+    if world:
+        kept |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return kept
+
+
+def launch(
+    command: Sequence[str], world: int, *, seconds: float = SECONDS, environ: Mapping[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """``python COMMAND`` in ``world`` processes (0: one, by itself); their ends, by rank.
+
+    What outlives ``seconds``, or another's failure by 20 s, is killed: its stacks are printed, its status negative.
+    """
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**environment(rank, world, port), **(environ or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(max(1, world))
+    ]
+    end = time.monotonic() + seconds
+    while any(process.poll() is None for process in started) and time.monotonic() < end:
+        if any(process.poll() not in (None, 0) for process in started):
+            end = min(end, time.monotonic() + 20)
+        time.sleep(0.05)
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks
+    found = [process.communicate(timeout=20) for process in started]
+    return [
+        subprocess.CompletedProcess(command, process.returncode, out, err)
+        for process, (out, err) in zip(started, found)
+    ]
+
+
+def play(module: str, cases: Sequence[Mapping[str, Any]], world: int, folder: Path) -> list[dict[str, Tensor]]:
+    """The results of each case of a scenario module, as its first process found them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(list(cases)))
+    ends = launch(["-m", module, str(folder)], world)
+    for rank, end in enumerate(ends):
+        assert end.returncode == 0, f"rank {rank} of {world}: status {end.returncode}\n{end.stderr[-6000:]}"
+    return [load_file(folder / f"{i}.safetensors") for i in range(len(cases))]
