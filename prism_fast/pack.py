@@ -212,12 +212,13 @@ def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> Packs:
 
 
 def spare_pack(image: ImageTokens) -> PackedTree:
-    """A pack in which nothing is predicted or read out: every gradient that it gives is exactly 0.
+    """A pack without branches: nothing is predicted, and the one row that is read out is nobody's.
 
-    For a process that has no pack where the others have one, and whose model must be called as often as theirs.
+    For a process that has no pack where the others have one, and whose model must be called as often as theirs: every
+    gradient that it gives is exactly 0.
     """
     prompt = Prompt(torch.tensor([0 if image.token_id else 1]), None, None)
-    return build_pack([Tree(prompt, (), ())], [(0, ())], image)
+    return replace(build_pack([Tree(prompt, (), ())], [(0, ())], image), readout_row=torch.tensor([0]))
 
 
 def with_blank_image(packed: PackedTree, image: ImageTokens) -> PackedTree:

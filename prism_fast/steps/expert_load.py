@@ -26,10 +26,11 @@ class ExpertLoad:
 
     def fractions(self) -> dict[str, float]:
         """``expert_load/<layer>/<kind>/<expert>``: the expert's share of the kind's slots, for kinds that are there."""
-        if not self._counts:
+        own = torch.stack(self._counts).tolist() if self._counts else None  # none where a process had no pack
+        parts = [torch.tensor(part, dtype=torch.float64) for part in ranks.gather(own) if part is not None]
+        if not parts:
             return {}
-        counts = torch.stack(self._counts).double()  # (layers, kinds, E)
-        ranks.add(counts)
+        counts = torch.stack(parts).sum(0)  # (layers, kinds, E)
         totals = counts.sum(-1, keepdim=True)
         shares = (counts / totals.clamp(min=1)).tolist()
         present = (totals[..., 0] > 0).tolist()

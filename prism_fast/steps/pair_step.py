@@ -70,15 +70,17 @@ def pair_gradient(
             figures.pair_loss.append(float(pair_loss.detach()))
             figures.right.append(int((teacher > student).sum()))
             figures.pairs.append(len(teacher))
-        if balance_coef > 0 and number != SPARE:
+        if balance_coef > 0 and number == SPARE:  # the same outputs have gradients everywhere
+            loss = loss + sum(stats.prob_sum[:0].sum() for stats in judgement.stats)
+        elif balance_coef > 0:
             balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
             loss = loss + balance_coef * balance
             figures.balance_loss = float(balance.detach())
         updater.backward(loss)
-        figures.loss = float(loss.detach())
-        figures.broken = packed.label[~judgement.score.detach().isfinite().cpu()].tolist()
         load.add(judgement.stats, counted=number != SPARE)
         if number != SPARE:
+            figures.loss = float(loss.detach())
+            figures.broken = packed.label[~judgement.score.detach().isfinite().cpu()].tolist()
             found.append(figures)
     return _over_packs(found, balanced=balance_coef > 0)
 

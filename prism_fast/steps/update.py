@@ -284,8 +284,7 @@ class DeepSpeedUpdater(Updater):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         kept: dict[str, Tensor] = {}
-        flat = [p for group in self.optimizer.optimizer.param_groups for p in group["params"]]
-        steps = [state["step"] for p in flat if (state := self.optimizer.optimizer.state.get(p))]
+        steps = [state["step"] for p in self._flat() if (state := self.optimizer.optimizer.state.get(p))]
         if steps:
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
@@ -303,13 +302,12 @@ class DeepSpeedUpdater(Updater):
         self.steps = steps
         done = [tensors[f"step.{name}"] for name in self.names if f"step.{name}" in tensors]
         if done:  # a fresh engine has no moments
-            for group in self.optimizer.optimizer.param_groups:
-                for flat in group["params"]:
-                    self.optimizer.optimizer.state[flat] = {
-                        "step": torch.stack(done).max().clone(),
-                        "exp_avg": torch.zeros_like(flat),
-                        "exp_avg_sq": torch.zeros_like(flat),
-                    }
+            for flat in self._flat():
+                self.optimizer.optimizer.state[flat] = {
+                    "step": torch.stack(done).max().clone(),
+                    "exp_avg": torch.zeros_like(flat),
+                    "exp_avg_sq": torch.zeros_like(flat),
+                }
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
             if self._low_precision:
@@ -320,6 +318,11 @@ class DeepSpeedUpdater(Updater):
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _flat(self) -> list[Tensor]:
+        """This process's partitions, which AdamW updates."""
+        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return getattr(self.optimizer, name)
 
     def _link_moments(self) -> None:
         """ZeRO 1 and 2 link moments to parameters in the first group's first step: later groups have none then."""

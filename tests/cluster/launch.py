@@ -75,6 +75,6 @@ def play(module: str, cases: Sequence[Mapping[str, Any]], world: int, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(list(cases)))
     ends = launch(["-m", module, str(folder)], world)
-    for rank, end in enumerate(ends):
-        assert end.returncode == 0, f"rank {rank} of {world}: status {end.returncode}\n{end.stderr[-6000:]}"
+    said = "".join(f"\nrank {rank}: status {end.returncode}\n{end.stderr[-4000:]}" for rank, end in enumerate(ends))
+    assert not any(end.returncode for end in ends), said
     return [load_file(folder / f"{i}.safetensors") for i in range(len(cases))]

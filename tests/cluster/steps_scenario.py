@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism_fast import ranks
-from prism_fast.config import AdvantageConfig, ClusterConfig, DiscriminatorStep, OptimizerConfig
+from prism_fast.config import AdvantageConfig, ClusterConfig, DiscriminatorStep, OptimizerConfig, Sampling
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.pack import pack
@@ -30,10 +31,11 @@ from prism_fast.steps.discriminator_step import discriminator_gradient
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_step import pair_gradient, pair_trees
 from prism_fast.steps.policy_step import policy_gradient
+from prism_fast.steps.sampler import generate
 from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
 from prism_fast.steps.update import Backprop, Updater, open_updater
 from prism_kernels import PolicyObjective
-from tests.models import moe, prompt, qwen, tokens
+from tests.models import EOS, moe, prompt, qwen, tokens
 
 STEPS = 2
 OPTIMIZER = OptimizerConfig(lr=1e-4, clip_norm=1e9)  # so large that a first moment is 0.1 of a gradient
@@ -61,6 +63,10 @@ class Case:
     freeze: tuple[str, ...] = ()
     tie: bool = True
     dtype: str = "float32"
+    discard: str = ""  # before the first step: "nothing", or a "backward" whose gradients are thrown away
+    infinite: bool = False  # the first step's advantage of response 0
+    sample: bool = False  # responses are sampled before each step
+    resident: bool = False  # count weights that are there inside of a layer, and after a step
     break_lockstep: str = ""  # mutations: "blank", "spare", "module"
     options: dict[str, Any] = field(default_factory=dict)  # of cluster.deepspeed
 
@@ -87,8 +93,19 @@ def play(case: Case) -> dict[str, Tensor]:
     if case.stage != "align":
         models.pop("discriminator" if case.stage in ("sft", "rlvr") else "policy")
     updaters = {name: updater(case, module) for name, module in models.items()}
+    if case.discard:
+        for each in updaters.values():
+            each.next_step()
+    if case.discard == "backward":
+        for each in updaters.values():
+            each.steps -= 1
+        _throw_away(case, updaters)
     for step in range(STEPS):
-        STAGES[case.stage](case, updaters, f"{step}", found)
+        if case.sample:
+            found |= sampled(updaters["policy"], f"{step}")
+        with counting(case, updaters) as resident:
+            STAGES[case.stage](case, updaters, f"{step}", found)
+        found |= {f"resident.{name}.{step}": torch.tensor(counts) for name, counts in resident.items()}
         for name, each in updaters.items():
             if step == 0:
                 moments = {k: v for k, v in each.tensors().items() if k.startswith("exp_avg.")}
@@ -96,6 +113,74 @@ def play(case: Case) -> dict[str, Tensor]:
     for name, each in updaters.items():
         found |= {f"weight.{name}.{k}": v.float() for k, v in each.stream()}
     return found
+
+
+def _throw_away(case: Case, updaters: dict[str, Updater]) -> None:
+    """A step's gradients that are not used."""
+    made = rollout(case)
+    if "policy" in updaters:
+        policy_gradient(
+            updaters["policy"],
+            made,
+            torch.ones(16),
+            OBJECTIVES["grpo"],
+            temperature=1.0,
+            tokens_per_pack=case.tokens_per_pack,
+        )
+    if "discriminator" in updaters:
+        given = (updaters["discriminator"], lessons(case), made, parts(case), DiscriminatorStep())
+        discriminator_gradient(*given, tokens_per_pack=case.tokens_per_pack, load=ExpertLoad())
+    for each in updaters.values():
+        each.next_step()
+
+
+class Letters:
+    """As much of a chat format as sampling needs."""
+
+    end_of_turn_id = EOS
+
+    def decode(self, ids: Tensor) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+
+def sampled(each: Updater, step: str) -> dict[str, Tensor]:
+    """Responses of the policy as it now is, and a checksum of its weights by its stream."""
+    prompts = [prompt(i, images=((4, 4),) if i == 1 else ()) for i in range(3)]
+    sampling = Sampling(samples=4, max_response_tokens=6, rows_at_once=8)
+    with each.gathered():
+        made = generate(each.module, Letters(), prompts, sampling, seed=4)  # type: ignore[arg-type]
+    sums = [value.double().abs().sum() for _, value in each.stream()]
+    return {
+        f"sampled.ids.{step}": torch.cat(list(made.response_ids)),
+        f"sampled.lengths.{step}": torch.tensor([len(x) for x in made.response_ids]),
+        f"figure.logprob.{step}": torch.cat(list(made.logprob)),
+        f"figure.stream.{step}": torch.stack(sums),
+    }
+
+
+@contextmanager
+def counting(case: Case, updaters: dict[str, Updater]) -> Iterator[dict[str, list[int]]]:
+    """Numbers of weights that are there: inside of every call of a layer, then after the step; by model."""
+    found: dict[str, list[int]] = {}
+    handles = []
+    for name, each in updaters.items() if case.resident else ():
+        counts = found[name] = []
+
+        def count(layer: Any, args: Any, out: Any, module: Any = each.module, counts: list[int] = counts) -> None:
+            counts.append(sum(ranks.local(p.detach()).numel() for p in module.parameters()))
+
+        handles += [m.register_forward_hook(count) for m in layers(each.module)]
+    yield found
+    for handle in handles:
+        handle.remove()
+    for name, counts in found.items():
+        module = updaters[name].module
+        counts.append(sum(ranks.local(p.detach()).numel() for p in module.parameters()))
+
+
+def layers(module: Any) -> list[Any]:
+    """What is inside of a layer: its attention, whose end is before the layer's own."""
+    return [layer.self_attn for layer in module.text.layers]
 
 
 def policy(case: Case) -> Policy:
@@ -201,6 +286,8 @@ def play_align(case: Case, updaters: dict[str, Updater], step: str, found: dict[
 def play_rlvr(case: Case, updaters: dict[str, Updater], step: str, found: dict[str, Tensor]) -> None:
     made = rollout(case)
     advantages = torch.randn(16, generator=torch.Generator().manual_seed(7))
+    if case.infinite and step == "0":
+        advantages[0] = torch.inf
     reference = None
     if case.objective == "kl":
         reference = Backprop(Policy(qwen(seed=3).to(getattr(torch, case.dtype))).requires_grad_(False))
