@@ -91,9 +91,9 @@ def test_the_page_on_clusters_has_the_counted_memory():
     _, rows = table("align", "4b", [1, 2, 4, 8, 16], memory=80, tokens=24_576)
     for row in rows:
         assert f"| {' | '.join(row)} |" in GUIDES["cluster.md"]
-    assert len(LAUNCHES) == 4 and {recipe.stem for recipe in config.RECIPES.glob("cluster_*")} == {
-        re.search(r"--config (\w+)", line)[1] for line, _ in LAUNCHES
-    }
+    assert len(LAUNCHES) == 3
+    for recipe in config.RECIPES.glob("cluster_*"):
+        assert any(f"--config {recipe.stem} " in line for line in commands()), recipe
 
 
 def test_every_stage_has_a_command_in_the_guides():

@@ -25,7 +25,7 @@ NOTICE = 300  # seconds before the limit at which SLURM asks a run to stop
 # torchrun passes a signal on and kills what still runs so many seconds later, 30 of its own: a step and its checkpoint
 # take longer. Its own option came late; releases that do not know the variable ignore it.
 PATIENCE = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={NOTICE - 20}"
-# The first number of ACCELERATE_DEEPSPEED_ZERO_STAGE that means a form of sharding.
+# What ACCELERATE_DEEPSPEED_ZERO_STAGE is where accelerate means the same.
 ZERO_STAGES = {"none": "0", "zero1": "1", "zero2": "2", "zero3": "3"}
 
 StageConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
@@ -49,7 +49,9 @@ class Launch(NamedTuple):
 
 
 def command(launch: Launch) -> str:
-    """What a shell runs: on the one node, or the same on each of several."""
+    """What a shell runs: on the one node, or the same on each of several. One process needs no launcher."""
+    if launch.nodes == launch.gpus == 1:
+        return f"prism-fast {shlex.join((launch.stage, *launch.words))}"
     if launch.nodes == 1:
         return _lines(f"{PATIENCE} torchrun --standalone --nproc-per-node {launch.gpus}", _stage(launch))
     if not re.fullmatch(r"[\w.-]+(:\d+)?", launch.endpoint):

@@ -12,7 +12,13 @@ from prism_fast.records import DataError
 
 FORMS = ("none", "zero1", "zero2", "zero3", "fsdp2")
 CONTEXT = 3e9  # CUDA's context, NCCL's buffers, fragments
-BUCKETS = {"none": 0.0, "zero1": 1e9, "zero2": 2e9, "zero3": 2e9, "fsdp2": 0.0}  # of 5e8 bf16 numbers, one or two
+BUCKETS = {
+    "none": 0.0,
+    "zero1": 1e9,
+    "zero2": 2e9,
+    "zero3": 2e9,
+    "fsdp2": 0.0,
+}  # of DeepSpeed's 5e8 bf16 numbers, one or two
 LIVE = {"zero3": 2e9, "fsdp2": 2e9}  # gathered weights: max_live_parameters = 1e9, in bf16
 
 

@@ -30,7 +30,11 @@ def read(text):
         return options, context.params
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_one_process_needs_no_launcher():
+    assert shlex.split(command(ALIGN)) == ["prism-fast", "align", *WORDS]
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
 def test_one_node(gpus):
     options, given = read(command(ALIGN._replace(gpus=gpus)))
     assert options.standalone and options.nproc_per_node == str(gpus)
