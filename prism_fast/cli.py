@@ -1,4 +1,4 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | config | bench | doctor."""
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | config | launch | plan | bench | doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import importlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -80,7 +79,15 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value over
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in run.out.")]
 AcceptChanges = Annotated[bool, typer.Option("--accept-changes", help="--resume with other settings or data.")]
 
+# The deepspeed launcher puts it before the command, others behind; LOCAL_RANK says the same.
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
 CLONE = Path(__file__).resolve().parent.parent  # where the package lies in a clone; benchmarks/ is not installed
+
+
+@app.callback()
+def launched(local_rank: LocalRank = None) -> None:
+    pass
 
 
 def main() -> None:
@@ -136,6 +143,9 @@ def _stage(
     if accept_changes and not resume:
         raise DataError("--accept-changes: goes with --resume alone; a new run needs no leave")
     settings = _settings(cls, config, overrides)
+    from prism_fast.run.launch import check_environment
+
+    check_environment(settings.cluster.sharding, os.environ)
     run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
     figures = run(settings, resume=resume, accept_changes=accept_changes)
     from prism_fast import ranks
@@ -146,35 +156,12 @@ def _stage(
     _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
 
 
-# What comes after a stage: the command, its recipe (for 2b, 4b and 8b models), and its arguments, {} for what was made.
-ALIGNMENT = "data.files=ALIGNMENT.parquet"
-NEXT = {
-    "sft": (
-        ("upcycle", "upcycle_2b", "model.path=Qwen/Qwen3-VL-2B-Instruct out=DISCRIMINATOR"),
-        ("data pairs", "pairs", f"model.path={{}} {ALIGNMENT} out=PAIRS.jsonl"),
-    ),
-    "upcycle": (("warmup", "warmup_2b", "discriminator.path={} data.files=PAIRS.jsonl run.out=WARMUP"),),
-    "pairs": (("warmup", "warmup_2b", "discriminator.path=DISCRIMINATOR data.files={} run.out=WARMUP"),),
-    "warmup": (
-        ("align", "align_4b", f"policy.path=SFT/final/policy discriminator.path={{}} {ALIGNMENT} run.out=ALIGN"),
-    ),
-    "align": (("rlvr", "rlvr_4b_grpo", "policy.path={} data.files=RLVR.parquet run.out=RLVR"),),
-    "filter": (("rlvr", "rlvr_4b_grpo", "policy.path=ALIGN/final/policy data.files={} run.out=RLVR"),),
-    "rlvr": (("eval", "eval", "model.path={} data.files=TEST.parquet out=EVAL.json"),),
-}
-
-
 def _done(stage: str, made: Path, config: Path | None, figures: str = "") -> None:
-    """What was made, and the commands that go on with it."""
+    from prism_fast.run.what_next import after
+
     print(f"done: {made}  {figures}".rstrip())
-    family = "" if config is None else config.stem
-    for command, recipe, arguments in NEXT[stage]:
-        if family.startswith("tiny_"):
-            recipe = f"tiny_{command.split()[-1]}"
-            arguments = arguments.replace("Qwen/Qwen3-VL-2B-Instruct", "{}")
-        elif "_8b" in family:
-            recipe = recipe.replace("_4b", "_8b")
-        print(f"next: prism-fast {command} --config {recipe} {arguments.format(shlex.quote(str(made)))}")
+    for line in after(stage, made, "" if config is None else config.stem):
+        print(f"next: {line}")
 
 
 @app.command()
@@ -209,6 +196,7 @@ def sft(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 1: supervised fine-tuning."""
@@ -233,6 +221,7 @@ def warmup(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 2b: the discriminator learns from (teacher, student) pairs."""
@@ -246,6 +235,7 @@ def align(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 2c: adversarial alignment."""
@@ -259,6 +249,7 @@ def rlvr(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 3: reinforcement learning with verifiable rewards."""
@@ -382,6 +373,60 @@ def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) 
     _done(stage, settings.out, config)
 
 
+@app.command()
+def launch(
+    stage: Annotated[str, typer.Argument(help="sft, warmup, align or rlvr.")],
+    nodes: Annotated[int, typer.Option(min=1, max=10_000, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs of each, a process for every one.")] = 1,
+    endpoint: Annotated[str, typer.Option(help="HOST or HOST:PORT of the first node, where all meet.")] = "",
+    slurm: Annotated[bool, typer.Option("--slurm", help="A file for sbatch.")] = False,
+    time: Annotated[str, typer.Option(help="HH:MM:SS that SLURM gives it; before the end it saves.")] = "",
+    partition: Annotated[str, typer.Option(help="Of SLURM.")] = "",
+    cpus: Annotated[int, typer.Option(min=1, max=1024, help="Cores for each GPU, from SLURM.")] = 8,
+    config: ConfigFile = None,
+    resume: Resume = False,
+    accept_changes: AcceptChanges = False,
+    overrides: Overrides = None,
+) -> None:
+    """Prints how a stage is started on several GPUs, for sh or sbatch; checks its settings, starts nothing."""
+    from prism_fast.run import launch as plan
+
+    plan.check_stage(stage)
+    from prism_fast.config import CONFIGS, load_config
+
+    settings = load_config(
+        CONFIGS[stage], config, overrides or (), note=lambda text: print(f"note: {text}", file=sys.stderr)
+    )
+    flags = [flag for flag, given in (("--resume", resume), ("--accept-changes", accept_changes)) if given]
+    words = [*([] if config is None else ["--config", str(config)]), *(overrides or ()), *flags]
+    job = plan.Launch(stage, tuple(words), nodes, gpus, endpoint, settings.run.out, time, partition, cpus)
+    print(plan.batch_file(job) if slurm else plan.command(job))
+    for text in plan.warnings(job, settings):
+        print(f"warning: {text}", file=sys.stderr)
+
+
+@app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(help="sft, warmup, align or rlvr.")],
+    policy: Annotated[str, typer.Option(help="4b or 8b.")] = "4b",
+    gpus: Annotated[int | None, typer.Option(min=1, max=100_000, help="In all; without it 1, 2, 4, 8 and 16.")] = None,
+    memory: Annotated[float, typer.Option(min=1, help="GB of one GPU.")] = 80,
+    tokens: Annotated[int, typer.Option(min=1, help="run.tokens_per_pack.")] = 24_576,
+) -> None:
+    """GB of a GPU in training by form of sharding and number of GPUs: counted, not measured."""
+    from prism_fast.run.launch import check_stage
+    from prism_fast.run.memory import table
+
+    check_stage(stage)
+    heads, rows = table(stage, policy, [gpus] if gpus else [1, 2, 4, 8, 16], memory, tokens)
+    shown = Table(*heads)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    console.print(f"GB of each GPU in training; * does not fit {memory:g} GB. By count: bf16, AdamW, checkpointing.")
+
+
 # Every argument is the benchmark's own, --help too: what ships knows nothing of what does not.
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
@@ -413,7 +458,7 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def doctor() -> None:
     """Hardware, versions, and which implementation each op uses and why."""
-    from prism_fast.run.environment import environment
+    from prism_fast.run.environment import build_locks, environment, tools
     from prism_kernels import which_impl
 
     console = Console()
@@ -423,10 +468,14 @@ def doctor() -> None:
             console.print(f"{name:10} {value}", highlight=False)
     for name, value in facts["packages"].items():
         console.print(f"{name:14} {value or 'not installed'}", highlight=False)
+    for name, value in tools().items():
+        console.print(f"{name:14} {value or 'not found'}", highlight=False)
     table = Table("op", "implementation", "why")
     for op, (impl, reason) in which_impl().items():
         table.add_row(op, impl, reason)
     console.print(table)
+    for line in build_locks(os.environ):
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_what_is_imported_is_declared(declared):
     integrations = packages(KERNELS / "integrations")
     assert packages(KERNELS) - integrations <= declared[""]
     assert integrations <= declared[""] | declared["train"]
-    assert packages(TRAINER) <= declared[""] | declared["train"] | declared["trackers"]
+    assert packages(TRAINER) <= declared[""] | declared["train"] | declared["trackers"] | declared["cluster"]
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | {"tomli"}
 
 
@@ -57,12 +57,22 @@ def test_what_is_declared_is_imported(declared):
     assert declared[""] <= packages(KERNELS)
     assert declared["train"] <= packages(TRAINER)
     assert declared["trackers"] <= packages(TRAINER) | THROUGH_TORCH
-    assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS
-    assert set(declared) == {"", "train", "trackers", "peers", "dev"}
+    assert declared["cluster"] <= packages(TRAINER)
+    assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS | declared["cluster"]
+    assert set(declared) == {"", "train", "trackers", "cluster", "peers", "dev"}
 
 
 def test_doctor_names_what_is_declared(declared):
-    assert {_canonical(name) for name in PACKAGES} <= declared[""] | declared["train"] | {"prism-fast"}
+    assert {_canonical(name) for name in PACKAGES} <= declared[""] | declared["train"] | declared["cluster"] | {
+        "prism-fast"
+    }
+
+
+def test_the_pinned_version_stands_twice_and_is_one():
+    """Tests run what users of the extra get."""
+    extras = tomllib.loads((house.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (pinned,) = extras["cluster"]
+    assert "==" in pinned and pinned in extras["dev"]
 
 
 def test_files_that_are_not_python_are_installed(tmp_path):

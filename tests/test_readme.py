@@ -13,6 +13,7 @@ from typer.main import get_command
 from benchmarks.catalog import CATALOG
 from prism_fast import cli, config
 from prism_fast.data import formats
+from prism_fast.run.memory import table
 
 ROOT = Path(__file__).parent.parent
 README, METHOD = (ROOT / "README.md").read_text(), (ROOT / "docs" / "method.md").read_text()
@@ -69,7 +70,30 @@ def test_commands_parse_and_their_settings_are_valid(line):
     elif name == "bench":
         assert rest[0] in CATALOG
     else:
-        assert name in ("demo", "doctor", "data check")
+        if name == "launch":
+            config.load_config(CONFIGS[given["stage"]], given["config"], given["overrides"])
+        assert name in ("demo", "doctor", "data check", "launch", "plan")
+
+
+LAUNCHES = re.findall(
+    r"^```sh\n(prism-fast launch (?:.*\n)+?)```\n```text\n((?:.*\n)+?)```$", GUIDES["cluster.md"], re.M
+)
+
+
+@pytest.mark.parametrize(("line", "shown"), LAUNCHES)
+def test_the_page_on_clusters_shows_what_launch_prints(line, shown, capsys):
+    words = shlex.split(line.replace("\\\n", " "))[1:]
+    cli.app(words, standalone_mode=False)
+    assert capsys.readouterr() == (shown, "")
+
+
+def test_the_page_on_clusters_has_the_counted_memory():
+    _, rows = table("align", "4b", [1, 2, 4, 8, 16], memory=80, tokens=24_576)
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in GUIDES["cluster.md"]
+    assert len(LAUNCHES) == 3
+    for recipe in config.RECIPES.glob("cluster_*"):
+        assert any(f"--config {recipe.stem} " in line for line in commands()), recipe
 
 
 def test_every_stage_has_a_command_in_the_guides():

@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ PACKAGES = (
     "scipy",
     "math-verify",
     "sympy",
+    "deepspeed",
 )
 
 
@@ -54,3 +60,32 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def tools() -> dict[str, str | None]:
+    """What DeepSpeed builds its optimizer for host memory with; None: not found. torch's CUDA and nvcc's must agree."""
+    return {"torch's CUDA": torch.version.cuda, "nvcc": _says("nvcc", "release"), "ninja": _says("ninja", "")}
+
+
+def _says(command: str, word: str) -> str | None:
+    """The last line with ``word`` of a command's --version."""
+    path = shutil.which(command)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} does not run ({type(error).__name__})"
+    return next((line.strip() for line in reversed(done.stdout.splitlines()) if word in line), path)
+
+
+def build_locks(environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each lock in torch's folder of built extensions: every later build of that one waits for it."""
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    for lock in sorted(folder.glob("**/lock")):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        yield (
+            f"{lock}: a build's lock, {minutes:.0f} minutes old; if no build is running (it was killed), remove it, or "
+            "every start waits for it without a word"
+        )

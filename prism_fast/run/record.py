@@ -82,7 +82,8 @@ def moved(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``name old -> new`` of hardware and packages, which may round differently."""
     before, after = ({**side["environment"], **side["environment"]["packages"]} for side in (old, new))
     before.setdefault("processes", 1)  # a record from before there could be more
-    names = ("cpu", "gpu", "python", "processes", *new["environment"]["packages"])
+    packages = (name for name in new["environment"]["packages"] if name in before)  # not one that was not kept then
+    names = ("cpu", "gpu", "python", "processes", *packages)
     return [f"{n} {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 

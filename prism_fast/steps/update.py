@@ -393,6 +393,8 @@ def import_deepspeed() -> Any:
     """deepspeed, with what keeps its start quiet and quick. Raises DataError where it is not installed, or another."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # DeepSpeed asks for it by this name; one process without a launcher, or SLURM, does not set it.
+    os.environ.setdefault("LOCAL_RANK", str(ranks.place(os.environ).local_rank))
     try:
         import deepspeed
     except ImportError as error:

@@ -37,13 +37,18 @@ def test_the_command_line_is_frozen():
             options[f"{name} {inner}".strip()] = sorted(flags)
     expected = {
         "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke"],
-        "sft": ["--accept-changes", "--config", "--resume"],
+        "sft": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "upcycle": ["--config"],
-        "warmup": ["--accept-changes", "--config", "--resume"],
-        "align": ["--accept-changes", "--config", "--resume"],
-        "rlvr": ["--accept-changes", "--config", "--resume"],
+        "warmup": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
+        "align": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
+        "rlvr": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "eval": ["--config"],
         "config": ["--config"],
+        "launch": [
+            *("--accept-changes", "--config", "--cpus", "--endpoint", "--gpus", "--nodes", "--partition"),
+            *("--resume", "--slurm", "--time"),
+        ],
+        "plan": ["--gpus", "--memory", "--policy", "--tokens"],
         "bench": [],
         "doctor": [],
         "data check": ["--max-prompt-tokens", "--model", "--skip-bad-records"],
@@ -54,6 +59,7 @@ def test_the_command_line_is_frozen():
 
 
 COMMANDS = [[], *([name] for name in ["demo", "sft", "upcycle", "warmup", "align", "rlvr", "eval", "data", "doctor"])]
+COMMANDS += [["launch"], ["plan"]]
 COMMANDS += [["data", name] for name in ("check", "pairs", "filter")]
 
 
@@ -182,6 +188,51 @@ def test_bench_without_a_clone_is_one_line(tmp_path, capsys, monkeypatch):
 def test_the_benchmarks_of_this_clone_show_their_own_help(capfd, monkeypatch):
     status, out, _ = run(capfd, monkeypatch, "bench", "linear_logprob", "--help")
     assert status == 0 and out.startswith("usage: python -m benchmarks") and "--shape" in out
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank", "1"]])
+def test_a_launchers_local_rank_is_ignored_before_and_behind_the_stage(flag, tmp_path, capsys, monkeypatch):
+    words = ["sft", "model.path=/nowhere", "data.files=x", "optimizer.lr=1", "steps=1", f"run.out={tmp_path / 'o'}"]
+    for arguments in ([*flag, *words], [*words, *flag]):
+        status, _, err = run(capsys, monkeypatch, *arguments)
+        assert status == 2 and err.startswith("error: /nowhere: no such model directory")
+    assert "local" not in run(capsys, monkeypatch, "sft", "--help")[1]
+
+
+def test_accelerates_zero_stage_must_be_ours(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    words = ["sft", "model.path=/nowhere", "data.files=x", "optimizer.lr=1", "steps=1", f"run.out={tmp_path / 'o'}"]
+    status, _, err = run(capsys, monkeypatch, *words)
+    assert status == 2 and err.startswith("error: ACCELERATE_DEEPSPEED_ZERO_STAGE=3: ") and err.count("\n") == 1
+
+
+def test_launch_prints_and_warns_and_starts_nothing(tmp_path, capsys, monkeypatch):
+    words = ["launch", "sft", "--config", "sft_4b", "model.path=m", "data.files=x", f"run.out={tmp_path / 'o'}"]
+    status, out, err = run(capsys, monkeypatch, *words, "--gpus", 3, "steps=5", "--resume")
+    assert status == 0 and out.endswith(f"run.out={tmp_path / 'o'} steps=5 --resume\n") and "--nproc-per-node 3 " in out
+    assert err.splitlines() == [
+        f"note: steps=5 takes the place of epochs: 1 in {RECIPES / 'sft_4b.yaml'}",
+        "warning: batch_size = 64 is no multiple of 3 processes; some wait for others in every step",
+    ]
+    for more, says in (
+        (["bogus=1", "steps=0"], "steps: expected a whole number from 1"),
+        (["--nodes", 2], "launch: --endpoint: expected HOST or HOST:PORT"),
+    ):
+        status, out, err = run(capsys, monkeypatch, *words, *more)
+        assert status == 2 and not out and says in err and err.splitlines()[-1].startswith("error: ")
+    status, _, err = run(capsys, monkeypatch, "launch", "eval")
+    assert (
+        status == 2
+        and err == "error: launch: 'eval' does not run on several GPUs; expected one of sft, warmup, align, rlvr\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_counts(capsys, monkeypatch):
+    status, out, _ = run(capsys, monkeypatch, "plan", "align", "--gpus", 8)
+    assert status == 0 and "49.9" in out and "By count" in out
+    status, _, err = run(capsys, monkeypatch, "plan", "align", "--policy", "70b")
+    assert status == 2 and err == "error: plan: --policy: expected 4b or 8b, got '70b'\n"
 
 
 def test_an_interrupted_command_says_so(monkeypatch, capsys, tmp_path):

@@ -45,7 +45,8 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in 
 
 
 def stage_of(recipe):
-    return recipe.removeprefix("tiny_").split("_")[0]
+    stage = recipe.removeprefix("tiny_").split("_")[0]
+    return "align" if stage == "cluster" else stage
 
 
 def load(name, *overrides, file=None):
@@ -82,7 +83,7 @@ def test_sft_and_warmup_carry_the_published_values():
     assert (upcycle.num_experts, upcycle.top_k, upcycle.expert_noise, upcycle.router_std) == (4, 2, 0.01, 0.02)
 
 
-@pytest.mark.parametrize("name", ["align_4b", "align_8b"])
+@pytest.mark.parametrize("name", ["align_4b", "align_8b", "cluster_8x80", "cluster_2x8x80", "cluster_1x80"])
 def test_alignment_carries_the_published_values(name):
     config = load(name)
     rollout = config.rollout
@@ -399,3 +400,11 @@ def test_a_file_lies_over_its_base(tmp_path):
 
 def test_the_demo_recipe_is_read_as_it_stands():
     assert read_yaml(RECIPES / "demo.yaml")["align"]["steps"] > 0
+
+
+def test_recipes_of_clusters_shard():
+    for name, offload in (("cluster_8x80", False), ("cluster_2x8x80", False), ("cluster_1x80", True)):
+        config = load(name)
+        assert config.cluster.sharding == "zero2"
+        assert config.policy_optimizer.offload == config.discriminator_optimizer.offload == offload
+        assert config.policy.activation_checkpointing and config.discriminator.activation_checkpointing

@@ -180,6 +180,8 @@ def test_other_packages_are_told(folder):
     (text,) = record.moved(old, new)
     assert text.startswith("torch 1.0 -> ")
     assert record.moved(new, new) == []
+    del old["environment"]["packages"]["torch"]  # a record from before it was kept
+    assert record.moved(old, new) == []
 
 
 @pytest.mark.parametrize("text,ours", [("{}", False), ("[1]", False), ("oops", False), ("3", False)])
