@@ -11,6 +11,7 @@ import base64
 import io
 import logging
 import os
+import re
 import stat
 import struct
 import warnings
@@ -31,7 +32,8 @@ MAX_SIDE = 65_535
 MAX_ASPECT = 200  # of the longer side to the shorter; the image processor has the same limit
 
 _VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
-_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin
+# How PNG, JPEG, GIF, WebP, BMP, TIFF, JPEG 2000 and AVIF begin; a path of the same letters has a suffix.
+_BASE64 = re.compile(r"(iVBOR|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA)[A-Za-z0-9+/_=\s-]*")
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"II*\0": ".tif", b"MM\0*": ".tif"}
 _OTHERS = {  # what is found in place of an image, by its first bytes
     b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
@@ -66,15 +68,17 @@ def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
     if isinstance(value, dict):
         if not {"bytes", "path"} & value.keys():
             raise DataError(f"{place}: {field}: expected the fields bytes and path, got {sorted(value)}; rename them")
+        if isinstance(value.get("bytes"), str) and value["bytes"]:
+            raise DataError(f"{place}: {field}: bytes is a text, perhaps base64; store the image as a file or as bytes")
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)) and len(value):
         return ImageRef(data=bytes(value))
     if not isinstance(value, str) or not value:
-        kind = "nothing" if not value else type(value).__name__
+        kind = "nothing" if value is None or value in ("", b"") else type(value).__name__
         raise DataError(f"{place}: {field}: expected bytes, a bytes/path struct or a path, got {kind}; give the image")
-    if "://" in value or value.startswith("data:"):
+    if "://" in value or value[:5].lower() in ("data:", "file:"):
         raise DataError(f"{place}: {field}: {value[:80]!r} is a URL; store the image as a file or as bytes")
-    if value.startswith(_BASE64) and len(value) > 100:
+    if len(value) > 80 and _BASE64.fullmatch(value):
         raise DataError(f"{place}: {field}: {value[:20]!r}... is base64; store the image as a file or as bytes")
     path = folder / value
     if path.suffix.lower() in _VIDEO_SUFFIXES:
@@ -83,6 +87,7 @@ def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         why = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
+        why = " (a path of Windows; write /)" if "\\" in value[:200] else why
         raise DataError(
             f"{place}: {field}: no such image file {str(path)[:200]!r}{why}; correct the path or remove the record"
         ) from error
