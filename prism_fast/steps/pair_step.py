@@ -17,6 +17,8 @@ from prism_fast.steps.pair_loss import bradley_terry
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
 from prism_kernels import load_balancing_loss
 
+AT_ONCE = 256  # held-out records
+
 
 def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
     """One tree per distinct prompt; a part that several records share stands once."""
@@ -94,15 +96,16 @@ def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecor
 def pair_accuracy(
     discriminator: Discriminator, records: Sequence[PairRecord], *, tokens_per_pack: int
 ) -> dict[str, float]:
-    """How often the teacher's part scores higher than the student's, on held-out records."""
+    """How often the teacher's part scores higher than the student's, on held-out records, AT_ONCE of them in memory."""
     discriminator.eval()
-    trees, labels = pair_trees(records)
     right: list[list[Tensor]] = [[], []]
-    for packed in pack(trees, tokens_per_pack, discriminator.image):
-        score = discriminator(packed.to(discriminator.head.device)).score
-        for side in range(2):
-            teacher, student = pair_scores(score, packed, labels, side)
-            right[side].append(teacher > student)
+    for start in range(0, len(records), AT_ONCE):
+        trees, labels = pair_trees([records[i] for i in range(start, min(start + AT_ONCE, len(records)))])
+        for packed in pack(trees, tokens_per_pack, discriminator.image):
+            score = discriminator(packed.to(discriminator.head.device)).score
+            for side in range(2):
+                teacher, student = pair_scores(score, packed, labels, side)
+                right[side].append(teacher > student)
     discriminator.train()
     return {f"pair_accuracy_{name}": value for name, value in _fractions(right).items()}
 

@@ -126,7 +126,7 @@ def generate(
     logprobs: list[Tensor] = []
     per_batch = max(1, sampling.rows_at_once // samples)
     for start in range(0, len(prompts), per_batch):
-        batch = prompts[start : start + per_batch]
+        batch = [prompts[i] for i in range(start, min(start + per_batch, len(prompts)))]
         rows = slice(start * samples, (start + len(batch)) * samples)
         batch_ids, batch_logprobs = _generate(policy, chat, batch, samples, uniform[rows], sampling.temperature)
         ids += batch_ids
@@ -135,7 +135,7 @@ def generate(
             progress(len(ids))
     policy.train(was_training)
     return Rollout(
-        prompts=list(prompts),
+        prompts=prompts,
         group=torch.arange(len(prompts)).repeat_interleave(samples),
         response_ids=ids,
         logprob=logprobs,
