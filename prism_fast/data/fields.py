@@ -28,7 +28,7 @@ READ = ("messages", "conversations", "system", "prompt", "question", "image", "i
 BESIDE = frozenset({"data_source", "extra_info", "reward_model"})
 REWARD = ("style", "ground_truth", "equivalent_answers")
 VOICE = re.compile(r"(teacher|student)_(caption|cot|response)")  # a format without them passes over them
-UNSUPPORTED = ("video", "videos", "audio", "audios")
+UNSUPPORTED = re.compile(r"(video|audio)s?([_ -]?(paths?|urls?|files?|bytes|data))?")
 _PICTURE = re.compile(  # input_image, but not image_id, num_images, ...: those hold numbers
     r"([a-z]+[_ -])?(images?|imgs?|pictures?|photos?|figures?|screenshots?|diagrams?|frames?|media|jpe?g|png|webp)"
     r"([_ -]?(paths?|urls?|files?|(file)?_?names?|bytes|data|base64|b64|\d+))?"
@@ -40,10 +40,11 @@ _CONTENT = re.compile(
     r"sys|system|(system|user|developer|assistant)[_ -]?(prompts?|messages?|contents?)"
     r"|messages?|conversations?|dialogs?|dialogues?|turns|chats?|history"
     r"|prompts?|questions?|query|problem|instructions?|inputs?|texts?|contents?|context|passage|hints?|options|choices"
-    r"|responses?|outputs?|completions?|chosen|rejected|tools|tool_calls|captions?|cot|thoughts?|reasoning|rationale"
+    r"|responses?|outputs?|completions?|chosen|rejected|tools|tool_calls|captions?|cot|thoughts?|thinking|reasoning(_content)?|rationale"
 )
 _ANSWER = re.compile(
     r"((final|correct|gold)_?)?answers?|solutions?|ground_?truths?|golds?|equivalent_?answers?|equivalents"
+    r"|gts?|targets?|expected(_?(answer|output))?|reference_?answers?|answer_?keys?|correct_?(option|choice)"
 )
 _ORIGIN = re.compile(
     r"([a-z]+[_ -])?(image|img|file)s?[_ -]?(paths?|urls?|files?|names?)"
@@ -79,7 +80,12 @@ def missing(value: Any) -> bool:
 
 def is_read(name: str) -> bool:
     """Whether a field of this name must be looked at: some format reads it, or it looks as if it held content."""
-    return name in BESIDE or name in UNSUPPORTED or VOICE.fullmatch(name) is not None or looks_like_content(name)
+    return (
+        name in BESIDE
+        or UNSUPPORTED.fullmatch(name) is not None
+        or VOICE.fullmatch(name) is not None
+        or looks_like_content(name)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -139,9 +145,10 @@ class Fields:
     def __init__(self, record: dict[str, Any], place: str, folder: Path, system_prompt: str | None):
         self.record, self.place, self.folder, self.system_prompt = record, place, folder, system_prompt
         self._used: set[str] = set()
-        for key in UNSUPPORTED:
-            if self.has(key):
-                raise self.error(key, f"{key.rstrip('s')} is not supported", "remove the record")
+        for key, value in record.items():
+            media = UNSUPPORTED.fullmatch(key)
+            if media and not missing(value) and not (isinstance(value, list) and all(map(missing, value))):
+                raise self.error(key, f"{media[1]} is not supported", "remove the record")
 
     def error(self, field: str, problem: str, remedy: str) -> DataError:
         return DataError(f"{self.place}: {field[:80]}: {problem[:200]}; {remedy}")

@@ -84,7 +84,14 @@ def test_vectors_sets_and_intervals_are_golds(gold, tmp_path):
 
 
 def test_fields_that_hold_no_content_stand_beside(tmp_path):
-    beside = {"has_image": True, "num_images": 1, "image_id": "a", "tools": "[]", "file_name": "a.json"}
+    beside = {
+        "has_image": True,
+        "num_images": 1,
+        "image_id": "a",
+        "tools": "[]",
+        "file_name": "a.json",
+        "videos": [None],
+    }
     assert read(tmp_path, "rlvr", **beside, question_image_path="a.png", image_name="a").gold == "7"
 
 
@@ -236,6 +243,9 @@ REFUSED = [
     ),
     ("rlvr", {"reward_model": json.dumps({"ground_truth": "7"})}, ("reward_model", "named fields")),
     ("rlvr", {"reward_model": ..., "answer": "7"}, ("ground_truth", "missing")),
+    *(("rlvr", {name: "8"}, (name, "not read from here")) for name in ("gt", "target", "reference_answer", "solution")),
+    ("sft", {"reasoning_content": "so"}, ("reasoning_content", "not read")),
+    ("sft", {"video_path": "a.mp4"}, ("video_path", "video is not supported")),
     ("rlvr", {"answer": "3 + 4 #### 7"}, ("answer", "not read from here", "reward_model.ground_truth")),
     ("align", {"reward_model": ..., "answer": "7"}, ("answer", "not read from here")),
     ("align", {"reward_model": {"gt": "7"}}, ("reward_model.gt", "not read from here")),
