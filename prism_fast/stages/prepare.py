@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from prism_fast.config import FilterConfig, PairsConfig
-from prism_fast.data.encode import encode_all, question
+from prism_fast.data.encode import Held
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
 from prism_fast.files import try_new
 from prism_fast.models.load import open_policy
@@ -89,17 +89,16 @@ def _roll_out(
 ) -> tuple[list[Sample], Rollout]:
     policy, chat = open_policy(config.model)
     picked = list(range(min(len(data), config.limit or len(data))))
-    encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
-    encoded = encode_all(data, picked, encode)
-    if not encoded:
+    prompts = Held(data, picked, partial(chat.encode_prompt, max_tokens=config.data.max_prompt_tokens))
+    if not prompts:
         raise DataError(f"{config.data.files[0]}: each of {len(picked)} records is bad ({data.bad.messages[0]})")
-    total = len(encoded) * config.samples
+    total = len(prompts) * config.samples
     rollout = generate(
         policy,
         chat,
-        [prompt for _, prompt in encoded],
+        prompts,
         config,
         seed=config.seed,
         progress=None if progress is None else lambda done: progress(done, total),
     )
-    return [sample for sample, _ in encoded], rollout
+    return [data[index] for index in prompts.index], rollout
