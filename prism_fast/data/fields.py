@@ -30,7 +30,8 @@ REWARD = ("style", "ground_truth", "equivalent_answers")
 VOICE = re.compile(r"(teacher|student)_(caption|cot|response)")  # a format without them passes over them
 UNSUPPORTED = re.compile(r"(video|audio)s?([_ -]?(paths?|urls?|files?|bytes|data))?")
 _PICTURE = re.compile(  # input_image, but not image_id, num_images, ...: those hold numbers
-    r"([a-z]+[_ -])?(images?|imgs?|pictures?|photos?|figures?|screenshots?|diagrams?|frames?|media|jpe?g|png|webp)"
+    r"((?!(n|no|num|total|has|is|with)[_ -])[a-z]+[_ -])?"
+    r"(images?|imgs?|pictures?|photos?|figures?|screenshots?|diagrams?|frames?|media|jpe?g|png|webp)"
     r"([_ -]?(paths?|urls?|files?|(file)?_?names?|bytes|data|base64|b64|\d+))?"
     r"|(multi_?modal|mm)_?(data|inputs?)|pixel_values|file_?(name|path)s?"
 )
@@ -56,8 +57,11 @@ _TURN_KEYS = [
     for names in ("role|from|messages|conversations", "content|value|messages|conversations")
 ]
 _PARTS_AS_TEXT = re.compile(r"""[\[{][\s{]{0,40}["'](type|text|image|image_url)["']\s?:""")
-_IMAGE_IN_TEXT = re.compile(  # Markdown, HTML, Qwen-VL's older tags
-    r"!\[[^\]\n]{0,200}\]\([^)\n]{1,4000}\)|<img\s[^>]{0,400}\bsrc\s?=|<img>[^<]{1,400}</img>", re.IGNORECASE
+_IMAGE_TAG = r"(!\[[^\]\n]{0,200}\]\([^)\n]{1,4000}\)|<img\s[^>]{0,400}\bsrc\s?=[^>]{0,4000}>)"  # Markdown, HTML
+_IMAGE_IN_TEXT = (
+    re.compile(  # in a placeholder's place, or Qwen-VL's older tags; amid a text it may be what is asked about
+        rf"\A\s*{_IMAGE_TAG}|{_IMAGE_TAG}\s*\Z|<img>[^<]{{1,400}}</img>", re.IGNORECASE
+    )
 )
 _PLACEHOLDER = re.compile(
     r"</?\|?(image|img|im)s?[ _-]?(\d+|here|pad|token|placeholder|patch|context)?\s?/?\|?>", re.IGNORECASE
@@ -335,7 +339,9 @@ class Fields:
             raise self.error(key, f"{odd[0]} is no placeholder of an image", f"write {IMAGE}")
         named = [match.group() for text in asked for match in _IMAGE_IN_TEXT.finditer(text)]
         if named:
-            raise self.error(key, f"{named[0][:60]!r} in the text names an image", f"put it into images, {IMAGE} here")
+            raise self.error(
+                key, f"{named[0].strip()[:60]!r} in the text names an image", f"put it into images, {IMAGE} here"
+            )
         placeholders = sum(text.count(IMAGE) for text in asked)
         if placeholders != len(refs):
             problem = f"{placeholders} {IMAGE} placeholders but {len(refs)} images"

@@ -85,8 +85,9 @@ def test_vectors_sets_and_intervals_are_golds(gold, tmp_path):
 
 def test_fields_that_hold_no_content_stand_beside(tmp_path):
     beside = {
-        "has_image": True,
-        "num_images": 1,
+        "has_image": "yes",
+        "is_image": True,
+        "num_images": "1",
         "image_id": "a",
         "tools": "[]",
         "file_name": "a.json",
@@ -179,7 +180,7 @@ REFUSED = [
     ("rlvr", {"prompt": "<image_placeholder>x", "images": ...}, ("<image_placeholder>", "write <image>")),
     ("rlvr", {"prompt": "<IMG_CONTEXT>x", "images": ...}, ("<IMG_CONTEXT>", "write <image>")),
     ("rlvr", {"prompt": "![figure](a.png) x", "images": ...}, ("![figure](a.png)", "names an image")),
-    ("rlvr", {"prompt": "<img width=5 src='a.png'>x", "images": ...}, ("names an image", "images")),
+    ("rlvr", {"prompt": "x <img width=5 src='a.png'/>", "images": ...}, ("names an image", "images")),
     ("rlvr", {"prompt": "<img>a.png</img>x", "images": ...}, ("names an image", "images")),
     ("rlvr", {"prompt": "<Video>x", "images": ...}, ("video is not supported",)),
     ("rlvr", {"prompt": "<|audio_1|>x", "images": ...}, ("audio is not supported",)),
@@ -276,6 +277,10 @@ def test_questions_that_only_look_like_lists_are_read(tmp_path):
         '["a", "b"]',
         "What does <im> or </img> do?",
         "f(x) = ![x](y",
+        "What does <img src='a.png'> do in HTML?",
+        "Is ![x](a.png) Markdown?",
+        "(a) 3 and (b)",
+        "print([1, 2])",
     ):
         assert read(tmp_path, "rlvr", prompt=text, images=...).messages == (Message("user", text),)
 
@@ -421,6 +426,13 @@ def test_a_date_that_python_cannot_hold_is_one_line(zone, tmp_path):
     refuse(read_rlvr, path, "d.parquet:1: a value cannot be read")
     path = table(tmp_path, reward_model=pa.array([{"ground_truth": datetime(2026, 1, 1)}]))
     refuse(read_rlvr, path, "ground_truth", "datetime")
+
+
+def test_columns_of_images_are_read_whatever_their_name(tmp_path):
+    path = table(tmp_path, view=pa.array([{"bytes": png(), "path": None}]))
+    refuse(read_rlvr, path, "d.parquet:1: view: the field is not read")
+    path = table(tmp_path, images=pa.nulls(1), prompt=pa.array(["x?"]), decoded_image=pa.array([png()]))
+    refuse(read_rlvr, path, "decoded_image: the field is not read")
 
 
 def test_two_columns_of_one_name(tmp_path):
