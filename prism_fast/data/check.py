@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 SHOWN_CHARACTERS = 1200
 SHOWN_BAD = 20
 AT_ONCE = 128  # records that are parsed before their images are opened side by side
-MAX_ASPECT_RATIO = 200  # of the image processor of Qwen-VL
 # Those of the Qwen-VL tokenizers; with a model, its own decide.
 _CONTROL = re.compile(
     r"<\|(im_start|im_end|endoftext|(object_ref|box|quad|vision)_(start|end)|(vision|image|video|fim)_pad"
@@ -92,26 +91,20 @@ def image_sizes(sample: Sample) -> list[tuple[int, int]]:
         if found := _CONTROL.search(message.content):
             problem = f"holds the control token {found.group()}; remove it or write it differently"
             raise DataError(f"{sample.place}: messages[{number}].content: {problem}")
-    sizes = [open_image(ref, sample.place).size for ref in sample.images]
-    for width, height in sizes:
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise DataError(
-                f"{sample.place}: images: {width}x{height} pixels, one side over {MAX_ASPECT_RATIO} times the other; "
-                "resize the image"
-            )
-    return sizes
+    return [open_image(ref, sample.place).size for ref in sample.images]
 
 
-def verdict_of(kind: str, chat: Chat, max_prompt_tokens: int) -> Verdict:
-    """What the stage says that reads this kind, with the limits that are its defaults."""
+def verdict_of(kind: str, chat: Chat, max_prompt_tokens: int) -> tuple[Verdict, str]:
+    """What the stage says that reads this kind, and the limits by which it does: its defaults."""
     from prism_fast.config import AlignConfig, SFTConfig, WarmupConfig
     from prism_fast.data.encode import demonstration, lesson, pair_record, question
 
-    encode = {
-        "sft": partial(demonstration, max_tokens=SFTConfig.model_construct().max_tokens),
-        "warm-up": partial(pair_record, max_tokens=WarmupConfig.model_construct().max_tokens),
-        "alignment": partial(lesson, config=AlignConfig.model_construct()),
-        "rlvr": question,
+    sft, pairs, align = SFTConfig.model_construct(), WarmupConfig.model_construct(), AlignConfig.model_construct()
+    encode, limit = {
+        "sft": (partial(demonstration, max_tokens=sft.max_tokens), f", max_tokens = {sft.max_tokens}"),
+        "warm-up": (partial(pair_record, max_tokens=pairs.max_tokens), f", max_tokens = {pairs.max_tokens}"),
+        "alignment": (partial(lesson, config=align), f", max_part_tokens = {align.max_part_tokens}"),
+        "rlvr": (question, ""),
     }[kind]
     one_at_a_time = threading.Lock()  # a tokenizer has one state
 
@@ -121,7 +114,7 @@ def verdict_of(kind: str, chat: Chat, max_prompt_tokens: int) -> Verdict:
             encode(sample, chat, max_prompt_tokens=max_prompt_tokens)
         return sizes
 
-    return verdict
+    return verdict, f"lengths by the stage's defaults: max_prompt_tokens = {max_prompt_tokens}{limit}"
 
 
 def check(
@@ -132,7 +125,9 @@ def check(
     Prints counts, the bad records and the first good one; ``bad`` counts on over several files.
     """
     kind, before = kind_of(path), len(bad)
-    verdict = image_sizes if chat is None else verdict_of(kind, chat, max_prompt_tokens)
+    verdict, limits = image_sizes, "lengths were not looked at: they need a stage's --model"
+    if chat is not None:
+        verdict, limits = verdict_of(kind, chat, max_prompt_tokens)
     counts = Counts()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -145,6 +140,7 @@ def check(
             if sizes is not None:
                 counts.add(sample, sizes)
     _show(path, kind, counts, bad.messages[before:], console)
+    console.print(limits, highlight=False, soft_wrap=True)
 
 
 def _judged(data: Dataset, verdict: Verdict) -> Iterator[tuple[Sample, list[tuple[int, int]] | None]]:
@@ -159,9 +155,9 @@ def _judged(data: Dataset, verdict: Verdict) -> Iterator[tuple[Sample, list[tupl
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(data), AT_ONCE):
             samples = [data[index] for index in range(start, min(start + AT_ONCE, len(data)))]
-            for offset, (sample, judged) in enumerate(zip(samples, pool.map(judge, samples))):
+            for sample, judged in zip(samples, pool.map(judge, samples)):
                 if isinstance(judged, DataError):
-                    data.skip(start + offset, judged)
+                    data.bad.add(sample.place, judged)
                 yield sample, None if isinstance(judged, DataError) else judged
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -13,6 +13,9 @@ from prism_fast.data.formats import Dataset
 from prism_fast.records import DataError, Lesson, PairRecord, Prompt, Sample
 
 T = TypeVar("T")
+E = TypeVar("E", Prompt, PairRecord)
+
+HELD_BYTES = 1 << 30  # pixels of encoded records that a set for evaluation keeps in memory
 
 NO_RECORDS = "every record of the step is bad; no update was made"  # what a stage says of such a step
 
@@ -27,6 +30,38 @@ def encode_all(data: Dataset, picked: list[int], encode: Callable[[Sample], T]) 
         except DataError as error:
             data.skip(index, error)
     return made
+
+
+class Held(Sequence[E]):
+    """The good records among ``picked``, at most ``limit`` of them, encoded to be used again and again.
+
+    All are encoded once, to know which are bad. Those within HELD_BYTES stay; the others are encoded at every use: a
+    pixel takes 24 bytes, and a whole set of them may be larger than the host's memory.
+    """
+
+    def __init__(self, data: Dataset, picked: Iterable[int], encode: Callable[[Sample], E], limit: int | None = None):
+        self._data, self._encode = data, encode
+        self.index: list[int] = []  # of the records in ``data``
+        self._kept: list[E] = []
+        room = HELD_BYTES
+        for index in picked:
+            if len(self.index) == limit:
+                break
+            for made in encode_all(data, [index], encode):
+                prompt = made if isinstance(made, Prompt) else made.prompt
+                room -= 0 if prompt.pixel_values is None else prompt.pixel_values.nbytes
+                if room >= 0:
+                    self._kept.append(made)
+                self.index.append(index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> E:
+        number = range(len(self))[number]
+        if number < len(self._kept):
+            return self._kept[number]
+        return self._encode(self._data[self.index[number]])
 
 
 def question(sample: Sample, chat: Chat, *, max_prompt_tokens: int) -> tuple[Sample, Prompt]:

@@ -5,9 +5,12 @@ Missing are null, NaN, empty text, an empty list or object, and an image whose b
 
 from __future__ import annotations
 
+import ast
 import difflib
+import json
 import math
 import re
+import string
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from functools import lru_cache
@@ -25,29 +28,55 @@ READ = ("messages", "conversations", "system", "prompt", "question", "image", "i
 BESIDE = frozenset({"data_source", "extra_info", "reward_model"})
 REWARD = ("style", "ground_truth", "equivalent_answers")
 VOICE = re.compile(r"(teacher|student)_(caption|cot|response)")  # a format without them passes over them
-UNSUPPORTED = ("video", "videos", "audio", "audios")
-_PICTURE = re.compile(r"(images?|imgs?|pictures?|photos?|figures?)([_ -]?(paths?|urls?|files?|bytes|data|base64|\d+))?")
+UNSUPPORTED = re.compile(r"(video|audio)s?([_ -]?(paths?|urls?|files?|bytes|data))?")
+_PICTURE = re.compile(  # input_image, but not image_id, num_images, ...: those hold numbers
+    r"((?!(n|no|num|total|has|is|with)[_ -])[a-z]+[_ -])?"
+    r"(images?|imgs?|pictures?|photos?|figures?|screenshots?|diagrams?|frames?|media|jpe?g|png|webp)"
+    r"([_ -]?(paths?|urls?|files?|(file)?_?names?|bytes|data|base64|b64|\d+))?"
+    r"|(multi_?modal|mm)_?(data|inputs?)|pixel_values|file_?(name|path)s?"
+)
+_FILE = re.compile(r"file_?(name|path)s?")
+_IMAGE_FILE = re.compile(r"\.(png|jpe?g|webp|gif|bmp|tiff?|jp2|avif|ppm)\b", re.IGNORECASE)
 _CONTENT = re.compile(
-    r"system|(system|user|developer|assistant)[_ -]?(prompts?|messages?|contents?)"
+    r"sys|system|(system|user|developer|assistant)[_ -]?(prompts?|messages?|contents?)"
     r"|messages?|conversations?|dialogs?|dialogues?|turns|chats?|history"
     r"|prompts?|questions?|query|problem|instructions?|inputs?|texts?|contents?|context|passage|hints?|options|choices"
-    r"|responses?|outputs?|completions?|chosen|rejected|tools|tool_calls|captions?|cot|thoughts?|reasoning|rationale"
+    r"|responses?|outputs?|completions?|chosen|rejected|tools|tool_calls|captions?|cot|thoughts?|thinking|reasoning(_content)?|rationale"
 )
 _ANSWER = re.compile(
     r"((final|correct|gold)_?)?answers?|solutions?|ground_?truths?|golds?|equivalent_?answers?|equivalents"
+    r"|gts?|targets?|expected(_?(answer|output))?|reference_?answers?|answer_?keys?|correct_?(option|choice)"
 )
-_ORIGIN = re.compile(r"(image|img)s?[_ -]?(paths?|urls?|files?)")  # beside an image that was read: where it came from
-_TURNS_AS_TEXT = re.compile(
-    r"""["'\\]{0,8}(array\()?[\[({][\[({\s]{0,40}\\{0,4}["'](role|content|from|messages|conversations)\\{0,4}["']\s?:"""
+_ORIGIN = re.compile(
+    r"([a-z]+[_ -])?(image|img|file)s?[_ -]?(paths?|urls?|files?|names?)"
+)  # where an image that was read came from
+# What a text is that spells a structure: dressed (b'..', ```json, array(..)), in brackets, or a call; its keys.
+_BRACKETS = re.compile(r"""(b?["'\\]{1,8}|`{3}\w{0,8}\s{0,8})?(\w{1,20}\(|[\[({])""")
+_TURN_KEYS = [
+    re.compile(rf"""\b(({names})\\{{0,4}}["']\s{{0,8}}[:,]|({names})=["'\[])""")
+    for names in ("role|from|messages|conversations", "content|value|messages|conversations")
+]
+_PARTS_AS_TEXT = re.compile(r"""[\[{][\s{]{0,40}["'](type|text|image|image_url)["']\s?:""")
+_IMAGE_TAG = r"(!\[[^\]\n]{0,200}\]\([^)\n]{1,4000}\)|<img\s[^>]{0,400}\bsrc\s?=[^>]{0,4000}>)"  # Markdown, HTML
+_IMAGE_IN_TEXT = (
+    re.compile(  # in a placeholder's place, or Qwen-VL's older tags; amid a text it may be what is asked about
+        rf"\A\s*{_IMAGE_TAG}|{_IMAGE_TAG}\s*\Z|<img>[^<]{{1,400}}</img>", re.IGNORECASE
+    )
 )
-_PARTS_AS_TEXT = re.compile(r"""\[\s{0,40}\{\s{0,40}["'](type|text|image|image_url)["']\s?:""")
-_PLACEHOLDER = re.compile(r"<\|?image[ _-]?(\d+|here|pad)?\|?>", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"</?\|?(image|img|im)s?[ _-]?(\d+|here|pad|token|placeholder|patch|context)?\s?/?\|?>", re.IGNORECASE
+)
+_NO_PLACEHOLDER = {IMAGE, "<img>", "</img>", "<im>", "</im>"}  # the placeholder itself, and what HTML questions hold
+_OTHER_MEDIA = re.compile(r"<\|?(video|audio)[ _-]?(\d+|here|placeholder)?\s?/?\|?>", re.IGNORECASE)
 _NOT_A_NUMBER = {"nan", "<na>", "nat"}
+_INVISIBLE = "\0\u200b\u200c\u200d\u2060\ufeff"
 
 
 def missing(value: Any) -> bool:
     if value is None or (isinstance(value, (str, bytes)) and not value.strip()):
         return True
+    if isinstance(value, str) and value[0] in _INVISIBLE:
+        return not value.strip(string.whitespace + _INVISIBLE)
     if isinstance(value, (float, Decimal)):
         return math.isnan(value)
     return isinstance(value, (list, tuple, dict)) and not value
@@ -55,7 +84,12 @@ def missing(value: Any) -> bool:
 
 def is_read(name: str) -> bool:
     """Whether a field of this name must be looked at: some format reads it, or it looks as if it held content."""
-    return name in BESIDE or name in UNSUPPORTED or VOICE.fullmatch(name) is not None or looks_like_content(name)
+    return (
+        name in BESIDE
+        or UNSUPPORTED.fullmatch(name) is not None
+        or VOICE.fullmatch(name) is not None
+        or looks_like_content(name)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -69,10 +103,44 @@ def _like(name: str) -> list[str]:
     return difflib.get_close_matches(name.strip().lower(), READ, cutoff=0.85)
 
 
-def _spells(shape: re.Pattern[str], text: str) -> bool:
-    """Whether a text is the JSON or the Python spelling of what should have been a list."""
+def spells_turns(text: str) -> bool:
+    """Whether a text is the JSON or the Python spelling of turns, whole or cut, or of anything around an image."""
+    text = text.strip(string.whitespace + _INVISIBLE)
+    if not text or text[-1] not in "]})\"'`" or _BRACKETS.match(text) is None:
+        return text[:2] in ("b'", 'b"') and text[-1:] == text[1] and IMAGE in text
+    return all(key.search(text) for key in _TURN_KEYS) or (IMAGE in text and spells_texts(text))
+
+
+def spells_parts(text: str) -> bool:
+    """Whether a text is the JSON or the Python spelling of a list of parts, or of one of them."""
     text = text.strip()
-    return text[-1:] in ("]", "}", ")", '"', "'") and shape.match(text) is not None
+    return text[-1:] in ("]", "}", '"', "'") and _PARTS_AS_TEXT.match(text) is not None
+
+
+def spells_texts(text: str) -> bool:
+    """Whether a text is the JSON or the Python spelling of a list or an object that holds texts."""
+    text = text.strip()
+    if text[:1] + text[-1:] not in ("[]", "{}", "()") or len(text) > 10_000:
+        return False
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        return _holds_text(value)
+    return False
+
+
+def _holds_text(value: Any) -> bool:
+    """Whether a text or a name stands somewhere in it: numbers alone are vectors, intervals, matrices."""
+    return isinstance(value, (str, dict)) or (isinstance(value, (list, tuple)) and any(map(_holds_text, value)))
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value is an image, or a list of them, as data sets hold it, whatever its name."""
+    if isinstance(value, list) and value:
+        return is_image(value[0])
+    return isinstance(value, dict) and {"bytes", "path"} <= value.keys() and not all(map(missing, value.values()))
 
 
 class Fields:
@@ -81,9 +149,10 @@ class Fields:
     def __init__(self, record: dict[str, Any], place: str, folder: Path, system_prompt: str | None):
         self.record, self.place, self.folder, self.system_prompt = record, place, folder, system_prompt
         self._used: set[str] = set()
-        for key in UNSUPPORTED:
-            if self.has(key):
-                raise self.error(key, f"{key.rstrip('s')} is not supported", "remove the record")
+        for key, value in record.items():
+            media = UNSUPPORTED.fullmatch(key)
+            if media and not missing(value) and not (isinstance(value, list) and all(map(missing, value))):
+                raise self.error(key, f"{media[1]} is not supported", "remove the record")
 
     def error(self, field: str, problem: str, remedy: str) -> DataError:
         return DataError(f"{self.place}: {field[:80]}: {problem[:200]}; {remedy}")
@@ -130,13 +199,19 @@ class Fields:
         if missing(value):
             return None
         if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if not isinstance(value, int) and not math.isfinite(value):
                 raise self.error(field, f"{value} is no answer", "give the answer as a text")
             return str(value)
         if not isinstance(value, str):
             raise self.error(field, f"expected a text, got {type(value).__name__}", "give the answer as a text")
         if value.strip().lower() in _NOT_A_NUMBER:
             raise self.error(field, f"{value!r} is how a missing value was written", "give the answer as a text")
+        if spells_texts(value):
+            raise self.error(
+                field,
+                f"the text {value[:60]!r} spells a list or an object",
+                "write the answer, others in equivalent_answers",
+            )
         return value
 
     def label(self, value: Any, field: str) -> str | None:
@@ -166,7 +241,7 @@ class Fields:
         if value is None and (self.record.get(key) is None or not isinstance(self.record[key], list)):
             raise self._absent(key)
         if isinstance(value, str):
-            if _spells(_TURNS_AS_TEXT, value):
+            if spells_turns(value):
                 raise self.error(key, "the text spells a list of turns", "write the list itself, not its text")
             value = [{"role": "user", "content": value}]
         if not isinstance(value, list):
@@ -193,9 +268,8 @@ class Fields:
         if dropped:
             raise self.error(f"{name}.{dropped[0]}", f"is not read beside {role} and {content}", "remove it")
         text = self._content(turn[content], f"{name}.{content}")
-        for mark in ("video", "audio"):
-            if f"<{mark}>" in text:
-                raise self.error(f"{name}.{content}", f"{mark} is not supported", "remove the record")
+        if media := _OTHER_MEDIA.search(text):
+            raise self.error(f"{name}.{content}", f"{media[1].lower()} is not supported", "remove the record")
         if not text.strip():
             raise self.error(f"{name}.{content}", "the text is empty", "fill it in, or remove the turn or the record")
         return Message(ROLES.get(str(turn[role]), str(turn[role])), text)
@@ -203,7 +277,7 @@ class Fields:
     def _content(self, value: Any, field: str) -> str:
         """A text, or parts of the types text and image, the latter without the image itself."""
         if isinstance(value, str):
-            if _spells(_PARTS_AS_TEXT, value):
+            if spells_parts(value):
                 raise self.error(field, "the text spells a list of parts", "write the list itself, not its text")
             return value
         if not isinstance(value, list):
@@ -212,11 +286,12 @@ class Fields:
         for number, part in enumerate(value):
             name = f"{field}[{number}]"
             given = {k for k, v in part.items() if v is not None} if isinstance(part, dict) else set()
-            if given in ({"type", "text"}, {"text"}) and part.get("type", "text") in ("text", None):
+            part_type = part.get("type") if given else None
+            if given in ({"type", "text"}, {"text"}) and part_type in ("text", None):
                 if not isinstance(part["text"], str):
                     raise self.error(name, f"expected a text, got {type(part['text']).__name__}", "use a string")
                 pieces.append(part["text"])
-            elif given == {"type"} and part["type"] == "image":
+            elif part_type == "image" and all(missing(part[k]) for k in given - {"type"}):
                 pieces.append(IMAGE)
             elif given & {"image", "image_url", "url", "path", "bytes", "data"}:
                 raise self.error(name, "an image inside a turn is not read", f"put it into images, {IMAGE} here")
@@ -258,9 +333,15 @@ class Fields:
         stray = [turn.role for turn in turns if turn.role != "user" and IMAGE in turn.content]
         if stray:
             raise self.error(key, f"{IMAGE} in a turn of the {stray[0]}, images belong to the user's", "move it")
-        odd = [match.group() for text in asked for match in _PLACEHOLDER.finditer(text) if match.group() != IMAGE]
+        odd = [match.group() for text in asked for match in _PLACEHOLDER.finditer(text)]
+        odd = [mark for mark in odd if mark not in _NO_PLACEHOLDER]
         if odd:
             raise self.error(key, f"{odd[0]} is no placeholder of an image", f"write {IMAGE}")
+        named = [match.group() for text in asked for match in _IMAGE_IN_TEXT.finditer(text)]
+        if named:
+            raise self.error(
+                key, f"{named[0].strip()[:60]!r} in the text names an image", f"put it into images, {IMAGE} here"
+            )
         placeholders = sum(text.count(IMAGE) for text in asked)
         if placeholders != len(refs):
             problem = f"{placeholders} {IMAGE} placeholders but {len(refs)} images"
@@ -272,9 +353,14 @@ class Fields:
         for key, value in self.record.items():
             if key in self._used or key in BESIDE or VOICE.fullmatch(key) or missing(value):
                 continue
-            if not looks_like_content(key) or (sample.images and _ORIGIN.fullmatch(key.lower())):
+            if not (looks_like_content(key) or is_image(value)) or (sample.images and _ORIGIN.fullmatch(key.lower())):
                 continue
-            if _PICTURE.fullmatch(key.strip().lower()) or not _stands_in(value, sample):
+            picture = is_image(value) or _PICTURE.fullmatch(key.strip().lower()) is not None
+            if (picture and isinstance(value, (bool, int, float))) or value in ("[]", "{}", "null"):  # has_image, empty
+                continue
+            if _FILE.fullmatch(key.lower()) and not _IMAGE_FILE.search(str(value)):  # where a text came from
+                continue
+            if picture or not _stands_in(value, sample):
                 near = [name for name in _like(key) if name != key]
                 remedy = f"rename it to {near[0]}, or remove it" if near else "move it into what is read, or remove it"
                 raise self.error(key, "the field is not read in this format", remedy)

@@ -68,6 +68,7 @@ class Dataset(Sequence[Sample]):
         if not paths:
             raise DataError("no data file given; name at least one")
         self.bad = skip_bad if isinstance(skip_bad, BadRecords) else BadRecords(skip_bad)
+        self._skipped: set[int] = set()
         self._convert = convert
         self._system_prompt = system_prompt
         self._sources: list[Source] = [open_source(path, is_read) for path in paths]
@@ -106,9 +107,13 @@ class Dataset(Sequence[Sample]):
         return sample
 
     def skip(self, index: int, error: DataError) -> None:
-        """Count record ``index`` as bad; raises once there are more than are allowed (at once by default)."""
+        """Count record ``index`` as bad; raises once there are more than are allowed (at once by default), or no other
+        record is left."""
         file, record = self._index[index]
         self.bad.add(self._sources[file].place(int(record)), error)
+        self._skipped.add(index % len(self))
+        if len(self._skipped) == len(self):
+            raise DataError(f"{self._sources[0].path}: each of {len(self)} records is bad ({error}); correct the file")
 
 
 def require_parts(response: str, place: str, field: str) -> Parts:

@@ -1,25 +1,30 @@
 """References to images in records, and opening them as a person sees them. Nothing is opened before it is needed.
 
-Upright (orientation of EXIF or XMP), on white where it is transparent, 8 bits of RGB. Grey of 16 bits is scaled by the
-whole range of its format; grey of 32 bits and floats, which have no agreed black and white, are refused. Of animations
-and files of several pages: the first. Embedded colour profiles are not applied.
+Upright (orientation of EXIF or XMP), on white where it is transparent, 8 bits of sRGB: an embedded ICC profile of the
+image's own colour space is applied, others are passed over, as viewers do. Grey of 16 bits is scaled by the whole range
+of its format; grey of 32 bits and floats, which have no agreed black and white, are refused. Of animations and files of
+several pages: the first.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import ctypes
 import io
 import logging
 import os
+import re
 import stat
 import struct
 import warnings
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from prism_fast.files import replacing
 from prism_fast.records import DataError, ImageRef
@@ -28,10 +33,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF
 MAX_BYTES = 2**28  # of a file: 268 MB
 MAX_PIXELS = 2**26  # 67 million: 8,192 x 8,192
 MAX_SIDE = 65_535
+MAX_SCANS = 2**31  # of a progressive JPEG, times its pixels: 32 at the most pixels
 MAX_ASPECT = 200  # of the longer side to the shorter; the image processor has the same limit
 
 _VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
-_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin
+# How PNG, JPEG, GIF, WebP, BMP, TIFF, JPEG 2000 and AVIF begin; a path of the same letters has a suffix.
+_BASE64 = re.compile(r"(iVBOR|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA)[A-Za-z0-9+/_=\s-]*")
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"II*\0": ".tif", b"MM\0*": ".tif"}
 _OTHERS = {  # what is found in place of an image, by its first bytes
     b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
@@ -42,6 +49,17 @@ _OTHERS = {  # what is found in place of an image, by its first bytes
     b"%PDF": "PDF",
     b"%!PS": "PostScript",
     b"8BPS": "Photoshop",
+    b"\0\0\1\0": "an icon",
+    b"DDS ": "DDS",
+    b"qoif": "QOI",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\x1aE\xdf\xa3": "a video",
+    b"PK\3\4": "a zip archive",
+    b"\x1f\x8b": "gzip",
+    b"{": "JSON",
+    b"iVBORw0KGgo": "base64",
+    b"/9j/": "base64",
 }
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,6 +73,8 @@ _TURNS = {  # EXIF orientation -> what makes it upright
 
 _PILLOW = r"PIL\."  # its modules
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach stderr beside the exception
+with contextlib.suppress(OSError, AttributeError):  # libtiff's too, wherever Pillow's has a symbol for it
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 class _Refusal(Exception):
@@ -66,15 +86,17 @@ def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
     if isinstance(value, dict):
         if not {"bytes", "path"} & value.keys():
             raise DataError(f"{place}: {field}: expected the fields bytes and path, got {sorted(value)}; rename them")
+        if isinstance(value.get("bytes"), str) and value["bytes"]:
+            raise DataError(f"{place}: {field}: bytes is a text, perhaps base64; store the image as a file or as bytes")
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray, memoryview)) and len(value):
         return ImageRef(data=bytes(value))
     if not isinstance(value, str) or not value:
-        kind = "nothing" if not value else type(value).__name__
+        kind = "nothing" if value is None or value in ("", b"") else type(value).__name__
         raise DataError(f"{place}: {field}: expected bytes, a bytes/path struct or a path, got {kind}; give the image")
-    if "://" in value or value.startswith("data:"):
+    if "://" in value or value[:5].lower() in ("data:", "file:"):
         raise DataError(f"{place}: {field}: {value[:80]!r} is a URL; store the image as a file or as bytes")
-    if value.startswith(_BASE64) and len(value) > 100:
+    if len(value) > 80 and _BASE64.fullmatch(value):
         raise DataError(f"{place}: {field}: {value[:20]!r}... is base64; store the image as a file or as bytes")
     path = folder / value
     if path.suffix.lower() in _VIDEO_SUFFIXES:
@@ -83,6 +105,7 @@ def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         why = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
+        why = " (a path of Windows; write /)" if "\\" in value[:200] else why
         raise DataError(
             f"{place}: {field}: no such image file {str(path)[:200]!r}{why}; correct the path or remove the record"
         ) from error
@@ -138,6 +161,7 @@ def _seen(file: IO[bytes]) -> Image.Image:
         raise _Refusal(f"is over the limit of {MAX_PIXELS:,} pixels; make it smaller or remove it") from error
     with image:
         _check_size(*image.size)
+        _check_work(image, file)
         box = image.tile[0][1] if image.format == "GIF" and image.tile else None  # of the first frame
         image.load()
         if image.format == "JPEG2000" and not _ends(file):
@@ -163,10 +187,12 @@ def _silence_pillow() -> None:
 
 def _looks_like(file: IO[bytes]) -> str:
     file.seek(0)
-    head = file.read(64).lstrip()
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        return "; it looks like HEIC"
-    return "".join(f"; it looks like {name}" for start, name in _OTHERS.items() if head.startswith(start))
+    head = file.read(64)
+    if head[4:8] == b"ftyp" and not head[8:12].startswith(b"avi"):
+        return "; it looks like HEIC" if head[8:11] in (b"hei", b"hev", b"mif", b"msf") else "; it looks like a video"
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    names = [name for start, name in _OTHERS.items() if head[: len(start)].lower() == start.lower()]
+    return "".join(f"; it looks like {name}" for name in names[:1])
 
 
 def _ends(file: IO[bytes]) -> bool:
@@ -191,6 +217,22 @@ def _check_size(width: int, height: int) -> None:
     raise _Refusal(f"has {width} x {height} pixels, {why} or remove it")
 
 
+def _check_work(image: Image.Image, file: IO[bytes]) -> None:
+    """Refuses what decodes far more than its pixels: tiles larger than the image, a JPEG of very many scans."""
+    tile = [int(np.max(getattr(image, "tag_v2", {}).get(tag, 0))) for tag in (322, 323)]
+    if tile[0] * tile[1] > MAX_PIXELS:
+        raise _Refusal(f"has tiles of {tile[0]} x {tile[1]} pixels, over the limit of {MAX_PIXELS:,}; save it again")
+    if image.info.get("progressive"):
+        position = file.tell()
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        file.seek(position)
+        if scans * image.width * image.height > MAX_SCANS:
+            raise _Refusal(
+                f"has {image.width} x {image.height} pixels in {scans} scans, which is too much; save it again"
+            )
+
+
 def _orientation(image: Image.Image) -> Any:
     """EXIF's number; 1, upright, where the block is damaged, as viewers take it. After ``load``, which may read it."""
     try:
@@ -201,7 +243,7 @@ def _orientation(image: Image.Image) -> Any:
 
 def _on_white(image: Image.Image, file: IO[bytes]) -> Image.Image:
     """A loaded image of any mode as RGB, what is transparent in it on white."""
-    premultiplied = {"La": "LA", "RGBa": "RGBA"}
+    premultiplied, profile = {"La": "LA", "RGBa": "RGBA"}, image.info.get("icc_profile")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = _grey_of_16_bits(image)
     elif image.mode in ("I", "F"):
@@ -214,14 +256,47 @@ def _on_white(image: Image.Image, file: IO[bytes]) -> Image.Image:
     elif image.format == "PNG" and image.mode in ("L", "RGB") and "transparency" in image.info:
         image = _with_key_as_alpha(image, file)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return _in_srgb(image, profile)
     rgba = image.convert("RGBA")
     alpha = rgba.getchannel("A")
+    rgb = _in_srgb(image.getchannel("L") if image.mode == "LA" else rgba, profile)
     if image.format == "BMP" and alpha.getextrema() == (0, 0):  # an unused channel, as browsers take it
-        return rgba.convert("RGB")
+        return rgb
     white = Image.new("RGB", image.size, "white")
-    white.paste(rgba.convert("RGB"), mask=alpha)
+    white.paste(rgb, mask=alpha)
     return white
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Opaque colours by their profile; as they are where there is none, or it is damaged or of another space."""
+    space = {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB ")
+    plain = image.convert("RGB")
+    transform = _to_srgb(profile, space) if profile else None
+    if transform is None:
+        return plain
+    return transform.apply(plain if space == "RGB " else image)
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
+    """None for what is not a profile of this space, and for sRGB, told by what it does: at most 2 of 255."""
+    mode = {"GRAY": "L", "CMYK": "CMYK"}.get(space, "RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space != space:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    if mode == "CMYK":
+        return transform
+    levels = np.linspace(0, 255, 6).astype(np.uint8)
+    colours = (
+        np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3) if mode == "RGB" else levels[None]
+    )
+    trial = Image.fromarray(np.ascontiguousarray(colours))
+    change = np.asarray(transform.apply(trial)).astype(int) - np.asarray(trial.convert("RGB"))
+    return transform if np.abs(change).max() > 2 else None
 
 
 def _grey_of_16_bits(image: Image.Image) -> Image.Image:

@@ -101,7 +101,8 @@ class Parquet:
         group = int(np.searchsorted(self._start, index, side="right")) - 1
         table = self._group(group)
         try:
-            return table.slice(index - int(self._start[group]), 1).to_pylist()[0]
+            row = table.slice(index - int(self._start[group]), 1).to_pylist()[0]
+            return {name: _shortest(value, table.schema.field(name).type) for name, value in row.items()}
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{self.place(index)}: a text is not valid UTF-8; write the file again ({error})"
@@ -137,19 +138,26 @@ def open_source(path: str | Path, wanted: Wanted | None = None) -> Source:
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"{path}: no such file; check the path")
+        remote = re.match(r"(https?|s3|gs|hf|file):", str(path))
+        raise DataError(f"{path}: " + ("a URL; download it first" if remote else "no such file; check the path"))
+    if path.is_dir() and _inside(path, "arrow"):
+        raise DataError(f"{path}: a saved data set; write a file of it (datasets: load_from_disk(...).to_parquet(...))")
     if not path.is_file():
-        raise DataError(f"{path}: not a file; name the data file itself")
+        example = "".join(f", as {found}" for found in _inside(path, "parquet", "jsonl", "json")[:1])
+        raise DataError(f"{path}: not a file; name the data file itself{example}")
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
+            while head and not head.strip() and (more := file.read(1 << 20)):
+                head = more
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if not head.strip():
         raise DataError(f"{path}: the file is empty; write at least one record")
-    if head.startswith(b"PAR1") or path.suffix == ".parquet":
+    begins = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if head.startswith(b"PAR1") or (path.suffix == ".parquet" and begins not in (b"{", b"[")):
         source: Source = Parquet(path, wanted=wanted)
-    elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    elif begins == b"[":
         source = JsonList(path)
     else:
         _refuse_other_layouts(head, path)
@@ -160,15 +168,25 @@ def open_source(path: str | Path, wanted: Wanted | None = None) -> Source:
     return source
 
 
+def _inside(folder: Path, *suffixes: str) -> list[Path]:
+    """Files with one of these suffixes in a folder and the folders in it."""
+    return [found for suffix in suffixes for way in ("*", "*/*") for found in sorted(folder.glob(f"{way}.{suffix}"))]
+
+
 _LAYOUTS = (  # first bytes -> what they are
     (b"\x1f\x8b", "gzip; unpack it"),
     (b"PK", "a zip archive or a spreadsheet; unpack it, or save it as JSON lines"),
     (b"\x28\xb5\x2f\xfd", "zstd; unpack it"),
     (b"ARROW1", "an Arrow file; save it as parquet"),
     (b"\xff\xff\xff\xff", "an Arrow stream; save it as parquet (datasets: to_parquet)"),
-    (codecs.BOM_UTF16_LE, "UTF-16; save it as UTF-8"),
+    (codecs.BOM_UTF16_LE, "UTF-16 or UTF-32; save it as UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16; save it as UTF-8"),
+    (b"BZh", "bzip2; unpack it"),
+    (b"\xfd7zXZ", "xz; unpack it"),
+    (b"\x04\x22\x4d\x18", "lz4; unpack it"),
+    (b"\xd0\xcf\x11\xe0", "a spreadsheet; save it as JSON lines"),
     (b"version https://git-lfs", "a pointer of git-lfs; run git lfs pull"),
+    (b"<", "a web page or XML; download the data itself"),
 )
 
 
@@ -176,6 +194,11 @@ def _refuse_other_layouts(head: bytes, path: Path) -> None:
     for start, name in _LAYOUTS:
         if head.startswith(start):
             raise DataError(f"{path}: expected JSON or parquet, this is {name}")
+    if b"\0" in head[:16] or b"ustar" in head[250:270] or head.decode("utf-8", "replace").startswith("\ufffd"):
+        raise DataError(
+            f"{path}: expected JSON or parquet, this is a binary file or text in another encoding (UTF-16?); "
+            "unpack it, or save it as JSON lines in UTF-8"
+        )
     if path.suffix.lower() in (".csv", ".tsv") or not head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         shown = head.decode("utf-8", "replace").strip().splitlines()[0][:60]
         raise DataError(
@@ -196,19 +219,39 @@ def _refuse_one_object(source: JsonLines) -> None:
             ) from error
 
 
+def _shortest(value: Any, kind: pa.DataType) -> Any:
+    """A value with its floats of 16 and 32 bits as the shortest decimal that is theirs: 0.1, not 0.10000000149."""
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        return None if value is None else float(str(np.dtype(kind.to_pandas_dtype()).type(value)))
+    if pa.types.is_struct(kind) and value is not None:
+        return {field.name: _shortest(value[field.name], field.type) for field in kind}
+    if isinstance(value, list) and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return [_shortest(entry, kind.value_type) for entry in value]
+    return value
+
+
 def _columns(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
-    """The wanted columns; of extra_info, which may hold anything, only what is read."""
+    """The wanted columns, and images of any name; of extra_info, which may hold anything, only what is read."""
     twice = {name for name in schema.names if wanted(name) and schema.names.count(name) > 1}
     if twice:
         raise DataError(f"{path}: {min(twice)}: two columns have this name; rename one of them")
     columns = []
-    for name in filter(wanted, schema.names):
+    for name in schema.names:
+        if schema.names.count(name) > 1 or not (wanted(name) or _holds_images(schema.field(name).type)):
+            continue
         kind = schema.field(name).type
         if name != "extra_info" or not pa.types.is_struct(kind):
             columns.append(name)
         elif kind.get_field_index("question_type") >= 0:
             columns.append("extra_info.question_type")
     return columns
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    """Whether a column has the type in which data sets hold an image, or a list of them."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_images(kind.value_type)
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -247,7 +290,8 @@ def _parse(data: bytes, place: str) -> dict[str, Any]:
     except _Twice as error:
         raise DataError(f"{place}: {error}: the field stands twice in one object; keep one of them") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: the JSON does not parse ({_line(error)}); correct or remove the record") from error
+        remedy = "write one record a line" if str(error).startswith("Extra data") else "correct or remove the record"
+        raise DataError(f"{place}: the JSON does not parse ({_line(error)}); {remedy}") from error
     if not isinstance(record, dict):
         raise DataError(f"{place}: expected a JSON object with named fields, got {type(record).__name__}; correct it")
     return record

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import WarmupConfig
-from prism_fast.data.encode import NO_RECORDS, encode_all, pair_record
+from prism_fast.data.encode import NO_RECORDS, Held, encode_all, pair_record
 from prism_fast.data.formats import Dataset, read_warmup
 from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, collected, open_discriminator
@@ -69,14 +69,14 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
 
 def _held_out(
     data: Dataset, config: WarmupConfig, encode: Callable[[Sample], PairRecord]
-) -> tuple[int, list[PairRecord]]:
+) -> tuple[int, Sequence[PairRecord]]:
     """(records to train on, held-out records): those of data.eval_files, or the last eval_fraction of ``data``."""
     if config.data.eval_files:
         other = read_warmup(config.data.eval_files, skip_bad=data.bad, system_prompt=config.data.system_prompt)
-        count, held_out = len(data), encode_all(other, list(range(len(other))), encode)
+        count, held_out = len(data), Held(other, range(len(other)), encode)
     else:
         count = len(data) - max(1, round(config.eval_fraction * len(data)))
-        held_out = encode_all(data, list(range(count, len(data))), encode)
+        held_out = Held(data, range(count, len(data)), encode)
     if count < 1:
         raise DataError(f"{config.data.files[0]}: {len(data)} records, expected at least 2; one is kept for evaluation")
     if not held_out:
@@ -84,7 +84,7 @@ def _held_out(
     return count, held_out
 
 
-def _evaluate(updater: Updater, held_out: list[PairRecord], config: WarmupConfig) -> tuple[dict[str, float], float]:
+def _evaluate(updater: Updater, held_out: Sequence[PairRecord], config: WarmupConfig) -> tuple[dict[str, float], float]:
     """(pair accuracies, their sum, by which checkpoints compare)."""
     figures = pair_accuracy(updater, held_out, tokens_per_pack=config.run.tokens_per_pack)
     return figures, sum(figures.values())

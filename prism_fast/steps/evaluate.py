@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 from prism_fast.config import BY_THE_JUDGE, DataConfig, EvalConfig, OwnReward, Sampling
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import encode_all, question
+from prism_fast.data.encode import Held
 from prism_fast.data.formats import read_align, read_rlvr
 from prism_fast.data.images import image_uri
 from prism_fast.files import write_json
@@ -29,10 +29,10 @@ SHOWN = 12  # responses kept with their images
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out prompts with gold answers, encoded once."""
+    """Held-out prompts with gold answers; their pixels stay in memory within data.encode.HELD_BYTES."""
 
     samples: list[Sample]
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     skipped: list[str] = field(default_factory=list)  # messages of bad records that were passed over
 
     @classmethod
@@ -52,15 +52,11 @@ class EvalSet:
             return None
         options = data.reading if bad is None else {**data.reading, "skip_bad": bad}
         dataset = read_rlvr(files, **options)
-        encode = partial(question, chat=chat, max_prompt_tokens=data.max_prompt_tokens)
-        questions: list[tuple[Sample, Prompt]] = []
-        for index in range(len(dataset)):
-            if len(questions) == limit:
-                break
-            questions += encode_all(dataset, [index], encode)
-        if not questions:
+        encode = partial(chat.encode_prompt, max_tokens=data.max_prompt_tokens)
+        prompts = Held(dataset, range(len(dataset)), encode, limit)
+        if not prompts:
             raise DataError(f"{files[0]}: each of {len(dataset)} records is bad ({dataset.bad.messages[-1]})")
-        return cls([sample for sample, _ in questions], [prompt for _, prompt in questions], dataset.bad.messages)
+        return cls([dataset[index] for index in prompts.index], prompts, dataset.bad.messages)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -20,6 +20,8 @@ from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, Par
 from prism_fast.steps.update import Backprop
 from prism_kernels import load_balancing_loss
 
+AT_ONCE = 256  # held-out records
+
 
 def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
     """One tree per distinct prompt; a part that several records share stands once."""
@@ -132,21 +134,22 @@ def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecor
 
 @torch.no_grad()
 def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_per_pack: int) -> dict[str, float]:
-    """How often the teacher's part scores higher than the student's, on held-out records."""
+    """How often the teacher's part scores higher than the student's, on held-out records, AT_ONCE of them in memory."""
     discriminator = updater.module
-    trees, labels = pair_trees(records)
-    packs = pack(trees, tokens_per_pack, discriminator.image)
     right: list[list[int]] = [[], []]
     pairs: list[list[int]] = [[], []]
     discriminator.eval()
     with updater.gathered():
-        for number in range(ranks.rank(), len(packs), ranks.world()):
-            packed = packs[number]
-            score = discriminator(packed.to(discriminator.device)).score
-            for side in range(2):
-                teacher, student = pair_scores(score, packed, labels, side)
-                right[side].append(int((teacher > student).sum()))
-                pairs[side].append(len(teacher))
+        for start in range(0, len(records), AT_ONCE):
+            trees, labels = pair_trees([records[i] for i in range(start, min(start + AT_ONCE, len(records)))])
+            packs = pack(trees, tokens_per_pack, discriminator.image)
+            for number in range(ranks.rank(), len(packs), ranks.world()):
+                packed = packs[number]
+                score = discriminator(packed.to(discriminator.device)).score
+                for side in range(2):
+                    teacher, student = pair_scores(score, packed, labels, side)
+                    right[side].append(int((teacher > student).sum()))
+                    pairs[side].append(len(teacher))
     discriminator.train()
     counted = ranks.gather([right, pairs])
     return {

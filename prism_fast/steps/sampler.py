@@ -142,7 +142,7 @@ def generate(
     policy.train(was_training)
     ids, logprobs = _everywhere(index, ids, logprobs)
     return Rollout(
-        prompts=list(prompts),
+        prompts=prompts,
         group=torch.arange(len(prompts)).repeat_interleave(samples),
         response_ids=ids,
         logprob=logprobs,

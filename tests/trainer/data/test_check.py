@@ -64,9 +64,11 @@ def test_what_every_stage_refuses(changes, size, says, tmp_path, chat):
 )
 def test_limits_are_those_of_the_stage(kind, changes, says, tmp_path, chat):
     path = write(tmp_path, kind, record(kind), record(kind, **changes), name="d.jsonl")
-    assert len(checked(path)[1]) == 0
-    _, bad = checked(path, chat, max_prompt_tokens=64)
-    assert len(bad) == 1 and says in bad.messages[0]
+    shown, bad = checked(path)
+    assert len(bad) == 0 and "lengths were not looked at: they need a stage's --model" in shown
+    shown, bad = checked(path, chat, max_prompt_tokens=64)
+    assert len(bad) == 1 and says in bad.messages[0] and "by the stage's defaults: max_prompt_tokens = 64" in shown
+    assert kind == "rlvr" or says in shown
 
 
 def test_images_are_opened_and_each_bad_record_counts_once(tmp_path):
@@ -78,6 +80,8 @@ def test_images_are_opened_and_each_bad_record_counts_once(tmp_path):
     assert list(bad.found) == [f"{path}:141", f"{path}:131"] and "139 records, 139 images" in shown
     many = write(tmp_path, "rlvr", record("rlvr"), *[damaged] * 30, name="many.jsonl")
     assert "and 10 more" in checked(many)[0]
+    shown, bad = checked(write(tmp_path, "rlvr", damaged, damaged, name="none.jsonl"))
+    assert len(bad) == 2 and "none.jsonl:2: images" in shown and "0 records" in shown
 
 
 def test_responses_without_the_tags_are_counted(tmp_path):

@@ -7,6 +7,7 @@ import math
 from datetime import datetime
 from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -76,6 +77,34 @@ def test_golds_are_texts(gold, text, tmp_path):
     assert read(tmp_path, "rlvr", reward_model={"ground_truth": gold}).gold == text
 
 
+@pytest.mark.parametrize("gold", ["[1, 2]", "[[1, 2], [3, 4]]", "(0, 1)", "{1, 2}", "[]", "['x", "9" * 4400])
+def test_vectors_sets_and_intervals_are_golds(gold, tmp_path):
+    assert read(tmp_path, "rlvr", reward_model={"ground_truth": gold}).gold == gold
+    assert read(tmp_path, "rlvr", reward_model={"ground_truth": int("1" * 4000)}).gold == "1" * 4000
+
+
+def test_fields_that_hold_no_content_stand_beside(tmp_path):
+    beside = {
+        "has_image": "yes",
+        "is_image": True,
+        "num_images": "1",
+        "image_id": "a",
+        "tools": "[]",
+        "file_name": "a.json",
+        "videos": [None],
+    }
+    assert read(tmp_path, "rlvr", **beside, question_image_path="a.png", image_name="a").gold == "7"
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_narrow_floats_are_their_shortest_decimals(kind, tmp_path):
+    reward = pa.struct([("ground_truth", kind), ("equivalent_answers", pa.list_(kind))])
+    values = {"ground_truth": np.float16(0.1) if kind == pa.float16() else 0.1, "equivalent_answers": [None]}
+    values["equivalent_answers"].append(np.float16(2.5) if kind == pa.float16() else 2.5)
+    (sample,) = read_rlvr(table(tmp_path, reward_model=pa.array([values], reward)))
+    assert (sample.gold, sample.equivalents) == ("0.1", ("2.5",))
+
+
 def test_decimal_golds_and_missing_equivalents(tmp_path):
     reward = {"ground_truth": Decimal("2.50"), "equivalent_answers": ["5/2", None, ""]}
     sample = read(tmp_path, "rlvr", name="d.parquet", reward_model=reward)
@@ -110,6 +139,16 @@ REFUSED = [
     ("rlvr", {"prompt": json.dumps({"messages": TURNS})}, ("prompt", "spells a list")),
     ("sft", {"messages": json.dumps([*TURNS, SAID])}, ("messages", "spells a list")),
     ("rlvr", {"prompt": [{"role": "user", "content": json.dumps(PARTS)}]}, ("content", "spells a list of parts")),
+    ("rlvr", {"prompt": "\ufeff" + json.dumps(TURNS)}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": json.dumps([{"id": 1, **TURNS[0]}])}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": json.dumps([{"type": "message", **TURNS[0]}])}, ("prompt", "spells a list of turns")),
+    ("rlvr", {"prompt": json.dumps(TURNS)[:-2]}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": f"```json\n{json.dumps(TURNS)}\n```"}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": "[OrderedDict([('role', 'user'), ('content', 'x')])]"}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": "[Message(role='user', content='x')]"}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": '["<image>Sum?"]'}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": "b'<image>Sum?'"}, ("prompt", "spells a list")),
+    ("rlvr", {"prompt": [{"role": "user", "content": json.dumps(PARTS[1])}]}, ("content", "spells a list of parts")),
     ("rlvr", {"prompt": TURNS[0]}, ("prompt", "list of turns")),
     ("rlvr", {"prompt": [["user", "x"]]}, ("prompt[0]", "role and content")),
     ("rlvr", {"prompt": ["x"]}, ("prompt[0]", "role and content")),
@@ -136,12 +175,26 @@ REFUSED = [
     ("rlvr", {"prompt": [{"role": "user", "content": "<audio>x"}]}, ("audio is not supported",)),
     ("rlvr", {"prompt": "<image_1>x", "images": ...}, ("<image_1>", "write <image>")),
     ("rlvr", {"prompt": "<IMAGE>x"}, ("<IMAGE>", "write <image>")),
+    ("rlvr", {"prompt": "<image/>x"}, ("<image/>", "write <image>")),
+    ("rlvr", {"prompt": "<image></image>x"}, ("</image>", "write <image>")),
+    ("rlvr", {"prompt": "<image_placeholder>x", "images": ...}, ("<image_placeholder>", "write <image>")),
+    ("rlvr", {"prompt": "<IMG_CONTEXT>x", "images": ...}, ("<IMG_CONTEXT>", "write <image>")),
+    ("rlvr", {"prompt": "![figure](a.png) x", "images": ...}, ("![figure](a.png)", "names an image")),
+    ("rlvr", {"prompt": "x <img width=5 src='a.png'/>", "images": ...}, ("names an image", "images")),
+    ("rlvr", {"prompt": "<img>a.png</img>x", "images": ...}, ("names an image", "images")),
+    ("rlvr", {"prompt": "<Video>x", "images": ...}, ("video is not supported",)),
+    ("rlvr", {"prompt": "<|audio_1|>x", "images": ...}, ("audio is not supported",)),
     ("rlvr", {"prompt": "<image><image>x"}, ("2 <image>", "1 images")),
     ("rlvr", {"images": ..., "image": "missing.png"}, ("image[0]", "no such image")),
     ("sft", {"image": "a.png"}, ("image", "images too")),
     ("align", {"images": [None]}, ("images[0]",)),
     ("align", {"images": [{"bytes": None, "path": None}]}, ("images[0]",)),
     ("align", {"images": ["iVBORw0KGgo" + "A" * 6000]}, ("images[0]",)),
+    ("align", {"images": ["Qk0" + "A" * 300]}, ("images[0]", "is base64")),
+    ("align", {"images": [{"bytes": "a.png", "path": None}]}, ("images[0]", "bytes is a text")),
+    ("align", {"images": ["file:/a.png"]}, ("images[0]", "URL")),
+    ("align", {"images": ["sub\\a.png"]}, ("images[0]", "a path of Windows")),
+    ("align", {"images": [0]}, ("images[0]", "got int")),
     ("align", {"images": ["a\0b"]}, ("images[0]",)),
     ("align", {"images": '["a.png"]'}, ("images[0]", "no such image")),
     ("align", {"images": ..., "image_path": "a.png"}, ("1 <image>", "0 images")),
@@ -149,6 +202,23 @@ REFUSED = [
     ("rlvr", {"prompt": "x?", "images": ..., "Images": ["a.png"]}, ("Images", "rename it to images")),
     ("rlvr", {"prompt": "x?", "images": ..., "imagess": ["a.png"]}, ("imagess", "rename it to images")),
     ("rlvr", {"prompt": "x?", "images": ..., "pictures": [{"bytes": "x"}]}, ("pictures", "not read")),
+    *(
+        ("rlvr", {"prompt": "x?", "images": ..., name: "a.png"}, (name, "not read"))
+        for name in (
+            "input_image",
+            "screenshot",
+            "question_image_path",
+            "media",
+            "jpg",
+            "file_name",
+            "image0",
+            "image_b64",
+        )
+    ),
+    ("rlvr", {"prompt": "x?", "images": ..., "view": {"bytes": None, "path": "a.png"}}, ("view", "not read")),
+    ("rlvr", {"prompt": "x?", "images": ..., "multi_modal_data": {"image": ["a"]}}, ("multi_modal_data", "not read")),
+    ("rlvr", {"decoded": [{"bytes": None, "path": "b.png"}]}, ("decoded", "not read")),
+    ("rlvr", {"sys": "Be brief."}, ("sys", "not read")),
     ("rlvr", {"options": ["A. 3", "B. 4"]}, ("options", "not read")),
     ("rlvr", {"system_prompt": "Be brief."}, ("system_prompt", "not read")),
     ("rlvr", {"system": "Be brief."}, ("system", "a system turn of its own")),
@@ -164,8 +234,19 @@ REFUSED = [
     ("rlvr", {"reward_model": {"ground_truth": None}}, ("ground_truth", "missing")),
     ("rlvr", {"reward_model": {"ground_truth": True}}, ("ground_truth", "bool")),
     ("rlvr", {"reward_model": {"ground_truth": {"value": 7}}}, ("ground_truth", "dict")),
+    ("rlvr", {"reward_model": {"ground_truth": "\u200b"}}, ("ground_truth", "the answer is empty")),
+    ("rlvr", {"reward_model": {"ground_truth": "['7']"}}, ("ground_truth", "spells a list", "equivalent_answers")),
+    ("rlvr", {"reward_model": {"ground_truth": '{"answer": 7}'}}, ("ground_truth", "spells a list or an object")),
+    (
+        "rlvr",
+        {"reward_model": {"ground_truth": "7", "equivalent_answers": ['["8"]']}},
+        ("equivalent_answers", "spells"),
+    ),
     ("rlvr", {"reward_model": json.dumps({"ground_truth": "7"})}, ("reward_model", "named fields")),
     ("rlvr", {"reward_model": ..., "answer": "7"}, ("ground_truth", "missing")),
+    *(("rlvr", {name: "8"}, (name, "not read from here")) for name in ("gt", "target", "reference_answer", "solution")),
+    ("sft", {"reasoning_content": "so"}, ("reasoning_content", "not read")),
+    ("sft", {"video_path": "a.mp4"}, ("video_path", "video is not supported")),
     ("rlvr", {"answer": "3 + 4 #### 7"}, ("answer", "not read from here", "reward_model.ground_truth")),
     ("align", {"reward_model": ..., "answer": "7"}, ("answer", "not read from here")),
     ("align", {"reward_model": {"gt": "7"}}, ("reward_model.gt", "not read from here")),
@@ -192,6 +273,14 @@ def test_questions_that_only_look_like_lists_are_read(tmp_path):
         '"content" is what?',
         "What does <img> do?",
         "array([1])",
+        '{"role": "admin", "content": "x"}: what is it?',
+        '["a", "b"]',
+        "What does <im> or </img> do?",
+        "f(x) = ![x](y",
+        "What does <img src='a.png'> do in HTML?",
+        "Is ![x](a.png) Markdown?",
+        "(a) 3 and (b)",
+        "print([1, 2])",
     ):
         assert read(tmp_path, "rlvr", prompt=text, images=...).messages == (Message("user", text),)
 
@@ -205,6 +294,14 @@ def test_questions_that_only_look_like_lists_are_read(tmp_path):
         ("prompt,images\nx,a.png\n", ("begins 'prompt,images'", "JSON lines")),
         ("prompt\timages\n", ("JSON lines",)),
         ('"text"', ("JSON lines",)),
+        ("<!DOCTYPE html>", ("a web page",)),
+        (b"BZh91AY", ("bzip2",)),
+        (b"\xfd7zXZ\0", ("xz",)),
+        (b"\xd0\xcf\x11\xe0", ("a spreadsheet",)),
+        (b"\x80\x04\x95pickle", ("a binary file",)),
+        (json.dumps(record("sft")).encode("utf-16-le"), ("another encoding",)),
+        (json.dumps(record("sft")) * 2, (":1: ", "Extra data", "write one record a line")),
+        ("{}\r{}\r", (":1: ", "write one record a line")),
         (b"\x1f\x8b\x08\0", ("gzip",)),
         (b"PK\x03\x04", ("zip",)),
         (b"ARROW1\0\0", ("parquet",)),
@@ -220,6 +317,22 @@ def test_files_of_another_layout(content, words, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refuse(read_sft, path, "d.jsonl", *words)
+
+
+def test_the_layout_is_told_by_the_first_bytes_that_say_something(tmp_path):
+    path = write(tmp_path, "sft", record("sft"), name="d.jsonl")
+    path.write_text("\n" * 5000 + path.read_text())
+    assert len(read_sft(path)) == len(read_sft(path.rename(tmp_path / "d.parquet"))) == 1
+
+
+def test_places_that_are_no_data_files(tmp_path):
+    (tmp_path / "saved" / "train").mkdir(parents=True)
+    (tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").touch()
+    refuse(read_sft, tmp_path / "saved", "a saved data set", "to_parquet")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (tmp_path / "hub" / "data" / "train.parquet").touch()
+    refuse(read_sft, tmp_path / "hub", f"name the data file itself, as {tmp_path}/hub/data/train.parquet")
+    refuse(read_sft, "https://x.org/d.jsonl", "a URL; download it first")
 
 
 def test_a_damaged_first_line_is_one_bad_record(tmp_path):
@@ -313,6 +426,13 @@ def test_a_date_that_python_cannot_hold_is_one_line(zone, tmp_path):
     refuse(read_rlvr, path, "d.parquet:1: a value cannot be read")
     path = table(tmp_path, reward_model=pa.array([{"ground_truth": datetime(2026, 1, 1)}]))
     refuse(read_rlvr, path, "ground_truth", "datetime")
+
+
+def test_columns_of_images_are_read_whatever_their_name(tmp_path):
+    path = table(tmp_path, view=pa.array([{"bytes": png(), "path": None}]))
+    refuse(read_rlvr, path, "d.parquet:1: view: the field is not read")
+    path = table(tmp_path, images=pa.nulls(1), prompt=pa.array(["x?"]), decoded_image=pa.array([png()]))
+    refuse(read_rlvr, path, "decoded_image: the field is not read")
 
 
 def test_two_columns_of_one_name(tmp_path):

@@ -318,6 +318,15 @@ def test_skipped_records_are_counted_and_listed(tmp_path):
     refuse(read_sft, path, "no valid record", skip_bad=9)
 
 
+def test_a_data_set_of_which_nothing_is_left(tmp_path):
+    path = write(tmp_path, "sft", *[record("sft")] * 3)
+    data = read_sft(path, skip_bad=9)
+    for index in (0, -1, 0, 2):
+        data.skip(index, DataError("damaged"))
+    with pytest.raises(DataError, match=r"sft.json: each of 3 records is bad \(damaged\); correct the file"):
+        data.skip(1, DataError("damaged"))
+
+
 def test_row_groups_leave_the_cache(tmp_path):
     path = write(tmp_path, "align", *[record("align", data_source=str(i)) for i in range(9)])
     rows = source.Parquet(path, cache_bytes=1)

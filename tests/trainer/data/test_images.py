@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 
 from dev import fuzz_images
 from dev.fuzz_images import encoded
@@ -185,6 +185,62 @@ def test_bitmap_whose_alpha_is_unused_and_gif_whose_first_frame_is_small():
     assert (picture[1:3, 1:3] == 0).all() and picture.sum() == 12 * 3 * 255
 
 
+# ---- colour profiles
+
+SWAPPED = fuzz_images.profile()  # red is sRGB's green
+
+
+def header(profile: bytes, space: bytes) -> bytes:
+    return profile[:16] + space + profile[20:]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize(
+    "profile, right",
+    [
+        (SWAPPED, (100, 200, 50)),
+        (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), (200, 100, 50)),
+        (header(SWAPPED, b"GRAY"), (200, 100, 50)),  # of another colour space
+        (SWAPPED[:300], (200, 100, 50)),
+        (b"junk", (200, 100, 50)),
+    ],
+    ids=("swapped", "srgb", "grey", "cut", "junk"),
+)
+def test_colours_are_those_of_the_profile(kind, profile, right):
+    exact = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}, "JPEG": {"quality": 100}}.get(kind, {})
+    colours = seen(encoded(Image.new("RGB", (16, 16), (200, 100, 50)), kind, icc_profile=profile, **exact))
+    assert np.abs(colours[8, 8].astype(int) - right).max() <= 4
+
+
+def test_profiles_of_palettes_transparent_pictures_and_greys():
+    palette, clear = Image.new("P", (1, 1)), Image.new("RGBA", (1, 1), (200, 100, 50, 51))
+    palette.putpalette([200, 100, 50])
+    for image, right in ((palette, (100, 200, 50)), (clear, (224, 244, 214))):  # 255 - (255 - v) / 5
+        assert np.abs(seen(encoded(image, "PNG", icc_profile=SWAPPED)) - np.array(right)).max() <= 2
+    linear = header(SWAPPED, b"GRAY").replace(b"rTRC", b"kTRC").replace(bytes.fromhex("00026666"), b"\0\1\0\0")
+    light = 100 / 255 / 1.055 + 0.055 / 1.055  # the curve of sRGB with the exponent 1
+    right = round(255 * (1.055 * light ** (1 / 2.4) - 0.055))
+    for mode in ("L", "LA"):
+        grey = Image.new("RGBA", (1, 1), (100, 100, 100, 255)).convert(mode)
+        assert np.abs(seen(encoded(grey, "PNG", icc_profile=linear)) - np.array(right)).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_cmyk_is_printed_by_its_profile(kind):
+    # Lab of the 16 corners of C, M, Y, K: cyan alone darkens. Without a profile, cyan is (0, 255, 255).
+    corners = b"".join(b"\xff\x80\x80" if corner < 8 else b"\0\x80\x80" for corner in range(16))
+    unit = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    table = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + unit + bytes(range(256)) * 4 + corners + bytes(range(256)) * 3
+    size = 128 + 4 + 12 + len(table)
+    head = struct.pack(">I4xI4s4s4s", size, 0x02100000, b"prtr", b"CMYK", b"Lab ") + bytes(12) + b"acsp" + bytes(28)
+    head = (head + struct.pack(">3i", 63190, 65536, 54061)).ljust(128, b"\0")
+    profile = head + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+    for ink, plain, printed in (((255, 0, 0, 0), (0, 255, 255), 0), ((0, 255, 255, 0), (255, 0, 0), 255)):
+        image = Image.new("CMYK", (8, 8), ink)
+        assert np.abs(seen(encoded(image, kind))[4, 4] - np.array(plain)).max() <= 3
+        assert np.abs(seen(encoded(image, kind, icc_profile=profile))[4, 4].astype(int) - printed).max() <= 3
+
+
 # ---- modes and depths
 
 
@@ -279,6 +335,22 @@ def test_limits_are_read_off_the_header_before_anything_is_decoded(monkeypatch):
         refusal(beyond_pillow, "over the limit of 67,108,864 pixels; make it smaller")
 
 
+def test_tiles_and_scans_are_limited_too(monkeypatch):
+    refusal(tiff("<", 8, bytes(64), t258=8, t259=8, t262=1, t322=60_000, t323=60_000), "tiles of 60000 x 60000 pixels")
+    progressive = encoded(fuzz_images.picture("RGB"), "JPEG", progressive=True)
+    assert progressive.count(b"\xff\xda") == 10
+    monkeypatch.setattr(images, "MAX_SCANS", 24 * 16 * 10)
+    assert seen(progressive).shape == (16, 24, 3)
+    monkeypatch.setattr(images, "MAX_SCANS", 24 * 16 * 10 - 1)
+    refusal(progressive, "24 x 16 pixels in 10 scans, which is too much")
+
+
+def test_libtiff_writes_nothing_beside_the_error(capfd):
+    data = FILES["TIFF tiff_lzw"]
+    refusal(data.replace(data[8:40], b"\xff" * 32), "does not open")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_is_within_the_limits_opens():
     assert seen(encoded(Image.new("L", (200, 1)), "PNG")).shape == (1, 200, 3)
     assert seen(encoded(Image.new("L", (1, 1)), "PNG")).shape == (1, 1, 3)
@@ -315,11 +387,28 @@ def test_places_that_are_no_files_are_refused_without_waiting(tmp_path):
         (b"<!DOCTYPE html><html>404</html>", "HTML"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypisom", "a video"),
+        (b"\xef\xbb\xbf\n<!doctype HTML>", "HTML"),
+        (b'{"error": 404}', "JSON"),
         (encoded(Image.new("RGB", (4, 4)), "TGA"), "none of PNG"),
         (encoded(Image.new("RGB", (4, 4)), "PDF"), "PDF"),
-        (encoded(Image.new("RGB", (16, 16)), "ICO"), "none of PNG"),
+        (encoded(Image.new("RGB", (16, 16)), "ICO"), "an icon"),
     ],
-    ids=("empty", "junk", "eps", "lfs", "html", "svg", "heic", "tga", "pdf", "ico"),  # a PDF's bytes hold the time
+    ids=(
+        "empty",
+        "junk",
+        "eps",
+        "lfs",
+        "html",
+        "svg",
+        "heic",
+        "mp4",
+        "html2",
+        "json",
+        "tga",
+        "pdf",
+        "ico",
+    ),  # a PDF's bytes hold the time
 )
 def test_other_formats_are_refused_with_their_name(data, words):
     refusal(data, words)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,3 +148,20 @@ def test_a_rule_that_reads_answers_needs_them(tiny_folder, tmp_path):
     with pytest.raises(DataError, match=r"align.parquet:1: reward_model.ground_truth: missing, the advantage's rule"):
         run_stage("align", {**tree, "steps": 1, "advantage": {"rule": "gated"}, "data": strict})
     run_stage("align", {**tree, "steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("right", "samples", "low", "high"),
+    [(8, 10, 0.2, 0.8), (2, 10, 0.2, 0.8), (17, 20, 0.15, 0.85), (1, 3, 1 / 3, 0.9)],
+)
+def test_a_pass_rate_on_the_bound_is_within(right, samples, low, high, tiny_folder, tmp_path, monkeypatch):
+    def rolled(config, data, progress):
+        said = [f"<caption>c</caption><think>t</think><answer>{data[0].gold if i < right else 'no'}</answer>"
+                for i in range(samples)]  # fmt: skip
+        return [data[0]], SimpleNamespace(text=said, group=torch.zeros(samples, dtype=torch.long))
+
+    monkeypatch.setattr(prepare, "_roll_out", rolled)
+    file = write(tiny_folder, "rlvr", tmp_path, 1, 0)
+    tree = {"model": {"path": "m"}, "data": {"files": [str(file)]}, "out": str(tmp_path / "kept.parquet")}
+    counts = filter_prompts(load_config(FilterConfig, None, base=tree | {"samples": samples, "low": low, "high": high}))
+    assert (counts["kept"], counts["too_hard"], counts["too_easy"]) == (1, 0, 0)

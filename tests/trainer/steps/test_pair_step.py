@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from prism_fast.pack import Tree, pack
 from prism_fast.records import PairRecord
+from prism_fast.steps import pair_step
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
 from prism_fast.steps.update import Backprop
@@ -35,7 +36,7 @@ def gradient(mine, batch, tokens_per_pack, balance_coef=0.0):
 
 
 @pytest.mark.parametrize("tokens_per_pack", [4096, 40])  # 40: a tree's students are split, its teachers repeated
-def test_step_equals_the_definition(tokens_per_pack):
+def test_step_equals_the_definition(tokens_per_pack, monkeypatch):
     stock, head = moe(), torch.randn(32)
     mine, batch = discriminator(stock, head), records()
     (metrics, broken), packs, _ = gradient(mine, batch, tokens_per_pack)
@@ -63,10 +64,12 @@ def test_step_equals_the_definition(tokens_per_pack):
         assert metrics[f"pair_accuracy/{name}"] == right[side] / len(batch)
     assert not broken and "loss/balance" not in metrics
     assert_gradients_as_exact(mine.model, truth, stock, terms, without=("lm_head",))
-    held_out = pair_accuracy(Backprop(mine), batch, tokens_per_pack=tokens_per_pack)
-    assert held_out == {
-        f"pair_accuracy_{name}": metrics[f"pair_accuracy/{name}"] for name in ("perception", "reasoning")
-    }
+    for at_once in (256, 3):
+        monkeypatch.setattr(pair_step, "AT_ONCE", at_once)
+        held_out = pair_accuracy(Backprop(mine), batch, tokens_per_pack=tokens_per_pack)
+        assert held_out == {
+            f"pair_accuracy_{name}": metrics[f"pair_accuracy/{name}"] for name in ("perception", "reasoning")
+        }
 
 
 def test_balance_is_added_with_its_coefficient():
