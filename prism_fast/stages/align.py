@@ -11,11 +11,14 @@ from typing import Any
 
 from prism_fast import metric_names as names
 from prism_fast.config import AlignConfig
+from prism_fast.data.chat import Chat
 from prism_fast.data.encode import NO_RECORDS, encode_all, lesson
-from prism_fast.data.formats import read_align
+from prism_fast.data.formats import Dataset, read_align
 from prism_fast.data.order import order
+from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.load import ProductChoices, collected, load_discriminator, open_policy
-from prism_fast.run.session import Clock, Session
+from prism_fast.models.policy import Policy
+from prism_fast.run.session import Clock, CollectModel, Session
 from prism_fast.steps.advantage import alignment_advantage
 from prism_fast.steps.discriminator_step import (
     discriminator_gradient,
@@ -27,8 +30,8 @@ from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
-from prism_fast.steps.sampler import generate
-from prism_fast.steps.update import open_updater
+from prism_fast.steps.sampler import sample
+from prism_fast.steps.update import Updater, open_updater
 from prism_kernels import PolicyObjective
 from prism_kernels.group_advantage.rules import RULES
 
@@ -36,19 +39,13 @@ from prism_kernels.group_advantage.rules import RULES
 def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Moves config.policy towards the teacher; writes config.run.out/final/{policy,discriminator}."""
     with Session("align", config, resume, accept_changes) as session:
-        policy, chat = open_policy(config.policy, session.saved("policy"))
-        discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
-        data = read_align(config.data.files, **config.data.reading)
-        session.loaded(len(data), policy=policy, discriminator=discriminator)
-        settings = (config.steps, config.cluster, session.out)
-        updater = open_updater(policy, config.policy_optimizer, *settings)
-        judge_updater = open_updater(discriminator, config.discriminator_optimizer, *settings)
+        policy, chat, discriminator, data = _open(config, session)
+        place = (config.steps, config.cluster, session.out)
+        updater = open_updater(policy, config.policy_optimizer, *place)
+        judge_updater = open_updater(discriminator, config.discriminator_optimizer, *place, name="discriminator")
         first = session.begin(
             config.steps,
-            models={
-                "policy": collected(policy, chat, updater.stream),
-                "discriminator": collected(discriminator, chat, judge_updater.stream),
-            },
+            models=_collected(updater, judge_updater, chat),
             optimizers={"policy/": updater, "discriminator/": judge_updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
             evaluate=evaluator(updater, chat, config.data, config.eval, config.run.seed, bad=data.bad),
@@ -67,8 +64,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                 continue
             with clock("rollout"):
                 seed = config.run.seed * 1_000_003 + step
-                with updater.gathered():
-                    rollout = generate(policy, chat, [item.prompt for item in lessons], config.rollout, seed=seed)
+                rollout = sample(updater, chat, [item.prompt for item in lessons], config.rollout, seed=seed)
             tokens = {"rollout": rollout.num_tokens, "update_policy": 0}
             with clock("update_discriminator"):
                 parts = student_parts(rollout, chat, config)
@@ -99,6 +95,19 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions()
             session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
         return session.finish(data.bad.messages)
+
+
+def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Dataset]:
+    policy, chat = open_policy(config.policy, session.saved("policy"))
+    discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
+    data = read_align(config.data.files, **config.data.reading)
+    session.loaded(len(data), policy=policy, discriminator=discriminator)
+    return policy, chat, discriminator, data
+
+
+def _collected(updater: Updater, judge_updater: Updater, chat: Chat) -> dict[str, CollectModel]:
+    both = {"policy": updater, "discriminator": judge_updater}
+    return {name: collected(each.module, chat, each.stream) for name, each in both.items()}
 
 
 def _limits(config: AlignConfig) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from prism_fast.config import BY_THE_JUDGE, DynamicSamplingConfig, OverlongConfi
 from prism_fast.data.chat import Chat
 from prism_fast.records import Experience, Prompt, Rollout, Sample
 from prism_fast.reward import Reward, reward_of
-from prism_fast.steps.sampler import generate
-from prism_fast.steps.update import Updater
+from prism_fast.steps.sampler import sample
+from prism_fast.steps.update import Backprop
 
 # draw(first prompt, number of prompts, try) -> their Experience; None where every record among them is bad
 Draw = Callable[[int, int, int], Experience | None]
 
 
 def experience(
-    updater: Updater,
+    updater: Backprop,
     chat: Chat,
     questions: Sequence[tuple[Sample, Prompt]],
     sampling: Sampling,
@@ -30,8 +30,7 @@ def experience(
     seed: int,
 ) -> Experience:
     """Samples and rewards responses to some prompts."""
-    with updater.gathered():
-        rollout = generate(updater.module, chat, [prompt for _, prompt in questions], sampling, seed=seed)
+    rollout = sample(updater, chat, [prompt for _, prompt in questions], sampling, seed=seed)
     weights = {"accuracy_weight": config.accuracy_weight, "format_weight": config.format_weight}
     rewards = rewards_of(rollout, [sample for sample, _ in questions], config.reward, **weights)
     reward = torch.tensor([r.score for r in rewards])

@@ -17,6 +17,7 @@ from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree, build_pack, merge_prompts, mrope_positions
 from prism_fast.records import Prompt, Rollout
+from prism_fast.steps.update import Backprop
 from prism_kernels import DecodeLayout, TreeLayout, shared_prompt_decode, tree_attention
 
 CACHE_BLOCK = 64  # the cache of generated tokens grows by so many
@@ -149,6 +150,12 @@ def generate(
         text=[chat.decode(x) for x in ids],
         finished=torch.tensor([bool(len(x)) and int(x[-1]) == chat.end_of_turn_id for x in ids], dtype=torch.bool),
     )
+
+
+def sample(updater: Backprop, chat: Chat, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollout:
+    """`generate` by the policy that an updater trains: a call of all processes."""
+    with updater.gathered():
+        return generate(updater.module, chat, prompts, sampling, seed=seed)
 
 
 class Share(NamedTuple):

@@ -210,7 +210,7 @@ class DeepSpeedUpdater(Updater):
     every_module = True  # its buckets and its trace want all gradients, in the same order, every time
 
     def __init__(
-        self, module: TreeModel, config: OptimizerConfig, total_steps: int, cluster: ClusterConfig, out: Path | None
+        self, module: TreeModel, config: OptimizerConfig, total_steps: int, cluster: ClusterConfig, file: Path | None
     ):
         deepspeed = import_deepspeed()
         Backprop.__init__(self, module)
@@ -220,8 +220,8 @@ class DeepSpeedUpdater(Updater):
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in trained], [p for _, p in trained]
         settings = deepspeed_config(cluster, config, module.dtype, module.device, ranks.world())
-        if out is not None and ranks.is_first():
-            write_json(out / "deepspeed.json", settings, indent=1)
+        if file is not None and ranks.is_first():
+            write_json(file, settings, indent=1)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(module, list(module.gathered_at_once()))
         self.engine, self.optimizer, *_ = deepspeed.initialize(
@@ -337,8 +337,12 @@ def open_updater(
     total_steps: int,
     cluster: ClusterConfig | None = None,
     out: Path | None = None,
+    name: str = "",
 ) -> Updater:
-    """The updater that ``cluster.sharding`` asks for. ``out``: where deepspeed.json is written."""
+    """The updater that ``cluster.sharding`` asks for.
+
+    ``out``: the folder for deepspeed.json, or of a run's second model, NAME, for deepspeed_NAME.json.
+    """
     sharding = "none" if cluster is None else cluster.sharding
     if config.offload and not sharding.startswith("zero"):
         raise DataError(
@@ -353,7 +357,8 @@ def open_updater(
     if sharding == "fsdp2":
         return FSDPUpdater(module, config, total_steps)
     assert cluster is not None
-    return DeepSpeedUpdater(module, config, total_steps, cluster, out)
+    file = None if out is None else out / f"deepspeed{name and f'_{name}'}.json"
+    return DeepSpeedUpdater(module, config, total_steps, cluster, file)
 
 
 def deepspeed_config(

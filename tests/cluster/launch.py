@@ -1,4 +1,4 @@
-"""Several processes on one machine, with a time limit, for tests: each runs a list of cases and the first one reports."""
+"""Several processes on one machine, with a time limit: each runs a list of cases, the first one reports."""
 
 from __future__ import annotations
 
