@@ -17,7 +17,7 @@ TRAINER = sorted((ROOT / "prism_fast").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 SOURCES = [*KERNELS, *TRAINER]
 # What stands below every room of the trainer; each of these files imports, of the trainer, others of them at most.
-GROUND = {"records", "config", "settings", "files", "pack", "response_format", "metric_names"}
+GROUND = {"records", "config", "settings", "files", "pack", "response_format", "metric_names", "balance"}
 INSIDES = re.compile(  # of transformers: model code, and the registries and masks that model code uses
     r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
     r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
