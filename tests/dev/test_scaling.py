@@ -53,7 +53,7 @@ def test_counts_are_shown_where_a_report_has_them(tmp_path):
 def test_simulated_shares(corpora):
     """More ranks never do more of use, waiting in every turn is never the faster, one rank is the standard."""
     cases = simulate(corpora, (1, 2, 4), steps=2)
-    for (name, prompts, ranks, split), case in cases.items():
+    for (_, _, ranks, split), case in cases.items():
         assert 1 / ranks - 1e-9 <= case.sampling <= 1 + 1e-9
         assert 0 < case.in_step <= case.apart + 1e-9
         if not split:
