@@ -37,30 +37,36 @@ class Model(NamedTuple):
 
 
 MODELS = (Model(4.44e9, 36 + 24 + 1), Model(5.30e9, 28 + 24 + 1))  # 4B policy, 4 x 2B discriminator
-BUCKET = 2e8  # elements
+BUCKET = 2e8  # numbers that DeepSpeed sends at once
+SUM = 2**26  # those that ranks.add_gradients sums at once
 
 
 class Form(NamedTuple):
-    """A form of sharding: a model's traffic and collectives by packs a rank m, P parameters, B buckets, U units."""
+    """A form of sharding: a model's traffic and collectives by packs a rank m, parameters P, units U; B buckets."""
 
     name: str
     bytes_formula: str
     bytes_per_parameter: Callable[[float], float]
     calls_formula: str
-    calls: Callable[[float, int, int], float]
+    calls: Callable[[float, float, int], float]
     memory_formula: str
     memory: Callable[[float, int], float]  # bytes of model states, by parameters and ranks
 
 
+def _buckets(parameters: float) -> int:
+    return math.ceil(parameters / BUCKET)
+
+
 FORMS = (
-    Form("none (all-reduce)", "4 P", lambda m: 4, "B", lambda m, b, u: b, "20 P", lambda p, n: 20 * p),
-    Form("zero1", "2 P + 2 P", lambda m: 4, "2 B", lambda m, b, u: 2 * b,
+    Form("none (all-reduce)", "4 P + 4 P", lambda m: 8, "P / 2^26", lambda m, p, u: math.ceil(p / SUM),
+         "20 P", lambda p, n: 20 * p),
+    Form("zero1", "2 P + 2 P", lambda m: 4, "2 B", lambda m, p, u: 2 * _buckets(p),
          "2 P + 2 P_max + 12 P / N + 1 GB", lambda p, n: 2 * p + 2 * MODELS[1].parameters + 12 * p / n + 1e9),
-    Form("zero2", "2 P m + 2 P", lambda m: 2 * m + 2, "B m + B", lambda m, b, u: b * (m + 1),
+    Form("zero2", "2 P m + 2 P", lambda m: 2 * m + 2, "B m + B", lambda m, p, u: _buckets(p) * (m + 1),
          "2 P + 14 P / N + 2 GB", lambda p, n: 2 * p + 14 * p / n + 2e9),
-    Form("zero3", "2 P m + 6 P m", lambda m: 8 * m, "(B + 3 U) m", lambda m, b, u: (b + 3 * u) * m,
+    Form("zero3", "2 P m + 6 P m", lambda m: 8 * m, "(B + 3 U) m", lambda m, p, u: (_buckets(p) + 3 * u) * m,
          "16 P / N + 4 GB", lambda p, n: 16 * p / n + 4e9),
-    Form("fsdp2", "4 P m + 4 P m", lambda m: 8 * m, "3 U m", lambda m, b, u: 3 * u * m,
+    Form("fsdp2", "4 P m + 4 P m", lambda m: 8 * m, "3 U m", lambda m, p, u: 3 * u * m,
          "16 P / N + 2 GB", lambda p, n: 16 * p / n + 2e9),
 )  # fmt: skip
 
@@ -71,7 +77,7 @@ def traffic(form: Form, packs: Sequence[float], ranks: int) -> float:
 
 
 def collectives(form: Form, packs: Sequence[float]) -> float:
-    return sum(form.calls(p, math.ceil(m.parameters / BUCKET), m.units) for m, p in zip(MODELS, packs))
+    return sum(form.calls(p, m.parameters, m.units) for m, p in zip(MODELS, packs))
 
 
 # ---- tables

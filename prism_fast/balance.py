@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from prism_fast.pack import Packs, Tree
+
 SPARE = -1  # where a turn has no pack for a rank
 
 
@@ -58,6 +60,17 @@ class Work:
     def of_tree(cls, root: int, branches: Sequence[int], images: Iterable[int] = ()) -> Work:
         """A root and branches that follow it."""
         return cls.of([root, *branches], [-1] + [0] * len(branches), images)
+
+    @classmethod
+    def of_packs(cls, packs: Packs) -> list[Work]:
+        """Of every pack of a plan, without building it: read off its trees' lengths and their images' sizes."""
+        return [sum((cls._of_part(packs.trees[t], chosen) for t, chosen in parts), cls()) for parts in packs.parts]
+
+    @classmethod
+    def _of_part(cls, tree: Tree, chosen: Sequence[int]) -> Work:
+        grid = tree.prompt.image_grid_thw
+        images = [] if grid is None else grid.prod(-1).tolist()
+        return cls.of_tree(len(tree.prompt), [tree.branches[b].numel() for b in chosen], images)
 
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + more for mine, more in zip(vars(self).values(), vars(other).values())))

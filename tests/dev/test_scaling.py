@@ -67,7 +67,7 @@ def test_simulated_shares(corpora):
 def test_traffic_and_memory_by_hand():
     forms = {form.name.split()[0]: form for form in scaling.FORMS}
     both = 4.44e9 + 5.30e9
-    assert scaling.traffic(forms["none"], (3, 3), 2) == pytest.approx(4 * both / 2)
+    assert scaling.traffic(forms["none"], (3, 3), 2) == pytest.approx(8 * both / 2)
     assert scaling.traffic(forms["zero1"], (3, 3), 2) == pytest.approx(4 * both / 2)
     assert scaling.traffic(forms["zero2"], (3, 3), 4) == pytest.approx((2 * 3 + 2) * both * 3 / 4)
     assert scaling.traffic(forms["zero3"], (1, 2), 4) == pytest.approx((8 * 4.44e9 + 16 * 5.30e9) * 3 / 4)

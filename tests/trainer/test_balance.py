@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prism_fast.balance import SPARE, Dimensions, Work, deal, deal_groups, max_over_mean, pack_cost
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
-from prism_fast.pack import KIND_RESPONSE, Tree, pack
+from prism_fast.pack import KIND_RESPONSE, ImageTokens, Tree, pack
 from prism_kernels import TreeLayout
 from tests import models
 
@@ -95,6 +95,21 @@ def test_pairs_are_those_that_tree_attention_visits(segments):
     assert work.tokens == layout.num_tokens and work.pairs == int(allowed.sum())
     assert work.branches == len(last) and work.read_pairs == int(allowed[last].sum())
     assert work.predicted == sum(n for n, parent in zip(lengths, prefix) if parent >= 0)
+
+
+def test_packs_are_weighed_without_being_built():
+    """By two packs: a root with images that is repeated, and one without."""
+    image = ImageTokens(models.IMAGE_TOKEN, 2)
+    trees = [
+        Tree(models.prompt(1, ((4, 4), (2, 4))), [models.tokens(i, 7 + i) for i in range(4)], [KIND_RESPONSE] * 4),
+        Tree(models.prompt(2), [models.tokens(9, 5)], [KIND_RESPONSE]),
+    ]
+    packs = pack(trees, 45, image)
+    assert len(packs) > 1
+    built = [packs[i] for i in range(len(packs))]
+    patches = [[] if p.image_grid_thw is None else p.image_grid_thw.prod(-1).tolist() for p in built]
+    expected = [Work.of(p.layout.lengths, p.layout.prefix, images) for p, images in zip(built, patches)]
+    assert Work.of_packs(packs) == expected
 
 
 def test_a_pack_is_the_sum_of_its_trees():
