@@ -69,7 +69,7 @@ def test_the_ground_imports_no_room_above():
 
 
 def test_the_run_kit_knows_no_model_no_kernel_no_data():
-    assert rooms_imported_by("run") <= GROUND - {"pack", "response_format"}
+    assert rooms_imported_by("run") <= GROUND - {"pack", "response_format", "balance"}
     assert importers((ROOT / "prism_fast" / "run").rglob("*.py"), "prism_kernels") == set()
 
 
