@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from dev.scaling_steps import Case, Cases, Corpus, demo_corpus, log_normal_corpus, simulate
 from prism_fast.report.draw import CYCLE, STYLE
+from prism_fast.run import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, COUNTED = ROOT / "docs" / "scaling.md", ROOT / "dev" / "reports" / "cluster.json"
@@ -31,44 +32,36 @@ GOAL = 0.9  # efficiency below which ranks are called idle
 # ---- formulas
 
 
-class Model(NamedTuple):
-    parameters: float
-    units: int  # text layers, vision blocks and the rest: what is gathered in one piece
-
-
-MODELS = (Model(4.44e9, 36 + 24 + 1), Model(5.30e9, 28 + 24 + 1))  # 4B policy, 4 x 2B discriminator
 BUCKET = 2e8  # numbers that DeepSpeed sends at once
 SUM = 2**26  # those that ranks.add_gradients sums at once
+MODELS = memory.trained("align", "4b")  # policy and discriminator
+
+
+def units(model: memory.Model) -> int:
+    """What is gathered in one piece: text layers, vision blocks, and the rest."""
+    return model.text.layers + model.vision.depth + 1
 
 
 class Form(NamedTuple):
-    """A form of sharding: a model's traffic and collectives by packs a rank m, parameters P, units U; B buckets."""
+    """A model's traffic and collectives by packs a rank m, parameters P, units U; B buckets."""
 
-    name: str
     bytes_formula: str
     bytes_per_parameter: Callable[[float], float]
     calls_formula: str
     calls: Callable[[float, float, int], float]
-    memory_formula: str
-    memory: Callable[[float, int], float]  # bytes of model states, by parameters and ranks
 
 
 def _buckets(parameters: float) -> int:
     return math.ceil(parameters / BUCKET)
 
 
-FORMS = (
-    Form("none (all-reduce)", "4 P + 4 P", lambda m: 8, "P / 2^26", lambda m, p, u: math.ceil(p / SUM),
-         "20 P", lambda p, n: 20 * p),
-    Form("zero1", "2 P + 2 P", lambda m: 4, "2 B", lambda m, p, u: 2 * _buckets(p),
-         "2 P + 6 P_max + 12 P / N + 1 GB", lambda p, n: 2 * p + 6 * MODELS[1].parameters + 12 * p / n + 1e9),
-    Form("zero2", "2 P m + 2 P", lambda m: 2 * m + 2, "B m + B", lambda m, p, u: _buckets(p) * (m + 1),
-         "2 P + 16 P / N + 2 GB", lambda p, n: 2 * p + 16 * p / n + 2e9),
-    Form("zero3", "2 P m + 6 P m", lambda m: 8 * m, "(B + 3 U) m", lambda m, p, u: (_buckets(p) + 3 * u) * m,
-         "18 P / N + 4 GB", lambda p, n: 18 * p / n + 4e9),
-    Form("fsdp2", "4 P m + 4 P m", lambda m: 8 * m, "3 U m", lambda m, p, u: 3 * u * m,
-         "16 P / N + 2 GB", lambda p, n: 16 * p / n + 2e9),
-)  # fmt: skip
+FORMS = {
+    "none": Form("4 P + 4 P", lambda m: 8, "P / 2^26", lambda m, p, u: math.ceil(p / SUM)),
+    "zero1": Form("2 P + 2 P", lambda m: 4, "2 B", lambda m, p, u: 2 * _buckets(p)),
+    "zero2": Form("2 P m + 2 P", lambda m: 2 * m + 2, "B m + B", lambda m, p, u: _buckets(p) * (m + 1)),
+    "zero3": Form("2 P m + 6 P m", lambda m: 8 * m, "(B + 3 U) m", lambda m, p, u: (_buckets(p) + 3 * u) * m),
+    "fsdp2": Form("4 P m + 4 P m", lambda m: 8 * m, "3 U m", lambda m, p, u: 3 * u * m),
+}
 
 
 def traffic(form: Form, packs: Sequence[float], ranks: int) -> float:
@@ -77,7 +70,7 @@ def traffic(form: Form, packs: Sequence[float], ranks: int) -> float:
 
 
 def collectives(form: Form, packs: Sequence[float]) -> float:
-    return sum(form.calls(p, m.parameters, m.units) for m, p in zip(MODELS, packs))
+    return sum(form.calls(p, m.parameters, units(m)) for m, p in zip(MODELS, packs))
 
 
 # ---- tables
@@ -159,10 +152,10 @@ def idle_table(cases: Cases, corpora: Sequence[Corpus], ranks: Sequence[int]) ->
 
 def traffic_table(ranks: int = 8) -> str:
     rows = []
-    for form in FORMS:
+    for name, form in FORMS.items():
         sent = [f"{traffic(form, (m, m), ranks) / 1e9:.0f}" for m in (1, 2, 4)]
         calls = [f"{collectives(form, (m, m)):.0f}" for m in (1, 4)]
-        rows.append([f"`{form.name}`", form.bytes_formula, *sent, form.calls_formula, *calls])
+        rows.append([f"`{name}`", form.bytes_formula, *sent, form.calls_formula, *calls])
     head = ["form", "bytes sent", "GB: m = 1", "m = 2", "m = 4", "collectives", "m = 1", "m = 4"]
     return table(head, rows)
 
@@ -173,18 +166,18 @@ def step_traffic_table(cases: Cases, corpus: Corpus, ranks: Sequence[int]) -> st
     for n in ranks:
         for prompts in (corpus.prompts[0], corpus.prompts[min(3, len(corpus.prompts) - 1)]):
             packs = cases[corpus.name, prompts, n, True].packs
-            sent = (f"{traffic(form, packs, n) / 1e9:,.0f}" for form in FORMS)
+            sent = (f"{traffic(form, packs, n) / 1e9:,.0f}" for form in FORMS.values())
             rows.append([f"{n:,}", f"{prompts:,} x {corpus.samples}", *(f"{m:.1f}" for m in packs), *sent])
-    return table(["ranks", "batch", "m policy", "m discriminator", *(f"`{form.name}`" for form in FORMS)], rows)
+    return table(["ranks", "batch", "m policy", "m discriminator", *(f"`{name}`" for name in FORMS)], rows)
 
 
 def memory_table(ranks: Sequence[int]) -> str:
-    parameters = sum(model.parameters for model in MODELS)
-    rows = [
-        [f"`{form.name}`", form.memory_formula, *(f"{form.memory(parameters, n) / 1e9:.1f}" for n in ranks)]
-        for form in FORMS
-    ]
-    return table(["form", "model states", *(f"N = {n:,}" for n in ranks)], rows)
+    """By prism_fast/run/memory.py, for packs of the recipe."""
+    rows = []
+    for name in FORMS:
+        needs = [memory.need(MODELS, name, n, 24_576) for n in ranks]
+        rows.append([f"`{name}`", *(f"{need.states / 1e9:.1f} / {need.training / 1e9:.1f}" for need in needs)])
+    return table(["form", *(f"N = {n:,}" for n in ranks)], rows)
 
 
 def counted_table(report: Path) -> str:

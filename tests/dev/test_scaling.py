@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dev import scaling
-from dev.scaling_steps import demo_corpus, log_normal_corpus, simulate
+from dev.scaling_steps import DISCRIMINATOR, POLICY, demo_corpus, log_normal_corpus, simulate
+from prism_fast.run import memory
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +65,24 @@ def test_simulated_shares(corpora):
     assert cases["log-normal", 4, 4, True].apart > cases["log-normal", 4, 4, False].apart
 
 
-def test_traffic_and_memory_by_hand():
-    forms = {form.name.split()[0]: form for form in scaling.FORMS}
-    both = 4.44e9 + 5.30e9
+def test_traffic_by_hand():
+    forms, (policy, discriminator) = scaling.FORMS, (model.parameters for model in scaling.MODELS)
+    both = policy + discriminator
+    assert (policy, discriminator) == pytest.approx((4.44e9, 5.30e9), rel=1e-3)
     assert scaling.traffic(forms["none"], (3, 3), 2) == pytest.approx(8 * both / 2)
     assert scaling.traffic(forms["zero1"], (3, 3), 2) == pytest.approx(4 * both / 2)
     assert scaling.traffic(forms["zero2"], (3, 3), 4) == pytest.approx((2 * 3 + 2) * both * 3 / 4)
-    assert scaling.traffic(forms["zero3"], (1, 2), 4) == pytest.approx((8 * 4.44e9 + 16 * 5.30e9) * 3 / 4)
+    assert scaling.traffic(forms["zero3"], (1, 2), 4) == pytest.approx((8 * policy + 16 * discriminator) * 3 / 4)
     assert scaling.collectives(forms["zero1"], (1, 1)) == 2 * (23 + 27)
     assert scaling.collectives(forms["fsdp2"], (2, 1)) == 3 * (2 * 61 + 53)
-    states = {name: form.memory(both, 8) / 1e9 for name, form in forms.items()}
-    assert states["zero1"] == pytest.approx(2 * 9.74 + 6 * 5.30 + 12 * 9.74 / 8 + 1)
-    assert states["zero2"] == pytest.approx(2 * 9.74 + 16 * 9.74 / 8 + 2)
-    assert states["zero3"] == pytest.approx(18 * 9.74 / 8 + 4)
-    assert states["fsdp2"] == pytest.approx(16 * 9.74 / 8 + 2)
+    assert scaling.FORMS.keys() == set(memory.FORMS)
+
+
+def test_simulated_and_counted_models_are_the_same():
+    """Dimensions of the simulation, and those by which memory is counted."""
+    for dims, model in zip((POLICY, DISCRIMINATOR), scaling.MODELS):
+        text, vision = model.text, model.vision
+        assert (dims.hidden, dims.layers, dims.intermediate) == (text.hidden, text.layers, text.intermediate)
+        assert (dims.heads, dims.kv_heads, dims.head_dim) == (text.heads, text.kv_heads, text.head_dim)
+        assert (dims.vision_hidden, dims.vision_depth, dims.vision_patch) == (vision.hidden, vision.depth, vision.patch)
+        assert (dims.vision_intermediate, dims.vision_mergers) == (vision.intermediate, 1 + vision.taps)
