@@ -77,6 +77,10 @@ LEARNING_RATE = Whole("lr")
 GRAD_NORM = Whole("grad_norm")  # L2, before clipping
 TOKENS_PER_SECOND = Whole("tokens_per_second")  # of all parts of a step together, from their reduced values
 
+# Runs of several processes alone: the largest of any rank over the mean of ranks, of a whole step; 1 is even. From the
+# values of all ranks by balance.max_over_mean, so known on every rank alike.
+RANKS = {of: Whole(f"balance/{of}") for of in ("cpu_seconds", "sampled_tokens")}
+
 # Responses
 REWARD = Mean("reward", over="responses")
 ACCURACY = Mean("accuracy", over="responses")

@@ -17,7 +17,7 @@ TRAINER = sorted((ROOT / "prism_fast").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 SOURCES = [*KERNELS, *TRAINER]
 # What stands below every room of the trainer; each of these files imports, of the trainer, others of them at most.
-GROUND = {"records", "config", "settings", "files", "pack", "response_format", "metric_names", "ranks"}
+GROUND = {"records", "config", "settings", "files", "pack", "response_format", "metric_names", "ranks", "balance"}
 INSIDES = re.compile(  # of transformers: model code, and the registries and masks that model code uses
     r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
     r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
@@ -69,7 +69,7 @@ def test_the_ground_imports_no_room_above():
 
 
 def test_the_run_kit_knows_no_model_no_kernel_no_data():
-    assert rooms_imported_by("run") <= GROUND - {"pack", "response_format"}
+    assert rooms_imported_by("run") <= GROUND - {"pack", "response_format", "balance"}
     assert importers((ROOT / "prism_fast" / "run").rglob("*.py"), "prism_kernels") == set()
 
 

@@ -53,6 +53,8 @@ def test_names_are_found_with_their_reductions():
     assert isinstance(names.find("seconds/rollout"), Max) and isinstance(names.find("tokens/rollout"), Sum)
     load = names.find("expert_load/11/student_caption/3")
     assert load == names.expert_load(11, "student_caption", 3) and isinstance(load, Mean)
+    assert names.find("balance/cpu_seconds") is names.RANKS["cpu_seconds"]
+    assert isinstance(names.find("balance/sampled_tokens"), Whole)
     assert names.find("eval/pass_at_4") == names.eval_pass_at(4)
     for other in ("entropi", "seconds/coffee", "tokens/data", "expert_load/x/y/3", "expert_load/1/2", "eval/pass_at_k"):
         assert names.find(other) is None, other
