@@ -45,8 +45,7 @@ def _one_line() -> Iterator[None]:
     except (DataError, UsageError) as error:
         text = str(error)
         if isinstance(error, UsageError):
-            command = error.ctx.command_path if error.ctx else "prism-fast"
-            text = f"{command}: {error.format_message().removesuffix('.')}; see {command} --help"
+            text = _usage(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -63,6 +62,16 @@ def _one_line() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
 
 
+def _usage(error: Any) -> str:
+    """What is wrong with a command line."""
+    command = error.ctx.command_path if error.ctx else "prism-fast"
+    said = error.format_message().removesuffix(".") or "no command"
+    takes = {parameter.name for parameter in error.ctx.command.params} if error.ctx else set()
+    plain = ", and write settings without dashes, as in run.seed=1"
+    hint = plain if hasattr(error, "option_name") and "overrides" in takes else ""
+    return f"{command}: {said}; see {command} --help{hint}"
+
+
 def _stopped() -> Any:
     """The exception of a stopped run: none where no run was begun, so that a help text loads no torch."""
     session = sys.modules.get("prism_fast.run.session")
@@ -74,6 +83,17 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Check data files; make warm-up pairs; keep prompts by pass rate.")
 app.add_typer(data_app, name="data")
+
+
+def _home(value: Any) -> Any:
+    """~ where a shell has left it, as in --out=~/x."""
+    if isinstance(value, list):
+        return [_home(path) for path in value]
+    try:
+        return value if value is None else Path(value).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{value}: {error}") from None
+
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or the name of a recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, values in YAML.")]
@@ -170,7 +190,7 @@ def _done(stage: str, made: Path, config: Path | None, figures: str = "") -> Non
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes; must be new.")],
+    out: Annotated[Path, typer.Option(callback=_home, help="Folder for everything the demo writes; must be new.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, at most 90 s.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, model and sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Also SFT -> RLVR with as many policy updates.")] = False,
@@ -314,9 +334,13 @@ def show(
 
 @data_app.command("check")
 def data_check(
-    files: Annotated[list[Path], typer.Argument(help="SFT json, warm-up jsonl, alignment or RLVR parquet.")],
+    files: Annotated[
+        list[Path], typer.Argument(callback=_home, help="SFT json, warm-up jsonl, alignment or RLVR parquet.")
+    ],
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are allowed, in all files.")] = 0,
-    model: Annotated[Path | None, typer.Option(help="A stage's model: also its tokens, pixels and limits.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(callback=_home, help="A stage's model: also its tokens, pixels and limits.")
+    ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="With --model: data.max_prompt_tokens.")] = 2048,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, and one rendered sample."""
@@ -326,9 +350,10 @@ def data_check(
     chat = None
     if model is not None:
         from prism_fast.data.chat import Chat
+        from prism_fast.models.backbone import local_directory
 
         _quiet_transformers()
-        chat = Chat.load(model)
+        chat = Chat.load(local_directory(model, weights=False))
     console, bad = Console(), BadRecords(sys.maxsize)
     for file in files:
         check(file, console, bad, chat, max_prompt_tokens)

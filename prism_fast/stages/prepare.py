@@ -56,7 +56,7 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: 
     samples, rollout = _roll_out(config, data, progress)
     for line in data.bad.messages if say is not None else ():
         say(f"skipped: {line}")
-    right = torch.zeros(len(samples))
+    right = torch.zeros(len(samples), dtype=torch.float64)  # whose 8 / 10 is 0.8
     for text, group in zip(rollout.text, rollout.group.tolist()):
         sample = samples[group]
         right[group] += verifiable_reward(text, sample.gold, equivalents=sample.equivalents).accuracy
