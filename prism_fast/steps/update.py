@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from prism_fast.config import OptimizerConfig
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+
 
 class Updater:
     """AdamW over the trainable parameters of a module.
@@ -85,19 +87,39 @@ class Updater:
         return kept
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Restores what :meth:`tensors` gave; the module's weights are restored by their own checkpoint."""
+        """Restores what :meth:`tensors` gave; the module's weights are restored by their own checkpoint.
+
+        Raises ValueError where tensors are missing, or of another shape or dtype, or not finite.
+        """
         self.steps = steps
+        self._check(tensors)
         with torch.no_grad():
             for name, parameter, master in zip(self.names, self.parameters, self.masters):
                 if master is not parameter:
                     master.copy_(tensors[f"master.{name}"])
                 state = {
                     key: tensors[f"{key}.{name}"].to(master.device if key != "step" else "cpu").clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    for key in MOMENTS
                     if f"{key}.{name}" in tensors
                 }
                 if state:
                     self.adamw.state[master] = state
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter, master in zip(self.names, self.parameters, self.masters):
+            keys = [f"{key}.{name}" for key in MOMENTS]
+            wanted = keys if any(key in tensors for key in keys) else []
+            for key in [*wanted, *([f"master.{name}"] if master is not parameter else [])]:
+                shape = () if key.startswith("step.") else tuple(master.shape)
+                held = tensors.get(key)
+                if held is None:
+                    raise ValueError(f"no {key}")
+                if tuple(held.shape) != shape or not (held.dtype == master.dtype or key.startswith("step.")):
+                    raise ValueError(
+                        f"{key} is {tuple(held.shape)} in {held.dtype}, expected {shape} in {master.dtype}"
+                    )
+                if not held.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
 
 
 def learning_rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
