@@ -120,6 +120,13 @@ def spin_briefly() -> None:
         os.environ.update(ways)
 
 
+def _interruptible() -> None:
+    """From here on Ctrl-C is an exception, that cleans up; before, prism_fast/__main__.py ends the process at once."""
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _quiet_transformers() -> None:
     """Libraries say nothing of their own on a terminal: no bars, and no warnings about their next version."""
     import warnings
@@ -152,6 +159,7 @@ def _stage(
         raise DataError("--accept-changes: goes with --resume alone; a new run needs no leave")
     settings = _settings(cls, config, overrides)
     run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
+    _interruptible()
     figures = run(settings, resume=resume, accept_changes=accept_changes)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
     _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
@@ -204,6 +212,7 @@ def demo(
     from prism_fast.demo.demo import demo as run
 
     _quiet_transformers()
+    _interruptible()
     run(
         out,
         seed=seed,
@@ -236,6 +245,7 @@ def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
     settings = _settings(UpcycleConfig, config, overrides)
     from prism_fast.stages.upcycle import upcycle_directory
 
+    _interruptible()
     _done("upcycle", upcycle_directory(settings), config)
 
 
@@ -290,6 +300,7 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from prism_fast.reward import start
     from prism_fast.steps.evaluate import EvalSet, evaluate
 
+    _interruptible()
     start(settings.reward)
     policy, chat = open_policy(settings.model)
     held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
@@ -354,6 +365,7 @@ def data_check(
 
         _quiet_transformers()
         chat = Chat.load(local_directory(model, weights=False))
+    _interruptible()
     console, bad = Console(), BadRecords(sys.maxsize)
     for file in files:
         check(file, console, bad, chat, max_prompt_tokens)
@@ -386,6 +398,7 @@ def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) 
 
     run = {"pairs": prepare.pairs, "filter": prepare.filter_prompts}[stage]
     console = Console()
+    _interruptible()
     with Progress(console=console) as progress:
         task = progress.add_task("responses", total=None)
         counts = run(
