@@ -44,8 +44,7 @@ def _one_line() -> Iterator[None]:
     except (DataError, UsageError) as error:
         text = str(error)
         if isinstance(error, UsageError):
-            command = error.ctx.command_path if error.ctx else "prism-fast"
-            text = f"{command}: {error.format_message().removesuffix('.')}; see {command} --help"
+            text = _usage(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -62,6 +61,16 @@ def _one_line() -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
 
 
+def _usage(error: Any) -> str:
+    """What is wrong with a command line."""
+    command = error.ctx.command_path if error.ctx else "prism-fast"
+    said = error.format_message().removesuffix(".") or "no command"
+    takes = {parameter.name for parameter in error.ctx.command.params} if error.ctx else set()
+    plain = ", and write settings without dashes, as in run.seed=1"
+    hint = plain if hasattr(error, "option_name") and "overrides" in takes else ""
+    return f"{command}: {said}; see {command} --help{hint}"
+
+
 def _stopped() -> Any:
     """The exception of a stopped run: none where no run was begun, so that a help text loads no torch."""
     session = sys.modules.get("prism_fast.run.session")
@@ -73,6 +82,17 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Check data files; make warm-up pairs; keep prompts by pass rate.")
 app.add_typer(data_app, name="data")
+
+
+def _home(value: Any) -> Any:
+    """~ where a shell has left it, as in --out=~/x."""
+    if isinstance(value, list):
+        return [_home(path) for path in value]
+    try:
+        return value if value is None else Path(value).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{value}: {error}") from None
+
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or the name of a recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, values in YAML.")]
@@ -105,6 +125,13 @@ def spin_briefly() -> None:
     ways = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # turns; milliseconds
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", *ways} & os.environ.keys():
         os.environ.update(ways)
+
+
+def _interruptible() -> None:
+    """From here on Ctrl-C is an exception, that cleans up; before, prism_fast/__main__.py ends the process at once."""
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _quiet_transformers() -> None:
@@ -147,6 +174,7 @@ def _stage(
 
     check_environment(settings.cluster.sharding, os.environ)
     run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
+    _interruptible()
     figures = run(settings, resume=resume, accept_changes=accept_changes)
     from prism_fast import ranks
 
@@ -166,7 +194,7 @@ def _done(stage: str, made: Path, config: Path | None, figures: str = "") -> Non
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes; must be new.")],
+    out: Annotated[Path, typer.Option(callback=_home, help="Folder for everything the demo writes; must be new.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, at most 90 s.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, model and sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Also SFT -> RLVR with as many policy updates.")] = False,
@@ -180,6 +208,7 @@ def demo(
     from prism_fast.demo.demo import demo as run
 
     _quiet_transformers()
+    _interruptible()
     run(
         out,
         seed=seed,
@@ -213,6 +242,7 @@ def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
     settings = _settings(UpcycleConfig, config, overrides)
     from prism_fast.stages.upcycle import upcycle_directory
 
+    _interruptible()
     _done("upcycle", upcycle_directory(settings), config)
 
 
@@ -270,6 +300,7 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from prism_fast.reward import start
     from prism_fast.steps.evaluate import EvalSet, evaluate
 
+    _interruptible()
     start(settings.reward)
     policy, chat = open_policy(settings.model)
     held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
@@ -314,9 +345,13 @@ def show(
 
 @data_app.command("check")
 def data_check(
-    files: Annotated[list[Path], typer.Argument(help="SFT json, warm-up jsonl, alignment or RLVR parquet.")],
+    files: Annotated[
+        list[Path], typer.Argument(callback=_home, help="SFT json, warm-up jsonl, alignment or RLVR parquet.")
+    ],
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are allowed, in all files.")] = 0,
-    model: Annotated[Path | None, typer.Option(help="A stage's model: also its tokens, pixels and limits.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(callback=_home, help="A stage's model: also its tokens, pixels and limits.")
+    ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="With --model: data.max_prompt_tokens.")] = 2048,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, and one rendered sample."""
@@ -326,9 +361,11 @@ def data_check(
     chat = None
     if model is not None:
         from prism_fast.data.chat import Chat
+        from prism_fast.models.backbone import local_directory
 
         _quiet_transformers()
-        chat = Chat.load(model)
+        chat = Chat.load(local_directory(model, weights=False))
+    _interruptible()
     console, bad = Console(), BadRecords(sys.maxsize)
     for file in files:
         check(file, console, bad, chat, max_prompt_tokens)
@@ -361,6 +398,7 @@ def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) 
 
     run = {"pairs": prepare.pairs, "filter": prepare.filter_prompts}[stage]
     console = Console()
+    _interruptible()
     with Progress(console=console) as progress:
         task = progress.add_task("responses", total=None)
         counts = run(

@@ -7,6 +7,7 @@ Every key is described here; docs/settings.md (dev/settings_page.py) and `prism-
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -200,16 +201,26 @@ class Sampling(Node):
 class EvalConfig(Sampling):
     """How held-out prompts are answered."""
 
-    temperature: Temperature = Field(0.0, description="0: the most probable token")
+    temperature: Temperature = Field(0.0, description="0: the most probable token", validate_default=True)
     max_response_tokens: Tokens = Field(2048, description="a longer response is cut")
     limit: Count | None = Field(None, description="prompts; null: all")
+
+    @field_validator("temperature")
+    @classmethod
+    def _differ(cls, temperature: float, info: ValidationInfo) -> float:
+        samples = info.data.get("samples", 1)
+        if temperature == 0 and samples > 1:
+            raise ValueError(f"0 gives samples = {samples} times the same response; set it above 0, or samples=1")
+        return temperature
 
 
 class RolloutConfig(Sampling):
     """How a step's responses are sampled."""
 
     prompts_per_step: Batch = Field(description="prompts of one step")
-    samples: Samples = Field(16, description="responses per prompt")
+    samples: Annotated[int, Field(ge=2, le=4096), NUMBER] = Field(
+        16, description="responses per prompt, which are compared with each other"
+    )
     temperature: Positive = Field(1.0, description="of sampling, and of the log-probabilities that are trained on")
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
 
@@ -335,6 +346,17 @@ class DiscriminatorStep(Node):
     compat: CompatConfig = CompatConfig()
 
 
+def _responses_fit(run: RunConfig, info: ValidationInfo) -> RunConfig:
+    """A response at its limit is packed with its prompt."""
+    rollout = info.data.get("rollout")
+    if rollout is not None and run.tokens_per_pack <= rollout.max_response_tokens:
+        raise ValueError(
+            f"tokens_per_pack = {run.tokens_per_pack} holds no prompt with a response of rollout.max_response_tokens = "
+            f"{rollout.max_response_tokens}; raise the one or lower the other"
+        )
+    return run
+
+
 class AlignConfig(DiscriminatorStep):
     policy: ModelConfig
     discriminator: ModelConfig
@@ -348,6 +370,8 @@ class AlignConfig(DiscriminatorStep):
     advantage: AdvantageConfig = AdvantageConfig()
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
+
+    _fits = field_validator("run")(_responses_fit)
 
 
 class ObjectiveConfig(Node):
@@ -406,8 +430,8 @@ class OwnReward(Node):
     @classmethod
     def _name(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"(?:[\w.]+|.+\.py):[A-Za-z_]\w*", name):
-            raise ValueError(f"expected module:name or path.py:name, got {name!r}")
-        return name
+            raise ValueError(f"expected module:name or path.py:name, got {got(name)}")
+        return name if name is None else os.path.expanduser(name)
 
 
 BY_THE_JUDGE = OwnReward()
@@ -435,6 +459,8 @@ class RLVRConfig(RewardConfig):
     reference: ModelConfig | None = Field(None, description="needed by objective.kl_coef", validate_default=True)
     eval: EvalConfig = EvalConfig()
     watch: WatchConfig = WatchConfig()
+
+    _fits = field_validator("run")(_responses_fit)
 
     @field_validator("rollout")
     @classmethod
@@ -485,8 +511,11 @@ class FilterConfig(Sampling):
     @field_validator("high")
     @classmethod
     def _range(cls, high: float, info: ValidationInfo) -> float:
-        if info.data.get("low", high) > high:
-            raise ValueError(f"low = {info.data['low']} is above high = {high}")
+        low, samples = info.data.get("low", high), info.data.get("samples", 1)
+        if low > high:
+            raise ValueError(f"low = {low} is above high = {high}")
+        if not any(low <= right / samples <= high for right in range(samples + 1)):
+            raise ValueError(f"no pass rate of {samples} samples lies from low = {low} to {high}; take more samples")
         return high
 
 

@@ -109,6 +109,20 @@ def _unwritable(path: Path, key: str, error: Exception) -> DataError:
     return DataError(f"{path}: cannot be written ({reason}); choose another {key}")
 
 
+@contextmanager
+def writing(place: Path, key: str = "out") -> Iterator[None]:
+    """What the system refuses within, in the words of any library, is a DataError that names ``place``."""
+    try:
+        yield
+    except Exception as error:
+        reason = system_reason(error)
+        if reason is None or isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{place}: could not be written ({reason}); free space there, or choose another {key}"
+        ) from error
+
+
 def system_reason(error: BaseException) -> str | None:
     """Why the system refused to read or write ("No space left on device"); None for any other error."""
     found = _SYSTEM.search(str(error))

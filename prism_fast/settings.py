@@ -6,6 +6,7 @@ Knows no key: `prism_fast/config.py` says what there is.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from prism_fast import DataError
 
 RECIPES = Path(__file__).parent / "recipes"
 INSTEAD = {"steps": "epochs", "epochs": "steps"}  # where a higher layer sets one, the other of a lower layer gives way
+QUOTED = ("'", '"', "|", ">", "!", "&")  # how a text begins that YAML reads otherwise than it stands
+OPTIONS = {"config": "--config NAME", "base": "--config NAME", "resume": "--resume"}  # taken for keys
 MISSING = "Value error, missing"  # how a check says that one of several keys must be set
 GOT_LENGTH = 60  # a wrong value is quoted up to here
 
@@ -71,35 +74,83 @@ class _Dumper(yaml.SafeDumper):
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tree of a YAML file. A top-level ``base: NAME`` is a recipe (or file beside it) that the file lies over."""
+    """The tree of a file in YAML or JSON. A top-level ``base: NAME`` is a recipe, or a file beside it, below it."""
     if path in seen:
         raise DataError(f"{path}: base: the files name each other in a circle; remove one of them")
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        close = difflib.get_close_matches(path.stem, [p.stem for p in RECIPES.glob("*.yaml")], 1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        raise DataError(f"{path}: no such configuration file; {meant}give a YAML file or a recipe ({names})")
+    if not _is_file(path):
+        raise DataError(f"{plain(path)}: {_no_file(path)}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        text = path.read_text(encoding="utf-8-sig")
+        as_json = path.suffix == ".json"
+        tree = (json.loads(text, object_pairs_hook=_unique) if as_json else yaml.load(text, _Loader)) or {}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not valid YAML (no text in UTF-8); save it as such") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}{_yaml_fault(error)}") from None
+        raise DataError(f"{path}{_syntax_fault(error)}") from None
     if not isinstance(tree, dict):
         raise DataError(f"{path}: expected a mapping of keys at the top level, got {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
         return tree
-    beside = path.parent / str(base)
-    return merge(read_yaml(beside if beside.is_file() else RECIPES / f"{base}.yaml", (*seen, path)), tree)
+    if not isinstance(base, str) or not base.strip():
+        raise DataError(f"{path}: base: expected the name of a recipe or a file, got {got(base)}")
+    return merge(read_yaml(find_file(base, path.parent), (*seen, path)), tree)
 
 
-def _yaml_fault(error: Exception) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or ""
-    line = f":{mark.line + 1}" if mark else ""
+def find_file(name: str | Path, folder: Path = Path()) -> Path:
+    """The file of that name in ``folder``; where there is none, the recipe. ~ is the home folder."""
+    try:
+        path = folder / Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{name}: {error}") from None
+    recipe = RECIPES / f"{name}.yaml"
+    return recipe if not _is_file(path) and _is_file(recipe) else path
+
+
+def _is_file(path: Path) -> bool:
+    """A file, or the pipe of a shell's <(...); what is no name is none."""
+    try:
+        return path.is_file() or path.is_fifo()
+    except (OSError, ValueError):
+        return False
+
+
+def _no_file(path: Path) -> str:
+    recipes = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    close = difflib.get_close_matches(path.stem.lower(), recipes, 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    try:
+        fault = "is a folder, expected a file" if path.is_dir() else "no such configuration file"
+    except (OSError, ValueError):
+        fault = "no such configuration file"
+    return f"{fault}; {meant}give a YAML file or a recipe ({', '.join(recipes)})"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"the key {name!r} stands twice; remove one")
+    return dict(pairs)
+
+
+def _syntax_fault(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "msg", None) or str(error)
+    number = mark.line + 1 if mark else getattr(error, "lineno", None)
+    line = f":{number}" if number else ""
     if problem.endswith("remove one"):
         return f"{line}: {problem}"
-    return f"{line}: not valid YAML{f' ({problem})' if problem else ''}; check indentation and quotes"
+    language = "JSON" if isinstance(error, json.JSONDecodeError) else "YAML"
+    return f"{line}: not valid {language} ({' '.join(problem.split())[:120]}); check indentation and quotes"
+
+
+def plain(value: Any) -> str:
+    """A name that was given, for one line of a terminal."""
+    text = str(value)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 2 * GOT_LENGTH else f"{text[: 2 * GOT_LENGTH]}..."
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -107,15 +158,20 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise DataError(f"override {got(override)}: expected key.path=value, for example run.seed=1")
+        names = key.strip().split(".")
+        if not equals or not all(names):
+            is_file = override.endswith((".yaml", ".yml", ".json")) or _is_file(RECIPES / f"{override}.yaml")
+            hint = f"; a file or recipe goes after --config: --config {override}" if is_file else ""
+            raise DataError(f"override {got(override)}: expected key.path=value, for example run.seed=1{hint}")
         try:
             branch = yaml.load(value, _Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             problem = getattr(error, "problem", None) or ""
             remedy = problem if problem.endswith("remove one") else "the value is not YAML; quote it"
             raise DataError(f"override {got(override)}: {remedy}") from None
-        for name in reversed(key.split(".")):
+        if isinstance(branch, str) and value.strip()[:1] not in QUOTED:
+            branch = value.strip()  # as it stands: YAML ends a text at " #", and folds its lines
+        for name in reversed(names):
             branch = {name: branch}
         tree = merge(tree, branch, instead=False)  # one layer: both are a contradiction
     return tree
@@ -168,9 +224,7 @@ def _layers(
     tree: dict[str, Any] = dict(base or {})
     place = "configuration"
     if file is not None:
-        path = Path(file)
-        if not path.is_file() and (RECIPES / f"{file}.yaml").is_file():
-            path = RECIPES / f"{file}.yaml"
+        path = find_file(file)
         place = str(path)
         tree = merge(tree, read_yaml(path))
     high, instead = parse_overrides(overrides), INSTEAD.keys() <= cls.model_fields.keys()
@@ -256,7 +310,7 @@ def _faults(cls: type[BaseModel], error: ValidationError | RecursionError) -> st
 
 
 def _fault(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...], fault: Any) -> list[str]:
-    name = ".".join(part if part and part.isprintable() else repr(part) for part in path) or "(top level)"
+    name = plain(".".join(part if part and part.isprintable() else repr(part) for part in path)) or "(top level)"
     kind, leaf = fault["type"], known.get(path)
     if kind == "extra_forbidden":
         return [f"{name}: unknown key{_meant(known, path)}"]
@@ -272,7 +326,9 @@ def _fault(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...], fault: Any
     if node_of(leaf.field) is not None:
         below = next(other for other in known.values() if other.path[: len(path)] == path != other.path)
         return [f"{name}: expected keys below it, for example {below.name}, got {got(fault['input'])}"]
-    return [f"{name}: expected {allowed(leaf.schema)}, got {got(fault['input'])}"]
+    wants, value = allowed(leaf.schema), fault["input"]
+    quoted = " (in quotes it is one)" if wants.startswith("a text") and isinstance(value, (int, float, dict)) else ""
+    return [f"{name}: expected {wants}, got {got(value)}{quoted}"]
 
 
 def _meant(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...]) -> str:
@@ -280,6 +336,11 @@ def _meant(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...]) -> str:
     dotted = ".".join(path)
     if len(path) == 1 and dotted in names:
         return f"; in a file it is {': {'.join(dotted.split('.'))}: ...{'}' * dotted.count('.')}"
+    if len(path) == 1 and dotted in OPTIONS:
+        return f"; it is an option: {OPTIONS[dotted]}"
+    letters = {_letters(name): name for name in names}
+    if meant := letters.get(_letters(dotted)):
+        return f", did you mean {meant}?"
     beside = {leaf.path[-1]: leaf.name for leaf in known.values() if leaf.path[:-1] == path[:-1]}
     instead = INSTEAD.get(path[-1], "")
     near = [instead] if instead in beside else difflib.get_close_matches(path[-1], beside, 1, 0.7)
@@ -290,6 +351,11 @@ def _meant(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...]) -> str:
     if close:
         return f", did you mean {' or '.join(close)}?"
     return f"; known here: {', '.join(sorted(beside))}"
+
+
+def _letters(name: str) -> str:
+    """A name without what people spell otherwise: case, and what joins words."""
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def got(value: Any) -> str:
@@ -358,6 +424,6 @@ def scalar(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(scalar(entry) for entry in value)}]"
     value = str(value) if isinstance(value, Path) else value
-    style = {"default_style": '"'} if isinstance(value, str) and "\n" in value else {}
+    style = {"default_style": '"'} if isinstance(value, str) and not value.isprintable() else {}
     text = yaml.dump([value], Dumper=_Dumper, width=math.inf, allow_unicode=True, default_flow_style=True, **style)
     return text.strip().removeprefix("[").removesuffix("]")

@@ -17,12 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism_fast.data.chat_files import ROUND_TRIP, brief, one_line, open_image_processor, open_tokenizer, quiet, render
+from prism_fast.data.chat_files import (
+    END_OF_TURN,
+    ROUND_TRIP,
+    brief,
+    one_line,
+    open_image_processor,
+    open_tokenizer,
+    quiet,
+    render,
+)
 from prism_fast.data.images import open_image
 from prism_fast.records import DataError, Message, Prompt, Sample
 
 IMAGE = "<image>"
-END_OF_TURN = "<|im_end|>"
 VISION_TOKENS = {
     "image": "<|image_pad|>",
     "video": "<|video_pad|>",

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +29,9 @@ LARGEST_FACTOR = 1024  # pixels of a merged patch's side; Qwen3-VL has 32
 LARGEST_LEAST = 2**22  # pixels to which a small image may be enlarged; Qwen3-VL has 2**16
 PROBE = "Which of both is 12.5 cm?"
 ROUND_TRIP = "<caption>A b\n3</caption><answer>-12.5 cm, é 漢 \\frac{1}{2}</answer>"
+SYSTEM = "Answer in 7 words."
 IMAGE_TOKEN = "<|image_pad|>"
+END_OF_TURN = "<|im_end|>"
 
 
 @contextmanager
@@ -110,6 +113,8 @@ def open_tokenizer(folder: str | Path) -> Any:
                 f"{place}: {len(tokenizer)} tokens have ids up to {ids[-1] if ids else -1}, with gaps or"
                 f" repeats; {remedy}"
             )
+    if local and (Path(folder) / "tokenizer.json").exists():
+        _hold_against_file(tokenizer, Path(folder) / "tokenizer.json")
     if tokenizer.chat_template is None:
         path = Path(folder) / "chat_template.json"  # where older processors kept it
         if not path.is_file():
@@ -119,6 +124,22 @@ def open_tokenizer(folder: str | Path) -> Any:
             raise DataError(f"{path}: no text under chat_template; add chat_template.jinja")
     _try_template(tokenizer, folder)
     return tokenizer
+
+
+def _hold_against_file(tokenizer: Any, file: Path) -> None:
+    """Whether tokens are those of tokenizer.json: another class, or ids out of order, silently make others."""
+    ids, remedy = tokenizer.get_vocab(), "take tokenizer.json and tokenizer_config.json of the checkpoint"
+    with one_line(f"{file}: cannot be used", remedy):
+        for token in read_object(file).get("added_tokens") or ():
+            name, asked = token["content"], token["id"]
+            if ids.get(name) != asked:
+                raise ValueError(f"added token {name!r} has id {asked!r}, but is loaded as {ids.get(name)}")
+        own = Tokenizer.from_file(str(file))
+        own.no_truncation()
+        own.no_padding()
+        expected = own.encode(ROUND_TRIP, add_special_tokens=False).ids
+        if tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"] != expected:
+            raise ValueError(f"it makes other tokens than {type(tokenizer).__name__} of tokenizer_config.json")
 
 
 def _look_at_tokenizer_files(folder: Path) -> None:
@@ -159,24 +180,32 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, answer: bool =
 
 
 def _try_template(tokenizer: Any, folder: str | Path) -> None:
-    text = [{"role": "user", "content": PROBE}]
+    system = {"role": "system", "content": SYSTEM}
+    text = [system, {"role": "user", "content": PROBE}]
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROBE}]}]
     remedy = f"take chat_template.jinja of {_instruct(folder)}"
     with one_line(f"{folder}: the chat template cannot be used", remedy):
-        for messages, images in ((text, 0), (parts, 1)):
+        for messages, images in ((text[1:], 0), (parts, 1), (text, 0)):
             closed, opened = render(tokenizer, messages, answer=False), render(tokenizer, messages)
-            _, found, after = opened.rpartition(PROBE)
+            before, found, after = closed.rpartition(PROBE)
             if not found:
                 raise ValueError("it leaves out the user's text")
+            if messages[0] is system and SYSTEM not in before:
+                raise ValueError("it leaves out the system's text")
             if opened.count(IMAGE_TOKEN) != images:
                 raise ValueError(f"it writes {opened.count(IMAGE_TOKEN)} placeholders for {images} images")
+            if not after.startswith(END_OF_TURN):
+                raise ValueError(f"it does not end the user's turn with {END_OF_TURN}")
             if not opened.startswith(closed) or len(opened) == len(closed):
                 raise ValueError("it does not begin the assistant's turn")
-            if after.count("<think>") > after.count("</think>"):
+            begun = opened[len(closed) :]
+            if begun.count("<think>") > begun.count("</think>"):
                 raise DataError(
                     f"{folder}: the chat template opens <think> before the response, as Thinking checkpoints do, but"
                     f" responses begin with <caption>; use {_instruct(folder)}"
                 )
+            if not re.fullmatch(r"<\|im_start\|>assistant\s*(<think>\s*</think>\s*)?", begun):
+                raise ValueError(f"it begins the assistant's turn with {plain(repr(begun))}")
 
 
 def _instruct(folder: str | Path) -> str:
@@ -210,6 +239,12 @@ def open_image_processor(folder: str | Path) -> Any:
         least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
         if not 0 < least <= min(most, LARGEST_LEAST) or not math.isfinite(most):
             raise ValueError(f"size is {least} to {most} pixels, expected 0 < shortest_edge <= longest_edge")
+        if most < (patch * merge) ** 2:
+            raise ValueError(
+                f"size is at most {most} pixels, less than one merged patch of {patch * merge} x {patch * merge}"
+            )
+        if processor.resample not in (None, *range(6)):
+            raise ValueError(f"resample is {processor.resample!r}, expected one of Pillow's, 0 to 5")
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if getattr(processor, name) is not True:
                 raise ValueError(f"{name} is {getattr(processor, name)!r}, expected true")
@@ -218,7 +253,7 @@ def open_image_processor(folder: str | Path) -> Any:
             raise ValueError(f"rescale_factor is {processor.rescale_factor}, expected 1 / 255")
         if not ((mean >= 0) & (mean <= 1) & (deviation > 0.01) & (deviation <= 2)).all():
             raise ValueError(f"image_mean is {mean.tolist()}, image_std {deviation.tolist()}, expected parts of 1")
-        made = processor(images=[Image.new("RGB", (64, 64), (200, 100, 50))], return_tensors="pt")
+        made = processor(images=[Image.new("RGB", (70, 50), (200, 100, 50))], return_tensors="pt")
         pixels, grid = made["pixel_values"], made["image_grid_thw"]
         if tuple(pixels.shape) != (int(grid.prod()), 3 * frames * patch**2) or not pixels.isfinite().all():
             raise ValueError(f"it makes pixels of shape {tuple(pixels.shape)} for a grid of {grid.tolist()}")

@@ -30,8 +30,11 @@ from prism_fast.records import DataError, PackedTree
 from prism_kernels import RoutingStats
 
 
-def local_directory(path: str | Path) -> Path:
-    """``path`` where it is a directory; else the snapshot of a hub model of that name ("Qwen/Qwen3-VL-4B-Instruct")."""
+def local_directory(path: str | Path, *, weights: bool = True) -> Path:
+    """``path`` where it is a directory; else the snapshot of a hub model of that name ("Qwen/Qwen3-VL-4B-Instruct").
+
+    ``weights``: whether they are downloaded too.
+    """
     try:
         path = Path(path)
         if path.is_dir():
@@ -45,8 +48,9 @@ def local_directory(path: str | Path) -> Path:
         raise DataError(f"{path}: a file, or a link that leads nowhere; expected the model's directory")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise DataError(f"{path}: no such model directory; give a Hugging Face directory or a hub name like Qwen/NAME")
+    patterns = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: no such directory, and the hub has no answer ({reason}); download it first") from None

@@ -45,6 +45,7 @@ def read_config(path: Path, expected: str) -> Any:
     """The checkpoint's configuration, of architecture ``expected``, within its bounds."""
     file = path / "config.json"
     if not file.is_file():
+        _refuse_other_kinds(path, ("*.gguf", "*.pt*", "*.ckpt"))
         below = [file.parent for pattern in ("final/*", "*", "*/*") for file in path.glob(f"{pattern}/config.json")]
         hint = f", such as {below[0]}" if below else ""
         raise DataError(f"{path}: no config.json; expected a Hugging Face checkpoint directory of {expected}{hint}")
@@ -208,22 +209,29 @@ def read_header(file: Path) -> dict[str, Stored]:
             return {name: Stored(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
+def _refuse_other_kinds(path: Path, patterns: Collection[str]) -> None:
+    """DataError where a folder holds an adapter, or one of these files of OTHER_WEIGHTS."""
+    if any((path / f"adapter_{name}").exists() for name in ("config.json", "model.safetensors", "model.bin")):
+        raise DataError(f"{path}: a LoRA adapter (adapter_config.json); merge it into its base model first")
+    for pattern in patterns:
+        if next(path.glob(pattern), None) is not None:
+            raise DataError(f"{path}: {OTHER_WEIGHTS[pattern]}")
+
+
 def stored_tensors(path: Path, beside: Collection[str] = ()) -> dict[str, Stored]:
     """The tensors of a model directory: those of model.safetensors, or of the files that the index names.
 
     ``beside``: names that the index may lack.
     """
-    if (path / "adapter_config.json").exists():
-        raise DataError(f"{path}: a LoRA adapter (adapter_config.json); merge it into its base model first")
+    _refuse_other_kinds(path, ())
     single, index = path / SINGLE, path / INDEX
     if not index.exists():
         if single.exists() or single.is_symlink():
             return read_header(single)
-        for pattern, what in OTHER_WEIGHTS.items():
-            if next(path.glob(pattern), None) is not None:
-                raise DataError(f"{path}: {what}")
+        _refuse_other_kinds(path, OTHER_WEIGHTS)
         raise DataError(f"{path}: no {SINGLE}; {AGAIN}")
-    names = read_object(index).get("weight_map")
+    tree = read_object(index)
+    names = tree.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise DataError(f"{index}: no weight_map; {AGAIN}")
     shards = {str(name): None for name in names.values()}
@@ -236,6 +244,8 @@ def stored_tensors(path: Path, beside: Collection[str] = ()) -> dict[str, Stored
         raise DataError(
             f"{path}: holds {SINGLE} and {INDEX}, which is of other files; remove the one that is not meant"
         )
+    if not isinstance(tree.get("metadata"), dict):
+        raise DataError(f'{index}: no object under metadata, which transformers reads; add "metadata": {{}}')
     found: dict[str, Stored] = {}
     for shard in shards:
         for name, stored in read_header(path / shard).items():

@@ -28,6 +28,7 @@ def read_head(path: Path, hidden: int) -> Tensor:
                     f"{file}: {key} stands in {found[key].file.name} too; remove the file that is not meant"
                 )
             found[key] = stored
+    _refuse_bias(found)
     there = [key for key in HEAD_KEYS if key in found]
     if len(there) > 1:
         raise DataError(f"{found[there[1]].file}: two value heads, {there[0]} and {there[1]}; remove one of them")
@@ -41,6 +42,18 @@ def read_head(path: Path, hidden: int) -> Tensor:
         head = tensors.get_tensor(key)
     check_finite(head, key, file)
     return head
+
+
+def _refuse_bias(found: dict[str, Stored]) -> None:
+    """DataError where a head has a bias other than 0: it would be lost."""
+    for key in (key for key in found if key.startswith("v_head.") and key.endswith(".bias")):
+        file = found[key].file
+        with one_line(f"{file}: {key} cannot be read", AGAIN), safe_open(file, framework="pt") as tensors:
+            bias = tensors.get_tensor(key)
+        if bias.count_nonzero():
+            raise DataError(
+                f"{file}: {key} is not 0, and scores here have no bias; set it to 0: differences stay as they are"
+            )
 
 
 def settle_square_experts(model: Any, path: Path) -> None:

@@ -25,6 +25,8 @@ from prism_fast.records import DataError
 _NAME = re.compile(r"step-(\d{6,})")
 
 VERSION = 1
+REMOVE = "remove the checkpoint to resume from an earlier one"
+_KINDS = {"best": (int,), "best_value": (int, float), "threads": (int,), "skipped_updates": (int,), "run": (dict,)}
 
 
 def save(
@@ -97,8 +99,12 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("version") != VERSION:
         version = state.get("version") if isinstance(state, dict) else "unknown"
         raise DataError(f"{path}/trainer.json: version {version}, expected {VERSION}")
-    if not isinstance(state.get("step"), int):
-        raise _unreadable(path, ValueError("trainer.json has no whole number `step`"))
+    named = _NAME.fullmatch(path.name)
+    if type(state.get("step")) is not int or (named and state["step"] != int(named.group(1))):
+        raise _unreadable(path, ValueError(f"trainer.json: step is {state.get('step')!r}"))
+    for key, kinds in _KINDS.items():
+        if state.get(key) is not None and type(state[key]) not in kinds:
+            raise _unreadable(path, ValueError(f"trainer.json: {key} is a {type(state[key]).__name__}"))
     return state
 
 

@@ -97,6 +97,13 @@ def is_ours(file: Path) -> bool:
         return False
 
 
+def is_record(value: Any) -> bool:
+    """Whether this is what `record` gives, as far as a comparison reads it."""
+    kinds = {"stage": str, "config": dict, "inputs": dict, "environment": dict, "starts": list}
+    whole = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+    return whole and isinstance(value["environment"].get("packages"), dict)
+
+
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size, time and SHA-256 of a file: of all its bytes up to `WHOLE`, else of its size and `SAMPLES` samples."""
     state = path.stat()

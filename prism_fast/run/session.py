@@ -39,7 +39,7 @@ class Optimizer(Protocol):
 
     def tensors(self) -> dict[str, Tensor]: ...
 
-    def load(self, tensors: dict[str, Tensor], steps: int) -> None: ...
+    def load(self, tensors: dict[str, Tensor], steps: int) -> None: ...  # of others: ValueError
 
 
 class Part(Protocol):
@@ -157,6 +157,10 @@ class Session:
 
     def _claim_folder(self, entered: contextlib.ExitStack) -> None:
         """Locks the folder, and raises DataError where it is not one for this run."""
+        if any((self.out / file).exists() for file in ("config.json", "model.safetensors")):
+            raise DataError(
+                f"{self.out}: is the folder of a model; choose another run.out, such as {self.out}-{self.stage}"
+            )
         if self.resume and not begun(self.out):
             raise DataError(f"{self.out}: holds no run to resume; correct run.out, or leave out --resume to begin one")
         if not entered.enter_context(FolderLock(self.out)).supported:
@@ -179,6 +183,8 @@ class Session:
         changed = record.threads_line(state.get("threads"))
         if before is None:
             self._notes.append(f"{found}: has no record of its settings and data; they were not compared")
+        elif not record.is_record(before):
+            raise DataError(f"{found}/trainer.json: run: no record of a run; {checkpoint.REMOVE}")
         else:
             changed += record.changes(before, self._record, self.settings)
             self._record["starts"] = before["starts"]
@@ -269,12 +275,15 @@ class Session:
         step = self.state["step"]
         for prefix, optimizer in self._optimizers.items():
             own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            optimizer.load(own, step)
+            try:
+                optimizer.load(own, step)
+            except ValueError as error:
+                raise DataError(f"{found}/trainer.safetensors: {prefix}{error}; {checkpoint.REMOVE}") from None
         for name, part in self._parts.items():
             if name in self.state:
                 try:
                     part.load(self.state[name])
-                except (ValueError, TypeError, KeyError) as error:
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
                     raise DataError(f"{found}/trainer.json: {name}: {error}") from None
         if self.state.get("best") is not None:
             self._best = (self.state["best"], self.state["best_value"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from prism_fast.config import FilterConfig, PairsConfig
 from prism_fast.data.encode import Held
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
-from prism_fast.files import try_new
+from prism_fast.files import try_new, writing
 from prism_fast.models.load import open_policy
 from prism_fast.records import DataError, Rollout, Sample
 from prism_fast.reward import split_parts, verifiable_reward
@@ -37,7 +37,8 @@ def pairs(config: PairsConfig, progress: Progress | None = None, say: Say | None
             records.append(replace(samples[group], student_caption=parts.caption, student_reasoning=parts.reasoning))
     if not records:
         raise DataError(f"{config.model.path}: none of {len(rollout)} responses has a valid format; train it longer")
-    write_warmup(config.out, records)
+    with writing(config.out):
+        write_warmup(config.out, records)
     return {
         "prompts": len(samples),
         "responses": len(rollout),
@@ -72,7 +73,8 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: 
             f"{config.data.files[0]}: no prompt of {len(samples)} has a pass rate in [{config.low}, {config.high}] "
             f"({counts['too_hard']} below, {counts['too_easy']} above); widen low and high"
         )
-    write_rlvr(config.out, kept[: config.keep])
+    with writing(config.out):
+        write_rlvr(config.out, kept[: config.keep])
     return counts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prism_fast.config import UpcycleConfig
-from prism_fast.files import try_new, write_aside
+from prism_fast.files import try_new, write_aside, writing
 from prism_fast.models.backbone import local_directory
 from prism_fast.models.load import open_chat, pick_device, pick_dtype, with_chat
 from prism_fast.models.upcycle import upcycle
@@ -25,5 +25,6 @@ def upcycle_directory(config: UpcycleConfig) -> Path:
         seed=config.seed,
         dtype=pick_dtype(config.model.dtype, pick_device()),
     )
-    write_aside(config.out, with_chat(made, chat))
+    with writing(config.out):
+        write_aside(config.out, with_chat(made, chat))
     return config.out

@@ -78,7 +78,10 @@ def _held_out(
         count = len(data) - max(1, round(config.eval_fraction * len(data)))
         held_out = Held(data, range(count, len(data)), encode)
     if count < 1:
-        raise DataError(f"{config.data.files[0]}: {len(data)} records, expected at least 2; one is kept for evaluation")
+        raise DataError(
+            f"{config.data.files[0]}: eval_fraction = {config.eval_fraction:g} keeps all of {len(data)} records for"
+            " evaluation, expected at least 2, one of them to train on; add records, lower it, or give data.eval_files"
+        )
     if not held_out:
         raise DataError(f"{config.data.files[0]}: every record kept for evaluation is bad ({data.bad.messages[-1]})")
     return count, held_out

@@ -25,6 +25,8 @@ from prism_fast.files import write_json
 from prism_fast.models.backbone import TreeModel
 from prism_fast.records import DataError
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+
 
 class Backprop:
     """A module whose losses' gradients add up, without an optimizer: as much of an updater as a gradient needs.
@@ -70,11 +72,9 @@ class Updater(Backprop):
             if parameter.requires_grad:
                 self.names.append(name)
                 self.parameters.append(parameter)
-        self.masters = self._masters()
+        self.masters = [p if _is_wide(p) else p.detach().float() for p in self.parameters]
+        self.mastered = frozenset(name for name, p in zip(self.names, self.parameters) if not _is_wide(p))
         self.adamw = _adamw(self.masters, config)
-
-    def _masters(self) -> list[Tensor]:
-        return [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in self.parameters]
 
     @property
     def lr(self) -> float:
@@ -133,27 +133,48 @@ class Updater(Backprop):
         Whole tensors, whatever the form: a call of all processes.
         """
         kept = {}
-        for name, parameter, master in zip(self.names, self.parameters, self.masters):
-            if master is not parameter:
-                kept[f"master.{name}"] = master
+        for name, master in zip(self.names, self.masters):
+            if name in self.mastered:
+                kept[f"master.{name}"] = ranks.whole(master.detach())
             for key, value in self.adamw.state.get(master, {}).items():
                 kept[f"{key}.{name}"] = ranks.whole(value)
         return kept
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Restores what :meth:`tensors` gave; the module's weights are restored by their own checkpoint."""
+        """Restores what :meth:`tensors` gave; the module's weights are restored by their own checkpoint.
+
+        Raises ValueError where tensors are missing, or of another shape or dtype, or not finite.
+        """
         self.steps = steps
+        self._check(tensors)
         with torch.no_grad():
-            for name, parameter, master in zip(self.names, self.parameters, self.masters):
-                if master is not parameter:
-                    master.copy_(tensors[f"master.{name}"])
+            for name, master in zip(self.names, self.masters):
+                if name in self.mastered:
+                    master.copy_(ranks.shard_like(tensors[f"master.{name}"], master))
                 state = {
-                    key: tensors[f"step.{name}"].clone() if key == "step" else _like(tensors[f"{key}.{name}"], master)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: tensors[f"{key}.{name}"].clone()
+                    if key == "step"
+                    else ranks.shard_like(tensors[f"{key}.{name}"].clone(), master)
+                    for key in MOMENTS
                     if f"{key}.{name}" in tensors
                 }
                 if state:
                     self.adamw.state[master] = state
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in zip(self.names, self.parameters):
+            keys = [f"{key}.{name}" for key in MOMENTS]
+            wanted = keys if any(key in tensors for key in keys) else []
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            for key in [*wanted, *([f"master.{name}"] if name in self.mastered else [])]:
+                shape = () if key.startswith("step.") else tuple(_shape(parameter))
+                held = tensors.get(key)
+                if held is None:
+                    raise ValueError(f"no {key}")
+                if tuple(held.shape) != shape or not (held.dtype == wide or key.startswith("step.")):
+                    raise ValueError(f"{key} is {tuple(held.shape)} in {held.dtype}, expected {shape} in {wide}")
+                if not held.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
 
 
 class FSDPUpdater(Updater):
@@ -168,6 +189,8 @@ class FSDPUpdater(Updater):
         self.compute = module.dtype
         ranks.shard(module.float(), module.gathered_at_once(), compute=self.compute)
         super().__init__(module, config, total_steps)
+        if self.compute != torch.float32:  # what a model's directory keeps is rounded
+            self.mastered = frozenset(self.names) - module.always_fp32
 
     def backward(self, loss: Tensor) -> None:
         (loss * ranks.world()).backward()  # FSDP2 takes the mean over processes
@@ -216,9 +239,11 @@ class DeepSpeedUpdater(Updater):
         Backprop.__init__(self, module)
         self.config, self.total_steps, self.steps, self.micro = config, total_steps, 0, 0
         self.stage = int(cluster.sharding.removeprefix("zero"))
-        self._low_precision = module.dtype != torch.float32
+        low_precision = module.dtype != torch.float32
+        exact = {name: p.detach().clone() for name, p in module.named_parameters() if name in module.always_fp32}
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in trained], [p for _, p in trained]
+        self.mastered = frozenset(self.names) - module.always_fp32 if low_precision else frozenset()
         settings = deepspeed_config(cluster, config, module.dtype, module.device, ranks.world())
         if file is not None and ranks.is_first():
             write_json(file, settings, indent=1)
@@ -227,6 +252,9 @@ class DeepSpeedUpdater(Updater):
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=module, optimizer=_adamw(self.parameters, config), config=settings, dist_init_required=False
         )
+        for name, parameter in zip(self.names, self.parameters):  # in bf16 the engine has rounded them
+            if low_precision and name in exact:
+                deepspeed.utils.safe_set_full_fp32_param(parameter, exact[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
@@ -270,15 +298,21 @@ class DeepSpeedUpdater(Updater):
             yield
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
         if self.stage < 3:
-            yield from super().stream()
+            for name, value in super().stream():
+                wide = name in self.module.always_fp32 and name in self.names
+                yield name, safe_get_full_fp32_param(self.module.get_parameter(name)) if wide else value
             return
         import deepspeed
 
         for unit in _units(self.module):
             with deepspeed.zero.GatheredParameters([p for _, p in unit]):
                 whole = [(name, p.detach().clone()) for name, p in unit]
-            yield from whole
+            for name, value in whole:
+                wide = name in self.module.always_fp32 and name in self.names
+                yield name, safe_get_full_fp32_param(self.module.get_parameter(name)) if wide else value
 
     def tensors(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -288,7 +322,7 @@ class DeepSpeedUpdater(Updater):
         if steps:
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
-            if self._low_precision:
+            if name in self.mastered:
                 kept[f"master.{name}"] = safe_get_full_fp32_param(parameter)
             if steps:
                 kept[f"step.{name}"] = steps[0].detach().cpu().clone()
@@ -300,6 +334,7 @@ class DeepSpeedUpdater(Updater):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.steps = steps
+        self._check(tensors)
         done = [tensors[f"step.{name}"] for name in self.names if f"step.{name}" in tensors]
         if done:  # a fresh engine has no moments
             for flat in self._flat():
@@ -310,14 +345,11 @@ class DeepSpeedUpdater(Updater):
                 }
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
-            if self._low_precision:
+            if name in self.mastered:
                 safe_set_full_fp32_param(parameter, tensors[f"master.{name}"].to(parameter.device))
             for key in ("exp_avg", "exp_avg_sq") if done else ():
                 value = tensors.get(f"{key}.{name}", torch.zeros(()))  # one that never had a gradient has none
-                safe_set_full_optimizer_state(parameter, value.expand(self._shape(parameter)).contiguous(), key)
-
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
-        return getattr(parameter, "ds_shape", parameter.shape)
+                safe_set_full_optimizer_state(parameter, value.expand(_shape(parameter)).contiguous(), key)
 
     def _flat(self) -> list[Tensor]:
         """This process's partitions, which AdamW updates."""
@@ -432,9 +464,13 @@ def _adamw(parameters: list[Tensor] | list[nn.Parameter], config: OptimizerConfi
     )
 
 
-def _like(tensor: Tensor, master: Tensor) -> Tensor:
-    """A copy of a whole tensor, where and dealt as ``master`` is."""
-    return ranks.shard_like(tensor.clone(), master)
+def _is_wide(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float32, torch.float64)
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    """Of the whole parameter, also where ZeRO 3 has left nothing of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _units(module: TreeModel) -> Iterator[list[tuple[str, nn.Parameter]]]:

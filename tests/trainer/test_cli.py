@@ -58,7 +58,10 @@ def test_the_command_line_is_frozen():
     assert options == expected
 
 
-COMMANDS = [[], *([name] for name in ["demo", "sft", "upcycle", "warmup", "align", "rlvr", "eval", "data", "doctor"])]
+COMMANDS = [
+    [],
+    *([name] for name in ["demo", "sft", "upcycle", "warmup", "align", "rlvr", "eval", "data", "config", "doctor"]),
+]
 COMMANDS += [["launch"], ["plan"]]
 COMMANDS += [["data", name] for name in ("check", "pairs", "filter")]
 
@@ -242,6 +245,30 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("prism_fast.data.check.check", interrupted)
     status, _, err = run(capsys, monkeypatch, "data", "check", tmp_path / "x.json")
     assert status == 130 and err.startswith("stopped; ")
+
+
+SLOW = """
+import os, signal, sys
+class Slow:  # an import during which Ctrl-C is pressed
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Slow())
+from prism_fast.__main__ import main
+words = ["model.path=m", "data.files=d", "optimizer.lr=1e-3", "steps=1", "run.out=" + sys.argv[2]]
+sys.argv = ["prism-fast", "sft", *words]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "prism_fast.cli", "pydantic", "torch"])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(module, tmp_path):
+    code = SLOW.replace("sys.argv[1]", repr(module)).replace("sys.argv[2]", repr(str(tmp_path / "run")))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "stopped; what was not saved by a checkpoint is lost\n", (
+        done.stderr
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def stage_arguments(tiny, out, stage="sft"):

@@ -1,6 +1,9 @@
 """Recipes hold the published values; a bad configuration is one line that names file, key and remedy."""
 
 import json
+import os
+import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -194,6 +197,16 @@ def test_values_that_contradict_each_other():
     assert "reference.path" in message(RLVRConfig, "rlvr_4b_grpo", *STAGES["rlvr"][1], "objective.kl_coef=0.01")
     text = message(RLVRConfig, "rlvr_4b_dapo", *STAGES["rlvr"][1], "rollout.max_response_tokens=4095")
     assert "overlong.buffer = 4096 is more than max_response_tokens = 4095" in text
+    for stage, recipe in (("rlvr", "rlvr_4b_grpo"), ("align", "align_4b")):
+        cls, paths = STAGES[stage]
+        assert "rollout.samples: expected a whole number from 2" in message(cls, recipe, *paths, "rollout.samples=1")
+        text = message(cls, recipe, *paths, "run.tokens_per_pack=64", "rollout.max_response_tokens=64")
+        assert "run: tokens_per_pack = 64 holds no prompt with a response of rollout.max_response_tokens = 64" in text
+    assert "eval.temperature: 0 gives samples = 4 times" in message(
+        EvaluateConfig, "eval", *STAGES["eval"][1], "eval.samples=4"
+    )
+    text = message(FilterConfig, "filter", *STAGES["filter"][1], "samples=2", "low=0.6", "high=0.9")
+    assert "high: no pass rate of 2 samples lies from low = 0.6 to 0.9" in text
     text = message(RLVRConfig, "rlvr_4b_dapo", *STAGES["rlvr"][1], "rollout={prompts_per_step: 65536, samples: 32}")
     assert "rollout.prompts_per_step: expected prompts_per_step times samples at most 1048576" in text
 
@@ -325,6 +338,87 @@ def test_hostile_yaml_is_one_line(text, tmp_path):
     assert len(message(SFTConfig, None, f"run={text}")) < 400
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "steps"),
+    [
+        ("a.yaml", b"\xef\xbb\xbfbase: sft_4b\nsteps: 5\n", 5),  # a byte order mark
+        ("a.yaml", b"base: sft_4b\r\nsteps: 5\r\n", 5),
+        ("a.yaml", b"base: sft_4b\nsteps: &n 5\nbatch_size: *n\neval: &e {limit: 3}\n", 5),
+        ("a.json", b'{\n\t"base": "sft_4b",\n\t"steps": 5\n}', 5),
+        ("a.json", b'{"base": "sft_4b", "steps": 1e3}', 1000),
+    ],
+)
+def test_files_as_editors_and_programs_write_them(name, data, steps, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    assert load("sft", file=tmp_path / name).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.yaml", "steps: 5".encode("utf-16"), r"not valid YAML \(no text in UTF-8\); save it as such"),
+        ("a.yaml", b"run:\n\tout: x\n", r"a\.yaml:2: not valid YAML \(found character '\\t'"),
+        ("a.yaml", b"base: [sft_4b]", r"base: expected the name of a recipe or a file, got a list of 1"),
+        ("a.yaml", b"base: '" + b"x" * 999 + b"'", r"no such configuration file"),
+        ("a.json", b'{"steps": 1,\n"steps": 2}', r"a\.json: the key 'steps' stands twice; remove one"),
+        ("a.json", b'{"steps": 1,\n"run": {', r"a\.json:2: not valid JSON \(Expecting"),
+        ("a.json", b'{"optimizer": {"lr": NaN}}', r"optimizer\.lr: expected a number above 0, at most 1, got nan"),
+    ],
+)
+def test_files_that_do_not_parse_are_one_line(name, data, says, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    assert re.search(says, message(SFTConfig, tmp_path / name))
+
+
+def test_what_is_given_for_a_configuration_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "low.yaml").write_text("base: sft_4b\nsteps: 5\n")
+    (tmp_path / "high.yaml").write_text("base: ~/low.yaml\n")
+    assert load("sft", file="~/high.yaml").steps == 5
+    os.mkfifo(tmp_path / "pipe")  # as <(...) gives
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=["base: sft_4b\nsteps: 6\n"], daemon=True).start()
+    assert load("sft", file=tmp_path / "pipe").steps == 6
+    for name, says in (
+        (tmp_path, "is a folder, expected a file"),
+        ("x" * 999, "no such configuration file"),
+        ("a\0b", "'a.x00b': no such configuration file"),
+        ("SFT_4B", "did you mean sft_4b?"),
+        ("sft_4b.yaml", "did you mean sft_4b?"),
+    ):
+        assert re.search(re.escape(says).replace(r"a\.x00b", r"a\\x00b"), message(SFTConfig, name))
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [("Use # for heads", "Use # for heads"), ("a\nb", "a\nb"), ("'a # b'", "a # b"), (" a  b ", "a  b"), ("", None)],
+)
+def test_a_text_on_the_command_line_is_taken_as_it_stands(written, text):
+    assert load("sft", f"data.system_prompt={written}", file="sft_4b").data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("Run.out=x", "Run: unknown key, did you mean run?"),
+        ("BATCH-SIZE=4", "BATCH-SIZE: unknown key, did you mean batch_size?"),
+        ("run/out=x", "run/out: unknown key, did you mean run.out?"),
+        ("run_save_every=4", "run_save_every: unknown key, did you mean run.save_every?"),
+        ("--steps=4", "--steps: unknown key, did you mean steps?"),
+        ("config=sft_4b", "config: unknown key; it is an option: --config NAME"),
+        ("resume=true", "resume: unknown key; it is an option: --resume"),
+        ("data.system_prompt=Answer: yes", "expected a text or null, got a mapping of 1 (in quotes it is one)"),
+        ("data.system_prompt=no", "expected a text or null, got false (in quotes it is one)"),
+        ("run..out=x", "override 'run..out=x': expected key.path=value"),
+        ("sft_4b", "expected key.path=value, for example run.seed=1; a file or recipe goes after --config"),
+        ("mine.yaml", "goes after --config: --config mine.yaml"),
+        ("k" * 5000 + "=1", "kkk...: unknown key"),
+    ],
+)
+def test_overrides_as_people_write_them_are_told_how(override, says):
+    text = message(SFTConfig, "sft_4b", *STAGES["sft"][1], override)
+    assert says in text and len(text) < 600
+
+
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_every_key_is_described(stage):
     for leaf in leaves(CONFIGS[stage]):
@@ -341,7 +435,22 @@ def test_the_shown_configuration_is_read_again_as_it_was(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["a: b # c", "1e-5", "no", "ü", "'quoted'", "two\nlines", "[x", "null", "- a", "2026-01-01", ""]
+    "value",
+    [
+        "a: b # c",
+        "1e-5",
+        "no",
+        "ü",
+        "'quoted'",
+        "two\nlines",
+        "[x",
+        "\x85x",
+        "\ufeffa\rb",
+        "null",
+        "- a",
+        "2026-01-01",
+        "",
+    ],
 )
 def test_any_text_is_shown_so_that_it_is_read_again(value, tmp_path):
     tree = {"system_prompt": value}

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from prism_fast.files import system_reason, try_folder, try_new, write_aside
+from prism_fast.files import system_reason, try_folder, try_new, write_aside, writing
 from prism_fast.records import DataError
 
 
@@ -70,6 +70,18 @@ def test_a_failed_write_leaves_the_old_and_no_rest(tmp_path):
     with pytest.raises(OSError, match="No space"):
         write_aside(target, fail)
     assert everything(tmp_path) == ["final", "final/weights"] and (target / "weights").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), Exception("No space left (os error 28)")])
+def test_what_the_system_refuses_names_the_place(error):
+    with (
+        pytest.raises(DataError, match=r"^moe: could not be written \(No space left\); free space there"),
+        writing("moe"),
+    ):
+        raise error
+    for other in (ValueError("a bug"), DataError("a.json: missing")):
+        with pytest.raises(type(other), match=str(other)), writing("moe"):
+            raise other
 
 
 @pytest.mark.parametrize(

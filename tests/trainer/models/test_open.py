@@ -152,6 +152,15 @@ WEIGHTS = {
     "pickled": (instead("model.safetensors", content("pytorch_model.bin", b"x")), r"pickled weights .*safetensors"),
     "gguf": (instead("model.safetensors", content("q4.gguf", b"GGUF")), r"GGUF weights, which are quantised"),
     "adapter": (content("adapter_config.json", "{}"), r"LoRA adapter .*merge"),
+    "adapter's weights": (
+        lambda d: (d / "model.safetensors").rename(d / "adapter_model.safetensors"),
+        r"LoRA adapter .*merge",
+    ),
+    "adapter alone": (
+        lambda d: [(d / "config.json").unlink(), (d / "adapter_config.json").touch()],
+        r"LoRA adapter .*merge",
+    ),
+    "gguf alone": (lambda d: [(d / "config.json").unlink(), (d / "q4.gguf").touch()], r"GGUF weights"),
     "stale index": (
         content("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}'),
         r"remove the one",
@@ -209,6 +218,26 @@ CHATS = {
         template("assistant\\n' -}}{%- endif", "assistant\\n<think>\\n' -}}{%- endif"),
         r"opens <think>.*Instruct",
     ),
+    **{
+        f"begins with {begun}": (
+            template("assistant\\n' -}}{%- endif", "assistant\\n" + begun + "' -}}{%- endif"),
+            expected,
+        )
+        for begun, expected in (
+            ("<caption>", r"begins the assistant's turn with '.*<caption>'"),
+            ("Sure: ", r"begins the assistant's turn with '.*Sure: '"),
+            ("<thinking>", r"begins the assistant's turn with '.*<thinking>'"),
+        )
+    },
+    "no system": (
+        template("for message in messages", "for message in messages if message.role != 'system'"),
+        r"leaves out the system's text",
+    ),
+    "refuses system": (
+        template("{%- for", "{{ raise_exception('none') if messages[0].role == 'system' }}{%- for"),
+        r"cannot be used \(none\)",
+    ),
+    "other end": (template("<|im_end|>", "<|endoftext|>"), r"does not end the user's turn with <\|im_end\|>"),
     "no parse": (
         template(
             "{%- for",
@@ -255,6 +284,17 @@ CHATS = {
         r"processor_config\.json: no image_mean",
     ),
     "newer processor a list": (content("processor_config.json", "[]"), r"processor_config\.json: holds a list"),
+    "one pixel": (
+        setting("preprocessor_config.json", size={"shortest_edge": 1, "longest_edge": 1}),
+        r"at most 1 pixels, less than one merged patch of 16 x 16",
+    ),
+    "resample": (setting("preprocessor_config.json", resample="x"), r"resample is 'x', expected one of Pillow's"),
+    "settings of another class": (content("tokenizer_config.json", "{}"), r"other tokens than Qwen2Tokenizer"),
+    "longest": (setting("tokenizer_config.json", model_max_length="x"), r"tokenizer\.json: "),
+    "ids in another order": (
+        content("tokenizer.json", lambda data: data.replace(b'"id": 300,', b'"id": 306,')),
+        r"added token '<\|endoftext\|>' has id 306, but is loaded as \d+",
+    ),
     "no merges": (setting("tokenizer.json", model__merges=[]), r"tokenizer\.json: 0 merges for \d+ tokens"),
     "added tokens": (content("added_tokens.json", "{"), r"added_tokens\.json: cannot be read"),
     "processor a list": (content("preprocessor_config.json", "[]"), r"preprocessor_config\.json: holds a list"),
@@ -295,6 +335,7 @@ INDEXES = {
     ),
     "a name less": (lambda names: names.pop(GATE), rf"index\.json: {GATE} is not where it says"),
     "empty": (lambda names: names.clear(), r"index\.json: no weight_map"),
+    "no metadata": (lambda names: None, r'index\.json: no object under metadata.*add "metadata": \{\}'),
 }
 
 
@@ -306,6 +347,8 @@ def test_a_damaged_index_is_one_line(copy, name):
         file = folder / "model.safetensors.index.json"
         tree = json.loads(file.read_text())
         edit(tree["weight_map"])
+        if name == "no metadata":
+            del tree["metadata"]
         file.write_text(json.dumps(tree))
 
     with pytest.raises(DataError, match=expected):
@@ -381,6 +424,10 @@ DISCRIMINATORS = {
     "head of another size": (
         tensors(lambda held: held.update({"v_head.summary.weight": torch.ones(1, 7)}), "value_head.safetensors"),
         r"value head of \(1, 7\) in F32, expected \(1, 160\)",
+    ),
+    "head with a bias": (
+        tensors(lambda held: held.update({"v_head.summary.bias": torch.ones(1)}), "value_head.safetensors"),
+        r"v_head\.summary\.bias is not 0",
     ),
     "weights": (content("model.safetensors", half), r"model\.safetensors: not a readable"),
     "thinking": CHATS["thinking"],

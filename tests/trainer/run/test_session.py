@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import types
 
 import pytest
 import torch
@@ -248,6 +249,53 @@ def test_a_run_that_is_past_its_end_is_not_called_done(tmp_path):
     Stage(tmp_path).run(3)
     with pytest.raises(DataError, match=r"step-000003: is past the 2 steps .* steps=3"):
         Stage(tmp_path).run(2, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 2},  # in the folder of another
+        {"step": "1"},
+        {"step": None},
+        {"step": True},
+        {"best": "x"},
+        {"best_value": [1]},
+        {"threads": "1"},
+        {"skipped_updates": "1"},
+        {"run": 5},
+        {"run": {}},
+        {"run": {"stage": "sft", "config": {}, "inputs": [], "environment": {}, "starts": []}},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_one_line(change, tmp_path):
+    Stage(tmp_path, save_every=1).run(3, until=1)
+    file = tmp_path / "checkpoints/step-000001/trainer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(DataError, match=rf"step-000001.*trainer\.json: {next(iter(change))}") as refused:
+        Stage(tmp_path, save_every=1).run(3, resume=True)
+    assert "\n" not in str(refused.value) and "remove" in str(refused.value)
+
+
+def test_an_optimizer_that_refuses_its_tensors_names_the_file(tmp_path):
+    def refuse(self, tensors, steps):
+        raise ValueError("no exp_avg.weight")
+
+    Stage(tmp_path, save_every=1).run(3, until=1)
+    again = Stage(tmp_path, save_every=1)
+    again.optimizers["a/"].load = types.MethodType(refuse, again.optimizers["a/"])
+    with pytest.raises(
+        DataError, match=r"step-000001/trainer\.safetensors: a/no exp_avg\.weight; remove the checkpoint"
+    ):
+        again.run(3, resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_the_folder_of_a_model_is_no_place_for_a_run(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=r"is the folder of a model; choose another run\.out, such as .*-sft"):
+        Stage(tmp_path).run(3)
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("name", ["run.json", "checkpoints", "final", "run.lock", "metrics.jsonl"])

@@ -100,7 +100,9 @@ def test_experience_rewards_every_response_by_its_own_gold(monkeypatch):
     config = RewardConfig(accuracy_weight=0.6, format_weight=0.4, overlong=OverlongConfig(buffer=4, factor=0.5))
     questions = list(zip(SAMPLES, answers().prompts))
     batch = experience(Backprop("policy"), "chat", questions, sampling, config, seed=5)
-    assert [((args[0].module, *args[1:]), seed) for args, seed in asked] == [(("policy", "chat", [prompt for _, prompt in questions], sampling), 5)]
+    assert [((args[0].module, *args[1:]), seed) for args, seed in asked] == [
+        (("policy", "chat", [prompt for _, prompt in questions], sampling), 5)
+    ]
     assert batch.accuracy.tolist() == [1, 0, 0, 1] and batch.format_valid.tolist() == [True, False, True, True]
     assert_same(batch.reward, torch.tensor([1.0, 0.0, 0.4, 0.5]), 4)
 

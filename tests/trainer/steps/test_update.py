@@ -88,6 +88,27 @@ def test_state_restores_bit_for_bit(dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["missing", "shape", "integers", "NaN"])
+def test_a_state_that_is_not_its_own_is_refused(change, dtype):
+    m = model(dtype)
+    updater = Updater(m, OptimizerConfig(lr=1e-2), 8)
+    m(torch.ones(2, 6, dtype=dtype)).square().mean().backward()
+    updater.step()
+    for key in ("exp_avg", "exp_avg_sq", "step", *(["master"] if dtype == torch.bfloat16 else [])):
+        name = f"{key}.{updater.names[0]}"
+        held = {k: v.clone() for k, v in updater.tensors().items()}
+        changed = {"shape": torch.ones(7, 7), "integers": held[name].int(), "NaN": held[name] * float("nan")}
+        if change == "missing":
+            del held[name]
+        elif (key, change) != ("step", "integers"):  # its dtype is AdamW's choice
+            held[name] = changed[change]
+        else:
+            continue
+        with pytest.raises(ValueError, match=name):
+            Updater(m, OptimizerConfig(lr=1e-2), 8).load(held, 1)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     m = model()
     updater = Updater(m, OptimizerConfig(lr=1e-2), 10)
