@@ -78,7 +78,8 @@ def read_date(text: str) -> Date | None:
     if numeric := _NUMERIC.fullmatch(text):  # which is the month must be plain
         first, second, year = (int(number) for number in numeric.group(1, 3, 4))
         day, month = (first, second) if first > 12 or numeric[2] == "." else (second, first)
-        return Date(year, month, day) if first != second <= 31 and month <= 12 < day or numeric[2] == "." else None
+        known = day > 12 or numeric[2] == "."
+        return Date(year, month, day) if known and 1 <= day <= 31 and 1 <= month <= 12 else None
     text = re.sub(r"^on (?=[A-Z0-9])", "", text)
     if iso := _ISO.fullmatch(text):
         return Date(int(iso[1]), int(iso[2]), int(iso[3]))

@@ -63,6 +63,7 @@ _GREEK = {
 _GREEK |= {name.capitalize(): letter.upper() for name, letter in _GREEK.items()}
 _GREEK |= {"varphi": "φ", "varepsilon": "ε", "vartheta": "θ", "varrho": "ρ", "varsigma": "σ"}
 GREEK_COMMANDS = {letter: "\\" + name + " " for name, letter in _GREEK.items() if not name.startswith("var")}
+GREEK_NAMES = {name: letter for name, letter in _GREEK.items() if name.islower() and name not in ("pi", "omicron")}
 _COMMANDS |= {**_GREEK, "AA": "Å", "ohm": "Ω", "micro": "μ"}
 
 # LaTeX's spaces. A tilde is one where no number follows; "~ 5" is "about 5".
@@ -90,7 +91,7 @@ _ITALIC = re.compile(r"(?<![\w)\]}*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w(*])"
 
 _COMMAND = re.compile(r"\\([a-zA-Z]+|.)", re.DOTALL)
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp det lim max min gcd lcm".split()
-_FUNCTION = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf"]) + r")(?![A-Za-z])")
+_FUNCTION = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf", *GREEK_NAMES]) + r")(?![A-Za-z])")
 _TIMES_TEN = re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)")
 _BY = re.compile(r"(?P<first>[0-9](?: ?[A-Za-z]{1,7})?) (?:x|by) (?=[0-9])")  # 5 cm x 3 cm
 _GROUPED = re.compile(r"(?<![0-9'.,])[0-9]{1,3}(?:(?:'[0-9]{3})+|(?:\.[0-9]{3}){2,})(?![0-9'\".,])")  # 1'234, 1.234.567
@@ -104,6 +105,7 @@ _SPELLINGS = [  # of one thing
     (re.compile(r"(?<=[0-9]) (?=E[+-]?[0-9])"), ""),
     (re.compile(r"^ ?#{1,6} "), ""),  # a heading
 ]
+_MATRIX_OF_ROWS = re.compile(r"\[ ?(\[[^\[\]]*\](?: ?, ?\[[^\[\]]*\])*) ?\]")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -134,6 +136,7 @@ def to_latex(text: str) -> str:
     """
     text = _undressed(text).replace("*", r"\cdot ").replace("<=", r"\le ").replace(">=", r"\ge ")
     text = _FUNCTION.sub(lambda match: "\\" + {"inf": "infty"}.get(match[1], match[1]), text)
+    text = _MATRIX_OF_ROWS.sub(_matrix, text)
     text = "".join(GREEK_COMMANDS.get(character, character) for character in text)
     text = re.sub(r"\^([+-]?[0-9]{2,}|[+-][0-9])", r"^{\1}", text)
     pieces: list[str] = []
@@ -146,6 +149,11 @@ def to_latex(text: str) -> str:
             character = "}"
         pieces.append(character)
     return "".join(pieces).strip()
+
+
+def _matrix(match: re.Match[str]) -> str:
+    rows = [row.replace(",", "&") for row in re.findall(r"\[([^\[\]]*)\]", match[1])]
+    return r"\begin{pmatrix}" + r"\\".join(rows) + r"\end{pmatrix}"
 
 
 def _undressed(text: str) -> str:

@@ -28,7 +28,7 @@ class Pair:
 _MONEY = re.compile(
     r"(?P<sign>[-+]?) ?(?P<unit>US\$|[$€£¥₹]|(?:USD|EUR|GBP|JPY|INR|Rs)\.?(?= ?[0-9])) ?", re.IGNORECASE
 )
-_MAGNITUDE = re.compile(r" ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b| ?(k)(?![A-Za-z])")
+_MAGNITUDE = re.compile(r" ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b| ?(?-i:(k))(?![A-Za-z])")
 _UNIT_OR_MAGNITUDE = re.compile(r"([KMB])(?![A-Za-z])")  # 5K: 5000, or 5 kelvin
 _MONEY_MAGNITUDE = re.compile(r" ?([kKmMbB])(?![A-Za-z])")
 _MAGNITUDES = {"hundred": 100, "dozen": 12, "lakh": 10**5, "crore": 10**7, "billion": 10**9, "trillion": 10**12}
