@@ -180,7 +180,9 @@ def text_key(plain: str) -> str:
         key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r",(?![0-9])", " ", key))
         return _SAME_TEXT.get(" ".join(key.split()), " ".join(key.split()))
     key = re.sub(r"[\"`“”]|(?<=[^\W\d_])'(?=[a-z])|(?<=[^\W\d_])[.](?=[a-z]|\s|$)", "", plain.casefold())
-    key = re.sub(r",(?![0-9])|(?<=[^\W\d_])[;:!?]+(?=\s|$)|(?<=[a-z])-(?=[a-z]{3})|(?<=[a-z]{2})-(?=[a-z]{2})", " ", key)
+    key = re.sub(
+        r",(?![0-9])|(?<=[^\W\d_])[;:!?]+(?=\s|$)|(?<=[a-z])-(?=[a-z]{3})|(?<=[a-z]{2})-(?=[a-z]{2})", " ", key
+    )
     key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r"(?<=[a-z)])_", "", key))  # Ca^{2+}, CO_2
     key = re.sub(r"\b(?:the\b(?= \S)|an?\b(?= [a-z]{2}))", " ", key)
     key = re.sub(r"(?<=[0-9] )bce\b", "bc", key)
@@ -203,7 +205,8 @@ _FORMULA = re.compile(  # h2o, H2O; but t_1 is not T_1
 # ---- lists
 
 _CHAIN = re.compile(
-    r"(?P<a>[^<>=]{1,40}?) ?(?P<low>[<>]=?) ?(?P<unknown>[A-Za-zα-ω](?:_?[0-9])?) ?(?P<high>[<>]=?) ?(?P<b>[^<>=]{1,40})"
+    r"(?P<a>[^<>=]{1,40}?) ?(?P<low>[<>]=?) ?(?P<unknown>[A-Za-zα-ω](?:_?[0-9])?) ?"
+    r"(?P<high>[<>]=?) ?(?P<b>[^<>=]{1,40})"
 )
 _TUPLE = re.compile(r"\((?P<names>[A-Za-z](?:, ?[A-Za-z]){1,5})\) ?= ?(?=\()")  # (x, y) = (1, 2)
 _INDEXED = re.compile(r"([A-Za-zα-ω])_?([1-9])")
@@ -318,8 +321,8 @@ def _symbolic(text: str) -> str | None:
     if len(latex) > MAX_SYMBOLIC or not _SYMBOLIC.fullmatch(latex) or _NOT_ALGEBRA.search(latex):
         return None
     if not re.search(r"[0-9A-Za-z]", latex) or not re.search(
-        r"[0-9+\-*/^=<>\\|!]", _GREEK.sub("x", latex)
-    ):  # bare letters
+        r"[0-9+\-*/^=<>\\|!]", re.sub(r"_(?:[0-9A-Za-z]|\{[0-9A-Za-z]*\})", "", _GREEK.sub("x", latex))
+    ):  # bare letters, with or without an index
         return None
     brackets, inside = _outer_brackets(latex)
     if brackets == "()" and "," not in inside:  # math-verify's grammar is slow at nested parentheses

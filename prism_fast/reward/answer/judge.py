@@ -71,7 +71,9 @@ def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
         return True
     if False in verdicts:
         return False
-    if _same_text(answer.key, gold.key) or (_same_text(answer.stated, gold.stated) and "" in (answer.label, gold.label)):
+    if _same_text(answer.key, gold.key) or (
+        _same_text(answer.stated, gold.stated) and "" in (answer.label, gold.label)
+    ):
         return True
     return _same_expression(answer, gold, allowance)
 
@@ -139,7 +141,7 @@ def _same_quantity(answer: Answer, gold: Answer) -> bool | None:
 def _agree(answer: Quantity, gold: Quantity) -> bool:
     if not units.agree(answer.unit, gold.unit):
         return False
-    if (answer.decade and gold.unit is None) or (gold.decade and answer.unit is None):
+    if (answer.needs_unit and gold.unit is None) or (gold.needs_unit and answer.unit is None):
         return False
     a, g = answer.value, gold.value
     if isinstance(answer.unit, units.Unit) and isinstance(gold.unit, units.Unit) and answer.unit != gold.unit:

@@ -14,7 +14,8 @@ _CLOCK = re.compile(
 
 
 _SPOKEN = re.compile(
-    r"(?:a )?(?P<part>half|quarter) (?P<to>past|to) (?P<hour>1[0-2]|[1-9])|(?P<full>1[0-2]|[1-9]) o'?clock", re.IGNORECASE
+    r"(?:a )?(?P<part>half|quarter) (?P<to>past|to) (?P<hour>1[0-2]|[1-9])|(?P<full>1[0-2]|[1-9]) o'?clock",
+    re.IGNORECASE,
 )
 
 

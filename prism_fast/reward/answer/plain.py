@@ -52,7 +52,6 @@ _COMMANDS = {
     **dict.fromkeys(("Rightarrow", "Longrightarrow", "implies"), "⇒"),
     **{"leftarrow": "←", "gets": "←", "uparrow": "↑", "downarrow": "↓", "leftrightarrow": "↔", "Leftrightarrow": "⇔"},
     **{"iff": "⇔", "parallel": "∥", "perp": "⊥", "nabla": "∇", "partial": "∂", "square": "□", "Box": "□", "mid": "|"},
-    **{name: " " + name for name in "kilo milli centi mega giga nano pico".split()},  # \SI{5}{\kilo\gram}
     **{"dots": "...", "ldots": "...", "cdots": "...", "textdegree": "°", "euro": "€", "pounds": "£", "percent": "%"},
 }
 _SPACES = frozenset(" ,;:!>")
@@ -91,7 +90,9 @@ _ITALIC = re.compile(r"(?<![\w)\]}*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w(*])"
 
 _COMMAND = re.compile(r"\\([a-zA-Z]+|.)", re.DOTALL)
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp det lim max min gcd lcm".split()
-_FUNCTION = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf", *GREEK_NAMES]) + r")(?![A-Za-z])")
+_FUNCTION = re.compile(
+    r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf", *GREEK_NAMES]) + r")(?![A-Za-z])"
+)
 _TIMES_TEN = re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)")
 _BY = re.compile(r"(?P<first>[0-9](?: ?[A-Za-z]{1,7})?) (?:x|by) (?=[0-9])")  # 5 cm x 3 cm
 _GROUPED = re.compile(r"(?<![0-9'.,])[0-9]{1,3}(?:(?:'[0-9]{3})+|(?:\.[0-9]{3}){2,})(?![0-9'\".,])")  # 1'234, 1.234.567
@@ -101,7 +102,8 @@ _SPELLINGS = [  # of one thing
     (re.compile(r"(?<=\)|\]) ?U ?(?=[(\[])"), "∪"),
     (re.compile(r"(?<![A-Za-z])angle (?=[A-Z]{1,3}(?![A-Za-z]))"), "∠"),
     (re.compile(r"(?:(?<![A-Za-z])triangle |Δ ?)(?=[A-Z]{3}(?![A-Za-z]))"), "△"),
-    (re.compile(r"(?<![A-Za-z\\])log(?=(?:2|10) ?\()"), "log_"),
+    (re.compile(r"(?<![A-Za-z\\])log(2|10)(?= ?\()"), r"log_{\1}"),
+    (re.compile(r"\\(kilo|milli|centi|mega|giga|nano|pico) ?\\(?=[a-z])"), r"\\\1"),  # \kilo\gram
     (re.compile(r"(?<=[0-9]) (?=E[+-]?[0-9])"), ""),
     (re.compile(r"^ ?#{1,6} "), ""),  # a heading
 ]
@@ -136,6 +138,7 @@ def to_latex(text: str) -> str:
     """
     text = _undressed(text).replace("*", r"\cdot ").replace("<=", r"\le ").replace(">=", r"\ge ")
     text = _FUNCTION.sub(lambda match: "\\" + {"inf": "infty"}.get(match[1], match[1]), text)
+    text = re.sub(r"(?<![0-9.^_})A-Za-z])([0-9]+)/([0-9]+)(?= )", r"\\frac{\1}{\2}", text)  # 1/2 x is no 1/(2x)
     text = _MATRIX_OF_ROWS.sub(_matrix, text)
     text = "".join(GREEK_COMMANDS.get(character, character) for character in text)
     text = re.sub(r"\^([+-]?[0-9]{2,}|[+-][0-9])", r"^{\1}", text)

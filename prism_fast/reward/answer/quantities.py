@@ -14,7 +14,7 @@ from prism_fast.reward.answer.words import roman, share, spelled_number
 class Quantity:
     value: exact_number.Number
     unit: units.Unit | units.Noun | None
-    decade: bool = False  # "1990s": seconds, or ten years, but not the year 1990
+    needs_unit: bool = False  # "1990s": seconds, or ten years, but not the year 1990; "5K": kelvin, but not 5
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Pair:
 _MONEY = re.compile(
     r"(?P<sign>[-+]?) ?(?P<unit>US\$|[$€£¥₹]|(?:USD|EUR|GBP|JPY|INR|Rs)\.?(?= ?[0-9])) ?", re.IGNORECASE
 )
-_MAGNITUDE = re.compile(r" ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b| ?(?-i:(k))(?![A-Za-z])")
+_MAGNITUDE = re.compile(
+    r" ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b| ?(?-i:(k))(?![A-Za-z])"
+)
 _UNIT_OR_MAGNITUDE = re.compile(r"([KMB])(?![A-Za-z])")  # 5K: 5000, or 5 kelvin
 _MONEY_MAGNITUDE = re.compile(r" ?([kKmMbB])(?![A-Za-z])")
 _MAGNITUDES = {"hundred": 100, "dozen": 12, "lakh": 10**5, "crore": 10**7, "billion": 10**9, "trillion": 10**12}
@@ -52,7 +54,9 @@ def read_quantities(body: str) -> tuple[Quantity, ...]:
 _ALONE = re.compile(r"[\[{]([^\[\]{},;|]+)[\]}]")  # one value in the brackets of a list
 # A value and what it is about: "25pi = 78.5", "25pi (~ 78.5)", "25pi or about 78.5"; or the same: "five (5)".
 _ABOUT = r"(?:~|=|about|approximately|approx\.?|roughly|or about|or approximately|or roughly)"
-_RESTATED = re.compile(rf"(?P<exact>[^=~]+?),? ?(?:{_ABOUT} ?(?P<rounded>[^=~]+)|\({_ABOUT} ?(?P<within>[^=~]+)\)|\((?P<same>[^=~()]+)\))")
+_RESTATED = re.compile(
+    rf"(?P<exact>[^=~]+?),? ?(?:{_ABOUT} ?(?P<rounded>[^=~]+)|\({_ABOUT} ?(?P<within>[^=~]+)\)|\((?P<same>[^=~()]+)\))"
+)
 
 
 def read_restated(text: str) -> tuple[Quantity, ...]:
@@ -79,6 +83,7 @@ def read_restated(text: str) -> tuple[Quantity, ...]:
 
 
 def _read_quantity(text: str) -> tuple[Quantity, ...]:
+    text = re.sub(r" an? (?=(?:hour|second|minute|day|week|month|year)$)", " per ", text)
     money = _MONEY.match(text)
     if money:
         text = money["sign"] + text[money.end() :]
@@ -88,11 +93,11 @@ def _read_quantity(text: str) -> tuple[Quantity, ...]:
         return ()
     rest = text[end:]
     rest = re.sub(r"^(?:st|nd|rd|th)(?![A-Za-z])", "", rest)
-    either = not money and _UNIT_OR_MAGNITUDE.match(rest)
+    either = None if money or text[end - 1 : end] == " " else _UNIT_OR_MAGNITUDE.match(rest)
     if either:
         large = value.scaled(Fraction(_MAGNITUDES[either[1].lower()]))
         counted = [Quantity(large, unit) for unit in units.parse(rest[1:])]
-        return (*counted, *(Quantity(value, unit) for unit in units.parse(rest)))
+        return (*counted, *(Quantity(value, unit, needs_unit=True) for unit in units.parse(rest)))
     magnitude = _MAGNITUDE.match(rest) or (money and _MONEY_MAGNITUDE.match(rest))
     if magnitude:
         value, rest = value.scaled(Fraction(_MAGNITUDES[magnitude.group().strip().lower()])), rest[magnitude.end() :]

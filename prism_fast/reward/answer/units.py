@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from prism_fast.reward.answer.exact_number import PI
+from prism_fast.reward.answer.plain import FUNCTIONS
 
 Dimension = tuple[tuple[str, int], ...]  # (base, exponent), sorted, without zeros
 
@@ -181,7 +182,9 @@ def _fill_tables() -> None:
         for spellings, factor, dimension in _rows(table):
             for spelling in spellings:
                 for short, long, exponent in [("", "", 0), *prefixes]:
-                    name = (short if len(spelling) <= 3 and spelling not in ("bar", "bit", "ohm", "amp", "lux") else long) + spelling
+                    name = (
+                        short if len(spelling) <= 3 and spelling not in ("bar", "bit", "ohm", "amp", "lux") else long
+                    ) + spelling
                     _add(name, Unit(factor * Fraction(10) ** exponent, dimension))
     _add("rad", Unit(180 / Fraction(PI), (("degree", 1),)))
     _add("radian", Unit(180 / Fraction(PI), (("degree", 1),)))
@@ -205,10 +208,10 @@ _TOKEN = re.compile(
 # Words that make a sentence or a list of what follows a number, so that the number alone is not the answer.
 _FORBIDDEN = frozenset(
     "and or to not but if is are was plus minus times divided than versus vs inf sqrt pi nor squared cubed factorial "
-    "wrong incorrect false half zero one two three four five six seven eight nine ten eleven twelve twenty".split()
-)
+    "wrong incorrect false bc bce half zero one two three four five six seven eight nine ten eleven twelve twenty".split()
+) | frozenset(FUNCTIONS)
 _SMALL_WORDS = frozenset(
-    "a an the of in total unit square cubic altogether each per exactly only left more ad ce".split()
+    "a an the of in total unit square cubic altogether each per exactly only left more ad ce pcs pts".split()
 )
 
 
@@ -224,7 +227,7 @@ def parse(text: str) -> tuple[Unit | Noun | None, ...]:
     if not text:
         return (None,)
     text = _DEGREES.sub(lambda match: "°" + match[1][0].upper(), text)
-    text = _LEFT.sub("", re.sub(r" an? (?=hour|second|minute|day|week|month|year)", " per ", _US_DOLLARS.sub("usd", text)))
+    text = _LEFT.sub("", _US_DOLLARS.sub("usd", text))
     if _UNITS.fullmatch(text):
         return (None,)
     readings = _measure(text)
@@ -242,10 +245,17 @@ def parse(text: str) -> tuple[Unit | Noun | None, ...]:
     if not counted:
         return (None,)
     # A letter or two are variables, not a thing.
-    return (Noun(counted),) if any(len(word) > 2 for word in counted) else ()
+    return (Noun(counted),) if any(len(word) > 2 and re.search("[aeiouy]", word) for word in counted) else ()
 
 
-_IRREGULAR = {"people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "teeth": "tooth"}
+_IRREGULAR = {
+    "people": "person",
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "mice": "mouse",
+    "teeth": "tooth",
+}
 
 
 def _singular(word: str) -> str:
@@ -271,7 +281,9 @@ def _lookup(name: str) -> tuple[Unit, ...]:
             return _NAMES[spelling]
     if len(singular) > 1 and singular != lower and singular in _SYMBOLS:  # kgs, hrs
         return _SYMBOLS[singular]
-    if len(name) == 1 or not (name.islower() or name.isupper() or name.istitle()):  # pA is not Pa
+    if (
+        len(name) == 1 or name in ("ma", "mv") or not (name.islower() or name.isupper() or name.istitle())
+    ):  # pA is not Pa
         return ()
     # "KG" is kg; "mb" may be MB or Mb.
     return tuple(unit for symbol, units in _SYMBOLS.items() if symbol.lower() == lower for unit in units)

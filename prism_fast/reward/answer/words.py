@@ -64,7 +64,9 @@ def _ordinal(lower: str) -> str | None:
 
 def _with_a_part(lower: str) -> str | None:
     """ "three and a half" -> "3 1/2", "3 and 1/2" -> "3 1/2"."""
-    match = re.match(r"(?P<whole>[a-z -]{3,60}?|[0-9]{1,9}) and (?P<above>an?|[a-z]+)[ -](?P<part>[a-z]+)(?![a-z])", lower)
+    match = re.match(
+        r"(?P<whole>[a-z -]{3,60}?|[0-9]{1,9}) and (?P<above>an?|[a-z]+)[ -](?P<part>[a-z]+)(?![a-z])", lower
+    )
     if match and match["part"] in _PARTS:
         above = 1 if match["above"] in ("a", "an") else _VALUES.get(match["above"])
         whole = match["whole"] if match["whole"].isdecimal() else _whole(match["whole"])
