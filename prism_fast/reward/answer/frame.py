@@ -14,7 +14,8 @@ _OPENING = re.compile(
     r"(?:answer|result|solution|option|choice)(?: is|'s| was| would be| should be|:| =)+ ?:? ?"
     r"|(?:so|thus|hence|therefore),? (?=\S)|i(?:'d| would)? (?:choose|chose|pick|select|go with|say|get|got|found) "
     r"|答案(?:是|为)?[::]? ?|选(?:择|项)?[::]? ?|positive (?=inf)|(?:no\. ?|number |#|№ ?)(?=[0-9])|ad (?=[0-9])"
-    r"|ans(?:\. ?[:=]?| ?[:=]) ?|[=⇒→] ?> ?|(?:i think|both|options?(?= [A-Z],? and)|it is|it's|this is|that is|that's|there is|there are|they are|we get|we have) "
+    r"|ans(?:\. ?[:=]?| ?[:=]) ?|[=⇒→] ?> ?|(?:i think|both|options?(?= [A-Z],? and)) "
+    r"|(?:it is|it's|this is|that is|that's|there is|there are|they are|we get|we have) "
     r"|(?:in |in the year |year |the year )(?=[0-9]{4}\.?$)|the (?=[0-9]{2,4}s$)"
     r"|(?:ca\.?|circa|about|approximately|approx\.?|roughly|around|exactly|only|~|=|:) ?(?=[-+.$€£¥]?[0-9])",
     re.IGNORECASE,
@@ -30,19 +31,22 @@ _REVERSING = frozenset(
     "wrong incorrect false unless except without".split()
 )
 _SYMBOL_LABEL = re.compile(
-    r"(?!(?:sqrt|cbrt|ln|log|exp|abs)\()(?P<label>[A-Za-zΑ-Ωα-ω](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z0-9]{1,3}\))?) ?[=~∈] ?"
+    r"(?!(?:sqrt|cbrt|ln|log|exp|abs)\()(?P<label>[A-Za-zΑ-Ωα-ω](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z0-9]{1,3}\))?) ?"
+    r"[=~∈] ?"
 )
 _WORD_LABEL = re.compile(
     r"(?!(?:ln|log|exp|sqrt|cbrt|lim)\b)[A-Za-z∠△Α-Ωα-ω][A-Za-z0-9_'∠ ]{0,40} ?[=~] ?"
     r"|\|[A-Z]{2}\| ?= ?|P ?\([^()]{1,20}\) ?= ?|(?:sin|cos|tan|cot|sec|csc) ?\(?[A-Za-z0-9α-ω∠°^ ]{1,8}\)? ?= ?"
 )
 _HEADED = re.compile(
-    r"(?!(?:option|choice|step|question|part|case|lambda)\b)(?P<subject>[A-Za-z][A-Za-z ]{2,40}) ?: ?(?=[-+$€£¥(]?[0-9.])",
+    r"(?!(?:option|choice|step|question|part|case|lambda)\b)(?P<subject>[A-Za-z][A-Za-z ]{2,40}) ?: ?"
+    r"(?=[-+$€£¥(]?[0-9.])",
     re.IGNORECASE,
 )  # Total: 5
 # The cat is black; its colour is red.
 _STATEMENT = re.compile(
-    r"(?P<subject>(?:the|its|his|her|their|this|that)(?: [A-Za-z']{1,20}){0,6}?|it) (?:is|are|was|were) (?P<rest>[^\s].*)",
+    r"(?P<subject>(?:the|its|his|her|their|this|that)(?: [A-Za-z']{1,20}){0,6}?|it) (?:is|are|was|were) "
+    r"(?P<rest>[^\s].*)",
     re.IGNORECASE,
 )
 _POINT = re.compile(r"(?P<label>[A-Z]'?) ?(?=\([^()]*,[^()]*\)$)")

@@ -79,7 +79,7 @@ def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
 
 
 def _same_text(a: str, b: str) -> bool:
-    """Whether two keys (`text_key`) are the same: "" never is; names of Greek letters are letters, and an accent may lack."""
+    """Whether two keys (`text_key`) are the same, "" never; names of Greek letters are letters, an accent may lack."""
     if a == b or _greek(a) == _greek(b):
         return a != ""
     if a.isascii() == b.isascii() or not re.search(r"[^\W\d_]{3}", a):

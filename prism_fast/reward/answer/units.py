@@ -208,7 +208,8 @@ _TOKEN = re.compile(
 # Words that make a sentence or a list of what follows a number, so that the number alone is not the answer.
 _FORBIDDEN = frozenset(
     "and or to not but if is are was plus minus times divided than versus vs inf sqrt pi nor squared cubed factorial "
-    "wrong incorrect false bc bce half zero one two three four five six seven eight nine ten eleven twelve twenty".split()
+    "wrong incorrect false bc bce half zero one two three four five six seven eight nine ten eleven "
+    "twelve twenty".split()
 ) | frozenset(FUNCTIONS)
 _SMALL_WORDS = frozenset(
     "a an the of in total unit square cubic altogether each per exactly only left more ad ce pcs pts".split()
