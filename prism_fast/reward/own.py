@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,13 @@ class RewardFunction:
         return value
 
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._kill()
         function_of.cache_clear()  # a later question starts it anew
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with what the function started
+        self._process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
         memory = int(self.settings.memory_gib * 2**30)
@@ -76,6 +81,7 @@ class RewardFunction:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         try:
@@ -83,8 +89,7 @@ class RewardFunction:
         except _Fault as fault:
             problem = str(fault)
         if problem is not None:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
             raise DataError(f"reward.function: {self.name}: {problem}; give module:name or path.py:name")
         return self._process
 

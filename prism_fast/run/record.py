@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from prism_fast.config import DataConfig, ModelConfig, OptimizerConfig
+from prism_fast.config import DataConfig, ModelConfig, OptimizerConfig, OwnReward
 from prism_fast.records import DataError
 from prism_fast.run.environment import environment
 
@@ -122,13 +123,15 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _inputs(node: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(key, fingerprints) of every data file and model directory that a configuration names."""
+    """(key, fingerprints) of every data file, model directory and reward function's file that a configuration names."""
     for name in type(node).model_fields:
         value, key = getattr(node, name), f"{prefix}{name}"
         if isinstance(node, ModelConfig) and name == "path":
             yield key, _model(Path(value))
         elif isinstance(node, DataConfig) and name in ("files", "eval_files"):
             yield key, [_file(Path(path)) for path in value]
+        elif isinstance(node, OwnReward) and name == "function" and value is not None:
+            yield f"{prefix}file", _file(_source(value.rpartition(":")[0]))
         elif isinstance(value, BaseModel):
             yield from _inputs(value, f"{key}.")
 
@@ -138,6 +141,15 @@ def _file(path: Path) -> dict[str, Any]:
         return {"path": str(path), **fingerprint(path)}
     except (OSError, ValueError):  # reading the data says what is wrong
         return {"path": str(path)}
+
+
+def _source(place: str) -> Path:
+    """The file of "module" or "path.py"; a module that none is found for stands for itself."""
+    if place.endswith(".py"):
+        return Path(place)
+    stem = place.replace(".", os.sep)
+    tries = [Path(root or ".") / file for root in sys.path for file in (f"{stem}.py", f"{stem}{os.sep}__init__.py")]
+    return next((path for path in tries if path.is_file()), Path(place))
 
 
 def _model(path: Path) -> dict[str, Any]:

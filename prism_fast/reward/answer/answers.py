@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from prism_fast.reward.answer import exact_number
+from prism_fast.reward.answer.frame import label_of, without_opening
 from prism_fast.reward.answer.moments import Clock, Date, read_clock, read_date
 from prism_fast.reward.answer.plain import FUNCTIONS, GREEK_COMMANDS, Unreadable, to_latex, to_plain
 from prism_fast.reward.answer.quantities import Pair, Quantity, read_pair, read_quantities, read_restated
@@ -29,6 +30,7 @@ class Listing:
     brackets: str
     unordered: bool  # a set, "and", "or", "±", a union
     interval: bool = False  # of an inequality: 0 < x < 1
+    unknown: str = ""  # of an inequality
     roots: bool = False  # x_1 = 1, x_2 = 2, read as roots of one x
 
 
@@ -63,10 +65,10 @@ def read(text: str, depth: int = 0) -> Answer:
     """All readings of ``text`` (at most a few thousand characters)."""
     text = text.strip()
     try:
-        plain = re.sub(r"(?<=[0-9]0)'(?=s$)", "", _without_opening(to_plain(text)))  # the 1990's
+        plain = re.sub(r"(?<=[0-9]0)'(?=s$)", "", without_opening(to_plain(text)))  # the 1990's
     except Unreadable:
         return Answer(text, too_big=True)
-    label, body = _label(plain)
+    label, body = label_of(plain)
     answer = Answer(
         text,
         plain,
@@ -76,7 +78,7 @@ def read(text: str, depth: int = 0) -> Answer:
         clock=read_clock(body),
         date=read_date(body),
         truth=_truth(body),
-        compact=_SPARE.sub("", plain),
+        compact=re.sub(r"(?<=[A-Za-z)])_", "", _SPARE.sub("", plain)),
         stated=text_key(body),
         key=text_key(plain),
     )
@@ -95,69 +97,10 @@ def read(text: str, depth: int = 0) -> Answer:
     return replace(answer, latex=_symbolic(text))
 
 
-# ---- the frame of an answer: opening phrases and labels
-
-_OPENING = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then),? )?(?:the |my )?(?:(?:final|correct|right|best) )*"
-    r"(?:answer|result|solution|option|choice)(?: is| was| would be| should be|:| =)+ ?:? ?"
-    r"|ans ?[:=] ?|=> ?|(?:i think|both|it is|it's|this is|that is|that's|there is|there are|they are|we get|we have) "
-    r"|(?:in |in the year |year |the year )(?=[0-9]{4}$)|the (?=[0-9]{4}s$)"
-    r"|(?:about|approximately|approx\.?|roughly|around|exactly|only|~|=|:) ?(?=[-+.$€£¥]?[0-9])",
-    re.IGNORECASE,
-)
-_SENTENCE = re.compile(
-    r"(?P<subject>[A-Za-z][A-Za-z' ]{0,60}) (?:is|are|was|were|equals|has|have)(?: equal to| about| approximately)? "
-    r"(?=[-+$€£¥(]?[0-9.])",
-)
-_REVERSING = frozenset(
-    "not no never neither nor less more fewer than least most over under above below nearly if".split()
-)
-_SYMBOL_LABEL = re.compile(r"(?P<label>[A-Za-zΑ-Ωα-ω](?:[A-Za-z0-9_']{0,7})(?:\([A-Za-z0-9]{1,3}\))?) ?[=~∈] ?")
-_WORD_LABEL = re.compile(r"[A-Za-z∠△Α-Ωα-ω][A-Za-z0-9_' ]{0,40} ?[=~] ?")
-_POINT = re.compile(r"(?P<label>[A-Z]'?) ?(?=\([^()]*,[^()]*\)$)")
-
-
-def _without_opening(plain: str) -> str:
-    for _ in range(3):
-        match = _OPENING.match(plain)
-        if match is None or match.end() == len(plain):
-            break
-        plain = plain[match.end() :].strip()
-    sentence = _SENTENCE.match(plain)
-    if sentence and _REVERSING.isdisjoint(sentence["subject"].lower().replace("n't", " not").split()):
-        plain = plain[sentence.end() :]
-    return (plain if plain.endswith("...") else plain.rstrip(" .,;:")) or plain
-
-
-def _label(plain: str) -> tuple[str, str]:
-    """("x", "5") for "x = 5", "5 = x" and "x = 2+3 = 5"; ("", "5") for "2+3 = 5"."""
-    match = _SYMBOL_LABEL.match(plain) or _POINT.match(plain)
-    label, body = (match["label"], plain[match.end() :]) if match else ("", plain)
-    if match is None and (words := _WORD_LABEL.match(plain)):
-        body = plain[words.end() :]
-    left, equals, right = body.rpartition("=")
-    if not equals:
-        return (label, body.strip()) if "<" not in body and ">" not in body else ("", plain)
-    if left[-1:] not in ("<", ">", "!"):
-        if re.fullmatch(r" ?[A-Za-z]", right) and _is_constant(left):
-            return right.strip(), left.strip()
-        if all(_is_constant(part) for part in left.split("=")):
-            return label, right.strip()
-    return "", plain
-
-
-def _is_constant(text: str) -> bool:
-    text = text.strip()
-    try:
-        return exact_number.parse(text)[1] == len(text)
-    except (exact_number.NoNumber, exact_number.TooBig):
-        return False
-
-
 # ---- choices, truth and plain text
 
 _CHOICE = re.compile(
-    r"(?:(?:the )?(?:option|choice|letter|alternative|answer)s? ?:? ?)?"
+    r"(?:(?:the )?(?:option|choice|letter|alternative|answer|figure|image|picture|graph|panel)s? ?:? ?)?"
     r"(?P<open>[(\[{\"']?)(?P<letter>[A-Za-z])(?P<close>[)\]}\"']?)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -178,11 +121,13 @@ def read_choice(plain: str) -> tuple[str, str] | None:
         return None
     if (within := _WITHIN.fullmatch(rest)) and letter == match["letter"] and not match["open"]:  # B (12 cm)
         rest = ". " + within[1]
+    if re.match(r"[^A-Za-z]*(?:or|and|not|maybe|wrong|incorrect)\b", rest):
+        return None
     if rest.strip(" .):") == "" or _VERDICT.fullmatch(rest):
         return letter, ""
     mark = re.match(r"[.:] (?=\S)|\) ?(?=\S)" if not match["close"] else r"[.:]? ", rest)
     if mark is None and letter == match["letter"]:
-        mark = re.match(r" - (?=[A-Za-z]{2})| (?=[$]?[0-9])", rest)
+        mark = re.match(r" - (?=[A-Za-z]{2}|[0-9.]+ ?(?:[A-Za-z]{2}|[%°]))|,? (?=[$]?[0-9])", rest)
     if mark is None:
         return None
     text = rest[mark.end() :].strip()
@@ -191,24 +136,28 @@ def read_choice(plain: str) -> tuple[str, str] | None:
     return letter, text
 
 
-_TRUTH = re.compile(r"(yes|true|no|false)(?:[.,;:!]| -|$)", re.IGNORECASE)
+_TRUTH = re.compile(r"(yes|true|correct|no|false|incorrect)(?:[.,;:!]| -|$)", re.IGNORECASE)
 
 
 def _truth(body: str) -> bool | None:
     match = _TRUTH.match(body)
     words = set(re.findall(r"[a-z]+", body.lower()))
-    if match is None or (words & {"yes", "true"} and words & {"no", "false"}):
+    if match is None or (words & _TRUE and words & {"no", "false", "incorrect"}):
         return None
-    return match[1].lower() in ("yes", "true")
+    return match[1].lower() in _TRUE
+
+
+_TRUE = frozenset(("yes", "true", "correct"))
 
 
 _SAME_TEXT = {
     **dict.fromkeys(
-        ("no solution", "no solutions", "no real solution", "no real solutions", "∅", "{}", "empty set"), "∅"
+        ("no solution", "no solutions", "no real solution", "no real solutions", "∅", "{}", "empty set", "none"), "∅"
     ),
     **dict.fromkeys(("does not exist", "dne", "undefined"), "does not exist"),
-    **dict.fromkeys(("+inf", "infinity", "inf", "+infinity"), "inf"),
-    **dict.fromkeys(("-infinity", "-inf"), "-inf"),
+    **dict.fromkeys(("+inf", "infinity", "inf", "+infinity", "+ inf", "positive infinity", "infinite"), "inf"),
+    **dict.fromkeys(("-infinity", "-inf", "- inf", "negative infinity", "minus infinity", "negative inf"), "-inf"),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "any real number", "R", "(- inf inf )"), "reals"),
 }
 
 
@@ -217,19 +166,26 @@ def text_key(plain: str) -> str:
 
     Where no word stands in it, its letters are symbols, and keep their case and marks: r is not R, Co not CO, x! not x.
     """
+    if bracketed := re.fullmatch(r"\(([A-Za-z]{2,12})\)", plain):  # (iii)
+        plain = bracketed[1]
+    if _ORBITALS.fullmatch(plain):
+        plain = re.sub(r"[\^()]", "", plain)
     if (
-        not _WORD.search(plain)
+        not any(not _SYMBOLS.fullmatch(word) for word in _RUNS.findall(plain) if _WORD.match(word))
         and not (plain.lower() in _SHORT_WORDS and plain[1:].islower())
         and not _FORMULA.fullmatch(plain)
     ):
-        key = re.sub(r"(?<=[A-Za-z])[.](?=[A-Za-z]|\s|$)", "", re.sub(r"(?<=[A-Za-z])_", "", plain))
-        key = re.sub(r"(?<![A-Za-z])[A-Z]{2}(?![A-Za-z])", lambda match: match.group().lower(), key)  # TV, tv
+        key = re.sub(r"(?<=[A-Za-z])[.](?=[A-Za-z]|\s|$)", "", re.sub(r"(?<=[A-Za-z)])_", "", plain))
+        key = re.sub(r"(?<![A-Za-z])[A-Z]{2,}(?![A-Za-z])", lambda match: match.group().lower(), key)  # TV, tv
         key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r",(?![0-9])", " ", key))
         return _SAME_TEXT.get(" ".join(key.split()), " ".join(key.split()))
     key = re.sub(r"[\"`“”]|(?<=[^\W\d_])'(?=[a-z])|(?<=[^\W\d_])[.](?=[a-z]|\s|$)", "", plain.casefold())
-    key = re.sub(r",(?![0-9])|(?<=[^\W\d_])[;:!?]+(?=\s|$)|(?<=[a-z]{2})-(?=[a-z]{2})", " ", key)
-    key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r"(?<=[a-z])_", "", key))  # Ca^{2+}, CO_2
-    key = re.sub(r"\b(?:a|an|the)\b(?= [a-z]{2})", " ", key)
+    key = re.sub(
+        r",(?![0-9])|(?<=[^\W\d_])[;:!?]+(?=\s|$)|(?<=[a-z])-(?=[a-z]{3})|(?<=[a-z]{2})-(?=[a-z]{2})", " ", key
+    )
+    key = re.sub(r"\^\(?([0-9]?[+-])\)?(?=\s|$)", r"\1", re.sub(r"(?<=[a-z)])_", "", key))  # Ca^{2+}, CO_2
+    key = re.sub(r"\b(?:the\b(?= \S)|an?\b(?= [a-z]{2}))", " ", key)
+    key = re.sub(r"(?<=[0-9] )bce\b", "bc", key)
     key = " ".join(key.split())
     return _SAME_TEXT.get(key, key)
 
@@ -237,13 +193,22 @@ def text_key(plain: str) -> str:
 _WORD = re.compile(
     r"(?!(?:" + "|".join([*FUNCTIONS, "sqrt", "cbrt", "inf"]) + r")(?![^\W\d_]))(?<![^\W\d_])[^\W\d_]{3}"
 )
+_RUNS = re.compile(r"[^\W\d_]{3,}")
+_SYMBOLS = re.compile(r"(?=.*[A-Z])[b-df-hj-np-tv-xz][b-df-hj-np-tv-xzB-DF-HJ-NP-TV-XZ]*")  # mgH is no word
+_ORBITALS = re.compile(r"sp\^?[23]|(?:[1-7][spdf]\^?\(?[0-9]{1,2}\)? ?)+")
 _SHORT_WORDS = frozenset("no it is in on at up us we he me my to or of if by do go so am pm as be ok ox pi".split())
-_FORMULA = re.compile(r"[a-z0-9_^()+-]*[a-z]_?[0-9][a-z0-9_^()+-]*|(?=.*[A-Z]_?[0-9])[A-Z0-9_^()+-]+")  # h2o, H2O
+_FORMULA = re.compile(  # h2o, H2O; but t_1 is not T_1
+    r"(?=.*[a-z].*[a-z])[a-z0-9_^()+-]*[a-z]_?[0-9][a-z0-9_^()+-]*|(?=.*[A-Z]_?[0-9])(?=.*[A-Z].*[A-Z])[A-Z0-9_^()+-]+"
+)
 
 
 # ---- lists
 
-_CHAIN = re.compile(r"(?P<a>[^<>=]{1,40}?) ?(?P<low><=?) ?[A-Za-zα-ω](?:_?[0-9])? ?(?P<high><=?) ?(?P<b>[^<>=]{1,40})")
+_CHAIN = re.compile(
+    r"(?P<a>[^<>=]{1,40}?) ?(?P<low>[<>]=?) ?(?P<unknown>[A-Za-zα-ω](?:_?[0-9])?) ?"
+    r"(?P<high>[<>]=?) ?(?P<b>[^<>=]{1,40})"
+)
+_TUPLE = re.compile(r"\((?P<names>[A-Za-z](?:, ?[A-Za-z]){1,5})\) ?= ?(?=\()")  # (x, y) = (1, 2)
 _INDEXED = re.compile(r"([A-Za-zα-ω])_?([1-9])")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _SEPARATORS = re.compile(r"[()\[\]{}]|, ?(?:and|or)\b ?|,|;| (?:and|or) | ?[&∪] ?")
@@ -270,13 +235,18 @@ def _listings(body: str, depth: int) -> tuple[Listing, ...]:
         texts = [body[part.end() : end].strip(" ,;") for part, end in zip(parts, ends)]
         add(texts, "", False, ["part " + part["label"].lower() for part in parts])
         return tuple(found)
-    brackets, inside = _outer_brackets(body)
+    names = _TUPLE.match(body)
+    brackets, inside = _outer_brackets(body[names.end() :] if names else _turned(body))
     for thousands in (True, False) if _THOUSANDS.search(inside) else (False,):
         texts, unordered = _split(inside, thousands)
-        add(texts, brackets, unordered or brackets == "{}")
-    if chain := _CHAIN.fullmatch(body):
-        ends = "(["[len(chain["low"]) - 1] + ")]"[len(chain["high"]) - 1]
-        found.append(Listing((read(chain["a"], depth + 1), read(chain["b"], depth + 1)), ends, False, interval=True))
+        labels = re.split(", ?", names["names"]) if names else None
+        if labels is None or len(labels) == len(texts):
+            add(texts, brackets, unordered or brackets == "{}", labels)
+    if (chain := _CHAIN.fullmatch(body)) and chain["low"][0] == chain["high"][0]:
+        low, high = ("low", "high") if chain["low"][0] == "<" else ("high", "low")
+        ends = "(["[len(chain[low]) - 1] + ")]"[len(chain[high]) - 1]
+        items = tuple(read(chain[side], depth + 1) for side in ("ab" if low == "low" else "ba"))
+        found.append(Listing(items, ends, False, interval=True, unknown=chain["unknown"]))
     for listing in list(found):
         names = [_INDEXED.fullmatch(item.label) for item in listing.items]
         numbers = sorted(int(name[2]) for name in names if name)
@@ -286,6 +256,13 @@ def _listings(body: str, depth: int) -> tuple[Listing, ...]:
     if not brackets and not found and _NUMBERS.fullmatch(body):
         add(body.replace(", ", " ").split(" "), "", False)
     return tuple(found)
+
+
+def _turned(body: str) -> str:
+    """]1, 2[, the interval (1, 2) as some countries write it, in the other way."""
+    if not re.fullmatch(r"[][][^][]*[][]", body) or (body[0] == "[" and body[-1] == "]"):
+        return body
+    return body[0].replace("]", "(") + body[1:-1] + body[-1].replace("[", ")")
 
 
 def _outer_brackets(body: str) -> tuple[str, str]:
@@ -344,8 +321,8 @@ def _symbolic(text: str) -> str | None:
     if len(latex) > MAX_SYMBOLIC or not _SYMBOLIC.fullmatch(latex) or _NOT_ALGEBRA.search(latex):
         return None
     if not re.search(r"[0-9A-Za-z]", latex) or not re.search(
-        r"[0-9+\-*/^=<>\\|!]", _GREEK.sub("x", latex)
-    ):  # bare letters
+        r"[0-9+\-*/^=<>\\|!]", re.sub(r"_(?:[0-9A-Za-z]|\{[0-9A-Za-z]*\})", "", _GREEK.sub("x", latex))
+    ):  # bare letters, with or without an index
         return None
     brackets, inside = _outer_brackets(latex)
     if brackets == "()" and "," not in inside:  # math-verify's grammar is slow at nested parentheses

@@ -145,9 +145,10 @@ _NUMBER = re.compile(
     r"|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z]))?"
 )
 _MIXED = re.compile(r"([0-9]{1,9}) ([0-9]{1,9}) ?/ ?([0-9]{1,9})(?![0-9.])")
-# 0.1(6...), which is how 0.1\overline{6} arrives, and 0.1666...
+# 0.1(6...), which is how 0.1\overline{6} arrives, 0.1666... and 0.1212...
 _REPEATING = re.compile(
     r"([0-9]{1,9})\.([0-9]{0,9})\(([0-9]{1,9})(?:\.\.\.)?\)|([0-9]{1,9})\.([0-9]{0,9}?)([0-9])\6{2,9}\.\.\."
+    r"|([0-9]{1,9})\.([0-9]{0,2}?)([0-9]{2,6})\9{1,4}\.\.\."
 )
 _NAME = re.compile(r"[A-Za-z]+")
 _SPACES = re.compile(r" *")
@@ -263,7 +264,7 @@ class _Parser:
 
 def _repeating(*groups: str) -> Number:
     """The value of 12.34(56...): whole "12", decimals "34", period "56"."""
-    whole, decimals, period = (a or b for a, b in zip(groups[:3], groups[3:]))
+    whole, decimals, period = (a or b or c for a, b, c in zip(groups[:3], groups[3:6], groups[6:]))
     ones = Fraction(int(whole + decimals)) + Fraction(int(period), 10 ** len(period) - 1)
     return _rational(ones / 10 ** len(decimals))
 

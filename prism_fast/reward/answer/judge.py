@@ -8,6 +8,7 @@ with limits (`symbolic.py`). No text is ever evaluated as code.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from prism_fast.reward.answer import symbolic, units
 from prism_fast.reward.answer.answers import Answer, Listing, needs_algebra, read
 from prism_fast.reward.answer.exact_number import TooBig, same_number
+from prism_fast.reward.answer.plain import GREEK_NAMES
 from prism_fast.reward.answer.quantities import Quantity
 
 MAX_ANSWER = 1024  # an answer of so many characters, or more, is wrong (docs/method.md 5)
@@ -56,7 +58,7 @@ def judge(answer: str, gold: str, equivalents: Sequence[str] = ()) -> Verdict:
 def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
     if answer.text == gold.text or answer.compact == gold.compact != "":
         return True
-    if not answer.plain or not gold.plain:
+    if not answer.plain or not gold.plain or _other_elements(answer.plain, gold.plain):
         return False
     if gold.choice and (verdict := _same_choice(answer, gold, allowance)) is not None:
         return verdict
@@ -69,11 +71,41 @@ def _same(answer: Answer, gold: Answer, allowance: symbolic.Allowance) -> bool:
         return True
     if False in verdicts:
         return False
-    if answer.key == gold.key != "" or (answer.stated == gold.stated != "" and "" in (answer.label, gold.label)):
+    if _same_text(answer.key, gold.key) or (
+        _same_text(answer.stated, gold.stated) and "" in (answer.label, gold.label)
+    ):
         return True
     return _same_expression(answer, gold, allowance)
 
 
+def _same_text(a: str, b: str) -> bool:
+    """Whether two keys (`text_key`) are the same, "" never; names of Greek letters are letters, an accent may lack."""
+    if a == b or _greek(a) == _greek(b):
+        return a != ""
+    if a.isascii() == b.isascii() or not re.search(r"[^\W\d_]{3}", a):
+        return False
+    return _unaccented(a) == _unaccented(b)
+
+
+def _greek(key: str) -> str:
+    return _GREEK_NAME.sub(lambda match: GREEK_NAMES[match.group()], key)
+
+
+def _unaccented(key: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFD", key) if not unicodedata.combining(c))
+
+
+def _other_elements(answer: str, gold: str) -> bool:
+    """COCl2 is not CoCl2; but nacl is NaCl."""
+    return (
+        answer != gold
+        and answer.lower() == gold.lower()
+        and all(_ELEMENTS.fullmatch(text) and len(re.findall("[A-Z]", text)) > 1 for text in (answer, gold))
+    )
+
+
+_GREEK_NAME = re.compile(r"(?<![^\W\d_])(?:" + "|".join(GREEK_NAMES) + r")(?![^\W\d_])")
+_ELEMENTS = re.compile(r"(?=.*[a-z])(?:[A-Z][a-z]?[0-9_^()+-]*)+")
 _UNKNOWN = re.compile(r"[A-Za-zΑ-Ωα-ω]{1,2}(?:_[A-Za-z0-9]{1,2}|[0-9]{1,2})?'?(?:\(.*\))?")
 
 
@@ -100,7 +132,7 @@ def _same_quantity(answer: Answer, gold: Answer) -> bool | None:
     if not gold.quantities:
         return None
     if not answer.quantities:
-        if answer.key == "none" and any(quantity.value.exact == 0 for quantity in gold.quantities):
+        if answer.plain.lower() == "none" and any(quantity.value.exact == 0 for quantity in gold.quantities):
             return True
         return False if answer.too_big else None
     return any(_agree(a, g) for a in answer.quantities for g in gold.quantities)
@@ -109,7 +141,7 @@ def _same_quantity(answer: Answer, gold: Answer) -> bool | None:
 def _agree(answer: Quantity, gold: Quantity) -> bool:
     if not units.agree(answer.unit, gold.unit):
         return False
-    if (answer.decade and gold.unit is None) or (gold.decade and answer.unit is None):
+    if (answer.needs_unit and gold.unit is None) or (gold.needs_unit and answer.unit is None):
         return False
     a, g = answer.value, gold.value
     if isinstance(answer.unit, units.Unit) and isinstance(gold.unit, units.Unit) and answer.unit != gold.unit:
@@ -133,6 +165,8 @@ def _same_items(answer: Listing, gold: Listing, allowance: symbolic.Allowance) -
     if len(answer.items) != len(gold.items) or not _same_brackets(answer.brackets, gold.brackets):
         return False
     if (answer.interval or gold.interval) and answer.brackets != gold.brackets:
+        return False
+    if "" not in (answer.unknown, gold.unknown) and answer.unknown != gold.unknown:
         return False
     if answer.roots and gold.roots:  # then which is which has been said
         return False

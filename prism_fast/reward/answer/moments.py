@@ -13,6 +13,12 @@ _CLOCK = re.compile(
 )
 
 
+_SPOKEN = re.compile(
+    r"(?:a )?(?P<part>half|quarter) (?P<to>past|to) (?P<hour>1[0-2]|[1-9])|(?P<full>1[0-2]|[1-9]) o'?clock",
+    re.IGNORECASE,
+)
+
+
 @dataclass(frozen=True)
 class Clock:
     """``half`` is "a", "p", or "" where the text leaves it open (or counts 24 hours)."""
@@ -37,6 +43,13 @@ class Clock:
 
 def read_clock(text: str) -> Clock | None:
     """The time that ``text`` is: "3:30", "03:30 pm", "15:30:00", "3 p.m."."""
+    if text.lower() in ("noon", "12 noon", "midnight", "12 midnight"):
+        return Clock(12, 0, 0, "p" if text.lower().endswith("noon") else "a")
+    if spoken := _SPOKEN.fullmatch(text):
+        before = (spoken["to"] or "").lower() == "to"
+        minute = {"half": 30, "quarter": 15}.get((spoken["part"] or "").lower(), 0)
+        hour = int(spoken["hour"] or spoken["full"])
+        return Clock((hour - 2) % 12 + 1, 60 - minute, 0, "") if before else Clock(hour, minute, 0, "")
     match = _CLOCK.fullmatch(text)
     if match is None:
         return None
@@ -46,6 +59,7 @@ def read_clock(text: str) -> Clock | None:
 
 
 _MONTHS = "january february march april may june july august september october november december".split()
+_NUMERIC = re.compile(r"([0-9]{1,2})([./-])([0-9]{1,2})\2([0-9]{4})")
 _ISO = re.compile(r"([0-9]{4})[-/]([0-9]{1,2})[-/]([0-9]{1,2})")
 
 
@@ -62,6 +76,12 @@ def read_date(text: str) -> Date | None:
     """The date that ``text`` is: "5 January 2020", "Jan 5th, 2020", "March 2021", "2020-01-05"."""
     if len(text) > 40:
         return None
+    if numeric := _NUMERIC.fullmatch(text):  # which is the month must be plain
+        first, second, year = (int(number) for number in numeric.group(1, 3, 4))
+        day, month = (first, second) if first > 12 or numeric[2] == "." else (second, first)
+        known = day > 12 or numeric[2] == "."
+        return Date(year, month, day) if known and 1 <= day <= 31 and 1 <= month <= 12 else None
+    text = re.sub(r"^on (?=[A-Z0-9])", "", text)
     if iso := _ISO.fullmatch(text):
         return Date(int(iso[1]), int(iso[2]), int(iso[3]))
     year = month = day = 0

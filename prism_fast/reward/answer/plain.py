@@ -22,7 +22,7 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("÷∕⁄", "/"),
         **dict.fromkeys("≈≃≅∼", "~"),
         **dict.fromkeys("’‘´′", "'"),
-        **dict.fromkeys("“”″", '"'),
+        **dict.fromkeys("“”″«»„「」『』《》", '"'),
         **dict.fromkeys("⟨〈", "("),
         **dict.fromkeys("⟩〉", ")"),
         **dict.fromkeys("\u00a0\u2009\u202f\u2007", " "),
@@ -32,17 +32,26 @@ _CHARACTERS = str.maketrans(
 )
 _TEXT_COMMANDS = frozenset(
     "text textbf textit textrm textsf texttt textnormal mathrm mathbf mathit mathsf mathtt mathnormal mathcal mbox "
-    "boxed fbox bm boldsymbol emph underline unit si operatorname".split()
+    "mathbb mathfrak mathscr boxed fbox bm boldsymbol emph underline unit si num ce operatorname".split()
 )
 _DROPPED = frozenset(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad qquad rm bf it".split()
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad qquad".split()
 )
+_SWITCHES = frozenset("rm bf it sf tt cal".split())  # of the font, up to the end of the group
+_ACCENTS = {"overrightarrow": "vec", "widehat": "hat", "widetilde": "tilde", "overline": "bar"}
+_ACCENTS |= {name: name for name in "vec hat tilde bar dot ddot".split()}
 _COMMANDS = {
     **{"cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "±", "pi": " pi ", "infty": " inf "},
     **{"le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">"},
     **{"ne": "!=", "neq": "!=", "approx": "~", "sim": "~", "simeq": "~", "circ": "°", "degree": "°", "cup": "∪"},
     **{"emptyset": "∅", "varnothing": "∅", "in": "∈", "colon": ":", "langle": "(", "rangle": ")", "lbrace": "{"},
     **{"rbrace": "}", "lbrack": "[", "rbrack": "]", "lvert": "|", "rvert": "|", "vert": "|", "prime": "'"},
+    **{"angle": "∠", "triangle": "△", "cap": "∩", "subset": "⊂", "subseteq": "⊆", "supset": "⊃", "notin": "∉"},
+    **{"land": "∧", "wedge": "∧", "lor": "∨", "vee": "∨", "lnot": "¬", "neg": "¬", "forall": "∀", "exists": "∃"},
+    **dict.fromkeys(("to", "rightarrow", "longrightarrow"), "→"),
+    **dict.fromkeys(("Rightarrow", "Longrightarrow", "implies"), "⇒"),
+    **{"leftarrow": "←", "gets": "←", "uparrow": "↑", "downarrow": "↓", "leftrightarrow": "↔", "Leftrightarrow": "⇔"},
+    **{"iff": "⇔", "parallel": "∥", "perp": "⊥", "nabla": "∇", "partial": "∂", "square": "□", "Box": "□", "mid": "|"},
     **{"dots": "...", "ldots": "...", "cdots": "...", "textdegree": "°", "euro": "€", "pounds": "£", "percent": "%"},
 }
 _SPACES = frozenset(" ,;:!>")
@@ -53,6 +62,7 @@ _GREEK = {
 _GREEK |= {name.capitalize(): letter.upper() for name, letter in _GREEK.items()}
 _GREEK |= {"varphi": "φ", "varepsilon": "ε", "vartheta": "θ", "varrho": "ρ", "varsigma": "σ"}
 GREEK_COMMANDS = {letter: "\\" + name + " " for name, letter in _GREEK.items() if not name.startswith("var")}
+GREEK_NAMES = {name: letter for name, letter in _GREEK.items() if name.islower() and name not in ("pi", "omicron")}
 _COMMANDS |= {**_GREEK, "AA": "Å", "ohm": "Ω", "micro": "μ"}
 
 # LaTeX's spaces. A tilde is one where no number follows; "~ 5" is "about 5".
@@ -66,6 +76,12 @@ _ENVIRONMENT = re.compile(
     r"(?P<rows>.*?)\\end\{\1\}(?: ?\\right ?\.)?",
     re.DOTALL,
 )
+_MATRIX = re.compile(
+    r"\\left ?([(\[]) ?\\begin\{array\}\{[lcr|]*\}(?P<rows>[^{}]*)\\end\{array\} ?\\right ?[)\]]", re.DOTALL
+)
+_SET_BUILDER = re.compile(
+    r"\\?\{ ?[a-z] ?(?:(?:\\in|∈) ?(?:\\mathbb ?\{?R\}?|ℝ|R) ?)?(?:\\mid|\||:) ?(?P<condition>[^{}]+?)\\?\}"
+)
 _EXP = re.compile(r"(?<![A-Za-z])\\?exp ?(?:\\left ?)?(?=[({])")
 _ONE_I = re.compile(r"(?<![0-9.,A-Za-z^_{/])1 ?(?=i(?![A-Za-z0-9]))")
 _BOLD = re.compile(r"(?<![\w)\]}])(\*\*|__)(?=[^\s*_])([^*]+?)(?<=[^\s*_])\1(?![\w(\[{])")
@@ -74,9 +90,32 @@ _ITALIC = re.compile(r"(?<![\w)\]}*])\*(?=[^\s*])([^*]+)(?<=[^\s*])\*(?![\w(*])"
 
 _COMMAND = re.compile(r"\\([a-zA-Z]+|.)", re.DOTALL)
 FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp det lim max min gcd lcm".split()
-_FUNCTION = re.compile(r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf"]) + r")(?![A-Za-z])")
+_FUNCTION = re.compile(
+    r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sqrt", "pi", "inf", *GREEK_NAMES]) + r")(?![A-Za-z])"
+)
 _TIMES_TEN = re.compile(r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)")
+_BY = re.compile(r"(?P<first>[0-9](?: ?[A-Za-z]{1,7})?) (?:x|by) (?=[0-9])")  # 5 cm x 3 cm
+_GROUPED = re.compile(r"(?<![0-9'.,])[0-9]{1,3}(?:(?:'[0-9]{3})+|(?:\.[0-9]{3}){2,})(?![0-9'\".,])")  # 1'234, 1.234.567
+_SPELLINGS = [  # of one thing
+    (re.compile(r"\+ ?/ ?-|\+-"), "±"),
+    (re.compile(r"-+>"), "→"),
+    (re.compile(r"(?<=\)|\]) ?U ?(?=[(\[])"), "∪"),
+    (re.compile(r"(?<![A-Za-z])angle (?=[A-Z]{1,3}(?![A-Za-z]))"), "∠"),
+    (re.compile(r"(?:(?<![A-Za-z])triangle |Δ ?)(?=[A-Z]{3}(?![A-Za-z]))"), "△"),
+    (re.compile(r"(?<![A-Za-z\\])log(2|10)(?= ?\()"), r"log_{\1}"),
+    (re.compile(r"\\(kilo|milli|centi|mega|giga|nano|pico) ?\\(?=[a-z])"), r"\\\1"),  # \kilo\gram
+    (re.compile(r"(?<=[0-9]) (?=E[+-]?[0-9])"), ""),
+    (re.compile(r"^ ?#{1,6} "), ""),  # a heading
+]
+_MATRIX_OF_ROWS = re.compile(r"\[ ?(\[[^\[\]]*\](?: ?, ?\[[^\[\]]*\])*) ?\]")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+_GROUP = re.compile(
+    r"(?P<empty>\{\})(?=[\^_])|\{(?P<above>[^{}\\]{1,40})\\over(?![A-Za-z])(?P<below>[^{}\\]{1,40})\}"
+    r"|(?=\{ ?\\(?:rm|bf|it|sf|tt|cal)(?![A-Za-z])|\{[^{},;]{1,40}\} ?/|(?<=/)\{[^{},;]{1,40}\})"
+)
+_NEXT_DOT = re.compile(r"([0-9]{0,9})\\dot ?\{?([0-9])\}?")
 
 
 class Unreadable(ValueError):
@@ -99,6 +138,8 @@ def to_latex(text: str) -> str:
     """
     text = _undressed(text).replace("*", r"\cdot ").replace("<=", r"\le ").replace(">=", r"\ge ")
     text = _FUNCTION.sub(lambda match: "\\" + {"inf": "infty"}.get(match[1], match[1]), text)
+    text = re.sub(r"(?<![0-9.^_})A-Za-z])([0-9]+)/([0-9]+)(?= )", r"\\frac{\1}{\2}", text)  # 1/2 x is no 1/(2x)
+    text = _MATRIX_OF_ROWS.sub(_matrix, text)
     text = "".join(GREEK_COMMANDS.get(character, character) for character in text)
     text = re.sub(r"\^([+-]?[0-9]{2,}|[+-][0-9])", r"^{\1}", text)
     pieces: list[str] = []
@@ -113,30 +154,43 @@ def to_latex(text: str) -> str:
     return "".join(pieces).strip()
 
 
+def _matrix(match: re.Match[str]) -> str:
+    rows = [row.replace(",", "&") for row in re.findall(r"\[([^\[\]]*)\]", match[1])]
+    return r"\begin{pmatrix}" + r"\\".join(rows) + r"\end{pmatrix}"
+
+
 def _undressed(text: str) -> str:
     text = _WIDE.sub(" ", _boxed(text).strip())
+    text = _MATRIX.sub(lambda match: rf"\begin{{pmatrix}}{match['rows']}\end{{pmatrix}}", text)
+    if builder := _SET_BUILDER.fullmatch(text.strip(" $")):
+        text = builder["condition"]
     text = _ENVIRONMENT.sub(lambda match: _rows(match[1], match["rows"]), text)
     text = _delimiters(_characters(_lines(text)))
+    text = _GROUPED.sub(lambda match: re.sub("['.]", "", match.group()), _BY.sub(r"\g<first> * ", text))
+    for spelling, one in _SPELLINGS:
+        text = spelling.sub(one, text)
     return _ONE_I.sub("", _EXP.sub("e^", text))
 
 
 def _rows(environment: str, rows: str) -> str:
     """The rows of ``cases`` and the like as a list; a matrix stays what it is."""
     aligned = re.sub(r" ?& ?(?==)|(?<==) ?& ?", "", rows.strip().removesuffix("\\\\"))
-    return aligned.replace("&", ", " if environment in ("cases", "array") else " ")
+    return re.sub(r",? ?& ?", ", ", aligned) if environment in ("cases", "array") else aligned.replace("&", " ")
 
 
 def _boxed(text: str) -> str:
-    """What stands in the last ``\\boxed{}``, else the whole text."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return text
-    start, depth = start + len("\\boxed{"), 1
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[start:at]
-    return text[start:]
+    """What stands in ``\\boxed{}``, else the whole text; different boxes are the items of a list."""
+    boxes: list[str] = []
+    end = 0
+    while (start := text.find("\\boxed{", end)) >= 0:
+        start, depth, end = start + len("\\boxed{"), 1, len(text)
+        for at in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if depth == 0:
+                end = at
+                break
+        boxes.append(text[start:end])
+    return " and ".join(dict.fromkeys(boxes)) if boxes else text
 
 
 def _lines(text: str) -> str:
@@ -153,7 +207,9 @@ def _lines(text: str) -> str:
 def _characters(text: str) -> str:
     text = re.sub(rf"(?<![0-9 ])({_VULGAR.pattern})(?=[A-Za-z(])", r"(\1)", text)
     text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match.group()).replace("⁄", "/") + " ", text)
+    text = re.sub("([0-9])\u0305", r"\\overline{\1}", text)
     text = _SUPERSCRIPTS.sub(lambda match: f"^({match.group().translate(_SUPERSCRIPT)})", text)
+    text = re.sub(r"\^\(([0-9]+)\)(?![0-9(])", r"^\1", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
     if len(text) > MAX_LENGTH:  # one character can stand for eighteen
         raise Unreadable(f"longer than {MAX_LENGTH} characters")
@@ -203,6 +259,8 @@ class _Latex:
         character = self.text[self.at]
         if character == "\\":
             return self._command(before)
+        if character == "{" and (group := self._invisible_group()) is not None:
+            return group
         self.at += 1
         if character in "^_":
             return self._script(character)
@@ -210,6 +268,16 @@ class _Latex:
             self.at += 2
             return ","
         return character
+
+    def _invisible_group(self) -> str | None:
+        """A group of LaTeX that is no set: {\\rm cm}, {1 \\over 2}, {1}/{2}, {}^{14}C."""
+        group = _GROUP.match(self.text, self.at)
+        if group is None:
+            return None
+        if group["empty"] or group["above"]:
+            self.at = group.end()
+            return f"({group['above'].strip()})/({group['below'].strip()})" if group["above"] else ""
+        return self._argument()
 
     def _command(self, before: str) -> str:
         match = _COMMAND.match(self.text, self.at)
@@ -224,9 +292,12 @@ class _Latex:
             return self._root()
         if name in _TEXT_COMMANDS:
             return self._argument()
-        if name in ("overline", "bar", "dot"):
-            inside = self._argument()
-            return f"({inside}...)" if inside.isdecimal() else f"{name}({inside})"
+        if name in ("SI", "qty"):
+            return f"{self._argument()} {self._argument()}"
+        if name in _SWITCHES:
+            return self._argument() if self.text.startswith("{", self.at) else ""
+        if name in _ACCENTS:
+            return self._accent(name)
         if name in _DROPPED:
             if name in ("left", "right") and self.text.startswith(".", self.at):
                 self.at += 1
@@ -240,6 +311,14 @@ class _Latex:
         if name == "\\":
             return "; "
         return name if len(name) == 1 and not name.isalpha() else f" {name} "
+
+    def _accent(self, name: str) -> str:
+        inside = self._argument().strip()
+        if not inside.isdecimal() or name not in ("overline", "bar", "dot"):
+            return f"{_ACCENTS[name]}({inside})"
+        while name == "dot" and (more := _NEXT_DOT.match(self.text, self.at)):  # the period's first and last digit
+            inside, self.at = inside + more[1] + more[2], more.end()
+        return f"({inside}...)"
 
     def _fraction(self, before: str) -> str:
         above, below = self._argument().strip(), self._argument().strip()

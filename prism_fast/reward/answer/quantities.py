@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from prism_fast.reward.answer import exact_number, units
-from prism_fast.reward.answer.words import spelled_number
+from prism_fast.reward.answer.words import roman, share, spelled_number
 
 
 @dataclass(frozen=True)
 class Quantity:
     value: exact_number.Number
     unit: units.Unit | units.Noun | None
-    decade: bool = False  # "1990s": seconds, or ten years, but not the year 1990
+    needs_unit: bool = False  # "1990s": seconds, or ten years, but not the year 1990; "5K": kelvin, but not 5
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,35 @@ class Pair:
 _MONEY = re.compile(
     r"(?P<sign>[-+]?) ?(?P<unit>US\$|[$€£¥₹]|(?:USD|EUR|GBP|JPY|INR|Rs)\.?(?= ?[0-9])) ?", re.IGNORECASE
 )
-_MAGNITUDE = re.compile(r" ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b|([kK])(?![A-Za-z])")
-_MONEY_MAGNITUDE = re.compile(r" ?([mMbB])(?![A-Za-z])")
+_MAGNITUDE = re.compile(
+    r" ?(hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b| ?(?-i:(k))(?![A-Za-z])"
+)
+_UNIT_OR_MAGNITUDE = re.compile(r"([KMB])(?![A-Za-z])")  # 5K: 5000, or 5 kelvin
+_MONEY_MAGNITUDE = re.compile(r" ?([kKmMbB])(?![A-Za-z])")
 _MAGNITUDES = {"hundred": 100, "dozen": 12, "lakh": 10**5, "crore": 10**7, "billion": 10**9, "trillion": 10**12}
 _MAGNITUDES |= {"thousand": 1000, "k": 1000, "million": 10**6, "m": 10**6, "mn": 10**6, "b": 10**9, "bn": 10**9}
-_PERCENT = re.compile(r" ?(?:%|percent\b|per cent\b|pct\b)(?: ?age points?\b| points?\b)?", re.IGNORECASE)
+_PERCENT = re.compile(r" ?(?:(?P<mille>‰)|%|percent\b|per cent\b|pct\b)(?: ?age points?\b| points?\b)?", re.IGNORECASE)
 _DECADE = re.compile(r"[1-9][0-9]{2}0'?s", re.IGNORECASE)
-_DECIMAL_COMMA = re.compile(r"(?<![0-9,.])((?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+)),([0-9]+)(?![0-9,.])")
+_DECIMAL_COMMA = re.compile(r"(?<![0-9,.(\[{])((?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+)),([0-9]+)(?![0-9,.])")
 
 
 def read_quantities(body: str) -> tuple[Quantity, ...]:
     """Readings of ``body`` as a number with or without a unit; raises `exact_number.TooBig`."""
-    texts = [body]
-    if spelled := spelled_number(body):
-        texts.append(spelled)
+    texts = [body, *(text for text in (spelled_number(body), share(body), roman(body)) if text)]
+    if alone := _ALONE.fullmatch(body):
+        texts.append(alone[1])
     comma = _DECIMAL_COMMA.search(body)
     if comma and body.count(",") == 1 and (len(comma[2]) != 3 or comma[1] == "0" or "." in comma[1]):
         texts.append(body[: comma.start()] + comma[1].replace(".", "") + "." + comma[2] + body[comma.end() :])
     return tuple(quantity for text in texts for quantity in _read_quantity(text))
 
 
-# A value and what it is about: "25pi = 78.5", "25pi (~ 78.5)", "25pi or about 78.5".
+_ALONE = re.compile(r"[\[{]([^\[\]{},;|]+)[\]}]")  # one value in the brackets of a list
+# A value and what it is about: "25pi = 78.5", "25pi (~ 78.5)", "25pi or about 78.5"; or the same: "five (5)".
 _ABOUT = r"(?:~|=|about|approximately|approx\.?|roughly|or about|or approximately|or roughly)"
-_RESTATED = re.compile(rf"(?P<exact>[^=~]+?),? ?(?:{_ABOUT} ?(?P<rounded>[^=~]+)|\({_ABOUT} ?(?P<within>[^=~]+)\))")
+_RESTATED = re.compile(
+    rf"(?P<exact>[^=~]+?),? ?(?:{_ABOUT} ?(?P<rounded>[^=~]+)|\({_ABOUT} ?(?P<within>[^=~]+)\)|\((?P<same>[^=~()]+)\))"
+)
 
 
 def read_restated(text: str) -> tuple[Quantity, ...]:
@@ -58,15 +64,17 @@ def read_restated(text: str) -> tuple[Quantity, ...]:
     match = _RESTATED.fullmatch(text)
     if match is None:
         return ()
-    exact = _read_quantity(match["exact"].strip())
-    rounded = _read_quantity((match["rounded"] or match["within"]).strip())
+    exact, rounded = (
+        [q for text in (part, spelled_number(part)) if text for q in _read_quantity(text)]
+        for part in (match["exact"].strip(), (match["rounded"] or match["within"] or match["same"]).strip())
+    )
     for a in exact:
         for b in rounded:
             above = abs(Fraction(b.value.approx)) - abs(Fraction(a.value.approx))
             step = b.value.step or Fraction(b.value.exact is not None and b.value.exact % 1 == 0)
             rounds = b.value.step is not None or a.value.exact is None or a.value.exact % 1 != 0
             if (
-                ((-step < above <= step / 2 and rounds) or above == 0)
+                ((-step < above <= step / 2 and rounds and not match["same"]) or above == 0)
                 and a.value.approx * b.value.approx >= 0
                 and (a.unit is None or a.unit == b.unit)
             ):
@@ -75,6 +83,7 @@ def read_restated(text: str) -> tuple[Quantity, ...]:
 
 
 def _read_quantity(text: str) -> tuple[Quantity, ...]:
+    text = re.sub(r" an? (?=(?:hour|second|minute|day|week|month|year)$)", " per ", text)
     money = _MONEY.match(text)
     if money:
         text = money["sign"] + text[money.end() :]
@@ -84,11 +93,16 @@ def _read_quantity(text: str) -> tuple[Quantity, ...]:
         return ()
     rest = text[end:]
     rest = re.sub(r"^(?:st|nd|rd|th)(?![A-Za-z])", "", rest)
+    either = None if money or text[end - 1 : end] == " " else _UNIT_OR_MAGNITUDE.match(rest)
+    if either:
+        large = value.scaled(Fraction(_MAGNITUDES[either[1].lower()]))
+        counted = [Quantity(large, unit) for unit in units.parse(rest[1:])]
+        return (*counted, *(Quantity(value, unit, needs_unit=True) for unit in units.parse(rest)))
     magnitude = _MAGNITUDE.match(rest) or (money and _MONEY_MAGNITUDE.match(rest))
     if magnitude:
         value, rest = value.scaled(Fraction(_MAGNITUDES[magnitude.group().strip().lower()])), rest[magnitude.end() :]
     if percent := _PERCENT.match(rest):
-        value, rest = value.scaled(Fraction(1, 100)), rest[percent.end() :]
+        value, rest = value.scaled(Fraction(1, 1000 if percent["mille"] else 100)), rest[percent.end() :]
         # "10% of the students", "10% salt": what it is a share of is no unit.
         return (Quantity(value, None),) if units.parse(re.sub(r"^ of ", " ", rest)) else ()
     rest = rest.strip(" ,")
@@ -140,7 +154,7 @@ _PAIR = re.compile(
 
 
 def read_pair(body: str) -> Pair | None:
-    match = _PAIR.fullmatch(body)
+    match = _PAIR.fullmatch(re.sub(r"^between (.{1,26}) and ", r"\1 to ", body))
     if match is None:
         return None
     kinds = {":": {"ratio"}, "to": {"ratio", "range"}, "-": {"range"}}[match["mark"].strip()]

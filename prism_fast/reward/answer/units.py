@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from prism_fast.reward.answer.exact_number import PI
+from prism_fast.reward.answer.plain import FUNCTIONS
 
 Dimension = tuple[tuple[str, int], ...]  # (base, exponent), sorted, without zeros
 
@@ -47,11 +48,13 @@ _PREFIXED = """
     m meter metre      | 1      | m
     g gram gramme      | 0.001  | kg
     s second           | 1      | s
-    A amp ampere       | 1      | A
+    A ampere           | 1      | A
+    amp                | 1      | A
     mol mole           | 1      | mol
     M molar            | 1000   | mol m-3
     L l liter litre    | 0.001  | m3
     N newton           | 1      | kg m s-2
+    G gauss            | 0.0001 | kg s-2 A-1
     Pa pascal          | 1      | kg m-1 s-2
     J joule            | 1      | kg m2 s-2
     W watt             | 1      | kg m2 s-3
@@ -93,16 +96,26 @@ _PLAIN = """
     Å angstrom ångström ångstrom | 1e-10           | m
     ly light-year            | 9460730472580800 | m
     sec                      | 1               | s
+    msec                     | 0.001           | s
+    mcg                      | 0.000000001     | kg
+    mbar                     | 100             | kg m-1 s-2
+    dyn dyne                 | 0.00001         | kg m s-2
+    erg                      | 0.0000001       | kg m2 s-2
     min minute               | 60              | s
     h hr hour                | 3600            | s
     d day                    | 86400           | s
     wk week                  | 604800          | s
     month                    | 1               | month
     yr year                  | 12              | month
+    decade                   | 120             | month
+    century                  | 1200            | month
     ha hectare               | 10000           | m2
     acre                     | 4046.8564224    | m2
     cc                       | 0.000001        | m3
     gal gallon               | 0.003785411784  | m3
+    qt quart                 | 0.000946352946  | m3
+    pint                     | 0.000473176473  | m3
+    cup                      | 0.0002365882365 | m3
     atm atmosphere           | 101325          | kg m-1 s-2
     mmHg torr                | 133.322387415   | kg m-1 s-2
     psi                      | 6894.757293168  | kg m-1 s-2
@@ -117,6 +130,8 @@ _PLAIN = """
     K kelvin                 | 1               | kelvin
     ° deg degree             | 1               | degree
     rev revolution           | 360             | degree
+    arcmin arcminute         | 1/60            | degree
+    arcsec arcsecond         | 1/3600          | degree
     $ US$ usd dollar buck    | 1               | usd
     ¢ cent                   | 0.01            | usd
     € eur euro               | 1               | eur
@@ -133,6 +148,7 @@ _PREFIXES = [
     ("c", "centi", -2),
 ]
 _PREFIXES += [("d", "deci", -1), ("k", "kilo", 3), ("M", "mega", 6), ("G", "giga", 9), ("T", "tera", 12)]
+_PREFIXES += [("f", "femto", -15), ("h", "hecto", 2), ("P", "peta", 15)]
 
 _SYMBOLS: dict[str, tuple[Unit, ...]] = {}  # case sensitive
 _NAMES: dict[str, tuple[Unit, ...]] = {}  # lower case, singular
@@ -166,7 +182,9 @@ def _fill_tables() -> None:
         for spellings, factor, dimension in _rows(table):
             for spelling in spellings:
                 for short, long, exponent in [("", "", 0), *prefixes]:
-                    name = (short if len(spelling) <= 3 and spelling not in ("bar", "bit", "ohm") else long) + spelling
+                    name = (
+                        short if len(spelling) <= 3 and spelling not in ("bar", "bit", "ohm", "amp", "lux") else long
+                    ) + spelling
                     _add(name, Unit(factor * Fraction(10) ** exponent, dimension))
     _add("rad", Unit(180 / Fraction(PI), (("degree", 1),)))
     _add("radian", Unit(180 / Fraction(PI), (("degree", 1),)))
@@ -180,17 +198,21 @@ def _fill_tables() -> None:
 
 _fill_tables()
 _DEGREES = re.compile(r"(?:degrees?|deg|°) ?(c(?:elsius|entigrade)?|f(?:ahrenheit)?)(?![a-z])", re.IGNORECASE)
+_LEFT = re.compile(r" (?:(?:is|are|was|were) )?(?:left|remain|remains|remaining|needed)$")
+_UNITS = re.compile(r"u(?:nits?)? ?(?:\^\(?[23]\)?|squared|cubed)")
 _US_DOLLARS = re.compile(r"u\.?s\.? dollars?", re.IGNORECASE)
 _TOKEN = re.compile(
-    r"(?P<name>°[CF]\b|US\$|[A-Za-zμΩÅ]+(?:-(?:hours?|years?))?|[°'\"$€£¥₹¢])"
-    r"|(?P<power>\^\(?-?[1-9]\)?|[1-9](?![0-9]))|(?P<mark>[*/()])| "
+    r"(?P<name>°[CF]\b|US\$|[A-Za-zμΩÅ]+(?:-(?:hours?|years?))?\.?|[°'\"$€£¥₹¢])"
+    r"|(?P<power>\^\(?-?[1-9]\)?|[1-9](?![0-9]))|(?P<mark>[*/()]|-(?=[A-Za-z]))| "
 )
 # Words that make a sentence or a list of what follows a number, so that the number alone is not the answer.
 _FORBIDDEN = frozenset(
-    "and or to not but if is are was plus minus times divided than versus vs inf sqrt pi nor".split()
-)
+    "and or to not but if is are was plus minus times divided than versus vs inf sqrt pi nor squared cubed factorial "
+    "wrong incorrect false bc bce half zero one two three four five six seven eight nine ten eleven "
+    "twelve twenty".split()
+) | frozenset(FUNCTIONS)
 _SMALL_WORDS = frozenset(
-    "a an the of in total unit square cubic altogether each per exactly only left more ad ce".split()
+    "a an the of in total unit square cubic altogether each per exactly only left more ad ce pcs pts".split()
 )
 
 
@@ -206,7 +228,9 @@ def parse(text: str) -> tuple[Unit | Noun | None, ...]:
     if not text:
         return (None,)
     text = _DEGREES.sub(lambda match: "°" + match[1][0].upper(), text)
-    text = _US_DOLLARS.sub("usd", text)
+    text = _LEFT.sub("", _US_DOLLARS.sub("usd", text))
+    if _UNITS.fullmatch(text):
+        return (None,)
     readings = _measure(text)
     if readings:
         return readings
@@ -222,10 +246,22 @@ def parse(text: str) -> tuple[Unit | Noun | None, ...]:
     if not counted:
         return (None,)
     # A letter or two are variables, not a thing.
-    return (Noun(counted),) if any(len(word) > 2 for word in counted) else ()
+    return (Noun(counted),) if any(len(word) > 2 and re.search("[aeiouy]", word) for word in counted) else ()
+
+
+_IRREGULAR = {
+    "people": "person",
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "mice": "mouse",
+    "teeth": "tooth",
+}
 
 
 def _singular(word: str) -> str:
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
@@ -239,12 +275,16 @@ def _lookup(name: str) -> tuple[Unit, ...]:
     if name in _SYMBOLS:
         return _SYMBOLS[name]
     singular = lower[:-1] if lower.endswith("s") and len(lower) > 2 else lower
+    if lower.endswith("ies"):
+        singular = lower[:-3] + "y"
     for spelling in (lower, singular):
         if spelling in _NAMES:
             return _NAMES[spelling]
-    if len(singular) > 1 and singular in _SYMBOLS:  # kgs, hrs
+    if len(singular) > 1 and singular != lower and singular in _SYMBOLS:  # kgs, hrs
         return _SYMBOLS[singular]
-    if len(name) == 1 or not (name.islower() or name.isupper() or name.istitle()):  # pA is not Pa
+    if (
+        len(name) == 1 or name in ("ma", "mv") or not (name.islower() or name.isupper() or name.istitle())
+    ):  # pA is not Pa
         return ()
     # "KG" is kg; "mb" may be MB or Mb.
     return tuple(unit for symbol, units in _SYMBOLS.items() if symbol.lower() == lower for unit in units)
@@ -275,7 +315,7 @@ def _powers(text: str) -> list[tuple[Unit, int]] | None:
         if token is None or len(powers) > 8:
             return None
         at = token.end()
-        name, mark = (token["name"] or "").lower(), token["mark"]
+        name, mark = (token["name"] or "").lower().rstrip("."), token["mark"]
         if token["power"] or name in ("squared", "cubed"):
             if not fresh:
                 return None
@@ -289,7 +329,7 @@ def _powers(text: str) -> list[tuple[Unit, int]] | None:
         elif name == "per" or mark == "/":
             side = -1
         elif name:
-            units = _lookup(token["name"])
+            units = _lookup(token["name"].rstrip("."))
             if not units or units[0].offset:
                 return None
             powers.append((units[0], side * announced))

@@ -176,6 +176,18 @@ def test_spaces_before_units_are_thrown_away(number, unit, spelling):
 
 
 @settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["12", "-3", "5 cm", "3/4", "1990"]),
+    st.sampled_from(["{} or 77", "77 or {}", "not {}", "{} is wrong", "less than {}", "{} (not 77)", "it isn't {}"]),
+    st.sampled_from(["{}", "The answer is {}", "So, {}", "I get {}", "Total: {}", "The number is {}"]),
+)
+def test_negations_and_alternatives_are_kept(gold, shape, sentence):
+    assert is_right(sentence.format(gold), gold)
+    assert not is_right(sentence.format(shape.format(gold)), gold)
+    assert not is_right(shape.format(gold), gold)
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from("npqruvwxyz"), st.sampled_from(["{}", "2{}", "{}^2", "{}!", "a{}", "y = {}"]))
 def test_the_case_of_symbols_is_kept(letter, shape):
     assert not is_right(shape.format(letter), shape.format(letter.upper()))
@@ -252,6 +264,18 @@ HOSTILE = [
     "(" * 100 + "x" + ")" * 100,
     "x!!!!!!!!!!",
     r"\begin{pmatrix}" + "1&" * 100 + r"1\end{pmatrix}^{999}",
+    *(
+        piece * (1020 // len(piece))
+        for piece in ("1=", "1=2=", "(5)", "1-", "+5", "1'234", "5 x ", "-∞", "a=b=", "]1,2[")
+    ),
+    *(piece * (1020 // len(piece)) for piece in ("the ", "so ", "first ", "one out of ", "two and a half ", "M", "aB")),
+    *(
+        piece * (1020 // len(piece))
+        for piece in (r"{1 \over 2}", r"\boxed{1}", r"\dot{1}", r"\SI{5}{m}", "{x|", "[[1]", "5 (5)")
+    ),
+    "0." + "12" * 480 + "...",
+    "the " + "abcdefghijklmnopqrst " * 40 + "is 5",
+    "total" + " a" * 480 + ": 5",
 ]
 
 
