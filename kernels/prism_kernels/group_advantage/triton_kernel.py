@@ -324,7 +324,9 @@ def advantage_fwd_kernel(
         advantage = align * align_scale * gate - penalty
         if HAS_REWARD:
             w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_fine, format_fine, SHARE_INVALID)
-            advantage += _z(w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32, False)
+            advantage += _z(
+                w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32, False
+            )
         tl.store(out_ptr + row, advantage.to(tl.float32), mask=inside)
 
 

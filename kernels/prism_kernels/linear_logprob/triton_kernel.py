@@ -8,7 +8,6 @@ Memory-bound: the first kernel reads z once, the second reads it once and writes
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
