@@ -52,7 +52,7 @@ class Benchmark(Protocol):
 def run(bench: Benchmark, options: Options) -> dict[str, Any]:
     """All of a benchmark: the document, printed and written as it grows. What is refused carries no times."""
     tests = run_tests(options.tests) if options.tests else None
-    document = documents.new(bench.op, options.device, tests=tests, **options.about)
+    document = documents.new(bench.op, options.device, tests=tests, **options.about, complete=False)
 
     def keep(result: dict[str, Any]) -> None:
         if not any(result is known for known in document["problems"]):
@@ -67,6 +67,7 @@ def run(bench: Benchmark, options: Options) -> dict[str, Any]:
         for result in bench.results(options, keep):
             keep(result)
             print("\n".join(table.lines(result, document["limits"])), flush=True)
+    document["complete"] = True  # else cut off: the problems that are there are whole, others are missing
     documents.save(document, options.json_path)
     return document
 

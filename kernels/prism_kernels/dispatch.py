@@ -108,6 +108,9 @@ class Op:
         NotImplementedError for one through which the transform that wraps one of ``tensors`` does not go.
         """
         kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+        if torch.compiler.is_compiling():
+            chosen = Impl(choose(self.name, str(impl), kind))
+            return chosen, self._loaded[chosen]
         chosen, reason = self._choose(impl, kind)
         if (kind, chosen) not in self._said:
             self._said.add((kind, chosen))
@@ -198,8 +201,11 @@ def _transforms_of(tensor: Tensor | None) -> list[str]:
 
 
 def choose(op: str, impl: str, device: str) -> str:
-    """The name of the implementation of an op to run on tensors of this device type."""
-    return str(_OPS[op].select(impl, device)[0])
+    """The name of the implementation of an op to run on tensors of this device type; it is loaded then."""
+    found = _OPS[op]
+    chosen = found._choose(impl, device)[0]
+    found.load(chosen)
+    return str(chosen)
 
 
 # A constant to torch.compile, which cannot look into the environment. torch.compiler.assume_constant_result sets the

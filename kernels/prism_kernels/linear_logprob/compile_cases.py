@@ -8,7 +8,7 @@ from itertools import product
 from prism_kernels.compile_gate import Configuration
 from prism_kernels.linear_logprob.triton_kernel import block_options, lm_head_grad_kernel, lm_head_stats_kernel
 
-SCALARS = dict.fromkeys(("sharpness_high", "sharpness_low", "softcap_high", "softcap_low"), "fp32")
+SCALARS = dict.fromkeys(("inverse_temperature", "cap"), "fp64")
 TOKEN_SIZE = {"fp32": 4, "fp64": 8}
 
 

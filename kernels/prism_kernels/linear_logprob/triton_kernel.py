@@ -8,7 +8,6 @@ Memory-bound: the first kernel reads z once, the second reads it once and writes
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,6 +50,12 @@ def _logits(z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS: tl.conste
 
 
 @triton.jit
+def _in(dtype: tl.constexpr, value):
+    """An fp64 argument, which the interpreter passes as a Python float, in the dtype of the logits."""
+    return (tl.full((), 0.0, tl.float64) + value).to(dtype)
+
+
+@triton.jit
 def lm_head_stats_kernel(
     z_ptr,  # (R, V)
     target_ptr,  # (R,) int64
@@ -61,10 +66,8 @@ def lm_head_stats_kernel(
     entropy_ptr,
     row_stride,
     vocab_size,
-    sharpness_high,
-    sharpness_low,
-    softcap_high,
-    softcap_low,
+    inverse_temperature: tl.float64,  # a float is fp32 to a launch where nothing says otherwise
+    cap: tl.float64,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
@@ -81,10 +84,9 @@ def lm_head_stats_kernel(
             tl.store(entropy_ptr + i_row, nothing)
         return
     p_row = z_ptr + i_row * row_stride
-    # A scalar argument is fp32: fp64 needs its second half too.
     p_target = tl.load(p_row + target)
-    sharpness = tl.full((), 0.0, p_target.dtype) + sharpness_high + sharpness_low
-    softcap = tl.full((), 0.0, p_target.dtype) + softcap_high + softcap_low
+    sharpness = _in(p_target.dtype, inverse_temperature)
+    softcap = _in(p_target.dtype, cap)
     target_logit = _logits(p_target, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
 
     top = target_logit  # running maximum; finite unless a bias forbids the target
@@ -134,10 +136,8 @@ def lm_head_grad_kernel(
     row_stride,
     dz_row_stride,
     vocab_size,
-    sharpness_high,
-    sharpness_low,
-    softcap_high,
-    softcap_low,
+    inverse_temperature: tl.float64,  # a float is fp32 to a launch where nothing says otherwise
+    cap: tl.float64,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_D_LOGSUMEXP: tl.constexpr,
@@ -154,8 +154,8 @@ def lm_head_grad_kernel(
     p_out = dz_ptr + i_row * dz_row_stride
     logprob = tl.load(logprob_ptr + i_row)
     logsumexp, lost = tl.load(logsumexp_ptr + i_row), tl.load(lost_ptr + i_row)
-    sharpness = tl.full((), 0.0, logprob.dtype) + sharpness_high + sharpness_low
-    softcap = tl.full((), 0.0, logprob.dtype) + softcap_high + softcap_low
+    sharpness = _in(logprob.dtype, inverse_temperature)
+    softcap = _in(logprob.dtype, cap)
     g = tl.load(d_logprob_ptr + i_row) * sharpness
     common = -g  # coefficient of p in every column
     if HAS_D_LOGSUMEXP:
@@ -183,13 +183,8 @@ def lm_head_grad_kernel(
         tl.store(p_out + column, b_dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-def _scalars(head: Head) -> tuple[float, float, float, float]:
-    """1 / temperature ("sharpness") and softcap, each as a sum of two fp32 numbers."""
-    parts = []
-    for value in (1 / head.temperature, head.softcap or 1.0):
-        high = torch.tensor(value, dtype=torch.float32).item()
-        parts += [high, value - high]
-    return tuple(parts)
+def _scalars(head: Head) -> tuple[float, float]:
+    return 1 / head.temperature, head.softcap or 1.0
 
 
 def prepare(z: Tensor, head: Head) -> None:

@@ -224,6 +224,8 @@ def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
     for name in ("expert_index", "weight", "token_order", "expert_offset"):
         check_device(f"routing.{name}", getattr(routing, name), "hidden", hidden)
     check_values("routing.token_order", order, "T*k", len(order))
+    if host_sees(order) and len(order) and int(order.bincount().max()) > 1:  # a slot without a row would be undefined
+        raise wrong("routing.token_order", f"every one of T*k = {len(order)} slots once", "a slot twice")
     if host_sees(offset):
         edges = offset.tolist()
         if edges != sorted(edges) or (edges[0], edges[-1]) != (0, len(order)):

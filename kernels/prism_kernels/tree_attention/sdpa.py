@@ -47,7 +47,7 @@ def _attend(
         else:
             groups = queries.shape[1] // keys.shape[1]
             keys, values = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (keys, values))
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         queries,
         keys,
         values,
@@ -56,6 +56,17 @@ def _attend(
         scale=scale,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
+    return out + _not_finite(queries, keys)[..., None] if mask is None and not _on_gpu(queries) else out
+
+
+def _not_finite(queries: Tensor, keys: Tensor) -> Tensor:
+    """(n, Hq, L): NaN where a query is not finite, sees a key with NaN or only keys that are not finite; else 0.
+
+    Torch's causal attention on a CPU gives 0 there (seen in 2.13), and so a model of NaN weights a finite loss.
+    """
+    unclear = keys.isnan().any(-1).cumsum(-1) + (~keys.isfinite()).any(-1).long().cumprod(-1)
+    seen = torch.where(unclear > 0, float("nan"), 0.0).to(queries.dtype)
+    return (queries * 0).sum(-1) + seen.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
 
 
 def _on_gpu(tensor: Tensor) -> bool:

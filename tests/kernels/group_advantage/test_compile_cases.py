@@ -17,7 +17,7 @@ def test_the_compile_gate_knows_a_new_rule(monkeypatch):
     compile_gate.configurations.cache_clear()
     try:
         rows = [row.name for row in compile_gate.configurations("group_advantage")]
-        assert all(sum(row.startswith(f"{rule} ") for row in rows) == 4 for rule in RULES)
+        assert all(sum(row.startswith(f"{rule} ") for row in rows) == 6 for rule in RULES)
         report = compile_gate.compile_one("group_advantage", rows.index(f"{name} fp32 format_valid"), 90)
     finally:
         compile_gate.configurations.cache_clear()

@@ -5,6 +5,7 @@ Runs the Triton kernels where there is a GPU; elsewhere tests/kernels/moe/test_t
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,57 @@ def test_any_order_of_responses(impl, device):
     got = group_normalize(scores, group, impl=impl)
     assert_same(group_normalize(scores[:, perm], group[perm], impl=impl), got[:, perm], 33 + FUNCTIONS)
     assert torch.equal(got, group_normalize(scores, group, impl=impl))  # the same bits again
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        partial(test_golden_vectors, number=0),
+        partial(test_equal_scores_give_exactly_zero, dtype=torch.float64),
+        partial(test_rewards_do_not_depend_on_the_type_of_the_flags, dtype=torch.float32),
+        partial(test_huge_and_tiny_scores, size=1e30),
+        test_nan_stays_in_its_group,
+        test_groups_of_one_and_groups_without_a_valid_response,
+        test_any_order_of_responses,
+    ],
+)
+def test_groups_that_are_sorted_first(impl, device, check, monkeypatch):
+    """As many responses have their groups found; every number as where ids are compared with one another."""
+    if impl != "triton":
+        pytest.skip("triton alone has two ways")
+    from prism_kernels.group_advantage import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "SORTED_FROM", 1)
+    monkeypatch.setattr(triton_kernel, "GROUP_BLOCK", 4)  # several steps a group
+    check(impl, device)
+
+
+@pytest.mark.parametrize("sizes", [(16,) * 256, (4096,), (1,) * 4096, (1000, 3, 3093)], ids=len)
+def test_work_is_linear_where_there_are_many_responses(impl, device, sizes):
+    """Counted: comparing ids with one another ends at SORTED_FROM; from there each response is walked over once."""
+    if impl != "triton":
+        pytest.skip("triton alone has two ways")
+    from prism_kernels.group_advantage import triton_kernel
+
+    assert not triton_kernel._launch(torch.zeros(2047, dtype=torch.int64, device=device)).options["SORTED"]
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[torch.randperm(4096)].to(device)
+    launch = triton_kernel._launch(group)
+    ids, begin = launch.ids.tolist(), range(4096)
+    walked = [int(launch.end[i]) - i for i in begin if i == 0 or ids[i] != ids[i - 1]]
+    assert launch.options["SORTED"] and sorted(walked) == sorted(sizes) and launch.programs == 4096
+    assert torch.equal(group[launch.order], launch.ids)
+
+
+def test_coefficients_reach_the_kernels_in_fp64(impl, device):
+    """A launch passes a float as fp32 unless the parameter says otherwise, which the interpreter does not show."""
+    if impl != "triton":
+        pytest.skip("of triton's kernels")
+    from prism_kernels.group_advantage import compile_cases
+
+    for case in compile_cases.configurations():
+        scalars = {name for name, kind in case.signature.items() if kind in ("fp32", "fp64")}
+        annotated = {name for name, kind in case.kernel.fn.__annotations__.items() if kind == "tl.float64"}
+        assert scalars == annotated and "fp32" not in case.signature.values()
 
 
 def test_strided_and_narrow_input(impl, device):

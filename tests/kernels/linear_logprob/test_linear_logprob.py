@@ -166,7 +166,13 @@ def test_word_with_probability_0_9999(impl, device, dtype, words):
 
 @pytest.mark.parametrize("impl,device", IMPLS)
 def test_accuracy_of_the_published_table(impl, device):
-    """Values from bf16 as those that fp32 has from the same numbers; gradients exact but for their own rounding."""
+    """Values from bf16 as those that fp32 has from the same numbers; gradients exact but for roundings to bf16.
+
+    A CPU rounds once: the result, of a dZ in fp32. Triton's kernel rounds twice: dZ as it is written over the logits,
+    since a tensor core wants both operands in bf16, and the result. Products are summed in fp32. dZ's roundings know
+    nothing of one another nor of what they are multiplied with, so that in norm the sums carry the relative error of
+    their terms: it passes to dX and dW as it is, and two roundings add in squares.
+    """
     case = make(2 * FEW, 1000, device, BF16, width=256)
     with torch.no_grad():
         case.weight.mul_(256**-0.5)
@@ -175,8 +181,10 @@ def test_accuracy_of_the_published_table(impl, device):
     for name, a, t, e in zip(out._fields, out, truth, eager):
         oracle.assert_as_exact(a, t, e, case.terms, name)
     if not INTERPRETED:  # it truncates where it stores bf16
-        limit = oracle.rounded(BF16) + oracle.roundoff(FP32) * case.terms**0.5
-        assert all(oracle.relative_error(a, t) <= limit for a, t in zip(ours, true_gradients))
+        roundings = 2 if impl == "triton" else 1
+        limit = oracle.rounded(BF16, roundings) + oracle.roundoff(FP32) * case.terms**0.5
+        errors = [oracle.relative_error(a, t) for a, t in zip(ours, true_gradients)]
+        assert max(errors) <= limit, f"dX, dW: {errors}, limit {limit:.3e} of {roundings} roundings"
 
 
 @pytest.mark.parametrize("impl,device", IMPLS)

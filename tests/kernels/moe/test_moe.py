@@ -495,6 +495,10 @@ def routed(**changes):
             r"routing.token_order: expected values in \[0, T\*k = 12\), got 12 to 12",
         ),
         (
+            lambda: moe_mlp(X, GU, D, routed(token_order=torch.zeros(12).int())),
+            r"routing.token_order: expected every one of T\*k = 12 slots once, got a slot twice",
+        ),
+        (
             lambda: moe_mlp(X, GU, D, routed(expert_offset=torch.tensor([0, 3, 2, 9, 12]).int())),
             r"routing.expert_offset: expected to rise from 0 to T\*k = 12, got \[0, 3, 2, 9, 12\]",
         ),

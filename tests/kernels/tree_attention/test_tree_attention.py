@@ -186,3 +186,16 @@ def test_arguments_are_checked():
         tree_attention(q, k, k, layout, impl="nope")
     with pytest.raises(ValueError, match="expected auto or one of"):
         tree_attention(q, k, k, layout, impl="triton")
+
+
+@pytest.mark.parametrize("which, value", [(0, float("nan")), (0, float("inf")), (1, float("nan"))], ids=str)
+@pytest.mark.parametrize("layout", [([4], [-1]), ([3, 4, 5], [-1, 0, 0])], ids=str)
+def test_what_is_not_finite_shows_where_the_definition_shows_it(layout, which, value):
+    """Torch's causal attention on a CPU gives 0 where all scores are NaN, and NaN weights a finite loss."""
+    layout = TreeLayout.build(*layout)
+    for row in range(layout.num_tokens):
+        tensors = [torch.randn(layout.num_tokens, heads, 8) for heads in (4, 2, 2)]
+        tensors[which][row, 0, 0] = value
+        got, exact = (tree_attention(*tensors, layout, impl=impl) for impl in ("sdpa", "reference"))
+        assert exact[row].isnan().any() and got[exact.isnan()].isnan().all()
+        assert not got[: row - 5 if row > 6 else 0].isnan().any()  # no segment before its own
