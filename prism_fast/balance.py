@@ -225,19 +225,6 @@ def deal_groups(costs: Sequence[float], samples: int, world: int) -> list[list[t
     return [sorted(parts) for parts in dealt]
 
 
-def max_over_mean(values: Sequence[float]) -> float | None:
-    """How much more than the mean the busiest rank has: 1 where all are equal; `metric_names.RANKS`.
-
-    ``values``: of every rank, in one order everywhere. None, as there is nothing to measure, in one process or where
-    all values are 0.
-
-    >>> max_over_mean([3.0, 1.0])
-    1.5
-    """
-    total = math.fsum(values)
-    return max(values) * len(values) / total if len(values) > 1 and total > 0 else None
-
-
 def _check(name: str, costs: Sequence[float], world: int) -> None:
     if world < 1:
         raise ValueError(f"world: got {world}, expected at least 1 process")

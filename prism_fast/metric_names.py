@@ -6,8 +6,9 @@ to measure is absent.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SIDES = ("perception", "reasoning")  # the two parts of a response that have a score each
 
@@ -78,7 +79,7 @@ GRAD_NORM = Whole("grad_norm")  # L2, before clipping
 TOKENS_PER_SECOND = Whole("tokens_per_second")  # of all parts of a step together, from their reduced values
 
 # Runs of several processes alone: the largest of any rank over the mean of ranks, of a whole step; 1 is even. From the
-# values of all ranks by balance.max_over_mean, so known on every rank alike.
+# values of all ranks by `max_over_mean`, so known on every rank alike.
 RANKS = {of: Whole(f"balance/{of}") for of in ("cpu_seconds", "sampled_tokens")}
 
 # Responses
@@ -143,6 +144,19 @@ def seconds(part: str) -> Metric:
 
 def tokens(part: str) -> Metric:
     return Sum(f"{TOKENS}{part}")
+
+
+def max_over_mean(values: Sequence[float]) -> float | None:
+    """How much more than the mean the busiest rank has: 1 where all are equal; `RANKS`.
+
+    ``values``: of every rank, in one order everywhere. None, as there is nothing to measure, in one process or where
+    all values are 0.
+
+    >>> max_over_mean([3.0, 1.0])
+    1.5
+    """
+    total = math.fsum(values)
+    return max(values) * len(values) / total if len(values) > 1 and total > 0 else None
 
 
 def expert_load(layer: int, kind: str, expert: int) -> Metric:

@@ -190,8 +190,11 @@ class Packs(Sequence[PackedTree]):
         return torch.tensor([b if tree.labels is None else tree.labels[b] for tree, b in found], dtype=torch.int64)
 
 
-def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> Packs:
+def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens, *, multiple: int = 1) -> Packs:
     """Packs of at most ``capacity`` tokens that hold every branch of every tree (a split tree repeats its root).
+
+    ``multiple``: of how many their number is, as far as there are branches: for processes that take equally many. Trees
+    are then split more often, which costs their roots again and leaves no process idle.
 
     Raises DataError, naming the prompt's file and record, where one root with one branch does not fit.
     """
@@ -207,7 +210,8 @@ def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens) -> Packs:
                 f"not fit in a pack of {capacity}; raise run.tokens_per_pack, lower the limits of lengths, or remove "
                 "the record"
             )
-    parts = pack_trees(sizes, capacity, together=[tree.together for tree in trees])
+    together = [tree.together for tree in trees]
+    parts = pack_trees(sizes, capacity, together=together, num_packs_multiple=multiple, split_for_multiple=multiple > 1)
     return Packs(trees, [part for part in parts if part], image)
 
 

@@ -152,6 +152,7 @@ class Rollout:
     logprob: Sequence[Tensor]  # B x (L_i,) fp32, of the distribution that was sampled from
     text: Sequence[str]  # B, end-of-turn removed
     finished: Tensor  # (B,) bool: stopped at end-of-turn before the length limit
+    tokens_by_rank: tuple[int, ...] = ()  # that each process sampled, of all that were sampled for it
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -177,6 +178,7 @@ class Rollout:
             logprob=[self.logprob[i] for i in rows],
             text=[self.text[i] for i in rows],
             finished=self.finished[rows],
+            tokens_by_rank=self.tokens_by_rank,
         )
 
     def rows_of_groups(self, groups: Sequence[int]) -> list[int]:
@@ -194,6 +196,7 @@ class Rollout:
             logprob=[x for r in rollouts for x in r.logprob],
             text=[x for r in rollouts for x in r.text],
             finished=torch.cat([r.finished for r in rollouts]),
+            tokens_by_rank=tuple(map(sum, zip(*(r.tokens_by_rank for r in rollouts)))),
         )
 
     def fault(self) -> str | None:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prism_fast.balance import Dimensions
 from prism_fast.data.chat_files import brief, one_line
 from prism_fast.models.blocks import (
     Attend,
@@ -122,6 +123,13 @@ class TreeModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the model's weights; see ``always_fp32``."""
         return self.model.dtype
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """What the cost of a pack depends on."""
+        return Dimensions.of(
+            self.model.config, frozen_vision=not any(p.requires_grad for p in self.visual.parameters())
+        )
 
     def gathered_at_once(self) -> tuple[type, ...]:
         """Classes of the modules that are gathered in one piece, and called as a whole, where weights are sharded."""

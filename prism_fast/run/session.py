@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, WarmupConfig, WatchConfig
 from prism_fast.files import system_reason, write_aside, write_json
@@ -128,6 +129,7 @@ class Session:
         self._notes: list[str] = []  # warnings from before there was a monitor
         self._changed: list[str] = []  # since the checkpoint, and accepted
         self._skipped = 0  # updates in a row
+        self._cpu_seconds = 0.0  # of this process, when a step last ended
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -248,6 +250,7 @@ class Session:
             raise DataError(f"{self._checkpoint}: is past the {total} steps of this run; set at least steps={first}")
         with ranks.together():
             self._open_records(total, first)
+        self._cpu_seconds = time.process_time()
         if self.resume and self._checkpoint is None:
             self._notes.append("nothing was saved before; begins at step 0")
         for text in (*self._notes, *(f"resumed with other settings: {text}" for text in self._changed)):
@@ -306,7 +309,7 @@ class Session:
         not finite, so that an update was skipped. Raises, after saving, Stopped where a signal asked for it, DataError
         where ``max_skipped_updates`` in a row were skipped. A checkpoint that cannot be written is a warning.
         """
-        self._heed_others()
+        metrics = metrics | self._heed_others()
         stats = StepStats(step, metrics, clock.seconds, tokens)
         self._monitor.step(stats)
         alerts = self._watch.observe(stats) if self._watch is not None else []
@@ -338,11 +341,16 @@ class Session:
                 raise DataError(f"stopped by {signal.Signals(self._signum).name} at step {step}; {unsaved}")
             raise Stopped(self._signum, Path(saved))
 
-    def _heed_others(self) -> None:
-        """Says that this process gets on, and takes over a signal that only another one was sent."""
+    def _heed_others(self) -> dict[str, float]:
+        """Says that this process gets on, takes over a signal that only another one was sent, and compares work."""
         ranks.alive(self.settings.cluster.timeout_minutes)
-        if ranks.world() > 1:
-            self._signum = max(signum or 0 for signum in ranks.gather(self._signum)) or None
+        before, self._cpu_seconds = self._cpu_seconds, time.process_time()
+        if ranks.world() == 1:
+            return {}
+        signums, seconds = zip(*ranks.gather([self._signum or 0, self._cpu_seconds - before]))
+        self._signum = max(signums) or None
+        even = names.max_over_mean(seconds)
+        return {} if even is None else {names.RANKS["cpu_seconds"]: even}
 
     def _is_time(self, step: int, every: int) -> bool:
         """Every ``every`` steps, and at the end."""

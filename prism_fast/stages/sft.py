@@ -11,10 +11,9 @@ from prism_fast.data.encode import NO_RECORDS, demonstration, encode_all
 from prism_fast.data.formats import read_sft
 from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, collected, open_policy
-from prism_fast.pack import pack
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.evaluate import evaluator
-from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
+from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import open_updater
 
 
@@ -40,8 +39,7 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
             clock, warnings, fault = Clock(), [], None
             with clock("data"):
                 picked = order(len(data), config.run.seed, step * config.batch_size, config.batch_size)
-                trees = demonstration_trees(encode_all(data, picked, encode))
-                packs = pack(trees, config.run.tokens_per_pack, policy.image)
+                packs = demonstration_packs(encode_all(data, picked, encode), config.run.tokens_per_pack, policy.image)
             metrics: dict[str, float] = {names.LEARNING_RATE: updater.lr}
             if not packs:
                 warnings.append(NO_RECORDS)

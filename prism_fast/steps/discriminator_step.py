@@ -10,13 +10,15 @@ from torch import Tensor
 
 from prism_fast import metric_names as names
 from prism_fast import ranks
+from prism_fast.balance import SPARE
 from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
 from prism_fast.pack import Packs, Tree, pack
 from prism_fast.records import Lesson, Rollout, Scores
 from prism_fast.response_format import split_parts
+from prism_fast.steps.experience import sampling_balance
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.own_packs import SPARE, own_packs
+from prism_fast.steps.own_packs import own_packs
 from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
 from prism_fast.steps.update import Backprop
@@ -75,7 +77,7 @@ def discriminator_gradient(
     """
     discriminator = updater.module
     trees, labels = discriminator_trees(lessons, rollout, parts)
-    packs = pack(trees, tokens_per_pack, discriminator.image)
+    packs = pack(trees, tokens_per_pack, discriminator.image, multiple=ranks.world())
     valid = labels.student[0] >= 0
     valid_total = int(valid.sum())
     uncounted = _uncounted(packs, labels, rollout.group.bincount(minlength=len(lessons)))
@@ -163,7 +165,7 @@ def response_metrics(rollout: Rollout, scores: Scores, accuracy: Tensor | None, 
         names.FORMAT_VALID: float(scores.format_valid.float().mean()),
         names.RESPONSE_LENGTH: rollout.mean_length,
     }
-    metrics |= part_lengths(rollout, chat)
+    metrics |= part_lengths(rollout, chat) | sampling_balance(rollout)
     return metrics if accuracy is None else {**metrics, names.ACCURACY: float(accuracy.mean())}
 
 

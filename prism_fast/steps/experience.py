@@ -56,7 +56,14 @@ def experience_metrics(batch: Experience) -> dict[str, float]:
         names.RESPONSE_LENGTH: batch.rollout.mean_length,
         names.JUDGE_LATE: float(batch.late),
         names.JUDGE_COSTLY: float(batch.costly),
+        **sampling_balance(batch.rollout),
     }
+
+
+def sampling_balance(rollout: Rollout) -> dict[str, float]:
+    """How evenly the processes sampled; absent in one."""
+    even = names.max_over_mean(rollout.tokens_by_rank)
+    return {} if even is None else {names.RANKS["sampled_tokens"]: even}
 
 
 def rewards_of(

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from prism_fast import metric_names as names
 from prism_fast import ranks
+from prism_fast.balance import SPARE
 from prism_fast.pack import Packs, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, PairRecord
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.own_packs import SPARE, own_packs
+from prism_fast.steps.own_packs import own_packs
 from prism_fast.steps.pair_loss import bradley_terry
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
 from prism_fast.steps.update import Backprop

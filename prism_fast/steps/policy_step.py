@@ -9,10 +9,11 @@ from torch import Tensor
 
 from prism_fast import metric_names as names
 from prism_fast import ranks
+from prism_fast.balance import SPARE
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, Rollout
-from prism_fast.steps.own_packs import SPARE, own_packs
+from prism_fast.steps.own_packs import own_packs
 from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
 
@@ -45,7 +46,8 @@ def policy_gradient(
     """
     policy: Policy = updater.module
     every = objective.kl_coef != 0 or objective.entropy_coef != 0
-    packs = pack(response_trees(rollout, None if every else advantages != 0), tokens_per_pack, policy.image)
+    trees = response_trees(rollout, None if every else advantages != 0)
+    packs = pack(trees, tokens_per_pack, policy.image, multiple=ranks.world())
     normalizer = rollout.num_tokens if objective.aggregate == "token_mean" else len(rollout)
     device = policy.device
     loss, measured = torch.zeros((), device=device), []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_fast import ranks
+from prism_fast.balance import deal_groups
 from prism_fast.config import Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
@@ -126,7 +127,9 @@ def generate(
     samples, limit = sampling.samples, sampling.max_response_tokens
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand((len(prompts) * samples, limit), generator=generator, dtype=torch.float64)
-    own = [Share(group, 0, samples) for group in range(ranks.rank(), len(prompts), ranks.world())]
+    world = ranks.world()
+    shares = deal_groups([len(p) for p in prompts] if world > 1 else [1] * len(prompts), samples, world)
+    own = [Share(*share) for share in shares[ranks.rank()]]
     index: list[int] = []  # of this process's responses
     ids: list[Tensor] = []
     logprobs: list[Tensor] = []
@@ -149,6 +152,10 @@ def generate(
         logprob=logprobs,
         text=[chat.decode(x) for x in ids],
         finished=torch.tensor([bool(len(x)) and int(x[-1]) == chat.end_of_turn_id for x in ids], dtype=torch.bool),
+        tokens_by_rank=tuple(
+            sum(len(ids[group * samples + first + i]) for group, first, number in share for i in range(number))
+            for share in shares
+        ),
     )
 
 

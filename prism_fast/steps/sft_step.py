@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prism_fast import ranks
-from prism_fast.pack import KIND_RESPONSE, Packs, Tree, merge_prompts
+from prism_fast.pack import KIND_RESPONSE, ImageTokens, Packs, Tree, merge_prompts, pack
 from prism_fast.records import Prompt
 from prism_fast.steps.own_packs import own_packs
 from prism_fast.steps.update import Backprop
@@ -25,6 +25,13 @@ def demonstration_trees(demonstrations: Sequence[tuple[Prompt, Tensor]]) -> list
         Tree(prompt, [demonstrations[i][1] for i in numbers], [KIND_RESPONSE] * len(numbers), numbers)
         for prompt, numbers in zip(distinct, members)
     ]
+
+
+def demonstration_packs(
+    demonstrations: Sequence[tuple[Prompt, Tensor]], tokens_per_pack: int, image: ImageTokens
+) -> Packs:
+    """The packs of a batch, of none where it is empty."""
+    return pack(demonstration_trees(demonstrations), tokens_per_pack, image, multiple=ranks.world())
 
 
 def supervised_gradient(policy: Backprop, packs: Packs) -> float:

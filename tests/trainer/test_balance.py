@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from prism_fast.balance import SPARE, Dimensions, Work, deal, deal_groups, max_over_mean, pack_cost
+from prism_fast.balance import SPARE, Dimensions, Work, deal, deal_groups, pack_cost
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, ImageTokens, Tree, pack
@@ -202,15 +202,3 @@ def test_the_published_job_on_eight_ranks():
 
 
 # ---- how even it was
-
-
-@given(st.lists(st.floats(1, 1e6), min_size=2, max_size=9))
-def test_max_over_mean_is_between_one_and_the_number_of_ranks(values):
-    found = max_over_mean(values)
-    assert found is not None and 1 - 1e-9 <= found <= len(values)
-    assert found == pytest.approx(max(values) / (sum(values) / len(values)))
-
-
-def test_nothing_to_measure():
-    assert max_over_mean([2.0, 2.0]) == 1.0 and max_over_mean([4.0, 0.0]) == 2.0
-    assert max_over_mean([5.0]) is None and max_over_mean([]) is None and max_over_mean([0.0, 0.0]) is None

@@ -59,3 +59,19 @@ def test_names_are_found_with_their_reductions():
     for other in ("entropi", "seconds/coffee", "tokens/data", "expert_load/x/y/3", "expert_load/1/2", "eval/pass_at_k"):
         assert names.find(other) is None, other
     assert all(name == str(metric) for name, metric in names.DECLARED.items())
+
+
+@given(st.lists(st.floats(1, 1e6), min_size=2, max_size=9))
+def test_max_over_mean_is_between_one_and_the_number_of_ranks(values):
+    found = names.max_over_mean(values)
+    assert found is not None and 1 - 1e-9 <= found <= len(values)
+    assert found == pytest.approx(max(values) / (sum(values) / len(values)))
+
+
+def test_one_process_has_no_balance_to_measure():
+    assert names.max_over_mean([2.0, 2.0]) == 1.0 and names.max_over_mean([4.0, 0.0]) == 2.0
+    assert (
+        names.max_over_mean([5.0]) is None
+        and names.max_over_mean([]) is None
+        and names.max_over_mean([0.0, 0.0]) is None
+    )
