@@ -107,8 +107,8 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
         ids.append(root.input_ids)
         positions.append(root_positions)
         kinds.append(torch.where(is_image, KIND_IMAGE, KIND_PROMPT).to(torch.int32))
-        if root.pixel_values is not None:
-            pixels.append(root.pixel_values)
+        if root.image_grid_thw is not None:
+            pixels.append(root.pixels())
             grids.append(root.image_grid_thw)
             image_rows.append(is_image.nonzero().flatten() + row)
         lengths.append(len(root))

@@ -9,7 +9,7 @@ Dimensions: T tokens of a pack, P prompt tokens, S segments, R predicted tokens,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,16 @@ class ImageRef:
     path: Path | None = None
 
 
+class Seen(NamedTuple):
+    """Of a prompt whose images one process has decoded, what the others need to plan with it.
+
+    >>> Seen(grid=[[1, 8, 12]], key=prompt.key)
+    """
+
+    grid: list[list[int]]  # Prompt.image_grid_thw
+    key: bytes  # Prompt.key
+
+
 @dataclass(frozen=True)
 class Sample:
     """One validated record of any of the four published files (docs/method.md 6). Fields a format lacks are None.
@@ -62,6 +72,7 @@ class Sample:
     equivalents: tuple[str, ...] = ()  # reward_model.equivalent_answers
     question_type: str = "all"  # extra_info.question_type where there is one, else data_source
     data_source: str = ""
+    seen: Seen | None = None  # what another process has found out about the prompt's images
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,14 @@ class Prompt:
     image_grid_thw: Tensor | None  # (images, 3) int64, in patches
     key: bytes = b""
     place: str = ""  # "file:record" of the sample, for messages to a person
+    decode: Callable[[], Tensor] | None = None  # gives the pixels, where another process has looked at them
 
     def __len__(self) -> int:
         return self.input_ids.numel()
+
+    def pixels(self) -> Tensor | None:
+        """``pixel_values``, decoded now where this process does not hold them. May raise DataError."""
+        return self.pixel_values if self.decode is None else self.decode()
 
 
 @dataclass(frozen=True)

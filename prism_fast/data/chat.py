@@ -118,9 +118,12 @@ class Chat:
                 f"{sample.place}: messages: the chat template refuses them ({brief(error)});"
                 " keep to its roles and their order"
             ) from error
-        pixels = grid = None
-        if sample.images:
+        pixels = grid = decode = None
+        if sample.images and sample.seen is not None:
+            grid, decode = torch.tensor(sample.seen.grid), lambda: self._pixels(sample)[0]
+        elif sample.images:
             pixels, grid = self._pixels(sample)
+        if grid is not None:
             text = self._expand(text, grid, sample.place)
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
         if max_tokens is not None and len(ids) > max_tokens:
@@ -128,7 +131,8 @@ class Chat:
                 f"{sample.place}: prompt: {len(ids)} tokens are over the limit of {max_tokens};"
                 " raise the limit, shorten the text or make the images smaller"
             )
-        return Prompt(ids, pixels, grid, _key(ids, pixels, grid), sample.place)
+        key = _key(ids, pixels, grid) if decode is None else sample.seen.key
+        return Prompt(ids, pixels, grid, key, sample.place, decode)
 
     def encode_part(self, text: str) -> Tensor:
         """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""

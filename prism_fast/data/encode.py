@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from prism_fast import ranks
 from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import Dataset
-from prism_fast.records import DataError, Lesson, PairRecord, Prompt, Sample
+from prism_fast.records import DataError, Lesson, PairRecord, Prompt, Sample, Seen
 
 T = TypeVar("T")
 E = TypeVar("E", Prompt, PairRecord)
@@ -20,16 +22,59 @@ HELD_BYTES = 1 << 30  # pixels of encoded records that a set for evaluation keep
 NO_RECORDS = "every record of the step is bad; no update was made"  # what a stage says of such a step
 
 
-def encode_all(data: Dataset, picked: list[int], encode: Callable[[Sample], T]) -> list[T]:
+def encode_all(data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T]) -> list[T]:
     """``encode`` of the picked records; empty where all are bad. A bad one raises, or is counted where
-    skip_bad_records allows it."""
+    skip_bad_records allows it.
+
+    Several processes look at a part of the records' images each, and tell the others what they need for the plan of a
+    batch: sizes, keys and faults. Who then needs an image decodes it (`Prompt.pixels`).
+    """
+    return [made for _, made in _encoded(data, picked, encode)]
+
+
+def _encoded(data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T]) -> list[tuple[int, T]]:
+    """(index, what it was encoded to) of the good records among those picked."""
+    if ranks.world() > 1:
+        return _encoded_apart(data, picked, encode)
     made = []
     for index in picked:
         try:
-            made.append(encode(data[index]))
+            made.append((index, encode(data[index])))
         except DataError as error:
             data.skip(index, error)
     return made
+
+
+def _encoded_apart(data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T]) -> list[tuple[int, T]]:
+    mine: dict[int, T] = {}
+    told: dict[int, Any] = {}  # by position: a fault, or what there is to see of a prompt's images
+    for position in range(ranks.rank(), len(picked), ranks.world()):
+        try:
+            mine[position] = encode(data[picked[position]])
+            prompt = _prompt(mine[position])
+            grid = None if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
+            told[position] = {"grid": grid, "key": prompt.key.hex()}
+        except DataError as error:
+            told[position] = str(error)
+    found = {int(position): what for part in ranks.gather(told) for position, what in part.items()}
+    made = []
+    for position, index in enumerate(picked):
+        what = found[position]
+        if isinstance(what, str):
+            data.skip(index, DataError(what))
+        elif position in mine:
+            made.append((index, mine[position]))
+        else:
+            seen = None if what["grid"] is None else Seen(what["grid"], bytes.fromhex(what["key"]))
+            made.append((index, encode(replace(data[index], seen=seen))))
+    return made
+
+
+def _prompt(made: Any) -> Prompt:
+    """The prompt of what a record was encoded to."""
+    if isinstance(made, tuple):
+        return next(part for part in made if isinstance(part, Prompt))
+    return made if isinstance(made, Prompt) else made.prompt
 
 
 class Held(Sequence[E]):
@@ -43,16 +88,16 @@ class Held(Sequence[E]):
         self._data, self._encode = data, encode
         self.index: list[int] = []  # of the records in ``data``
         self._kept: list[E] = []
-        room = HELD_BYTES
-        for index in picked:
-            if len(self.index) == limit:
-                break
-            for made in encode_all(data, [index], encode):
-                prompt = made if isinstance(made, Prompt) else made.prompt
-                room -= 0 if prompt.pixel_values is None else prompt.pixel_values.nbytes
+        room, rest = HELD_BYTES, list(picked)
+        while rest and len(self.index) != limit:
+            several = min(ranks.world(), len(rest) if limit is None else limit - len(self.index))
+            for index, made in _encoded(data, rest[:several], encode):
+                pixels = _prompt(made).pixel_values
+                room -= 0 if pixels is None else pixels.nbytes
                 if room >= 0:
                     self._kept.append(made)
                 self.index.append(index)
+            rest = rest[several:]
 
     def __len__(self) -> int:
         return len(self.index)
