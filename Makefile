@@ -1,4 +1,4 @@
-# Targets: make setup | demo | test | test-portable | lint | fuzz | bench | gate | gpu | clean
+# Targets: make setup | demo | test | test-portable | test-cluster | lint | fuzz | bench | gate | gpu | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable lint fuzz bench gate gpu clean
+.PHONY: setup demo test test-portable test-cluster lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,10 @@ test-portable: setup
 	done; \
 	if [ -n "$$failed" ]; then echo "test-portable: failed under$$failed"; exit 1; fi; \
 	echo "test-portable: passed under $(OTHER_CPUS)"
+
+# Every form of sharding against one process, in every stage and awkward case, with faults put in: some 20 minutes.
+test-cluster: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster --timeout 1800 tests/cluster
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from prism_fast import DataError
 
 UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer brings
 
+OTHERS_WAIT = 10.0  # seconds
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # what to write
 
 
@@ -45,16 +47,17 @@ def _one_line() -> Iterator[None]:
         text = str(error)
         if isinstance(error, UsageError):
             text = _usage(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        _complain(f"error: {' '.join(text.split())}")
         sys.exit(2)
     except OSError as error:
         if error.errno not in REFUSED:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}; free space there, or choose another folder", file=sys.stderr)
+        _complain(f"error: {place}{error.strerror}; free space there, or choose another folder")
         sys.exit(2)
     except _stopped() as stop:
-        print(str(stop), file=sys.stderr)
+        if not _rank():  # all processes have stopped together
+            print(str(stop), file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
@@ -69,6 +72,27 @@ def _usage(error: Any) -> str:
     plain = ", and write settings without dashes, as in run.seed=1"
     hint = plain if hasattr(error, "option_name") and "overrides" in takes else ""
     return f"{command}: {said}; see {command} --help{hint}"
+
+
+def _complain(text: str) -> None:
+    """One line on stderr. Of several processes that end alike the first one tells, and whoever started them ends the
+    others; one that fails alone tells by itself."""
+    if rank := _rank():
+        time.sleep(OTHERS_WAIT)
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr)
+
+
+def _rank() -> int:
+    """Of this process among those of its run. Where nothing is said of others, torch is not loaded to find out."""
+    if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        return 0
+    from prism_fast import ranks
+
+    try:
+        return ranks.place(os.environ).rank
+    except DataError:  # which is told already
+        return 0
 
 
 def _stopped() -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prism_fast.balance import Dimensions
-from prism_fast.data.chat_files import brief, one_line
+from prism_fast.data.chat_files import brief, one_line, quiet
 from prism_fast.models.blocks import (
     Attend,
     ReadOut,
@@ -175,11 +175,23 @@ class TreeModel(nn.Module):
         )
 
 
-def inner(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """Of a TreeModel's weights those of its transformers model, by that model's names."""
-    if weights is None:
-        return None
-    return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+def save_model(model: PreTrainedModel, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Writes a Hugging Face directory of the transformers model inside a TreeModel.
+
+    ``weights``: whole ones by the TreeModel's names, where the model holds only parts of them. It is then written by a
+    model without storage, as transformers looks at shapes to undo the conversions of loading.
+    """
+    with quiet():
+        if weights is None:
+            model.save_pretrained(path)
+            return
+        with torch.device("meta"):
+            shapes = type(model)(model.config)
+        shapes.generation_config = model.generation_config
+        if hasattr(model, "_weight_conversions"):
+            shapes._weight_conversions = model._weight_conversions
+        own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        shapes.save_pretrained(path, state_dict=own)
 
 
 def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-from prism_fast.data.chat_files import quiet
-from prism_fast.models.backbone import TreeModel, inner, load_model, local_directory
+from prism_fast.models.backbone import TreeModel, load_model, local_directory, save_model
 from prism_fast.models.blocks import ReadOut, Recompute
 from prism_fast.models.checkpoint_layouts import HEAD_FILE, HEAD_KEYS, read_head, settle_square_experts
 from prism_fast.records import DataError, Judgement, PackedTree
@@ -78,8 +77,7 @@ class Discriminator(TreeModel):
 
         ``weights``: see `models.load.with_chat`.
         """
-        with quiet():
-            self.model.save_pretrained(path, state_dict=inner(weights))
+        save_model(self.model, path, weights)
         head = (self.head if weights is None else weights["head"]).detach().float()
         save_file({HEAD_KEYS[0]: head.reshape(1, -1).cpu().contiguous()}, Path(path) / HEAD_FILE)
 

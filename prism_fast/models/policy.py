@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
-from prism_fast.data.chat_files import quiet
-from prism_fast.models.backbone import TreeModel, inner, load_model
+from prism_fast.models.backbone import TreeModel, load_model, save_model
 from prism_fast.models.blocks import Attend, Recompute, run_layers
 from prism_fast.records import PackedTree
 
@@ -94,5 +93,4 @@ class Policy(TreeModel):
 
     def save(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """A Hugging Face directory; ``weights``: see `models.load.with_chat`."""
-        with quiet():
-            self.model.save_pretrained(path, state_dict=inner(weights))
+        save_model(self.model, path, weights)

@@ -1,6 +1,6 @@
 """Which packs of a batch this process computes, in which order.
 
-Every process holds the plan of the whole batch, so that denominators are those of one process by construction. The packs
+Every process holds the plan of the whole batch, so that denominators are those of one process by construction. Packs
 are dealt by their true cost. Where an engine shards weights or gradients, its processes call their model equally often,
 and run every submodule in each call: one that has no pack left takes a spare one, and a pack without images a blank
 image, whose gradients are exactly 0 (not 0 times something, which would let a NaN through).

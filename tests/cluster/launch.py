@@ -41,7 +41,8 @@ def launch(
 ) -> list[subprocess.CompletedProcess[str]]:
     """``python COMMAND`` in ``world`` processes (0: one, by itself); their ends, by rank.
 
-    What outlives ``seconds``, or another's failure by 20 s, is killed: its stacks are printed, its status negative.
+    As under torchrun the others are ended when one fails; what outlives ``seconds``, or that by 15 s, is killed, and its
+    stacks are printed.
     """
     port = free_port()
     started = [
@@ -56,9 +57,12 @@ def launch(
         for rank in range(max(1, world))
     ]
     end = time.monotonic() + seconds
+    failed = False
     while any(process.poll() is None for process in started) and time.monotonic() < end:
-        if any(process.poll() not in (None, 0) for process in started):
-            end = min(end, time.monotonic() + 20)
+        if not failed and any(process.poll() not in (None, 0) for process in started):
+            failed, end = True, min(end, time.monotonic() + 15)
+            for process in started:
+                process.terminate()
         time.sleep(0.05)
     for process in started:
         if process.poll() is None:

@@ -67,6 +67,7 @@ class Case:
     infinite: bool = False  # the first step's advantage of response 0
     sample: bool = False  # responses are sampled before each step
     resident: bool = False  # count weights that are there inside of a layer, and after a step
+    offload: bool = False  # the optimizer's state is on the host
     break_lockstep: str = ""  # mutations: "blank", "spare", "module"
     options: dict[str, Any] = field(default_factory=dict)  # of cluster.deepspeed
 
@@ -149,12 +150,12 @@ def sampled(each: Updater, step: str) -> dict[str, Tensor]:
     sampling = Sampling(samples=4, max_response_tokens=6, rows_at_once=8)
     with each.gathered():
         made = generate(each.module, Letters(), prompts, sampling, seed=4)  # type: ignore[arg-type]
-    sums = [value.double().abs().sum() for _, value in each.stream()]
+    sums = {f"figure.stream.{name}.{step}": value.double().abs().sum() for name, value in each.stream()}
     return {
         f"sampled.ids.{step}": torch.cat(list(made.response_ids)),
         f"sampled.lengths.{step}": torch.tensor([len(x) for x in made.response_ids]),
         f"figure.logprob.{step}": torch.cat(list(made.logprob)),
-        f"figure.stream.{step}": torch.stack(sums),
+        **sums,
     }
 
 
@@ -204,7 +205,7 @@ def _prepared(module: Any, case: Case) -> Any:
 
 def updater(case: Case, module: Any) -> Updater:
     cluster = ClusterConfig(sharding=case.form, deepspeed=case.options)
-    made = open_updater(module, OPTIMIZER, 10, cluster)
+    made = open_updater(module, OPTIMIZER.model_copy(update={"offload": case.offload}), 10, cluster)
     if case.break_lockstep == "module":
         made.engine = module
     if case.break_lockstep in ("blank", "spare"):

@@ -1,0 +1,126 @@
+"""Whole stages under the command line, in two processes against one: what they log, write and print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from prism_fast import metric_names as names
+from tests.cluster.launch import launch
+from tests.tiny_run import settings
+
+STAGES = ("sft", "warmup", "align", "rlvr")
+LIMIT = 1e-5
+# What is not the batch's, or is a difference of two numbers that are equal but for rounding.
+ASIDE = (names.SECONDS, "time", names.TOKENS_PER_SECOND, names.TOKENS, "balance/", "sampler_gap/")
+
+
+def run(stage: str, tree: dict[str, Any], world: int, *options: str) -> list[Any]:
+    """``prism-fast STAGE`` in ``world`` processes (0: one, by itself)."""
+    out = Path(tree["run"]["out"])
+    config = out.with_name(f"{out.name}.yaml")
+    config.write_text(yaml.safe_dump(tree))
+    ends = launch(["-m", "prism_fast", stage, "--config", str(config), *options], world)
+    said = "".join(f"\nrank {rank}: status {end.returncode}\n{end.stderr[-3000:]}" for rank, end in enumerate(ends))
+    assert not any(end.returncode for end in ends), said
+    return ends
+
+
+def tree(folder: Path, stage: str, out: Path, form: str = "none", **changes: Any) -> dict[str, Any]:
+    made = settings(folder, stage, out, steps=2, cluster={"sharding": form}, **changes)
+    for key in ("optimizer", "policy_optimizer", "discriminator_optimizer"):
+        if key in made:
+            made[key] = {"lr": 1e-4}
+    if stage == "rlvr":  # random weights answer nothing right: lengths decide
+        made["overlong"] = {"buffer": 10, "factor": 1.0}
+    return made
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(ASIDE)} for line in found]
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    """Figures within 1e-5 of their size, weights within 1e-5; the same files."""
+    for got, want in zip(lines(out), lines(alone), strict=True):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert got[name] == pytest.approx(value, rel=LIMIT, abs=1e-7), name
+    files = [sorted(p.relative_to(root) for p in root.rglob("*")) for root in (out / "final", alone / "final")]
+    assert files[0] == files[1]
+    for file in (alone / "final").rglob("*.safetensors"):
+        mine, theirs = load_file(out / "final" / file.relative_to(alone / "final")), load_file(file)
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name].shape == value.shape and float((mine[name] - value).abs().max()) <= LIMIT, name
+
+
+def compare(folder: Path, stage: str, form: str, where: Path) -> None:
+    where.mkdir(exist_ok=True)
+    alone, out = where / f"{stage}-alone", where / f"{stage}-{form}"
+    if not alone.exists():
+        run(stage, tree(folder, stage, alone), 0)
+    first, second = run(stage, tree(folder, stage, out, form), 2)
+    assert_same_run(out, alone)
+    assert second.stdout == second.stderr == ""  # the others are silent
+    assert "2 processes" in first.stdout and first.stdout.count("done:") == 1
+    written = sorted(path.name for path in out.glob("deepspeed*.json"))
+    both = ["deepspeed.json", "deepspeed_discriminator.json"] if stage == "align" else ["deepspeed.json"]
+    assert written == (both if form.startswith("zero") else [])
+
+
+def test_alignment_with_sharded_weights(tiny_folder, tmp_path):
+    compare(tiny_folder, "align", "zero3", tmp_path)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", ["none", "zero1", "zero2", "zero3", "fsdp2"])
+def test_every_stage(form, tiny_folder, tmp_path):
+    for stage in STAGES:
+        compare(tiny_folder, stage, form, tmp_path)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", ["none", "zero1", "zero2", "zero3", "fsdp2"])
+def test_a_resumed_run_equals_one_that_did_not_stop(form, tiny_folder, tmp_path):
+    """Saved by name after two steps, and gone on with for two more, by as many processes: the same bits."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    long = {**tree(tiny_folder, "align", whole, form), "steps": 4}
+    run("align", long, 2)
+    short = {**tree(tiny_folder, "align", parted, form), "steps": 2}
+    run("align", short, 2)
+    run("align", {**short, "steps": 4}, 2, "--resume")
+    for file in sorted((whole / "final").rglob("*.safetensors")):
+        mine, theirs = load_file(parted / "final" / file.relative_to(whole / "final")), load_file(file)
+        for name, value in theirs.items():
+            assert mine[name].equal(value), (file.name, name, float((mine[name] - value).abs().max()))
+
+
+def test_a_bad_record_of_one_process_is_told_once_and_ends_both(tiny_folder, tmp_path):
+    """One line of the first, nothing of the other; and with leave to skip it, a run as if it were not there."""
+    data = json.loads((tiny_folder / "data" / "sft.json").read_text())
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for record in data[:8]:
+        record["images"] = [str(tiny_folder / "data" / image) for image in record["images"]]
+    (folder / "torn.png").write_bytes(Path(data[1]["images"][0]).read_bytes()[:100])
+    data[1]["images"] = [str(folder / "torn.png")]
+    (folder / "sft.json").write_text(json.dumps(data[:8]))
+    made = tree(tiny_folder, "sft", tmp_path / "out", "zero2")
+    made |= {"data": {"files": [str(folder / "sft.json")]}, "batch_size": 8}
+    config = tmp_path / "sft.yaml"
+    config.write_text(yaml.safe_dump(made))
+    first, second = launch(["-m", "prism_fast", "sft", "--config", str(config)], 2)
+    assert first.returncode == 2 and second.returncode
+    assert first.stderr.count("error:") == 1 and "torn.png" in first.stderr and second.stderr == ""
+    (tmp_path / "out" / "metrics.jsonl").unlink(missing_ok=True)
+    made["data"]["skip_bad_records"] = 1
+    made["run"]["out"] = str(tmp_path / "skipped")
+    first, _ = run("sft", made, 2)
+    assert first.stdout.count("skipped: ") == 1

@@ -1,0 +1,179 @@
+"""Several processes against one: losses, norms, scores, gradients and weights of every stage's steps, in every form.
+
+Most of it takes minutes, and is run by ``make test-cluster``. Limits are the project's promise, 1e-5; where weights are
+bf16, sums of n gradients may differ by n roundings of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.cluster.launch import launch, play
+
+SCENARIO = "tests.cluster.steps_scenario"
+FORMS = ("none", "zero1", "zero2", "zero3", "fsdp2")
+LIMIT = 1e-5
+RESIDENT = {"zero_optimization": {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}}
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float = LIMIT) -> None:
+    """Figures relative to their size, gradients to their norm, weights as numbers; samples are the same tokens."""
+    missing = [name for name in expected if name not in found]
+    # A parameter that had no gradient has no moments in one process, and those of a gradient of 0 in DeepSpeed.
+    extra = [name for name in found if name not in expected and found[name].any()]
+    assert not missing and not extra, f"missing {missing[:3]}, extra {extra[:3]}"
+    for name, want in expected.items():
+        got, kind = found[name].double(), name.partition(".")[0]
+        want = want.double()
+        if kind == "sampled":
+            assert torch.equal(got, want), name
+        elif kind == "weight":
+            assert float((got - want).abs().max()) <= limit, f"{name}: {float((got - want).abs().max()):.1e}"
+        elif kind == "gradient" or (kind == "figure" and "sampler_gap/max" not in name):
+            assert torch.equal(got.isfinite(), want.isfinite()), name
+            got, want = got[got.isfinite()], want[want.isfinite()]
+            # A difference of log-probs of size 5 that is near 0 has their rounding.
+            floor = 5.0 if "gap" in name or "kl_ref" in name else 0.0
+            error = float((got - want).norm()) / max(float(want.norm()), floor, 1e-30)
+            assert error <= limit, f"{name}: {error:.1e}, {got.flatten()[:3]} for {want.flatten()[:3]}"
+
+
+def compare(cases: Sequence[Mapping[str, Any]], folder: Any, forms: Sequence[str] = FORMS, world: int = 2) -> None:
+    """Each case in each form, in one launch, against one process without a group."""
+    expected = play(SCENARIO, [{**case, "options": {}, "offload": False} for case in cases], 0, folder / "one")
+    both = [({"form": form, **case}, want) for case, want in zip(cases, expected) for form in forms]
+    for (case, want), got in zip(both, play(SCENARIO, [case for case, _ in both], world, folder / "many")):
+        try:
+            assert_equal(got, want)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+def test_every_form_equals_one_process(tmp_path):
+    """The alignment step on split groups, with responses sampled from gathered weights in between."""
+    compare([{"stage": "align", "sample": True}], tmp_path)
+
+
+def test_a_spare_pack_counts_nowhere(tmp_path):
+    """One pack for two processes; in the warm-up, a loss that is made of every output."""
+    compare([{"stage": "warmup", "tokens_per_pack": 4096}], tmp_path, ["none", "zero3"])
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", FORMS)
+def test_every_stage_and_objective(form, tmp_path):
+    cases = [{"stage": "sft"}, {"stage": "warmup"}, {"stage": "align"}]
+    cases += [{"stage": "rlvr", "objective": name} for name in ("grpo", "dapo", "gspo", "dr_grpo", "kl")]
+    compare(cases, tmp_path, [form])
+
+
+AWKWARD: dict[str, Mapping[str, Any]] = {
+    "no image at all": {"images": []},
+    "an image in one prompt": {"images": [3]},
+    "images everywhere": {"images": [0, 1, 2, 3]},
+    "no valid response": {"valid": [False] * 16},
+    "one prompt has valid responses": {"valid": [True] * 4 + [False] * 12},
+    "no advantage": {"no_advantage": list(range(16))},
+    "one response has an advantage": {"no_advantage": list(range(1, 16))},
+    "one pack": {"tokens_per_pack": 4096},
+    "checkpointing": {"checkpoint": True},
+    "frozen vision": {"freeze": ["vision"]},
+    "frozen vision and checkpointing": {"freeze": ["vision"], "checkpoint": True},
+    "frozen embeddings": {"freeze": ["embeddings"]},
+    "an untied head": {"tie": False},
+    "gradients thrown away": {"discard": "backward"},
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", FORMS)
+def test_awkward_cases(form, tmp_path):
+    compare([{"stage": "align", **case} for case in AWKWARD.values()], tmp_path, [form])
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", FORMS)
+def test_an_infinite_loss_in_one_process_skips_the_update_in_all(form, tmp_path):
+    """And the next step is right."""
+    compare([{"stage": "rlvr", "infinite": True}], tmp_path, [form])
+
+
+@pytest.mark.cluster
+def test_three_processes(tmp_path):
+    """Two packs for three, and groups that do not go evenly into them."""
+    cases = [{"stage": "align", "tokens_per_pack": 200, "sample": True}, {"stage": "warmup", "tokens_per_pack": 200}]
+    compare(cases, tmp_path, world=3)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", ["zero1", "zero2", "zero3"])
+def test_the_optimizer_on_the_host(form, tmp_path):
+    compare([{"stage": "align", "offload": True}], tmp_path, [form])
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_against_the_same_form_in_one_process(form, tmp_path):
+    """The same packs, so the same gradient of each; summed in another order.
+
+    A sum of n gradients in bf16 is within n units of 2^-8 of the sum of their sizes, and AdamW moves a weight by at
+    most lr a step, whatever the gradient: two steps of 1e-4, and a rounding of the weight. DeepSpeed and FSDP2 add up
+    in fp32.
+    """
+    case = {"stage": "sft", "dtype": "bfloat16", "form": form}
+    (one,) = play(SCENARIO, [case], 1, tmp_path / "one")
+    (two,) = play(SCENARIO, [case], 2, tmp_path / "two")
+    packs = 6
+    for name, want in one.items():
+        got, want = two[name].double(), want.double()
+        if name.startswith("gradient"):
+            error = float((got - want).norm() / want.norm())
+            assert error <= (packs * 2**-8 if form == "none" else 1e-4), f"{name}: {error:.1e}"
+        elif name.startswith("weight"):
+            assert float((got - want).abs().max()) <= 4e-4 + float(want.abs().max()) * 2**-8, name
+        elif name.endswith("loss.0"):
+            assert abs(float(got - want)) <= 1e-6 * abs(float(want)), name
+
+
+@pytest.mark.cluster
+def test_weights_are_really_sharded(tmp_path):
+    """Inside of a layer of ZeRO 3 there is that layer alone, and after a step nothing; FSDP2 keeps the root's too."""
+    cases = [{"stage": "align", "resident": True, "form": form} for form in ("none", "zero3", "fsdp2")]
+    cases[1]["options"] = RESIDENT
+    whole, zero3, fsdp2 = play(SCENARIO, cases, 2, tmp_path)
+    for step in range(2):
+        for model in ("policy", "discriminator"):
+            all_of_it = int(whole[f"resident.{model}.{step}"][0])
+            *inside, after = zero3[f"resident.{model}.{step}"].tolist()
+            assert after == 0 and max(inside) <= 0.3 * all_of_it, (model, step, inside, all_of_it)
+            *inside, after = fsdp2[f"resident.{model}.{step}"].tolist()
+            assert after <= 0.52 * all_of_it and max(inside) < 0.9 * all_of_it, (model, step, inside, all_of_it)
+
+
+MUTATIONS: dict[str, Mapping[str, Any]] = {
+    "blank": {"form": "zero3", "images": [0], "tokens_per_pack": 64},
+    "spare": {"form": "zero3", "tokens_per_pack": 4096},
+    "module": {"form": "zero3"},
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("rule", MUTATIONS)
+def test_each_rule_of_the_lockstep_is_needed(rule, tmp_path):
+    """Without a blank image, a spare pack, or the engine's own call, it fails, hangs, or computes something else."""
+    case = {"stage": "align", **MUTATIONS[rule]}
+    (expected,) = play(SCENARIO, [{**case, "form": "none"}], 0, tmp_path / "one")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    (folder / "cases.json").write_text(json.dumps([{**case, "break_lockstep": rule}]))
+    ends = launch(["-m", SCENARIO, str(folder)], 2, seconds=120)
+    if all(end.returncode == 0 for end in ends):
+        with pytest.raises(AssertionError):
+            assert_equal(load_file(folder / "0.safetensors"), expected)
