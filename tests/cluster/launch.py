@@ -41,8 +41,8 @@ def launch(
 ) -> list[subprocess.CompletedProcess[str]]:
     """``python COMMAND`` in ``world`` processes (0: one, by itself); their ends, by rank.
 
-    As under torchrun the others are ended when one fails; what outlives ``seconds``, or that by 15 s, is killed, and its
-    stacks are printed.
+    As under torchrun the others are ended when one fails. What outlives ``seconds``, or that by 15 s, is killed, and
+    prints its stacks.
     """
     port = free_port()
     started = [
