@@ -36,8 +36,10 @@ def tree(folder: Path, stage: str, out: Path, form: str = "none", **changes: Any
     for key in ("optimizer", "policy_optimizer", "discriminator_optimizer"):
         if key in made:
             made[key] = {"lr": 1e-4}
-    if stage == "rlvr":  # random weights answer nothing right: lengths decide
-        made["overlong"] = {"buffer": 10, "factor": 1.0}
+    if stage == "rlvr":  # random weights answer nothing right
+        function = folder / "letters.py"
+        function.write_text("def vowels(response, record, images):\n    return sum(map(response.count, 'aeiou')) / 10\n")
+        made["reward"] = {"function": f"{function}:vowels", "replaces": "reward"}
     return made
 
 
@@ -51,7 +53,9 @@ def assert_same_run(out: Path, alone: Path) -> None:
     for got, want in zip(lines(out), lines(alone), strict=True):
         assert got.keys() == want.keys()
         for name, value in want.items():
-            assert got[name] == pytest.approx(value, rel=LIMIT, abs=1e-7), name
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=LIMIT, abs=1e-7)
+            assert got[name] == expected, name
+        assert "warning" not in got, got
     files = [sorted(p.relative_to(root) for p in root.rglob("*")) for root in (out / "final", alone / "final")]
     assert files[0] == files[1]
     for file in (alone / "final").rglob("*.safetensors"):
