@@ -150,7 +150,8 @@ def test_only_the_named_files_touch_transformers_insides_and_deepspeed():
     assert {name for name in insides if not name.startswith("prism_fast/models/")} <= {
         "kernels/prism_kernels/integrations/transformers.py",
     }
-    assert importers(SOURCES, "deepspeed") <= {"prism_fast/steps/update.py"}
+    assert importers(SOURCES, "deepspeed") == {"prism_fast/steps/update.py"}
+    assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
     assert importers(KERNELS, "transformers") <= {"kernels/prism_kernels/integrations/transformers.py"}
 
 

@@ -38,7 +38,9 @@ def tree(folder: Path, stage: str, out: Path, form: str = "none", **changes: Any
             made[key] = {"lr": 1e-4}
     if stage == "rlvr":  # random weights answer nothing right
         function = folder / "letters.py"
-        function.write_text("def vowels(response, record, images):\n    return sum(map(response.count, 'aeiou')) / 10\n")
+        function.write_text(
+            "def vowels(response, record, images):\n    return sum(map(response.count, 'aeiou')) / 10\n"
+        )
         made["reward"] = {"function": f"{function}:vowels", "replaces": "reward"}
     return made
 
@@ -128,3 +130,15 @@ def test_a_bad_record_of_one_process_is_told_once_and_ends_both(tiny_folder, tmp
     made["run"]["out"] = str(tmp_path / "skipped")
     first, _ = run("sft", made, 2)
     assert first.stdout.count("skipped: ") == 1
+
+
+def test_one_process_has_no_group_and_no_deepspeed(tiny_folder, tmp_path):
+    """Nor does it load what would give it one."""
+    code = (
+        "import json, sys, torch.distributed\n"
+        "from tests.tiny_run import run_stage\n"
+        "run_stage('sft', json.loads(sys.argv[1]))\n"
+        "assert not torch.distributed.is_initialized() and 'deepspeed' not in sys.modules"
+    )
+    (end,) = launch(["-c", code, json.dumps(tree(tiny_folder, "sft", tmp_path / "out"))], 0)
+    assert end.returncode == 0, end.stderr
