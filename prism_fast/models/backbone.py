@@ -117,7 +117,7 @@ class TreeModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.text.rotary_emb.inv_freq.device  # a buffer: whoever shards weights leaves it where it is
+        return self.text.rotary_emb.get_buffer("inv_freq").device  # a buffer: whoever shards weights leaves it where it is
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +133,8 @@ class TreeModel(nn.Module):
 
     def gathered_at_once(self) -> tuple[type, ...]:
         """Classes of the modules that are gathered in one piece, and called as a whole, where weights are sharded."""
-        return TreeLayer, type(self.visual.blocks[0])
+        blocks: Any = self.visual.blocks
+        return TreeLayer, type(blocks[0])
 
     @property
     def text(self) -> TextModel:

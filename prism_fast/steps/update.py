@@ -298,12 +298,9 @@ class DeepSpeedUpdater(Updater):
             yield
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param
-
         if self.stage < 3:
             for name, value in super().stream():
-                wide = name in self.module.always_fp32 and name in self.names
-                yield name, safe_get_full_fp32_param(self.module.get_parameter(name)) if wide else value
+                yield name, self._exact(name, value)
             return
         import deepspeed
 
@@ -311,23 +308,26 @@ class DeepSpeedUpdater(Updater):
             with deepspeed.zero.GatheredParameters([p for _, p in unit]):
                 whole = [(name, p.detach().clone()) for name, p in unit]
             for name, value in whole:
-                wide = name in self.module.always_fp32 and name in self.names
-                yield name, safe_get_full_fp32_param(self.module.get_parameter(name)) if wide else value
+                yield name, self._exact(name, value)
+
+    def _exact(self, name: str, value: Tensor) -> Tensor:
+        """The fp32 master of a weight that is fp32 whatever the model's dtype, as the engine has rounded it."""
+        if name in self.module.always_fp32 and name in self.names:
+            return _whole("get_full_fp32_param", self.module.get_parameter(name))
+        return value
 
     def tensors(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         kept: dict[str, Tensor] = {}
         steps = [state["step"] for p in self._flat() if (state := self.optimizer.optimizer.state.get(p))]
         if steps:
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
             if name in self.mastered:
-                kept[f"master.{name}"] = safe_get_full_fp32_param(parameter)
+                kept[f"master.{name}"] = _whole("get_full_fp32_param", parameter)
             if steps:
                 kept[f"step.{name}"] = steps[0].detach().cpu().clone()
                 for key in ("exp_avg", "exp_avg_sq"):
-                    kept[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key)
+                    kept[f"{key}.{name}"] = _whole("get_full_optimizer_state", parameter, key)
         return kept
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
@@ -438,7 +438,9 @@ def import_deepspeed() -> Any:
         raise DataError(
             f"cluster.sharding: zero needs deepspeed ({error}); pip install 'prism-fast[cluster]', or take fsdp2"
         ) from error
-    if not hasattr(deepspeed.runtime.config, "get_managed_gradient_accumulation"):
+    from deepspeed.runtime import config
+
+    if not hasattr(config, "get_managed_gradient_accumulation"):
         raise DataError(f"deepspeed {deepspeed.__version__}: too old; pip install 'prism-fast[cluster]', or take fsdp2")
     # Compiled at the first start: it takes minutes, and leaves a lock that hangs the next start where it is killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -462,6 +464,16 @@ def _adamw(parameters: list[Tensor] | list[nn.Parameter], config: OptimizerConfi
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), foreach=True
     )
+
+
+def _whole(what: str, parameter: Tensor, *key: str) -> Tensor:
+    """DeepSpeed's ``safe_get_full_...`` of a parameter that it trains: a call of all processes."""
+    import deepspeed
+
+    value = getattr(deepspeed.utils, f"safe_{what}")(parameter, *key)
+    if value is None:
+        raise RuntimeError(f"deepspeed {deepspeed.__version__}: no {what} of a parameter; install the pinned version")
+    return value
 
 
 def _is_wide(tensor: Tensor) -> bool:

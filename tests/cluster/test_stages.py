@@ -85,23 +85,34 @@ def test_alignment_with_sharded_weights(tiny_folder, tmp_path):
     compare(tiny_folder, "align", "zero3", tmp_path)
 
 
-@pytest.mark.cluster
-@pytest.mark.parametrize("form", ["none", "zero1", "zero2", "zero3", "fsdp2"])
-def test_every_stage(form, tiny_folder, tmp_path):
-    for stage in STAGES:
-        compare(tiny_folder, stage, form, tmp_path)
+@pytest.fixture(scope="module")
+def alone(tiny_folder, tmp_path_factory):
+    """The folder of every stage's run in one process."""
+    where = tmp_path_factory.mktemp("alone")
+    play(where, [(stage, tree(tiny_folder, stage, where / stage), False) for stage in STAGES], 0)
+    return where
+
+
+def play(where: Path, runs: list[tuple[str, dict[str, Any], bool]], world: int) -> None:
+    """(stage, configuration, whether to resume), one after another in one launch."""
+    (where / "runs.json").write_text(json.dumps(runs))
+    ends = launch(["-m", "tests.cluster.stages_scenario", str(where)], world)
+    said = "".join(f"\nrank {rank}: status {end.returncode}\n{end.stderr[-3000:]}" for rank, end in enumerate(ends))
+    assert not any(end.returncode for end in ends), said
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("form", ["none", "zero1", "zero2", "zero3", "fsdp2"])
-def test_a_resumed_run_equals_one_that_did_not_stop(form, tiny_folder, tmp_path):
-    """Saved by name after two steps, and gone on with for two more, by as many processes: the same bits."""
+def test_every_stage_equals_one_process_and_resumes_bit_for_bit(form, tiny_folder, tmp_path, alone):
+    """Alignment also over four steps, and over two that are saved by name and gone on with: the same bits."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    long = {**tree(tiny_folder, "align", whole, form), "steps": 4}
-    run("align", long, 2)
-    short = {**tree(tiny_folder, "align", parted, form), "steps": 2}
-    run("align", short, 2)
-    run("align", {**short, "steps": 4}, 2, "--resume")
+    runs = [(stage, tree(tiny_folder, stage, tmp_path / stage, form), False) for stage in STAGES]
+    runs.append(("align", {**tree(tiny_folder, "align", whole, form), "steps": 4}, False))
+    short = tree(tiny_folder, "align", parted, form)
+    runs += [("align", short, False), ("align", {**short, "steps": 4}, True)]
+    play(tmp_path, runs, 2)
+    for stage in STAGES:
+        assert_same_run(tmp_path / stage, alone / stage)
     for file in sorted((whole / "final").rglob("*.safetensors")):
         mine, theirs = load_file(parted / "final" / file.relative_to(whole / "final")), load_file(file)
         for name, value in theirs.items():
