@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -80,10 +81,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def on_device_of(tensor: torch.Tensor) -> torch.cuda.device_of:
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Makes the GPU that holds ``tensor`` the current one: Triton launches on the current device, wherever its
-    arguments lie. Nothing for a CPU's."""
-    return torch.cuda.device_of(tensor)
+    arguments lie. Nothing for a CPU's, nor while torch.compile traces: an operator sets it when it runs."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(tensor)
 
 
 _OPS: dict[str, Op] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -18,6 +19,7 @@ _TYPES: dict[Any, str] = {  # of a schema, by annotation
     bool: "bool",
     int: "SymInt",
     str: "str",
+    list[int]: "SymInt[]",
 }
 
 
@@ -84,6 +86,30 @@ def _is_record(kind: Any) -> bool:
 def _schema(fields: dict[str, Any], returns: Any) -> str:
     arguments = [f"{_TYPES[kind]} {name}" for name, kind in fields.items()]
     return f"({', '.join(arguments)}) -> ({', '.join([_TYPES[kind] for kind in get_args(returns) or (returns,)])})"
+
+
+def check_first_derivative(what: str) -> None:
+    """For a backward that autograd could not differentiate again: with create_graph=True it runs with grad enabled.
+
+    While torch.compile traces a backward, grad is enabled for other reasons; compiled code refuses such a call itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what}: no second derivative (create_graph=True); use impl='reference' for one")
+
+
+def first_derivative(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the backward of a Function. Unlike torch's ``once_differentiable``, which gives a constant where the
+    upstream gradient is one, so that a penalty on a gradient would change nothing in silence."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def run(ctx: Any, *gradients: Any) -> Any:
+            check_first_derivative(op)
+            return backward(ctx, *gradients)
+
+        return run
+
+    return decorate
 
 
 def as_given(hidden: Tensor) -> torch.autocast:

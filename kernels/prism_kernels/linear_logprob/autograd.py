@@ -19,7 +19,6 @@ from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence
 from prism_kernels.linear_logprob.engine import GradientDtypes, Needs, Statistics, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import PolicyObjective
-from prism_kernels.linear_logprob.operators import check_once_differentiated
 from prism_kernels.linear_logprob.plan import make_plan
 from prism_kernels.linear_logprob.records import (
     CrossEntropyBatch,
@@ -30,7 +29,7 @@ from prism_kernels.linear_logprob.records import (
     PolicyBatch,
     PolicyLoss,
 )
-from prism_kernels.operators import as_given, operator
+from prism_kernels.operators import as_given, check_first_derivative, operator
 
 Batch = TypeVar("Batch", CrossEntropyBatch, PolicyBatch)
 
@@ -113,7 +112,7 @@ def _setup_logprob(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_logprob(
     ctx: Any, d_logprob: Tensor | None, d_logsumexp: Tensor | None, _: None, d_entropy: Tensor | None
 ):
-    check_once_differentiated()
+    check_first_derivative("linear_logprob")
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
     if d_logprob is None:
         d_logprob = torch.zeros_like(logprob)
@@ -158,7 +157,7 @@ def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
     than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and on a
     CPU, where looking waits for nothing, a factor of 1 is none.
     """
-    check_once_differentiated()
+    check_first_derivative("the losses of an LM head")
     last = _is_last_backward(d_loss)
 
     def times(gradient: Tensor) -> Tensor:
