@@ -73,6 +73,15 @@ class Operator:
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         torch.library.register_autograd(self.name, backward, setup_context=setup)
 
+    def constant(self) -> None:
+        """Nobody differentiates it: it is a backward, or its outputs carry no gradient."""
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.num_inputs = len(inputs)
+            ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+        self.differentiate(setup, lambda ctx, *_: (None,) * ctx.num_inputs)
+
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Decorates the function that the operator runs."""

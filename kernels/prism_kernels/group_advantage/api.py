@@ -193,6 +193,10 @@ def _(responses: Responses, rule: str, coefficients: Coefficients, chosen: str) 
     return responses.perception.new_empty(responses.perception.shape, dtype=torch.float32)
 
 
+_normalize.constant()
+_advantage.constant()
+
+
 def _check_row(name: str, value: Tensor, dtype: str | tuple[torch.dtype, ...] | None, peer: str, like: Tensor) -> None:
     """One value per response, on the same device."""
     check_tensor(name, value, {"B": like.shape[-1]}, dtype)

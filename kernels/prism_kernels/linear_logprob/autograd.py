@@ -130,6 +130,7 @@ def _backward_logprob(
     return (*(g if need else None for g, need in zip(gradients, needs)), *[None] * (ctx.num_inputs - 3))
 
 
+_logprob_backward.constant()
 _logprob.differentiate(_setup_logprob, _backward_logprob)
 
 

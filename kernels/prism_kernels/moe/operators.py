@@ -63,7 +63,7 @@ def _int32(like: Tensor, *shape: int) -> Tensor:
 
 
 def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments, impl: str) -> Routing:
-    index, weight, order, offset, counts, prob_sum, _ = _route(hidden, router_weight, arguments, impl)
+    weight, prob_sum, _, index, order, offset, counts = _route(hidden, router_weight, arguments, impl)
     return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum))
 
 
@@ -71,9 +71,11 @@ def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments, 
 def _route(
     hidden: Tensor, router_weight: Tensor, arguments: RouteArguments, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of a Routing, and the probabilities (T, E)."""
+    """weight, prob_sum, the probabilities (T, E); index, order, offset, counts, which have no gradient."""
     check_indices(router_weight.shape[0], arguments.expert_index, arguments.segment_kind, arguments.num_kinds)
-    return _module("moe_route", impl).route_forward(hidden, router_weight, arguments)
+    outputs = _module("moe_route", impl).route_forward(hidden, router_weight, arguments)
+    index, weight, order, offset, counts, prob_sum, probability = outputs
+    return weight, prob_sum, probability, index, order, offset, counts
 
 
 @_route.fake
@@ -83,13 +85,13 @@ def _(
     tokens, experts, kinds = hidden.shape[0], router_weight.shape[0], arguments.num_kinds
     weight = hidden.new_empty(tokens, arguments.top_k, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return (
-        _int32(hidden, tokens, arguments.top_k),
         weight,
+        weight.new_empty(kinds, experts),
+        weight.new_empty(tokens, experts),
+        _int32(hidden, tokens, arguments.top_k),
         _int32(hidden, tokens * arguments.top_k),
         _int32(hidden, experts + 1),
         hidden.new_empty(kinds, experts, dtype=torch.float32),
-        weight.new_empty(kinds, experts),
-        weight.new_empty(tokens, experts),
     )
 
 
@@ -112,22 +114,13 @@ def _fake(like: Tensor, wanted: bool) -> Tensor:
 
 def _setup_route(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, router_weight, arguments, ctx.impl = _route.records(*inputs)
-    index, _, order, offset, counts, _, probability = output
+    _, _, probability, *constants = output
     ctx.renormalize, ctx.num_inputs = arguments.renormalize, len(inputs)
-    ctx.mark_non_differentiable(index, order, offset, counts, probability)
-    ctx.save_for_backward(hidden, router_weight, probability, index, arguments.segment_kind)
+    ctx.mark_non_differentiable(probability, *constants)
+    ctx.save_for_backward(hidden, router_weight, probability, constants[0], arguments.segment_kind)
 
 
-def _backward_route(
-    ctx: Any,
-    _index: None,
-    d_weight: Tensor,
-    _order: None,
-    _offset: None,
-    _counts: None,
-    d_prob_sum: Tensor,
-    _probability: None,
-):
+def _backward_route(ctx: Any, d_weight: Tensor, d_prob_sum: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("moe_route")
     wanted = Wanted(*ctx.needs_input_grad[:2])
     saved = RouteSaved(*ctx.saved_tensors, ctx.renormalize)
@@ -135,6 +128,7 @@ def _backward_route(
     return (*(g if want else None for g, want in zip(gradients, wanted)), *[None] * (ctx.num_inputs - 2))
 
 
+_route_backward.constant()
 _route.differentiate(_setup_route, _backward_route)
 
 
@@ -193,7 +187,7 @@ def _setup_experts(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward_experts(ctx: Any, d_out: Tensor, _product: None):
+def _backward_experts(ctx: Any, d_out: Tensor, _product: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("moe_mlp")
     *tensors, product = ctx.saved_tensors
     wanted = WantedOfExperts(*ctx.needs_input_grad[:3])
@@ -202,4 +196,5 @@ def _backward_experts(ctx: Any, d_out: Tensor, _product: None):
     return (*(g if want else None for g, want in zip(gradients, asked)), *[None] * (ctx.num_inputs - 4))
 
 
+_experts_backward.constant()
 _experts.differentiate(_setup_experts, _backward_experts)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prism_kernels.checks import FLOATING, check_device, check_tensor, check_values, describe, number, wrong
 from prism_kernels.dispatch import GRAD, TRANSFORMS, VMAP, Impl, Implementation, Op
+from prism_kernels.tree_attention import operators
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import TreeLayout
 
@@ -73,7 +74,9 @@ def tree_attention(
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise wrong("q", f"a multiple of the Hkv = {k.shape[1]} heads of k and v", f"{heads} heads")
     scale = dim**-0.5 if scale is None else number("scale", scale)
-    _, function = _OP.select(impl, q.device, q, k, v)
+    chosen, function = _OP.select(impl, q.device, q, k, v)
+    if torch.compiler.is_compiling() and query_row is not None and chosen != Impl.REFERENCE:
+        return operators.chosen_rows(q, k, v, layout, scale, query_row)
     return function(q, k, v, layout.to(q.device), scale, query_row)
 
 
