@@ -107,6 +107,11 @@ def is_transformed(value: object) -> bool:
     return isinstance(value, Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value)
 
 
+def is_batched(value: object) -> bool:
+    """Whether the tensor stands for a batch of them: of torch.func.vmap, or of gradients (is_grads_batched=True)."""
+    return isinstance(value, Tensor) and (_FUNCTORCH.is_legacy_batchedtensor(value) or is_transformed(value))
+
+
 def check_values(name: str, value: Tensor, bound: str, limit: int) -> None:
     """Integers in [0, limit), where the host can see them. The error calls the limit ``bound``."""
     if not host_sees(value) or not value.numel():

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import on_device_of
 
 _TYPES: dict[Any, str] = {  # of a schema, by annotation
@@ -106,14 +107,17 @@ def check_first_derivative(what: str) -> None:
         raise RuntimeError(f"{what}: no second derivative (create_graph=True); use impl='reference' for one")
 
 
-def first_derivative(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def first_derivative(op: str, batches: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates the backward of a Function. Unlike torch's ``once_differentiable``, which gives a constant where the
-    upstream gradient is one, so that a penalty on a gradient would change nothing in silence."""
+    upstream gradient is one, so that a penalty on a gradient would change nothing in silence. ``batches``: whether it
+    takes a batch of upstream gradients (is_grads_batched=True)."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def run(ctx: Any, *gradients: Any) -> Any:
             check_first_derivative(op)
+            if not batches and any(map(is_batched, gradients)):
+                raise NotImplementedError(f"{op}: no batch of gradients (is_grads_batched=True); one call for each")
             return backward(ctx, *gradients)
 
         return run

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
 from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
@@ -173,11 +174,10 @@ def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
 def _is_last_backward(d_loss: Tensor) -> bool:
     """Whether nothing reads the saved tensors afterwards: no retain_graph=True, no tracing, no batch of d_loss
     (is_grads_batched=True)."""
-    if torch.compiler.is_compiling() or type(d_loss) is not Tensor:
+    if torch.compiler.is_compiling() or type(d_loss) is not Tensor or is_batched(d_loss):
         return False
-    torch_c: Any = torch._C  # whose stubs do not name these
-    is_batch = (torch_c._functorch.is_legacy_batchedtensor, torch_c._functorch.is_functorch_wrapped_tensor)
-    return not any(test(d_loss) for test in is_batch) and not torch_c._autograd._get_current_graph_task_keep_graph()
+    torch_c: Any = torch._C  # whose stubs do not name this
+    return not torch_c._autograd._get_current_graph_task_keep_graph()
 
 
 def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options, impl: str) -> Tensor:

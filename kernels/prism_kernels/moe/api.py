@@ -131,7 +131,7 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
     dims = {"T": weight.shape[0], "k": weight.shape[1]}
     _check_index("expert_index", expert_index, dims, "weight", weight)
     check_indices(num_experts, expert_index)
-    chosen, run = PLAN.select(impl, weight.device, expert_index, weight)
+    chosen, run = PLAN.select(impl, weight.device, expert_index)
     if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
         token_order, expert_offset = operators.plan(expert_index, num_experts, str(chosen))
         return Routing(expert_index.int(), weight, token_order, expert_offset, None)

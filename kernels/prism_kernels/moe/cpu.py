@@ -47,11 +47,8 @@ class _Route(torch.autograd.Function):
     @first_derivative("moe_route")
     @custom_bwd(device_type="cpu")
     def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
-        hidden, router_weight, probability, index, kind = ctx.saved_tensors
-        gradients = (d_weight, d_prob_sum)
-        wanted = ctx.needs_input_grad[:2]
-        saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
-        return *route_backward(saved, *gradients, *wanted), None
+        saved = RouteSaved(*ctx.saved_tensors, ctx.renormalize)
+        return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2]), None
 
 
 def route_forward(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Tensor, ...]:
@@ -128,11 +125,12 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_derivative("moe_mlp")
+    @first_derivative("moe_mlp", batches=False)
     @custom_bwd(device_type="cpu")
     def backward(ctx, d_out):
-        inputs, products = Experts(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
-        return *experts_backward(inputs, products, d_out, *ctx.needs_input_grad[:3]), None, None, None
+        saved = ctx.saved_tensors
+        gradients = experts_backward(Experts(*saved[:6]), saved[6:], d_out, *ctx.needs_input_grad[:3])
+        return *gradients, None, None, None
 
 
 def experts_forward(inputs: Experts, keep: bool) -> tuple[Tensor, list[Tensor]]:

@@ -157,11 +157,12 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_derivative("moe_mlp")
+    @first_derivative("moe_mlp", batches=False)
     @custom_bwd(device_type="cuda")
     def backward(ctx, d_out):
-        inputs, saved = Experts(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
-        return *experts_backward(inputs, saved, d_out, *ctx.needs_input_grad[:3]), None, None, None
+        saved = ctx.saved_tensors
+        gradients = experts_backward(Experts(*saved[:6]), saved[6:], d_out, *ctx.needs_input_grad[:3])
+        return *gradients, None, None, None
 
 
 def experts_forward(inputs: Experts, keep: bool) -> tuple[Tensor, list[Tensor]]:

@@ -275,7 +275,7 @@ class _Route(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @first_derivative("moe_route")
+    @first_derivative("moe_route", batches=False)
     @custom_bwd(device_type="cuda")
     def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
         saved = RouteSaved(*ctx.saved_tensors, ctx.renormalize)
