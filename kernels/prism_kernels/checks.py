@@ -121,6 +121,12 @@ def check_values(name: str, value: Tensor, bound: str, limit: int) -> None:
         raise wrong(name, f"values in [0, {bound} = {limit})", f"{low} to {high}")
 
 
+def check_count(name: str, what: str, count: int) -> None:
+    """So many rows that an int32 counts them: offsets and plans are int32."""
+    if count >= 1 << 31:
+        raise wrong(name, f"fewer than 2^31 {what}", str(count), "split the call")
+
+
 def is_number(value: Any) -> bool:
     """Real and single: also NumPy's, and a 0-d tensor."""
     if isinstance(value, Tensor):

@@ -10,6 +10,7 @@ from torch import Tensor
 from prism_kernels.checks import (
     FLOATING,
     INTEGER,
+    check_count,
     check_device,
     check_tensor,
     describe,
@@ -89,6 +90,7 @@ def moe_route(
     if not experts:
         raise wrong("router_weight", "E >= 1 rows", describe(router_weight))
     top_k, num_kinds = integer("top_k", top_k, 1, experts), integer("num_kinds", num_kinds, 0, MAX_KINDS)
+    check_count("hidden", "slots T*top_k", tokens * top_k)
     if num_kinds:
         if segment_kind is None:
             raise wrong("num_kinds", "0, or segment_kind too", f"{num_kinds} and segment_kind None")
@@ -130,6 +132,9 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
     check_tensor("weight", weight, {"T": None, "k": None}, FLOATING)
     dims = {"T": weight.shape[0], "k": weight.shape[1]}
     _check_index("expert_index", expert_index, dims, "weight", weight)
+    if weight.shape[1] < 1:
+        raise wrong("weight", "k >= 1 experts per token", describe(weight))
+    check_count("expert_index", "slots T*k", expert_index.numel())
     check_indices(num_experts, expert_index)
     chosen, run = PLAN.select(impl, weight.device, expert_index)
     if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
@@ -223,9 +228,12 @@ def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
         raise wrong("routing", "the Routing of moe_route", type(routing).__name__)
     index, order, offset = routing.expert_index, routing.token_order, routing.expert_offset
     check_tensor("routing.expert_index", index, {"T": hidden.shape[0], "k": None}, INTEGER)
+    check_count("routing.expert_index", "slots T*k", index.numel())
     check_tensor("routing.weight", routing.weight, {"T": hidden.shape[0], "k": index.shape[1]}, FLOATING)
     check_tensor("routing.token_order", order, {"T*k": index.numel()}, INTEGER)
     check_tensor("routing.expert_offset", offset, {"E + 1": experts + 1}, INTEGER, "E is that of gate_up")
     for name in ("expert_index", "weight", "token_order", "expert_offset"):
         check_device(f"routing.{name}", getattr(routing, name), "hidden", hidden)
-    check_plan(order, offset)
+    if index.shape[1] < 1:
+        raise wrong("routing.expert_index", "k >= 1 experts per token", describe(index))
+    check_plan(order, offset, index)

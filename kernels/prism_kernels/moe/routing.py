@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import check_tensor, integer, wrong
+from prism_kernels.checks import FLOATING, check_tensor, integer, wrong
 
 
 class RoutingStats(NamedTuple):
@@ -106,9 +106,9 @@ def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int)
         if not isinstance(stats, RoutingStats):
             raise wrong(f"{name}[{i}]", "RoutingStats", type(stats).__name__)
         experts = layers[0].counts.shape[-1] if i else None
-        check_tensor(f"{name}[{i}].counts", stats.counts, {"kinds": None, "E": experts}, None)
+        check_tensor(f"{name}[{i}].counts", stats.counts, {"kinds": None, "E": experts}, FLOATING)
         kinds, experts = stats.counts.shape
-        check_tensor(f"{name}[{i}].prob_sum", stats.prob_sum, {"kinds": kinds, "E": experts}, None)
+        check_tensor(f"{name}[{i}].prob_sum", stats.prob_sum, {"kinds": kinds, "E": experts}, FLOATING)
     experts = layers[0].counts.shape[-1]
     top_k = integer("top_k", top_k, 1, experts)
     device = layers[0].prob_sum.device
