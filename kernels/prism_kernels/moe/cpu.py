@@ -84,8 +84,8 @@ def route_backward(
         q = probability.gather(1, index)
         total = q.sum(dim=-1, keepdim=True)
         d_weight = (d_weight - (d_weight * q).sum(dim=-1, keepdim=True) / total) / total
-    d_probability = (d_prob_sum.expand(len(index), -1) if kind is None else d_prob_sum[kind.long()]).clone()
-    d_probability.scatter_add_(1, index, d_weight)
+    d_probability = d_prob_sum.expand(len(index), -1) if kind is None else d_prob_sum[kind.long()]
+    d_probability = d_probability.scatter_add(1, index, d_weight)
     d_logits = probability * (d_probability - (probability * d_probability).sum(dim=-1, keepdim=True))
     d_hidden = d_router = None
     if want_hidden:
