@@ -47,7 +47,8 @@ class _Route(torch.autograd.Function):
     @first_derivative("moe_route")
     @custom_bwd(device_type="cpu")
     def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
-        saved = RouteSaved(*ctx.saved_tensors, ctx.renormalize)
+        hidden, router_weight, probability, index, kind = ctx.saved_tensors
+        saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
         return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2]), None
 
 

@@ -123,7 +123,8 @@ def _setup_route(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_route(ctx: Any, d_weight: Tensor, d_prob_sum: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("moe_route")
     wanted = Wanted(*ctx.needs_input_grad[:2])
-    saved = RouteSaved(*ctx.saved_tensors, ctx.renormalize)
+    hidden, router_weight, probability, index, kind = ctx.saved_tensors
+    saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
     gradients = _route_backward(saved, d_weight, d_prob_sum, wanted, ctx.impl)
     return (*(g if want else None for g, want in zip(gradients, wanted)), *[None] * (ctx.num_inputs - 2))
 
