@@ -107,6 +107,11 @@ def is_transformed(value: object) -> bool:
     return isinstance(value, Tensor) and _FUNCTORCH.is_functorch_wrapped_tensor(value)
 
 
+def is_batched(value: object) -> bool:
+    """Whether the tensor stands for a batch of them: of torch.func.vmap, or of gradients (is_grads_batched=True)."""
+    return isinstance(value, Tensor) and (_FUNCTORCH.is_legacy_batchedtensor(value) or is_transformed(value))
+
+
 def check_values(name: str, value: Tensor, bound: str, limit: int) -> None:
     """Integers in [0, limit), where the host can see them. The error calls the limit ``bound``."""
     if not host_sees(value) or not value.numel():
@@ -114,6 +119,12 @@ def check_values(name: str, value: Tensor, bound: str, limit: int) -> None:
     low, high = (int(edge) for edge in value.aminmax())
     if low < 0 or high >= limit:
         raise wrong(name, f"values in [0, {bound} = {limit})", f"{low} to {high}")
+
+
+def check_count(name: str, what: str, count: int) -> None:
+    """So many rows that an int32 counts them: offsets and plans are int32."""
+    if count >= 1 << 31:
+        raise wrong(name, f"fewer than 2^31 {what}", str(count), "split the call")
 
 
 def is_number(value: Any) -> bool:

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -43,7 +44,8 @@ class Impl(str, Enum):
 
 
 VMAP, GRAD, JVP = "torch.func.vmap", "torch.func.grad", "forward-mode derivative (torch.func.jvp)"
-TRANSFORMS = (VMAP, GRAD, JVP)
+TWICE = "second derivative (torch.func.grad of torch.func.grad)"
+TRANSFORMS = (VMAP, GRAD, JVP, TWICE)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Implementation:
     target: str
     devices: tuple[str, ...]
     unavailable: Callable[[], str | None] = lambda: None
-    transforms: tuple[str, ...] = ()  # of VMAP, GRAD, JVP
+    transforms: tuple[str, ...] = ()  # of TRANSFORMS
 
     def load(self) -> Callable:
         module, attribute = self.target.split(":")
@@ -80,10 +82,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def on_device_of(tensor: torch.Tensor) -> torch.cuda.device_of:
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Makes the GPU that holds ``tensor`` the current one: Triton launches on the current device, wherever its
-    arguments lie. Nothing for a CPU's."""
-    return torch.cuda.device_of(tensor)
+    arguments lie. Nothing for a CPU's, nor while torch.compile traces: an operator sets it when it runs."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(tensor)
 
 
 _OPS: dict[str, Op] = {}
@@ -116,7 +118,9 @@ class Op:
             self._said.add((kind, chosen))
             log.info("%s on %s: %s (%s)", self.name, kind, chosen, reason)
         self.check_transforms(chosen, *tensors)
-        return chosen, self.load(chosen)
+        run = self.load(chosen)
+        whole = chosen == Impl.REFERENCE or self.table[chosen].transforms
+        return chosen, run if whole else untransformed(run, *tensors)
 
     def check_transforms(self, chosen: str, *tensors: Tensor | None) -> None:
         """Torch's own errors there name neither the op nor a way out, and some of its results would be wrong: it takes
@@ -195,9 +199,25 @@ def _transforms_of(tensor: Tensor | None) -> list[str]:
     if is_transformed(tensor):
         running = {interpreter.level(): interpreter.key().name for interpreter in functorch.get_interpreter_stack()}
         while is_transformed(tensor):
-            found.append({"Vmap": VMAP, "Jvp": JVP}.get(running.get(functorch.maybe_get_level(tensor), ""), GRAD))
+            kind = {"Vmap": VMAP, "Jvp": JVP}.get(running.get(functorch.maybe_get_level(tensor), ""), GRAD)
+            found.append(TWICE if kind == GRAD and GRAD in found else kind)
             tensor = functorch.get_unwrapped(tensor)
     return found
+
+
+def untransformed(run: Callable, *tensors: Tensor | None) -> Callable:
+    """``run``, which no transform of torch.func goes through, for one that wraps none of its ``tensors``: inside the
+    transform constants would become wrapped tensors, of which NumPy and autograd's Functions know nothing."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # has no stubs
+    if functorch.peek_interpreter_stack() is None or any(map(is_transformed, tensors)):
+        return run
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    def outside(*arguments: Any, **options: Any) -> Any:
+        with temporarily_clear_interpreter_stack():
+            return run(*arguments, **options)
+
+    return outside
 
 
 def choose(op: str, impl: str, device: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import on_device_of
 
 _TYPES: dict[Any, str] = {  # of a schema, by annotation
@@ -18,6 +20,7 @@ _TYPES: dict[Any, str] = {  # of a schema, by annotation
     bool: "bool",
     int: "SymInt",
     str: "str",
+    list[int]: "SymInt[]",
 }
 
 
@@ -71,6 +74,15 @@ class Operator:
     def differentiate(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         torch.library.register_autograd(self.name, backward, setup_context=setup)
 
+    def constant(self) -> None:
+        """Nobody differentiates it: it is a backward, or its outputs carry no gradient."""
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.num_inputs = len(inputs)
+            ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+        self.differentiate(setup, lambda ctx, *_: (None,) * ctx.num_inputs)
+
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Decorates the function that the operator runs."""
@@ -84,6 +96,33 @@ def _is_record(kind: Any) -> bool:
 def _schema(fields: dict[str, Any], returns: Any) -> str:
     arguments = [f"{_TYPES[kind]} {name}" for name, kind in fields.items()]
     return f"({', '.join(arguments)}) -> ({', '.join([_TYPES[kind] for kind in get_args(returns) or (returns,)])})"
+
+
+def check_first_derivative(what: str) -> None:
+    """For a backward that autograd could not differentiate again: with create_graph=True it runs with grad enabled.
+
+    While torch.compile traces a backward, grad is enabled for other reasons; compiled code refuses such a call itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what}: no second derivative (create_graph=True); use impl='reference' for one")
+
+
+def first_derivative(op: str, batches: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the backward of a Function. Unlike torch's ``once_differentiable``, which gives a constant where the
+    upstream gradient is one, so that a penalty on a gradient would change nothing in silence. ``batches``: whether it
+    takes a batch of upstream gradients (is_grads_batched=True)."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def run(ctx: Any, *gradients: Any) -> Any:
+            check_first_derivative(op)
+            if not batches and any(map(is_batched, gradients)):
+                raise NotImplementedError(f"{op}: no batch of gradients (is_grads_batched=True); one call for each")
+            return backward(ctx, *gradients)
+
+        return run
+
+    return decorate
 
 
 def as_given(hidden: Tensor) -> torch.autocast:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import FLOATING_8, check_device, check_tensor, describe, is_tensor, number, one_of, wrong
+from prism_kernels.checks import (
+    FLOATING_8,
+    check_device,
+    check_tensor,
+    describe,
+    host_sees,
+    is_tensor,
+    number,
+    one_of,
+    wrong,
+)
 from prism_kernels.dispatch import Impl, Implementation, Op, choose, implementation, need_triton, on_device_of
 from prism_kernels.group_advantage.rules import RULES, Coefficients, Responses
 from prism_kernels.operators import operator
@@ -115,9 +125,10 @@ def multi_reward_advantage(
     Args:
         perception, reasoning: (B,) floating scores.
         group_ids: (B,) int64 or int32, any values, any order, any group sizes.
-        format_valid: (B,) bool, or numbers of which 0 means invalid; None: all valid.
-        accuracy: (B,) in {0, 1}, bool or numeric; a rule that treats right and wrong responses alike ("align") needs
-            none.
+        format_valid: (B,) bool, or numbers of which 0 means invalid; NaN raises on a CPU. None: all valid.
+        accuracy: (B,) bool or numeric: 0 for a wrong response, else right, usually 1. A rule with the verifiable reward
+            takes the number as it is (0.5: half the credit). NaN and infinite ones of valid responses show as NaN. A
+            rule that treats right and wrong responses alike ("align") needs none and reads none.
         rule: "align", "penalised", "gated", ...: a name in RULES.
         impl: "auto", "reference", "cpu" or "triton".
 
@@ -134,12 +145,14 @@ def multi_reward_advantage(
     one_of("rule", rule, tuple(RULES))
     row = RULES[rule]
     if row.reads_accuracy and accuracy is None:
-        raise wrong("accuracy", f"(B,) values in {{0, 1}}, which rule {rule!r} reads", "None", "or use rule='align'")
+        raise wrong("accuracy", f"(B,) values, 0 for wrong, which rule {rule!r} reads", "None", "or use rule='align'")
     for name, flags in (("accuracy", accuracy), ("format_valid", format_valid)):
         if flags is not None:
             _check_row(name, flags, None, "perception", perception)
             if flags.is_complex():
                 raise wrong(name, "bool or real numbers (B,)", describe(flags))
+    if format_valid is not None and host_sees(format_valid) and format_valid.isnan().any():
+        raise wrong("format_valid", "bool or numbers, 0 for invalid", "NaN")
     responses = Responses(perception, reasoning, group_ids, format_valid, accuracy if row.reads_accuracy else None)
     coefficients = Coefficients(
         number("perception_weight", perception_weight),
@@ -191,6 +204,10 @@ def _(scores: Tensor, group_ids: Tensor, baseline: str, scale: str, eps: float, 
 @_advantage.fake
 def _(responses: Responses, rule: str, coefficients: Coefficients, chosen: str) -> Tensor:
     return responses.perception.new_empty(responses.perception.shape, dtype=torch.float32)
+
+
+_normalize.constant()
+_advantage.constant()
 
 
 def _check_row(name: str, value: Tensor, dtype: str | tuple[torch.dtype, ...] | None, peer: str, like: Tensor) -> None:

@@ -62,6 +62,8 @@ def _combine(
     if rule.scaled:
         advantage *= c.align_coef
     advantage *= np.array(rule.gate, dtype=np.float64).take(kind)
+    if accuracy is not None:
+        advantage += np.where(valid, accuracy - accuracy, 0.0)  # NaN and infinite ones show
     advantage -= amount(rule.penalty)
     return advantage if rule.reward is None else z[2] + advantage
 

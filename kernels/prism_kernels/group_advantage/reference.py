@@ -65,6 +65,8 @@ def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coeff
         align = c.align_coef * align
     gate = rule.gate[0] * right + rule.gate[1] * wrong + rule.gate[2] * invalid
     advantage = align * gate - amount(rule.penalty)
+    if accuracy is not None:  # NaN and infinite ones show
+        advantage = advantage + torch.where(valid, accuracy.double() - accuracy.double(), 0.0)
     if rule.reward is not None:
         assert accuracy is not None  # such a rule reads it
         earned = c.accuracy_weight * accuracy.double() + c.format_weight * valid.double()  # r

@@ -66,4 +66,4 @@ class Responses(NamedTuple):
     reasoning: Tensor  # (B,) floating
     group_ids: Tensor  # (B,) int64 or int32
     format_valid: Tensor | None  # (B,), 0 means invalid; None: all are valid
-    accuracy: Tensor | None  # (B,) in {0, 1}; None where the rule does not read it
+    accuracy: Tensor | None  # (B,), 0 means wrong; None where the rule does not read it

@@ -322,6 +322,8 @@ def advantage_fwd_kernel(
         gate = _by_kind(valid, wrong, _constant(GATE_RIGHT), _constant(GATE_WRONG), _constant(GATE_INVALID))
         penalty = _by_kind(valid, wrong, 0.0, wrong_penalty, format_penalty)
         advantage = align * align_scale * gate - penalty
+        if HAS_ACCURACY:  # NaN and infinite ones show
+            advantage += tl.where(valid, accuracy - accuracy, 0.0)
         if HAS_REWARD:
             w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_fine, format_fine, SHARE_INVALID)
             advantage += _z(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prism_kernels.checks import flag, wrong
-from prism_kernels.dispatch import Impl, Implementation, Op, choose, implementation, need_triton
+from prism_kernels.dispatch import Impl, Implementation, Op, choose, implementation, need_triton, untransformed
 from prism_kernels.linear_logprob import autograd
 from prism_kernels.linear_logprob.checks import as_scalar, check_head, check_policy, check_rows, chunk_size
 from prism_kernels.linear_logprob.objectives import PolicyObjective
@@ -192,7 +193,11 @@ def linear_policy_loss(
 def _run(op: str, impl: str | Impl, head: Head, *arguments: Any) -> Any:
     """The reference is the whole op; of any other implementation the table holds the engine's row kernels."""
     chosen = choose(op, str(impl), head.hidden.device.type)
-    _OPS[op].check_transforms(chosen, head.hidden, head.weight, head.bias)
+    tensors = (head.hidden, head.weight, head.bias)
+    _OPS[op].check_transforms(chosen, *tensors)
     if chosen == Impl.REFERENCE:
         return implementation(op, chosen)(head, *arguments)
-    return getattr(autograd, op)(head, *arguments, chosen)
+    run = getattr(autograd, op)
+    if not torch.compiler.is_compiling():
+        run = untransformed(run, *tensors)
+    return run(head, *arguments, chosen)

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
 from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
 from prism_kernels.linear_logprob.engine import GradientDtypes, Needs, Statistics, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import PolicyObjective
-from prism_kernels.linear_logprob.operators import check_once_differentiated
 from prism_kernels.linear_logprob.plan import make_plan
 from prism_kernels.linear_logprob.records import (
     CrossEntropyBatch,
@@ -30,7 +30,7 @@ from prism_kernels.linear_logprob.records import (
     PolicyBatch,
     PolicyLoss,
 )
-from prism_kernels.operators import as_given, operator
+from prism_kernels.operators import as_given, check_first_derivative, operator
 
 Batch = TypeVar("Batch", CrossEntropyBatch, PolicyBatch)
 
@@ -113,7 +113,7 @@ def _setup_logprob(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_logprob(
     ctx: Any, d_logprob: Tensor | None, d_logsumexp: Tensor | None, _: None, d_entropy: Tensor | None
 ):
-    check_once_differentiated()
+    check_first_derivative("linear_logprob")
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
     if d_logprob is None:
         d_logprob = torch.zeros_like(logprob)
@@ -131,6 +131,7 @@ def _backward_logprob(
     return (*(g if need else None for g, need in zip(gradients, needs)), *[None] * (ctx.num_inputs - 3))
 
 
+_logprob_backward.constant()
 _logprob.differentiate(_setup_logprob, _backward_logprob)
 
 
@@ -158,7 +159,7 @@ def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
     than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and on a
     CPU, where looking waits for nothing, a factor of 1 is none.
     """
-    check_once_differentiated()
+    check_first_derivative("the losses of an LM head")
     last = _is_last_backward(d_loss)
 
     def times(gradient: Tensor) -> Tensor:
@@ -173,11 +174,10 @@ def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
 def _is_last_backward(d_loss: Tensor) -> bool:
     """Whether nothing reads the saved tensors afterwards: no retain_graph=True, no tracing, no batch of d_loss
     (is_grads_batched=True)."""
-    if torch.compiler.is_compiling() or type(d_loss) is not Tensor:
+    if torch.compiler.is_compiling() or type(d_loss) is not Tensor or is_batched(d_loss):
         return False
-    torch_c: Any = torch._C  # whose stubs do not name these
-    is_batch = (torch_c._functorch.is_legacy_batchedtensor, torch_c._functorch.is_functorch_wrapped_tensor)
-    return not any(test(d_loss) for test in is_batch) and not torch_c._autograd._get_current_graph_task_keep_graph()
+    torch_c: Any = torch._C  # whose stubs do not name this
+    return not torch_c._autograd._get_current_graph_task_keep_graph()
 
 
 def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options, impl: str) -> Tensor:

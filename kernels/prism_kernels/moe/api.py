@@ -10,18 +10,19 @@ from torch import Tensor
 from prism_kernels.checks import (
     FLOATING,
     INTEGER,
+    check_count,
     check_device,
     check_tensor,
-    check_values,
     describe,
     flag,
-    host_sees,
     integer,
     one_of,
     wrong,
 )
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton, on_device_of
-from prism_kernels.moe.routing import RouteArguments, Routing
+from prism_kernels.moe import operators
+from prism_kernels.moe.checks import check_indices, check_plan
+from prism_kernels.moe.routing import Experts, RouteArguments, Routing
 
 _PACKAGE = "prism_kernels.moe"
 MAX_KINDS = MAX_EXPERTS = 1 << 16
@@ -89,13 +90,13 @@ def moe_route(
     if not experts:
         raise wrong("router_weight", "E >= 1 rows", describe(router_weight))
     top_k, num_kinds = integer("top_k", top_k, 1, experts), integer("num_kinds", num_kinds, 0, MAX_KINDS)
+    check_count("hidden", "slots T*top_k", tokens * top_k)
     if num_kinds:
         if segment_kind is None:
             raise wrong("num_kinds", "0, or segment_kind too", f"{num_kinds} and segment_kind None")
-        _check_index("segment_kind", segment_kind, {"T": tokens}, ("num_kinds", num_kinds), "hidden", hidden)
+        _check_index("segment_kind", segment_kind, {"T": tokens}, "hidden", hidden)
     if expert_index is not None:
-        dims = {"T": tokens, "top_k": top_k}
-        _check_index("expert_index", expert_index, dims, ("E", experts), "hidden", hidden)
+        _check_index("expert_index", expert_index, {"T": tokens, "top_k": top_k}, "hidden", hidden)
     arguments = RouteArguments(
         top_k,
         flag("renormalize", renormalize),
@@ -103,7 +104,10 @@ def moe_route(
         num_kinds=max(num_kinds, 1),
         expert_index=expert_index,
     )
-    _, run = ROUTE.select(impl, hidden.device, hidden, router_weight)
+    check_indices(experts, expert_index, arguments.segment_kind, num_kinds)
+    chosen, run = ROUTE.select(impl, hidden.device, hidden, router_weight)
+    if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
+        return operators.moe_route(hidden, router_weight, arguments, str(chosen))
     with on_device_of(hidden), _no_autocast(hidden.device):
         return run(hidden, router_weight, arguments)
 
@@ -127,8 +131,15 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
     num_experts = integer("num_experts", num_experts, 1, MAX_EXPERTS)
     check_tensor("weight", weight, {"T": None, "k": None}, FLOATING)
     dims = {"T": weight.shape[0], "k": weight.shape[1]}
-    _check_index("expert_index", expert_index, dims, ("num_experts", num_experts), "weight", weight)
-    _, run = PLAN.select(impl, weight.device, expert_index, weight)
+    _check_index("expert_index", expert_index, dims, "weight", weight)
+    if weight.shape[1] < 1:
+        raise wrong("weight", "k >= 1 experts per token", describe(weight))
+    check_count("expert_index", "slots T*k", expert_index.numel())
+    check_indices(num_experts, expert_index)
+    chosen, run = PLAN.select(impl, weight.device, expert_index)
+    if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
+        token_order, expert_offset = operators.plan(expert_index, num_experts, str(chosen))
+        return Routing(expert_index.int(), weight, token_order, expert_offset, None)
     with on_device_of(weight):
         token_order, expert_offset = run(expert_index, num_experts)
         return Routing(expert_index.int(), weight, token_order, expert_offset, None)
@@ -180,9 +191,11 @@ def moe_mlp(
             "is it the other layout?",
         )
     _check_routing(routing, hidden, experts)
-    _, run = MLP.select(impl, hidden.device, hidden, gate_up, down, routing.weight)
+    chosen, run = MLP.select(impl, hidden.device, hidden, gate_up, down, routing.weight)
+    plan = {"token_order": routing.token_order.int(), "expert_offset": routing.expert_offset.int()}
+    if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
+        return operators.moe_mlp(Experts(hidden, gate_up, down, routing.weight, **plan), str(chosen)).to(result)
     with on_device_of(hidden), _no_autocast(hidden.device):
-        plan = {"token_order": routing.token_order.int(), "expert_offset": routing.expert_offset.int()}
         return run(hidden, gate_up, down, routing._replace(**plan)).to(result)
 
 
@@ -204,13 +217,10 @@ def _autocast(hidden: Tensor, *weights: Tensor) -> list[Tensor]:
     ]
 
 
-def _check_index(
-    name: str, value: Tensor, dims: dict[str, int], bound: tuple[str, int], peer: str, like: Tensor
-) -> None:
-    """Integers in [0, bound), on the device of ``like``."""
+def _check_index(name: str, value: Tensor, dims: dict[str, int], peer: str, like: Tensor) -> None:
+    """Integers on the device of ``like``."""
     check_tensor(name, value, dims, INTEGER)
     check_device(name, value, peer, like)
-    check_values(name, value, *bound)
 
 
 def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
@@ -218,15 +228,12 @@ def _check_routing(routing: Routing, hidden: Tensor, experts: int) -> None:
         raise wrong("routing", "the Routing of moe_route", type(routing).__name__)
     index, order, offset = routing.expert_index, routing.token_order, routing.expert_offset
     check_tensor("routing.expert_index", index, {"T": hidden.shape[0], "k": None}, INTEGER)
+    check_count("routing.expert_index", "slots T*k", index.numel())
     check_tensor("routing.weight", routing.weight, {"T": hidden.shape[0], "k": index.shape[1]}, FLOATING)
     check_tensor("routing.token_order", order, {"T*k": index.numel()}, INTEGER)
     check_tensor("routing.expert_offset", offset, {"E + 1": experts + 1}, INTEGER, "E is that of gate_up")
     for name in ("expert_index", "weight", "token_order", "expert_offset"):
         check_device(f"routing.{name}", getattr(routing, name), "hidden", hidden)
-    check_values("routing.token_order", order, "T*k", len(order))
-    if host_sees(order) and len(order) and int(order.bincount().max()) > 1:  # a slot without a row would be undefined
-        raise wrong("routing.token_order", f"every one of T*k = {len(order)} slots once", "a slot twice")
-    if host_sees(offset):
-        edges = offset.tolist()
-        if edges != sorted(edges) or (edges[0], edges[-1]) != (0, len(order)):
-            raise wrong("routing.expert_offset", f"to rise from 0 to T*k = {len(order)}", str(edges))
+    if index.shape[1] < 1:
+        raise wrong("routing.expert_index", "k >= 1 experts per token", describe(index))
+    check_plan(order, offset, index)

@@ -6,7 +6,7 @@ The results repeat bit for bit: every sum has a fixed order, and nothing is adde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
-from torch.autograd.function import once_differentiable
 
-from prism_kernels.moe.routing import RouteArguments, Routing, RoutingStats
+from prism_kernels.moe.routing import Experts, RouteArguments, RouteSaved, Routing, RoutingStats, own_index
+from prism_kernels.operators import first_derivative
 
 # Rows of one expert that pass through GEMMs and SwiGLU together: bounds what lies between two GEMMs to a few
 # megabytes. Fewer rows make the GEMMs slower, more rows gain nothing.
@@ -36,51 +36,64 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cpu")
     def forward(ctx, hidden, router_weight, arguments):
-        top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
-        math = _math(hidden.dtype)
-        experts = router_weight.shape[0]
-        probability = F.linear(hidden.to(math), router_weight.to(math)).softmax(dim=-1)  # (T, E)
-        if expert_index is None:  # a stable sort puts ties in index order, which topk does not
-            expert_index = probability.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-        index = expert_index.long()
-        weight = probability.gather(1, index)
-        if renormalize:
-            weight /= weight.sum(dim=-1, keepdim=True)
-        order, offset = plan_routing(index, experts)
-
-        if segment_kind is None:
-            kind = None
-            counts, prob_sum = offset.diff()[None].float(), probability.sum(dim=0, keepdim=True)
-        else:
-            kind = segment_kind.long()
-            cell = (kind[:, None] * experts + index).flatten()
-            counts = cell.bincount(minlength=num_kinds * experts).view(num_kinds, experts).float()
-            prob_sum = probability.new_zeros(num_kinds, experts).index_add_(0, kind, probability)
-
-        ctx.save_for_backward(hidden, router_weight, probability, index, kind)
-        ctx.renormalize = renormalize
-        index = index.int()
+        *outputs, probability = route_forward(hidden, router_weight, arguments)
+        index, _, order, offset, counts, _ = outputs
+        ctx.save_for_backward(hidden, router_weight, probability, index, arguments.segment_kind)
+        ctx.renormalize = arguments.renormalize
         ctx.mark_non_differentiable(index, order, offset, counts)
-        return index, weight, order, offset, counts, prob_sum
+        return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative("moe_route")
     @custom_bwd(device_type="cpu")
     def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
-        if ctx.renormalize:  # weight = q / sum(q): d_q = (d_weight - sum(d_weight * weight)) / sum(q)
-            q = probability.gather(1, index)
-            total = q.sum(dim=-1, keepdim=True)
-            d_weight = (d_weight - (d_weight * q).sum(dim=-1, keepdim=True) / total) / total
-        d_probability = (d_prob_sum.expand(len(index), -1) if kind is None else d_prob_sum[kind]).clone()
-        d_probability.scatter_add_(1, index, d_weight)
-        d_logits = probability * (d_probability - (probability * d_probability).sum(dim=-1, keepdim=True))
-        d_hidden = d_router = None
-        if ctx.needs_input_grad[0]:
-            d_hidden = (d_logits @ router_weight.to(d_logits.dtype)).to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
-            d_router = (d_logits.T @ hidden.to(d_logits.dtype)).to(router_weight.dtype)
-        return d_hidden, d_router, None
+        saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
+        return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2]), None
+
+
+def route_forward(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Tensor, ...]:
+    """index, weight, order, offset, counts, prob_sum; and the probabilities (T, E), for the backward."""
+    top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
+    math = _math(hidden.dtype)
+    experts = router_weight.shape[0]
+    probability = F.linear(hidden.to(math), router_weight.to(math)).softmax(dim=-1)  # (T, E)
+    if expert_index is None:  # a stable sort puts ties in index order, which topk does not
+        expert_index = probability.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    index = expert_index.long()
+    weight = probability.gather(1, index)
+    if renormalize:
+        weight /= weight.sum(dim=-1, keepdim=True)
+    order, offset = plan_routing(index, experts)
+
+    if segment_kind is None:
+        counts, prob_sum = offset.diff()[None].float(), probability.sum(dim=0, keepdim=True)
+    else:
+        kind = segment_kind.long()
+        cell = (kind[:, None] * experts + index).flatten()
+        counts = cell.bincount(minlength=num_kinds * experts).view(num_kinds, experts).float()
+        prob_sum = probability.new_zeros(num_kinds, experts).index_add_(0, kind, probability)
+    return own_index(expert_index), weight, order, offset, counts, prob_sum, probability
+
+
+def route_backward(
+    saved: RouteSaved, d_weight: Tensor, d_prob_sum: Tensor, want_hidden: bool, want_router: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    hidden, router_weight, probability, index, kind, renormalize = saved
+    index = index.long()
+    if renormalize:  # weight = q / sum(q): d_q = (d_weight - sum(d_weight * weight)) / sum(q)
+        q = probability.gather(1, index)
+        total = q.sum(dim=-1, keepdim=True)
+        d_weight = (d_weight - (d_weight * q).sum(dim=-1, keepdim=True) / total) / total
+    d_probability = d_prob_sum.expand(len(index), -1) if kind is None else d_prob_sum[kind.long()]
+    d_probability = d_probability.scatter_add(1, index, d_weight)
+    d_logits = probability * (d_probability - (probability * d_probability).sum(dim=-1, keepdim=True))
+    d_hidden = d_router = None
+    if want_hidden:
+        d_hidden = (d_logits @ router_weight.to(d_logits.dtype)).to(hidden.dtype)
+    if want_router:
+        d_router = (d_logits.T @ hidden.to(d_logits.dtype)).to(router_weight.dtype)
+    return d_hidden, d_router
 
 
 def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -106,46 +119,73 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cpu")
     def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset, with_grad):
-        order = token_order.long()
-        token = order // weight.shape[1]
-        y = hidden.new_empty(len(order), hidden.shape[1])
-        products = []  # one tensor per chunk: the allocator recycles these, but not one large block
-        for e, rows, _ in _chunks(expert_offset, hidden.dtype):
-            product = hidden.index_select(0, token[rows]) @ gate_up[e].T
-            torch.mm(_swiglu(product), down[e].T, out=y[rows])
-            if with_grad and any(ctx.needs_input_grad):  # needs_input_grad is set under no_grad too
-                products.append(product)
-        ctx.save_for_backward(hidden, gate_up, down, weight, order, expert_offset, *products)
-        return _combine(y, weight, order).to(hidden.dtype)
+        inputs = Experts(hidden, gate_up, down, weight, token_order, expert_offset)
+        keep = with_grad and any(ctx.needs_input_grad)  # needs_input_grad is set under no_grad too
+        out, products = experts_forward(inputs, keep)
+        ctx.save_for_backward(*inputs, *products)
+        return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative("moe_mlp", batches=False)
     @custom_bwd(device_type="cpu")
     def backward(ctx, d_out):
-        hidden, gate_up, down, weight, order, expert_offset, *products = ctx.saved_tensors
-        token = order // weight.shape[1]
-        math = _math(hidden.dtype)
-        slot_weight = weight.flatten()[order][:, None].to(hidden.dtype)  # (S, 1)
-        want_hidden, want_gate_up, want_down, _ = ctx.needs_input_grad[:4]
-        d_rows = hidden.new_empty(len(order), hidden.shape[1])
-        d_gate_up = _new_gradient(gate_up, expert_offset) if want_gate_up else None
-        d_down = _new_gradient(down, expert_offset) if want_down else None
-        d_weight = weight.new_empty(weight.numel())
-        for (e, rows, first), product in zip(_chunks(expert_offset, hidden.dtype), products):
-            dy = d_out.index_select(0, token[rows])
-            d_activation = dy @ down[e]
-            activation, d_product = _swiglu_backward(product, d_activation)
-            d_weight[order[rows]] = torch.linalg.vecdot(d_activation.to(math), activation.to(math)).to(weight.dtype)
-            beta = 0 if first else 1  # 0: what the new tensor holds is not read
-            if d_down is not None:
-                d_down[e].addmm_(dy.mul_(slot_weight[rows]).T, activation, beta=beta)
-            if d_gate_up is not None:
-                x = hidden.index_select(0, token[rows]).mul_(slot_weight[rows])
-                d_gate_up[e].addmm_(d_product.T, x, beta=beta)
-            if want_hidden:
-                torch.mm(d_product, gate_up[e], out=d_rows[rows])
-        d_hidden = _combine(d_rows, weight, order).to(hidden.dtype) if want_hidden else None
-        return d_hidden, d_gate_up, d_down, d_weight.view_as(weight), None, None, None
+        saved = ctx.saved_tensors
+        gradients = experts_backward(Experts(*saved[:6]), saved[6:], d_out, *ctx.needs_input_grad[:3])
+        return *gradients, None, None, None
+
+
+def experts_forward(inputs: Experts, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(T, H), and the (n, 2I) products of every chunk where the backward will ask for them."""
+    hidden, gate_up, down, weight, token_order, expert_offset = inputs
+    order = token_order.long()
+    token = order // weight.shape[1]
+    y = hidden.new_empty(len(order), hidden.shape[1])
+    products = []  # one tensor per chunk: the allocator recycles these, but not one large block
+    for e, rows, _ in _chunks(expert_offset, hidden.dtype):
+        product = hidden.index_select(0, token[rows]) @ gate_up[e].T
+        torch.mm(_swiglu(product), down[e].T, out=y[rows])
+        if keep:
+            products.append(product)
+    return _combine(y, weight, order).to(hidden.dtype), products
+
+
+def experts_backward(
+    inputs: Experts,
+    products: Sequence[Tensor],
+    d_out: Tensor,
+    want_hidden: bool,
+    want_gate_up: bool,
+    want_down: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    hidden, gate_up, down, weight, token_order, expert_offset = inputs
+    order = token_order.long()
+    token = order // weight.shape[1]
+    math = _math(hidden.dtype)
+    slot_weight = weight.flatten()[order][:, None].to(hidden.dtype)  # (S, 1)
+    d_rows = hidden.new_empty(len(order), hidden.shape[1])
+    d_gate_up = _new_gradient(gate_up, expert_offset) if want_gate_up else None
+    d_down = _new_gradient(down, expert_offset) if want_down else None
+    d_weight = weight.new_empty(weight.numel())
+    for (e, rows, first), product in zip(_chunks(expert_offset, hidden.dtype), products):
+        dy = d_out.index_select(0, token[rows])
+        d_activation = dy @ down[e]
+        activation, d_product = _swiglu_backward(product, d_activation)
+        d_weight[order[rows]] = torch.linalg.vecdot(d_activation.to(math), activation.to(math)).to(weight.dtype)
+        beta = 0 if first else 1  # 0: what the new tensor holds is not read
+        if d_down is not None:
+            d_down[e].addmm_(dy.mul_(slot_weight[rows]).T, activation, beta=beta)
+        if d_gate_up is not None:
+            x = hidden.index_select(0, token[rows]).mul_(slot_weight[rows])
+            d_gate_up[e].addmm_(d_product.T, x, beta=beta)
+        if want_hidden:
+            torch.mm(d_product, gate_up[e], out=d_rows[rows])
+    d_hidden = _combine(d_rows, weight, order).to(hidden.dtype) if want_hidden else None
+    return d_hidden, d_gate_up, d_down, d_weight.view_as(weight)
+
+
+def as_chunks(product: Tensor, inputs: Experts) -> list[Tensor]:
+    """The products of every chunk out of those of all rows (S, 2I), which an operator saves."""
+    return [product[rows] for _, rows, _ in _chunks(inputs.expert_offset, inputs.hidden.dtype)]
 
 
 def _new_gradient(weight: Tensor, expert_offset: Tensor) -> Tensor:

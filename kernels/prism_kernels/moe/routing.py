@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import check_tensor, integer, wrong
+from prism_kernels.checks import FLOATING, check_tensor, integer, wrong
 
 
 class RoutingStats(NamedTuple):
@@ -52,6 +52,33 @@ class RouteArguments(NamedTuple):
     expert_index: Tensor | None  # (T, k) integer: the experts to take; None: choose
 
 
+class RouteSaved(NamedTuple):
+    """What a router's backward reads."""
+
+    hidden: Tensor
+    router_weight: Tensor
+    probability: Tensor  # (T, E)
+    index: Tensor  # (T, k)
+    segment_kind: Tensor | None
+    renormalize: bool
+
+
+class Experts(NamedTuple):
+    """The tensors of one call of :func:`moe_mlp`, checked; the weights in layout "v5"."""
+
+    hidden: Tensor  # (T, H)
+    gate_up: Tensor  # (E, 2I, H)
+    down: Tensor  # (E, H, I)
+    weight: Tensor  # (T, k)
+    token_order: Tensor  # (T*k,) int32
+    expert_offset: Tensor  # (E+1,) int32
+
+
+def own_index(expert_index: Tensor) -> Tensor:
+    """A new int32 tensor: an output of a Function or an operator must not be its input."""
+    return expert_index.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+
+
 def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int) -> Tensor:
     """Auxiliary loss ``E * sum_e f_e P_e``: f_e slots per token on expert e, P_e its mean probability, over all layers.
 
@@ -79,9 +106,9 @@ def load_balancing_loss(stats_of_all_layers: Sequence[RoutingStats], top_k: int)
         if not isinstance(stats, RoutingStats):
             raise wrong(f"{name}[{i}]", "RoutingStats", type(stats).__name__)
         experts = layers[0].counts.shape[-1] if i else None
-        check_tensor(f"{name}[{i}].counts", stats.counts, {"kinds": None, "E": experts}, None)
+        check_tensor(f"{name}[{i}].counts", stats.counts, {"kinds": None, "E": experts}, FLOATING)
         kinds, experts = stats.counts.shape
-        check_tensor(f"{name}[{i}].prob_sum", stats.prob_sum, {"kinds": kinds, "E": experts}, None)
+        check_tensor(f"{name}[{i}].prob_sum", stats.prob_sum, {"kinds": kinds, "E": experts}, FLOATING)
     experts = layers[0].counts.shape[-1]
     top_k = integer("top_k", top_k, 1, experts)
     device = layers[0].prob_sum.device

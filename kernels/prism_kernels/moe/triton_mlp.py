@@ -8,16 +8,18 @@ product is not needed. Sums over the K slots of a token run in the order of j: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
-from torch.autograd.function import once_differentiable
 
 from prism_kernels.moe.grouped_gemm_choice import choose
-from prism_kernels.moe.routing import Routing
+from prism_kernels.moe.routing import Experts, Routing
 from prism_kernels.moe.triton_route import rows_of
+from prism_kernels.operators import first_derivative
 from prism_kernels.tuned_options import tuned
 
 COPY_BLOCK = 1024  # columns a step of a memory-bound kernel
@@ -147,45 +149,69 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cuda")
     def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset, with_grad):
-        if hidden.shape[0] == 0:
-            ctx.save_for_backward(hidden, gate_up, down, weight)
-            return torch.empty_like(hidden)
-        weight_rows = weight.contiguous()
-        gemm = choose(gate_up, down)
-        x, position = _permute(hidden, token_order, weight.shape[1], with_position=True)
-        product = gemm.rows(x, gate_up.transpose(1, 2), expert_offset)
-        activation = _swiglu(product)
-        del x
-        if with_grad and any(ctx.needs_input_grad):  # needs_input_grad is set under no_grad too
-            ctx.save_for_backward(hidden, gate_up, down, weight, token_order, expert_offset, position, product)
-            ctx.gemm = gemm
-        del product
-        y = gemm.rows(activation, down.transpose(1, 2), expert_offset)
-        del activation
-        return _combine(y, position, weight_rows, weight.shape[1])
+        inputs = Experts(hidden, gate_up, down, weight, token_order, expert_offset)
+        keep = with_grad and any(ctx.needs_input_grad)  # needs_input_grad is set under no_grad too
+        out, saved = experts_forward(inputs, keep)
+        if keep:
+            ctx.save_for_backward(*inputs, *saved)
+        return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative("moe_mlp", batches=False)
     @custom_bwd(device_type="cuda")
     def backward(ctx, d_out):
-        if d_out.shape[0] == 0:
-            return *map(torch.zeros_like, ctx.saved_tensors), None, None, None
-        hidden, gate_up, down, weight, token_order, expert_offset, position, product = ctx.saved_tensors
-        gemm, top_k = ctx.gemm, weight.shape[1]
-        want_hidden, want_gate_up, want_down, _ = ctx.needs_input_grad[:4]
-        dy, _ = _permute(d_out, token_order, top_k)
-        d_activation = gemm.rows(dy, down, expert_offset)
-        d_product, activation, d_weight = _swiglu_backward(product, d_activation, weight.contiguous(), token_order)
-        del d_activation
-        d_down = gemm.outer(dy, activation, expert_offset, down) if want_down else None
-        del dy, activation
-        d_hidden = d_gate_up = None
-        if want_hidden:
-            d_hidden = _combine(gemm.rows(d_product, gate_up, expert_offset), position, None, top_k)
-        if want_gate_up:
-            x, _ = _permute(hidden, token_order, top_k)
-            d_gate_up = gemm.outer(d_product, x, expert_offset, gate_up)
-        return d_hidden, d_gate_up, d_down, d_weight, None, None, None
+        saved = ctx.saved_tensors
+        gradients = experts_backward(Experts(*saved[:6]), saved[6:], d_out, *ctx.needs_input_grad[:3])
+        return *gradients, None, None, None
+
+
+def experts_forward(inputs: Experts, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """(T, H), and the (S, 2I) product where the backward will ask for it."""
+    hidden, gate_up, down, weight, token_order, expert_offset = inputs
+    if hidden.shape[0] == 0:
+        return torch.empty_like(hidden), [hidden.new_empty(0, gate_up.shape[1])]
+    gemm = choose(gate_up, down)
+    x, position = _permute(hidden, token_order, weight.shape[1], with_position=True)
+    product = gemm.rows(x, gate_up.transpose(1, 2), expert_offset)
+    activation = _swiglu(product)
+    del x
+    saved = [product] if keep else []
+    del product
+    y = gemm.rows(activation, down.transpose(1, 2), expert_offset)
+    del activation
+    return _combine(y, position, weight.contiguous(), weight.shape[1]), saved
+
+
+def experts_backward(
+    inputs: Experts,
+    products: Sequence[Tensor],
+    d_out: Tensor,
+    want_hidden: bool,
+    want_gate_up: bool,
+    want_down: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    hidden, gate_up, down, weight, token_order, expert_offset = inputs
+    if d_out.shape[0] == 0:
+        return *map(torch.zeros_like, (hidden, gate_up, down)), torch.zeros_like(weight)
+    gemm, top_k = choose(gate_up, down), weight.shape[1]
+    dy, position = _permute(d_out, token_order, top_k, with_position=True)
+    d_activation = gemm.rows(dy, down, expert_offset)
+    d_product, activation, d_weight = _swiglu_backward(products[0], d_activation, weight.contiguous(), token_order)
+    del d_activation
+    d_down = gemm.outer(dy, activation, expert_offset, down) if want_down else None
+    del dy, activation
+    d_hidden = d_gate_up = None
+    if want_hidden:
+        d_hidden = _combine(gemm.rows(d_product, gate_up, expert_offset), position, None, top_k)
+    if want_gate_up:
+        x, _ = _permute(hidden, token_order, top_k)
+        d_gate_up = gemm.outer(d_product, x, expert_offset, gate_up)
+    return d_hidden, d_gate_up, d_down, d_weight
+
+
+def as_chunks(product: Tensor, inputs: Experts) -> list[Tensor]:
+    """The products of all rows (S, 2I), which an operator saves, as the backward takes them."""
+    return [product]
 
 
 def _wide(dtype: torch.dtype) -> tl.dtype:

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
-from torch.autograd.function import once_differentiable
 
-from prism_kernels.moe.routing import RouteArguments, Routing, RoutingStats
+from prism_kernels.moe.routing import RouteArguments, RouteSaved, Routing, RoutingStats, own_index
 from prism_kernels.moe.triton_plan import block_tokens, finish_plan, padded
+from prism_kernels.operators import first_derivative
 from prism_kernels.tuned_options import tuned
 
 SPLITS = 32  # parts of T whose router gradients are summed last
@@ -267,109 +267,120 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cuda")
     def forward(ctx, hidden, router_weight, arguments):
-        top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
-        tokens, experts = hidden.shape[0], router_weight.shape[0]
-        x, router = rows_of(hidden), router_weight.contiguous()
-        kind = None if segment_kind is None else segment_kind.contiguous()
-        options = route_options(experts, top_k, torch.promote_types(hidden.dtype, router_weight.dtype).itemsize)
-        blocks = triton.cdiv(tokens, options["BLOCK_T"])
-        wide = {"dtype": torch.promote_types(hidden.dtype, torch.float32), "device": hidden.device}
-        integer = {"dtype": torch.int32, "device": hidden.device}
-        weight = torch.empty(tokens, top_k, **wide)
-        probability = torch.empty(tokens, experts, **wide)
-        index = torch.empty(tokens, top_k, **integer) if expert_index is None else _own(expert_index)
-        block_count = torch.empty(experts, blocks, **integer)
-        kind_count = torch.empty(num_kinds, experts, blocks, **integer)
-        kind_probability = torch.empty(num_kinds, experts, blocks, **wide)
-        if tokens:
-            moe_route_fwd_kernel[(blocks,)](
-                x,
-                router,
-                router if kind is None else kind,
-                index,
-                weight,
-                probability,
-                block_count,
-                kind_count,
-                kind_probability,
-                tokens,
-                hidden.shape[1],
-                experts,
-                num_kinds,
-                blocks,
-                x.stride(0),
-                K=top_k,
-                K_PAD=triton.next_power_of_2(top_k),
-                E_PAD=padded(experts),
-                HAS_KIND=kind is not None,
-                FORCED=expert_index is not None,
-                RENORMALIZE=renormalize,
-                **options,
-            )
-        order, offset, counts, prob_sum = finish_plan(index, block_count, kind_count, kind_probability)
-        ctx.save_for_backward(hidden, router_weight, probability, index, kind)
-        ctx.renormalize, ctx.num_kinds = renormalize, num_kinds
+        *outputs, probability = route_forward(hidden, router_weight, arguments)
+        index, _, order, offset, counts, _ = outputs
+        ctx.save_for_backward(hidden, router_weight, probability, index, arguments.segment_kind)
+        ctx.renormalize = arguments.renormalize
         ctx.mark_non_differentiable(index, order, offset, counts)
-        return index, weight, order, offset, counts, prob_sum
+        return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative("moe_route", batches=False)
     @custom_bwd(device_type="cuda")
     def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
-        tokens, experts = probability.shape
-        if tokens == 0:
-            return torch.zeros_like(hidden), torch.zeros_like(router_weight), None
-        x, router = rows_of(hidden), router_weight.contiguous()
-        options = d_logits_options(experts, probability.itemsize)
-        d_logits = torch.empty_like(probability)
-        moe_route_bwd_dlogits_kernel[(triton.cdiv(tokens, options["BLOCK_T"]),)](
-            probability,
-            index,
-            d_weight.contiguous(),
-            index if kind is None else kind,
-            d_prob_sum.contiguous(),
-            d_logits,
-            tokens,
-            experts,
-            ctx.num_kinds,
-            K=index.shape[1],
-            E_PAD=padded(experts),
-            HAS_KIND=kind is not None,
-            RENORMALIZE=ctx.renormalize,
-            **options,
-        )
-        width = hidden.shape[1]
-        options = d_router_options(experts, probability.itemsize)
-        blocks = triton.cdiv(tokens, options["BLOCK_T"])
-        splits = min(SPLITS, blocks)
-        tokens_per_split = triton.cdiv(blocks, splits) * options["BLOCK_T"]
-        d_hidden = hidden.new_empty(tokens, width)
-        parts = d_logits.new_empty(splits, experts, width)
-        moe_route_bwd_drouter_kernel[(triton.cdiv(width, options["BLOCK_H"]), splits)](
-            d_logits,
+        saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
+        return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2]), None
+
+
+def route_forward(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Tensor, ...]:
+    """index, weight, order, offset, counts, prob_sum; and the probabilities (T, E), for the backward."""
+    top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
+    tokens, experts = hidden.shape[0], router_weight.shape[0]
+    x, router = rows_of(hidden), router_weight.contiguous()
+    kind = None if segment_kind is None else segment_kind.contiguous()
+    options = route_options(experts, top_k, torch.promote_types(hidden.dtype, router_weight.dtype).itemsize)
+    blocks = triton.cdiv(tokens, options["BLOCK_T"])
+    wide = {"dtype": torch.promote_types(hidden.dtype, torch.float32), "device": hidden.device}
+    integer = {"dtype": torch.int32, "device": hidden.device}
+    weight = torch.empty(tokens, top_k, **wide)
+    probability = torch.empty(tokens, experts, **wide)
+    index = torch.empty(tokens, top_k, **integer) if expert_index is None else own_index(expert_index)
+    block_count = torch.empty(experts, blocks, **integer)
+    kind_count = torch.empty(num_kinds, experts, blocks, **integer)
+    kind_probability = torch.empty(num_kinds, experts, blocks, **wide)
+    if tokens:
+        moe_route_fwd_kernel[(blocks,)](
             x,
             router,
-            d_hidden,
-            parts,
+            router if kind is None else kind,
+            index,
+            weight,
+            probability,
+            block_count,
+            kind_count,
+            kind_probability,
             tokens,
-            tokens_per_split,
-            width,
+            hidden.shape[1],
             experts,
+            num_kinds,
+            blocks,
             x.stride(0),
+            K=top_k,
+            K_PAD=triton.next_power_of_2(top_k),
             E_PAD=padded(experts),
-            WITH_D_X=ctx.needs_input_grad[0],
+            HAS_KIND=kind is not None,
+            FORCED=expert_index is not None,
+            RENORMALIZE=renormalize,
             **options,
         )
-        d_router = parts.sum(dim=0).to(router_weight.dtype) if ctx.needs_input_grad[1] else None
-        return d_hidden if ctx.needs_input_grad[0] else None, d_router, None
+    order, offset, counts, prob_sum = finish_plan(index, block_count, kind_count, kind_probability)
+    return index, weight, order, offset, counts, prob_sum, probability
+
+
+def route_backward(
+    saved: RouteSaved, d_weight: Tensor, d_prob_sum: Tensor, want_hidden: bool, want_router: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    hidden, router_weight, probability, index, segment_kind, renormalize = saved
+    tokens, experts = probability.shape
+    if tokens == 0:
+        return torch.zeros_like(hidden), torch.zeros_like(router_weight)
+    kind = None if segment_kind is None else segment_kind.contiguous()
+    x, router = rows_of(hidden), router_weight.contiguous()
+    options = d_logits_options(experts, probability.itemsize)
+    d_logits = torch.empty_like(probability)
+    moe_route_bwd_dlogits_kernel[(triton.cdiv(tokens, options["BLOCK_T"]),)](
+        probability,
+        index,
+        d_weight.contiguous(),
+        index if kind is None else kind,
+        d_prob_sum.contiguous(),
+        d_logits,
+        tokens,
+        experts,
+        d_prob_sum.shape[0],
+        K=index.shape[1],
+        E_PAD=padded(experts),
+        HAS_KIND=kind is not None,
+        RENORMALIZE=renormalize,
+        **options,
+    )
+    width = hidden.shape[1]
+    options = d_router_options(experts, probability.itemsize)
+    blocks = triton.cdiv(tokens, options["BLOCK_T"])
+    splits = min(SPLITS, blocks)
+    tokens_per_split = triton.cdiv(blocks, splits) * options["BLOCK_T"]
+    d_hidden = hidden.new_empty(tokens, width)
+    parts = d_logits.new_empty(splits, experts, width)
+    moe_route_bwd_drouter_kernel[(triton.cdiv(width, options["BLOCK_H"]), splits)](
+        d_logits,
+        x,
+        router,
+        d_hidden,
+        parts,
+        tokens,
+        tokens_per_split,
+        width,
+        experts,
+        x.stride(0),
+        E_PAD=padded(experts),
+        WITH_D_X=want_hidden,
+        **options,
+    )
+    d_router = parts.sum(dim=0).to(router_weight.dtype) if want_router else None
+    return d_hidden if want_hidden else None, d_router
 
 
 def rows_of(tensor: Tensor) -> Tensor:
     """The tensor, copied where its last stride is not 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _own(expert_index: Tensor) -> Tensor:
-    """A new int32 tensor: an output of a Function must not be its input."""
-    return expert_index.to(torch.int32, copy=True, memory_format=torch.contiguous_format)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from prism_kernels.operators import first_derivative
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ class _Norm(torch.autograd.Function):
         return (y if cos is None else _rotate(y, cos, sin)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative("rms_norm, qk_norm_rotate")
     def backward(ctx, grad):
         x, weight, scale, cos, sin = ctx.saved_tensors
         width = x.shape[-1]

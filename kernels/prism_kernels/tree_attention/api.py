@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import FLOATING, check_device, check_tensor, check_values, describe, number, wrong
+from prism_kernels.checks import (
+    FLOATING,
+    check_device,
+    check_tensor,
+    check_values,
+    describe,
+    is_transformed,
+    number,
+    wrong,
+)
 from prism_kernels.dispatch import GRAD, TRANSFORMS, VMAP, Impl, Implementation, Op
+from prism_kernels.operators import check_first_derivative
+from prism_kernels.tree_attention import operators
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import TreeLayout
 
@@ -72,9 +83,18 @@ def tree_attention(
     check_device("v", v, "q", q)
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise wrong("q", f"a multiple of the Hkv = {k.shape[1]} heads of k and v", f"{heads} heads")
-    scale = dim**-0.5 if scale is None else number("scale", scale)
-    _, function = _OP.select(impl, q.device, q, k, v)
-    return function(q, k, v, layout.to(q.device), scale, query_row)
+    factor: float = dim**-0.5 if scale is None else number("scale", scale)
+    chosen, function = _OP.select(impl, q.device, q, k, v)
+    if torch.compiler.is_compiling() and query_row is not None and chosen != Impl.REFERENCE:
+        return operators.chosen_rows(q, k, v, layout, factor, query_row)
+    out = function(q, k, v, layout.to(q.device), factor, query_row)
+    if out.requires_grad and chosen != Impl.REFERENCE and not torch.compiler.is_compiling() and not is_transformed(out):
+        out.register_hook(_first_derivative)  # torch's own error names neither the op nor a way out
+    return out
+
+
+def _first_derivative(_: Tensor) -> None:
+    check_first_derivative("tree_attention")
 
 
 def shared_prompt_decode(

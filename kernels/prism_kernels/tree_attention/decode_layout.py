@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import check_tensor, check_values, describe, integer, items, wrong
+from prism_kernels.checks import check_device, check_tensor, check_values, describe, integer, items, wrong
 
-MAX_TOKENS = 1 << 31
+MAX_TOKENS = 1 << 24  # of a prompt: more than any model reads, and a mask of them fits a memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,12 @@ class DecodeLayout:
         return cls._placed(group, mask.to(group.device))
 
     def keep(self, rows: Tensor) -> DecodeLayout:
-        """Of these rows (n,) int64 alone, in this order."""
+        """Of these rows (n,) int64 in [0, B) alone, in this order; n >= 1. Raises ValueError, as :meth:`build`."""
+        check_tensor("rows", rows, {"n": None}, [torch.int64])
+        check_device("rows", rows, "group", self.group)
+        if not rows.numel():
+            raise wrong("rows", "n >= 1 rows", describe(rows))
+        check_values("rows", rows, "B", len(self.group))
         return self._placed(self.group[rows], self.prompt_mask)
 
     @classmethod

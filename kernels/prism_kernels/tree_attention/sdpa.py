@@ -18,7 +18,9 @@ def tree_attention(
     the gradients repeatable.
     """
     if q.shape[0] == 0:
-        return q.clone()
+        return q + (k[:0].sum() + v[:0].sum())  # nothing, whose gradients are zeros
+    if scale <= 0:  # torch multiplies its mask by it: inf * 0 is NaN
+        q, scale = q * scale, 1.0
     if query_row is not None:
         return _chosen_rows(q, k, v, layout, scale, query_row)
     plan = layout.group_plan()
@@ -56,13 +58,16 @@ def _attend(
         scale=scale,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
-    return out + _not_finite(queries, keys)[..., None] if mask is None and not _on_gpu(queries) else out
+    if _on_gpu(queries):
+        return out
+    return out + (_not_finite(queries, keys) if mask is None else (queries * 0).sum(-1))[..., None]
 
 
 def _not_finite(queries: Tensor, keys: Tensor) -> Tensor:
     """(n, Hq, L): NaN where a query is not finite, sees a key with NaN or only keys that are not finite; else 0.
 
-    Torch's causal attention on a CPU gives 0 there (seen in 2.13), and so a model of NaN weights a finite loss.
+    Torch's causal attention on a CPU gives 0 there (seen in 2.13), and so a model of NaN weights a finite loss. Its
+    masked one does for an infinite query alone.
     """
     unclear = keys.isnan().any(-1).cumsum(-1) + (~keys.isfinite()).any(-1).long().cumprod(-1)
     seen = torch.where(unclear > 0, float("nan"), 0.0).to(queries.dtype)

@@ -79,7 +79,7 @@ def test_arguments_are_checked():
         DecodeLayout.build(torch.tensor([0, 3]), lengths)
     with pytest.raises(ValueError, match=r"group: expected int64 \(B,\), got \(1,\) torch.float32"):
         DecodeLayout.build(torch.tensor([0.0]), lengths)
-    with pytest.raises(ValueError, match=r"prompt_lengths: expected an integer in \[1, 2147483648\], got 0"):
+    with pytest.raises(ValueError, match=r"prompt_lengths: expected an integer in \[1, 16777216\], got 0"):
         DecodeLayout.build(torch.tensor([0]), [3, 0])
     with pytest.raises(ValueError, match="layout: expected a DecodeLayout"):
         shared_prompt_decode(q, *prompt, *own, lengths)
