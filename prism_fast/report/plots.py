@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ def accuracy_by_stage(run: Run) -> Figure | None:
     known = [stage for stage in JUDGED if accuracy[stage] is not None]
     if not known:
         return None
-    by_type = {stage: entries(run.evaluations.get(stage, {}), "by_type") for stage in known}
+    by_type = {stage: _types(run, stage) for stage in known}
     types = list(dict.fromkeys(name for stage in known for name in by_type[stage]))
     figure, axes = panels(2, 3.3, width_ratios=(1, max(1.0, min(2.2, 0.55 * len(types)))))
     left, right = axes[0]
@@ -45,11 +45,17 @@ def accuracy_by_stage(run: Run) -> Figure | None:
     finish(right, "By question type", "accuracy", share=True, legend=False, x="")
     if types:
         right.set_xticks(range(len(types)), [label_of(kind) for kind in types])
+    if right.get_legend_handles_labels()[0]:
         right.legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=len(known), borderaxespad=0.2)
     for panel in (left, right):
         panel.set_ylim(0, 1.12)
         panel.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     return figure
+
+
+def _types(run: Run, stage: str) -> dict[str, Mapping[str, Any]]:
+    kinds = entries(run.evaluations.get(stage, {}), "by_type")
+    return {kind: entries(kinds, kind) for kind in kinds}
 
 
 def _bar(
@@ -60,7 +66,7 @@ def _bar(
         return
     axes.bar(where, share, width, color=colour, label=label)
     top = share
-    if count and 0 <= share <= 1:
+    if 0 < count < 2**31 and 0 <= share <= 1:
         low, top = wilson(share, count)
         axes.vlines(where, low, top, color="#222222", linewidth=1)
     if value:
