@@ -96,8 +96,8 @@ def _results(run: Run, stage: str) -> Iterator[str]:
     for name, label in (("accuracy", "held-out accuracy"), ("format_valid", "valid format")):
         if name in after:
             before, where = _before(run, stage, name)
-            start = "" if before is None else f"{before:.1%}{where} to "
-            yield f"{label} {start}{after[name]:.1%}"
+            start = "" if before is None else f"{_amount(before)}{where} to "
+            yield f"{label} {start}{_amount(after[name])}"
     for kind, label in DRIFT.items() if stage == "align" else ():
         first, last = _distances(run, kind)
         if first is not None and last is not None:
@@ -190,11 +190,12 @@ def _of_policy(run: Run, stage: str) -> About:
         yield "cut", {"value": length, "limit": round(limit)}
     after, (before, _) = figures.get("accuracy"), _before(run, stage, "accuracy")
     steps, held_out = series(lines, names.EVAL_ACCURACY)
-    if held_out and max(held_out) - held_out[-1] > FALL:
+    if held_out and max(held_out) - held_out[-1] > FALL * max(1.0, abs(max(held_out))):
         best = held_out.index(max(held_out))
-        yield "past_best", {"best": held_out[best], "step": round(steps[best]), "after": held_out[-1]}
-    elif after is not None and before is not None and after <= before and after < PERFECT:
-        yield "no_gain", {"before": before, "after": after}
+        ends_at = {"best": _amount(held_out[best]), "after": _amount(held_out[-1])}
+        yield "past_best", {"step": round(steps[best]), **ends_at}
+    elif after is not None and before is not None and after <= before and not PERFECT <= after <= 1:
+        yield "no_gain", {"before": _amount(before), "after": _amount(after)}
     elif after is None and ends and long and COURSES[stage][0] == names.REWARD and ends[1] <= ends[0]:
         yield "no_reward", {"before": ends[0], "after": ends[1]}
     if after is None and not _is_cut_off(run, stage):
@@ -319,6 +320,11 @@ def _distances(run: Run, kind: str) -> tuple[float | None, float | None]:
     drift = entries(run.summary, "drift")
     before, after = (finite(entries(drift, stage).get(kind)) for stage in ("sft", "align"))
     return before, after
+
+
+def _amount(value: float) -> str:
+    """An accuracy: a share, or any number where a reward function of the user's own gives it."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.3g}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -83,7 +83,7 @@ ENDINGS = {
         "raise rollout.max_response_tokens, or add prompts with shorter answers",
     ),
     "no_gain": (
-        "no gain: held-out accuracy went from {before:.1%} to {after:.1%}",
+        "no gain: held-out accuracy went from {before} to {after}",
         "train for longer, or look at the reward and at the learning rate before going on from here",
     ),
     "no_reward": (
@@ -95,7 +95,7 @@ ENDINGS = {
         "lower the learning rate, or warm it up for longer",
     ),
     "past_best": (
-        "held-out accuracy fell from its best, {best:.1%} at step {step}, to {after:.1%}",
+        "held-out accuracy fell from its best, {best} at step {step}, to {after}",
         "go on from the checkpoint of that step, which is kept, or train for fewer steps",
     ),
     "drift": (

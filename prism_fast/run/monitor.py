@@ -273,7 +273,7 @@ def _figures(line: Mapping[str, Any]) -> list[str]:
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return f"{name} not finite"
-    return f"{name} {value:.1%}" if name in _PERCENT else f"{name} {value:.4g}"
+    return f"{name} {value:.1%}" if name in _PERCENT and 0 <= value <= 1 else f"{name} {value:.4g}"
 
 
 def tokens_per_second(seconds: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:

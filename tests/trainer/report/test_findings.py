@@ -114,6 +114,8 @@ CASES = {
     "no reward": ("rlvr", RLVR | {"reward": 0.4}, {}, ["no gain: the reward in training went from 0.4 to 0.4"], []),
     "past its best": ("rlvr", RLVR, {"evals": {20: {"accuracy": 0.8}} | held_out(0.6)},
                       ["80.0% (step 20) to 60.0%", "from its best, 80.0% at step 20, to 60.0%"], ["no gain"]),
+    "a reward of one's own": ("rlvr", RLVR, {"evals": {20: {"accuracy": 12.5}} | held_out(12.4)},
+                              ["12.5 (step 20) to 12.4", "no gain: held-out accuracy went from 12.5 to 12.4"], ["%)"]),
     "loss": ("sft", SFT | {"loss": lambda step: step / 10}, {}, ["the loss rose from 1.05 to 3.05"], []),
     "late judge": ("rlvr", RLVR | {"judge/late": lambda step: float(step in (3, 4))}, {}, ["in time on 2 answers"], []),
     "uneven processes": ("rlvr", RLVR | {"balance/cpu_seconds": 1.9, "balance/sampled_tokens": 1.2}, {},
