@@ -16,6 +16,8 @@ from prism_fast.report.data import JUDGED, LABEL, RUNNING, TRAINED, Run, entries
 from prism_fast.report.draw import COLOUR, CYCLE, SIDE, curve, decades, finish, label_of, panels, wilson
 from prism_fast.run.monitor import breakdown
 
+MAX_LABELS = 70  # characters that fit below one panel in a line
+
 
 def accuracy_by_stage(run: Run) -> Figure | None:
     """Held-out accuracy of every stage's policy, in all and by question type."""
@@ -37,14 +39,18 @@ def accuracy_by_stage(run: Run) -> Figure | None:
     left.set_xticks(range(len(known)), [LABEL[stage].replace(" (final)", "") for stage in known])
     width = 0.8 / len(known)
     for offset, stage in enumerate(known):
+        label = LABEL[stage]
         for place, name in enumerate(types):
             entry = by_type[stage].get(name, {})
             value, count = finite(entry.get("accuracy")), int(finite(entry.get("count")) or 0)
             where = place + (offset - (len(known) - 1) / 2) * width
-            _bar(right, where, width * 0.92, value, count, COLOUR[stage], label=LABEL[stage] if not place else None)
+            _bar(right, where, width * 0.92, value, count, COLOUR[stage], label=label)
+            label = label if value is None else None  # once in the legend
     finish(right, "By question type", "accuracy", share=True, legend=False, x="")
     if types:
-        right.set_xticks(range(len(types)), [label_of(kind) for kind in types])
+        labels = [label_of(kind) for kind in types]
+        slanted = {"rotation": 25, "ha": "right"} if len("".join(labels)) > MAX_LABELS else {}
+        right.set_xticks(range(len(types)), labels, **slanted)
     if right.get_legend_handles_labels()[0]:
         right.legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=len(known), borderaxespad=0.2)
     for panel in (left, right):

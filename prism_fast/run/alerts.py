@@ -114,7 +114,7 @@ ENDINGS = {
         "nothing was measured on held-out prompts",
         "give data.eval_files, or evaluate its final model with prism-fast eval",
     ),
-    "others": ("{count}", "read them under Warnings"),
+    "others": ("{count}", "see Warnings"),
 }
 
 
