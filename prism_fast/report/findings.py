@@ -42,6 +42,7 @@ MARGIN = 0.1  # share by which a distance may grow before it is a drift
 PERFECT = 0.99  # accuracy from which there is nothing left to gain
 FALL = 0.05  # accuracy below the best evaluation: more than chance where hundreds are asked
 CUT = 0.9  # of the longest response that is allowed
+IDLE = 0.5  # of the steps, without an update
 UNEVEN = 1.5  # the busiest process over the mean
 COURSES = {"sft": (names.LOSS, "loss"), "warmup": (names.LOSS, "loss"), "rlvr": (names.REWARD, "reward")}
 NORMS = (names.GRAD_NORM, names.POLICY_GRAD_NORM, names.DISCRIMINATOR_GRAD_NORM)
@@ -122,7 +123,7 @@ def _todo(run: Run, stage: str) -> list[str]:
         sentence(rule, **about) for find in rules for rule, about in find(run, stage) if COVERED.get(rule) not in said
     ]
     found += _of_experts(run, stage, spells)
-    others = sum("warning" in line and line["warning"] not in warned for line in run.metrics.get(stage, ()))
+    others = sum("warning" in line and str(line["warning"]) not in warned for line in run.metrics.get(stage, ()))
     if others:
         found.append(sentence("others", count=f"{others:,} other warning{'' if others == 1 else 's'}"))
     return found
@@ -142,6 +143,10 @@ def _of_end(run: Run, stage: str) -> About:
     if any(skipped):
         at = max(step for (step, _), broken in zip(steps, skipped) if broken)
         yield "skipped", {"count": sum(skipped), "steps": len(skipped), "step": at}
+    norms = [any(name in line for name in NORMS) for _, line in steps if names.LEARNING_RATE in line]
+    idle = norms.count(False) - sum(skipped)
+    if idle > IDLE * len(norms):
+        yield "idle", {"count": idle, "steps": len(norms)}
 
 
 def _of_discriminator(run: Run, stage: str) -> About:

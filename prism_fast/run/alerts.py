@@ -57,6 +57,11 @@ ENDINGS = {
         "{count} of {steps} updates were skipped, the last at step {step}, whose numbers were not finite",
         "see the warnings of these steps, and lower the learning rate",
     ),
+    "idle": (
+        "{count} of {steps} steps updated nothing",
+        "see their warnings: bad records, or groups that are all right or all wrong; choose prompts by pass rate "
+        "(data filter)",
+    ),
     "chance": (
         "the discriminator guesses on {side}: {value:.1%} of the pairs ranked right, chance is 50 %",
         "train the warm-up for longer or with a higher learning rate, and check that its pairs differ in {side}",

@@ -121,7 +121,8 @@ CASES = {
     "uneven processes": ("rlvr", RLVR | {"balance/cpu_seconds": 1.9, "balance/sampled_tokens": 1.2}, {},
                          ["1.9 times the mean of computing time"], []),
     "even processes": ("rlvr", RLVR | {"balance/cpu_seconds": 1.1}, {"evals": held_out(0.5)}, [], [""]),
-    "warnings": ("sft", SFT, {"warnings": ["skipped: a", "b"], "evals": held_out(0.5)}, ["2 other warnings"], []),
+    "idle": ("rlvr", {"lr": 1e-5, "dropped_groups": 8}, {}, ["40 of 40 steps updated nothing"], ["skip"]),
+    "warnings": ("sft", SFT, {"warnings": ["a", {"b": None}], "evals": held_out(0.5)}, ["2 other warnings"], []),
 }  # fmt: skip
 
 
