@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from prism_fast import metric_names as names
-from prism_fast.config import WatchConfig
 from prism_fast.records import DataError, StepStats
 from prism_fast.report.data import (
     LABEL,
@@ -261,14 +258,10 @@ def _dated(spell: Spell) -> str:
 
 def _watch(run: Run, stage: str) -> Watch:
     """With the thresholds that the stage ran with; its defaults where it left no run.json."""
-    given = entries(run.settings.get(stage, {}), "watch")
     try:
-        known = WatchConfig(**{name: given[name] for name in WatchConfig.model_fields if name in given})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, ("watch", *fault["loc"])))
-        raise DataError(f"{stage}/run.json: {where}: {fault['msg']}; restore the file or remove it") from error
-    return Watch(**known.model_dump())
+        return Watch.recorded(entries(run.settings.get(stage, {}), "watch"))
+    except ValueError as error:
+        raise DataError(f"{stage}/run.json: {error}; restore the file or remove it") from error
 
 
 def _steps(run: Run, stage: str) -> list[tuple[int, dict[str, Any]]]:

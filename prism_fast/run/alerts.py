@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from prism_fast import metric_names as names
+from prism_fast.config import WatchConfig
 from prism_fast.records import StepStats
 
 EXPERT_FLOOR = 0.1  # of an even share of a layer's tokens: an expert below it has collapsed
@@ -175,6 +178,18 @@ class Watch:
         self._early_entropy: list[float] = []
         self._best_format: float | None = None
         self._held: dict[str, int] = {}  # steps in a row, by condition
+
+    @classmethod
+    def recorded(cls, settings: Mapping[str, Any]) -> Watch:
+        """By the settings ``watch`` of a run.json, of which this version knows some. ValueError where one is out of
+        range."""
+        try:
+            known = WatchConfig(**{name: settings[name] for name in WatchConfig.model_fields if name in settings})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, ("watch", *fault["loc"])))
+            raise ValueError(f"{where}: {fault['msg']}") from error
+        return cls(**known.model_dump())
 
     def observe(self, stats: StepStats) -> list[str]:
         """The warnings that this step gives rise to: lines for a person, for `Monitor.warn`."""
