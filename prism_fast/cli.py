@@ -312,6 +312,11 @@ def rlvr(
     _stage("rlvr", RLVRConfig, config, overrides, resume, accept_changes)
 
 
+def _amount(accuracy: float) -> str:
+    """A share, or any number where a reward function of the user's own gives it."""
+    return f"{accuracy:.1%}" if 0 <= accuracy <= 1 else f"{accuracy:.4g}"
+
+
 @app.command("eval")
 def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
@@ -321,28 +326,30 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     settings = _settings(EvaluateConfig, config, overrides)
     try_new(settings.out)
     from prism_fast.models.load import open_policy
-    from prism_fast.reward import start
+    from prism_fast.reward import started
+    from prism_fast.run.record import own_reward
     from prism_fast.steps.evaluate import EvalSet, evaluate
 
     _interruptible()
-    start(settings.reward)
-    policy, chat = open_policy(settings.model)
-    held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
-    console = Console()
-    with console.status(f"{len(held_out)} prompts, {settings.eval.samples} responses each"):
-        result = evaluate(
-            policy,
-            chat,
-            held_out,
-            settings.eval,
-            name=settings.model.path.name,
-            seed=settings.seed,
-            own=settings.reward,
-        )
+    console, own = Console(), own_reward(settings.reward)
+    with started(settings.reward):
+        policy, chat = open_policy(settings.model)
+        held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
+        with console.status(f"{len(held_out)} prompts, {settings.eval.samples} responses each"):
+            result = evaluate(
+                policy,
+                chat,
+                held_out,
+                settings.eval,
+                name=settings.model.path.name,
+                seed=settings.seed,
+                own=settings.reward,
+            )
+    result.reward = own
     table = Table("question type", "prompts", "pass@1" if settings.eval.samples == 1 else f"mean of {result.samples}")
     for kind, row in result.by_type.items():
-        table.add_row(kind, str(int(row["count"]) // result.samples), f"{row['accuracy']:.1%}")
-    table.add_row("all", str(len(held_out)), f"{result.accuracy:.1%}", style="bold")
+        table.add_row(kind, str(int(row["count"]) // result.samples), _amount(row["accuracy"]))
+    table.add_row("all", str(len(held_out)), _amount(result.accuracy), style="bold")
     console.print(table)
     for name, value in result.figures().items():
         console.print(f"{name} {value:.4g}")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -102,7 +103,6 @@ class Demo:
         )
         self.teacher: Evaluation | None = None
         self.evaluations: dict[str, Evaluation] = {}
-        self.seconds: dict[str, float] = {}
 
     def _check(self) -> None:
         """All stages' settings, before the first one runs."""
@@ -178,7 +178,6 @@ class Demo:
     def run_warmup(self, policy: Path) -> Path:
         """Upcycles the SFT policy, rolls it out on the teacher's prompts and trains on the pairs."""
         dense, moe, records = {"path": policy}, self.out / "discriminator", self.out / "data" / "pairs.jsonl"
-        began = time.perf_counter()
         if not moe.exists():
             upcycle_directory(self.config(UpcycleConfig, "upcycle", model=dense, out=moe))
         if not records.exists():
@@ -186,7 +185,6 @@ class Demo:
                 self.config(PairsConfig, "pairs", model=dense, data=self._data(self.files.align), out=records)
             )
             self.console.print(f"[bold]pairs[/]  {counts['written']} records from {counts['prompts']} prompts")
-        self.seconds["pairs"] = time.perf_counter() - began
         config = self.config(WarmupConfig, "warmup", discriminator={"path": moe}, data=self._data(records))
         return self._stage("warmup", warmup, config) / "discriminator"
 
@@ -219,9 +217,7 @@ class Demo:
     def _stage(self, name: str, run, config) -> Path:
         final = self.out / name / "final"
         if not self.finished(name):
-            began = time.perf_counter()
             run(config, resume=self.resume and begun(config.run.out))
-            self.seconds[name] = time.perf_counter() - began
         return final
 
     def summary(self, seconds: float) -> dict[str, Any]:
@@ -233,7 +229,7 @@ class Demo:
             lines = read_metrics(self.out / name / "metrics.jsonl")
             parts, tokens = breakdown(lines)
             entry = stages.setdefault(name, {})
-            entry["seconds"] = self.seconds.get(name, sum(parts.values()))
+            entry["seconds"] = sum(parts.values())  # without evaluations and checkpoints, as the report's
             entry["tokens_per_second"] = tokens_per_second(parts, tokens)
             entry["steps"] = max(line["step"] for line in lines)
             if name == "warmup":
@@ -361,7 +357,10 @@ def _read(mark: Path) -> Any:
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:
-    table = Table("stage", "accuracy", "valid format", "drift: caption", "drift: reasoning", "seconds", "tokens/s")
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)  # fits into 58 columns
+    heads = ("stage", "accuracy", "valid\nformat", "drift:\ncaption", "drift:\nreasoning", "seconds", "tokens/s")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "stage" else "right", overflow="fold")
     for name in ("base", "sft", "align", "rlvr"):
         stage, distance = summary["stages"][name], summary["drift"][name]
         rate, seconds = stage.get("tokens_per_second"), stage.get("seconds")

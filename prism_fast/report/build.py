@@ -242,7 +242,7 @@ def _part_rows(run: Run) -> list[list[str | None]]:
 
 def _warning_rows(run: Run) -> list[list[Any]]:
     return [
-        [RUNNING[stage], line["step"], line["warning"]]
+        [RUNNING[stage], line["step"], str(line["warning"])]
         for stage, lines in run.metrics.items()
         for line in lines
         if "warning" in line

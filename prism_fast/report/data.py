@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prism_fast.metric_names import expert_of
+from prism_fast.metric_names import EVAL, SIDES, expert_of
 from prism_fast.records import DataError
 from prism_fast.run.monitor import FILE_NAME, read_metrics
+from prism_fast.run.record import FILE_NAME as RECORD
 
 TRAINED = ("sft", "warmup", "align", "rlvr")  # stages that leave metrics
 JUDGED = ("base", "sft", "align", "rlvr")  # stages that leave a policy to evaluate
@@ -27,6 +27,9 @@ LABEL = {
 RUNNING = {"sft": "SFT", "warmup": "Warm-up", "align": "Alignment", "rlvr": "RLVR"}  # while it trains
 
 
+LARGEST = 1e100  # of a figure; sums and squares of larger ones overflow
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything known of a run. What is not there is empty, and named in ``missing``."""
@@ -36,6 +39,8 @@ class Run:
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by teacher, base, sft, align, rlvr
     # by stage: the metric that holds the load of a (layer, kind, expert)
     experts: Mapping[str, Mapping[tuple[int, str, int], str]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by stage, of its run.json
+    finished: frozenset[str] = frozenset()  # stages that have left final/
     missing: tuple[str, ...] = ()  # files, relative to the run's folder
 
 
@@ -57,15 +62,22 @@ def load_run(out: Path) -> Run:
         name: _object(path) for name in ("teacher", *JUDGED) if (path := wanted(f"evaluations/{name}.json")) is not None
     }
     experts = {stage: keys for stage, lines in metrics.items() if (keys := expert_keys(lines))}
-    return Run(summary, metrics, evaluations, experts, tuple(missing))
+    records = {stage: _object(path) for stage in TRAINED if (path := out / stage / RECORD).is_file()}
+    settings = {stage: entries(record, "config") for stage, record in records.items()}
+    finished = frozenset(stage for stage in TRAINED if (out / stage / "final").is_dir())
+    return Run(summary, metrics, evaluations, experts, settings, finished, tuple(missing))
 
 
 def stage_figures(run: Run, stage: str) -> dict[str, float]:
-    """The finite figures of one stage in summary.json; accuracy and format validity also from its evaluation."""
-    figures = dict(entries(entries(run.summary, "stages"), stage))
-    for name in ("accuracy", "format_valid"):
-        figures.setdefault(name, run.evaluations.get(stage, {}).get(name))
-    return {name: number for name, value in figures.items() if (number := finite(value)) is not None}
+    """The finite figures of one stage in summary.json; what was measured on held-out data also from its evaluation, and
+    from the last one that its metrics.jsonl holds."""
+    figures = finite_of(entries(entries(run.summary, "stages"), stage))
+    for name in ("accuracy", "format_valid", *(f"pair_accuracy_{side}" for side in SIDES)):
+        during = series(run.metrics.get(stage, ()), f"{EVAL}{name}")[1]
+        known = [*numbers([run.evaluations.get(stage, {}).get(name)]), *during[-1:]]
+        if known:
+            figures.setdefault(name, known[0])
+    return figures
 
 
 def entries(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -75,10 +87,15 @@ def entries(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def finite(value: Any) -> float | None:
-    """``value`` as a float, or None where it is absent, not a number, or not finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """``value`` as a float, or None where it is absent, not a number, not finite, or too large to draw."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         return None
     return float(value)
+
+
+def finite_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of an object."""
+    return {name: number for name, value in line.items() if (number := finite(value)) is not None}
 
 
 def numbers(values: Any) -> list[float]:
@@ -130,15 +147,20 @@ def visible(text: str) -> str:
 
 
 def _sorted(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(lines, key=lambda line: line["step"])
+    """By step; where a step was done twice, its later figures."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in lines:
+        said = str(line["warning"]) if "warning" in line else None
+        found[line["step"], said, any(name.startswith(EVAL) for name in line)] = line
+    return sorted(found.values(), key=lambda line: line["step"])
 
 
 def _object(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: does not hold readable JSON ({reason}); evaluate again or remove it") from error
+        raise DataError(f"{path}: does not hold readable JSON ({reason}); write it again or remove it") from error
     if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}; evaluate again or remove it")
+        raise DataError(f"{path}: expected a JSON object, got {type(value).__name__}; write it again or remove it")
     return value

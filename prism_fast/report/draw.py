@@ -109,7 +109,8 @@ def finish(axes: Axes, title: str, unit: str, *, share: bool = False, legend: bo
         axes.set_xlim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
     if share:
-        axes.set_ylim(-0.02, 1.03)
+        low, high = axes.dataLim.intervaly  # an accuracy of the user's own function may be any number
+        axes.set_ylim(min(-0.02, 1.03 * low), max(1.03, 1.03 * high))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best")

@@ -143,7 +143,7 @@ def _splits(lines: Sequence[Mapping[str, Any]], keys: Mapping[tuple[int, str, in
         for label, sides in SPLITS.items():
             kinds = [kind for side in sides for kind in side]
             names = [[[keys.get((layer, k, e)) for e in experts] for k in kinds] for layer in layers]
-            if all(line.get(name) is not None for layer in names for kind in layer for name in kind):
+            if all(name and finite(line.get(name)) is not None for layer in names for kind in layer for name in kind):
                 shares = np.array([[[line[name] for name in kind] for kind in layer] for layer in names])
                 one, other = shares[:, :2].mean(1), shares[:, 2:].mean(1)
                 entry[label] = (np.abs(one - other).sum(1) / 2).tolist()
@@ -176,7 +176,7 @@ def _grid(
 def _mean_over_layers(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, float]]:
     found = []
     for line in lines:
-        values = [line[name] for name in names if line.get(name) is not None]
+        values = [value for name in names if (value := finite(line.get(name))) is not None]
         if values:
             found.append({"step": line["step"], "share": sum(values) / len(values)})
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from prism_fast.report.data import JUDGED, LABEL, RUNNING, TRAINED, Run, entries
 from prism_fast.report.draw import COLOUR, CYCLE, SIDE, curve, decades, finish, label_of, panels, wilson
 from prism_fast.run.monitor import breakdown
 
+MAX_LABELS = 70  # characters that fit below one panel in a line
+
 
 def accuracy_by_stage(run: Run) -> Figure | None:
     """Held-out accuracy of every stage's policy, in all and by question type."""
@@ -23,7 +25,7 @@ def accuracy_by_stage(run: Run) -> Figure | None:
     known = [stage for stage in JUDGED if accuracy[stage] is not None]
     if not known:
         return None
-    by_type = {stage: entries(run.evaluations.get(stage, {}), "by_type") for stage in known}
+    by_type = {stage: _types(run, stage) for stage in known}
     types = list(dict.fromkeys(name for stage in known for name in by_type[stage]))
     figure, axes = panels(2, 3.3, width_ratios=(1, max(1.0, min(2.2, 0.55 * len(types)))))
     left, right = axes[0]
@@ -37,19 +39,29 @@ def accuracy_by_stage(run: Run) -> Figure | None:
     left.set_xticks(range(len(known)), [LABEL[stage].replace(" (final)", "") for stage in known])
     width = 0.8 / len(known)
     for offset, stage in enumerate(known):
+        label = LABEL[stage]
         for place, name in enumerate(types):
             entry = by_type[stage].get(name, {})
             value, count = finite(entry.get("accuracy")), int(finite(entry.get("count")) or 0)
             where = place + (offset - (len(known) - 1) / 2) * width
-            _bar(right, where, width * 0.92, value, count, COLOUR[stage], label=LABEL[stage] if not place else None)
+            _bar(right, where, width * 0.92, value, count, COLOUR[stage], label=label)
+            label = label if value is None else None  # once in the legend
     finish(right, "By question type", "accuracy", share=True, legend=False, x="")
     if types:
-        right.set_xticks(range(len(types)), [label_of(kind) for kind in types])
+        labels = [label_of(kind) for kind in types]
+        slanted = {"rotation": 25, "ha": "right"} if len("".join(labels)) > MAX_LABELS else {}
+        right.set_xticks(range(len(types)), labels, **slanted)
+    if right.get_legend_handles_labels()[0]:
         right.legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=len(known), borderaxespad=0.2)
     for panel in (left, right):
         panel.set_ylim(0, 1.12)
         panel.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     return figure
+
+
+def _types(run: Run, stage: str) -> dict[str, Mapping[str, Any]]:
+    kinds = entries(run.evaluations.get(stage, {}), "by_type")
+    return {kind: entries(kinds, kind) for kind in kinds}
 
 
 def _bar(
@@ -60,7 +72,7 @@ def _bar(
         return
     axes.bar(where, share, width, color=colour, label=label)
     top = share
-    if count and 0 <= share <= 1:
+    if 0 < count < 2**31 and 0 <= share <= 1:
         low, top = wilson(share, count)
         axes.vlines(where, low, top, color="#222222", linewidth=1)
     if value:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,7 +22,7 @@ __all__ = [
     "is_valid",
     "reward_of",
     "split_parts",
-    "start",
+    "started",
     "verifiable_reward",
 ]
 
@@ -63,10 +64,18 @@ def reward_of(
     return Reward(accuracy_weight * accuracy + format_weight, accuracy, True)
 
 
-def start(own: OwnReward) -> None:
-    """Load the function that ``own`` names, if any, before what takes long; DataError where that fails."""
-    if own.function is not None:
-        function_of(own)
+@contextmanager
+def started(own: OwnReward) -> Iterator[None]:
+    """Loads the function that ``own`` names, if any, before what takes long, and ends its process after it; DataError
+    where it does not load."""
+    if own.function is None:
+        yield
+        return
+    function = function_of(own)
+    try:
+        yield
+    finally:
+        function.stop()
 
 
 def verifiable_reward(

@@ -41,7 +41,7 @@ class RewardFunction:
 
     def __init__(self, settings: OwnReward):
         self.settings, self.name = settings, str(settings.function)
-        self._lock = threading.Lock()
+        self._lock, self._stopped = threading.Lock(), False
         self._folder = tempfile.TemporaryDirectory(prefix="prism-reward-")
         self._shown: tuple[Sample | None, list[str]] = (None, [])
         self._process = self._start()
@@ -62,6 +62,10 @@ class RewardFunction:
         return value
 
     def stop(self) -> None:
+        if self._stopped:  # another's process may have its number by now
+            return
+        self._stopped = True
+        atexit.unregister(self.stop)
         self._kill()
         function_of.cache_clear()  # a later question starts it anew
 

@@ -273,7 +273,7 @@ def _figures(line: Mapping[str, Any]) -> list[str]:
 def _shown(name: str, value: float | None) -> str:
     if value is None:
         return f"{name} not finite"
-    return f"{name} {value:.1%}" if name in _PERCENT else f"{name} {value:.4g}"
+    return f"{name} {value:.1%}" if name in _PERCENT and 0 <= value <= 1 else f"{name} {value:.4g}"
 
 
 def tokens_per_second(seconds: Mapping[str, float], tokens: Mapping[str, int]) -> float | None:
@@ -293,10 +293,14 @@ def breakdown(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], dic
     for line in lines:
         for name, value in line.items():
             for prefix, totals in ((names.SECONDS, seconds), (names.TOKENS, tokens)):
-                if name.startswith(prefix) and value is not None:
+                if name.startswith(prefix) and _is_number(value):
                     part = name.removeprefix(prefix)
                     totals[part] = totals.get(part, 0) + value
     return seconds, tokens
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -60,6 +60,14 @@ def record(stage: str, config: BaseModel, processes: int = 1) -> dict[str, Any]:
     }
 
 
+def own_reward(settings: OwnReward) -> dict[str, Any] | None:
+    """The name of a reward function, what it replaces, and its file; None where the judge is asked."""
+    if settings.function is None:
+        return None
+    about = {"function": settings.function, "replaces": settings.replaces}
+    return {**about, "file": _file(_source(settings.function.rpartition(":")[0]))}
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], config: BaseModel) -> list[str]:
     """``key: old -> new`` for everything that changes the numbers, between the records of two starts.
 

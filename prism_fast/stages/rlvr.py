@@ -13,7 +13,7 @@ from prism_fast.data.formats import read_rlvr
 from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, collected, load_policy, open_policy
 from prism_fast.records import Experience
-from prism_fast.reward import start as start_reward
+from prism_fast.reward import started
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.evaluate import evaluator
@@ -24,8 +24,7 @@ from prism_fast.steps.update import Backprop, open_updater
 
 def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Trains config.policy on verifiable rewards; writes config.run.out/final/policy."""
-    with Session("rlvr", config, resume, accept_changes) as session:
-        start_reward(config.reward)
+    with Session("rlvr", config, resume, accept_changes) as session, started(config.reward):
         policy, chat = open_policy(config.policy, session.saved("policy"))
         reference = None
         if config.reference is not None:

@@ -78,6 +78,7 @@ class Evaluation:
     pass_at_k: float | None = None  # some response of k is right; only with k > 1
     late: int = 0  # answers without a verdict, and those beyond the judge's limits: not right, see reward/answer/
     costly: int = 0
+    reward: dict[str, Any] | None = None  # the user's function that took the judge's place, as run.record.own_reward
 
     def figures(self) -> dict[str, float]:
         out = {"accuracy": self.accuracy, "format_valid": self.format_valid}

@@ -1,5 +1,6 @@
 """The command line: what it has (growth is a decision), and what bad input gets: one line, exit status 2."""
 
+import hashlib
 import json
 import os
 import re
@@ -482,6 +483,16 @@ def test_eval_pairs_filter_upcycle_and_doctor(tiny_folder, tmp_path, capsys, mon
     )
     assert status == 0, err
     assert "mean of 2" in shown and json.loads((tmp_path / "eval.json").read_text())["pass_at_k"] is not None
+    assert json.loads((tmp_path / "eval.json").read_text())["reward"] is None  # the judge's
+    (tmp_path / "mine.py").write_text("import numpy\ndef f(response, record, images): return numpy.float32(3.5)\n")
+    own = ["reward.replaces=reward", "eval.limit=2", "eval.max_response_tokens=4", f"out={tmp_path / 'own.json'}"]
+    own += [f"reward.function={tmp_path / 'mine.py'}:f", f"data.files=[{tiny_folder / 'data' / 'eval.parquet'}]"]
+    status, shown, err = run(capsys, monkeypatch, "eval", f"model.path={tiny_folder / 'base'}", *own)
+    assert status == 0, err
+    judged = json.loads((tmp_path / "own.json").read_text())
+    assert judged["accuracy"] == 3.5 and "350" not in shown and judged["reward"]["function"].endswith("mine.py:f")
+    sha = hashlib.sha256((tmp_path / "mine.py").read_bytes()).hexdigest()
+    assert judged["reward"]["file"]["sha256"] == sha and judged["reward"]["replaces"] == "reward"
     status, _, err = run(
         capsys,
         monkeypatch,

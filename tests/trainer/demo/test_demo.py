@@ -1,12 +1,14 @@
 """The demo end to end with a few steps of everything: files, summary.json, report.html, resume, refusals."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from prism_fast import metric_names
 from prism_fast.config import RLVRConfig, load_config
-from prism_fast.demo.demo import demo
+from prism_fast.demo.demo import _show, demo
 from prism_fast.records import DataError
 from prism_fast.report import draw, experts, plots
 from prism_fast.report.build import PLOTS
@@ -118,3 +120,16 @@ def test_a_folder_in_use_or_in_the_way_is_refused(tmp_path):
     (tmp_path / "used/demo.json").write_text("{")
     with pytest.raises(DataError, match=r"demo\.json: does not hold readable JSON"):
         demo(tmp_path / "used", smoke=True, resume=True)
+
+
+def test_the_summary_fits_into_58_columns():
+    figures = {"accuracy": 1.0, "format_valid": 1.0, "seconds": 12345.0, "tokens_per_second": 123456.0}
+    stages = {name: figures for name in ("base", "sft", "align", "rlvr")}
+    warm = {f"pair_accuracy_{side}": 0.9 for side in ("perception", "reasoning")}
+    drift = {name: {"caption_items": 10.25, "reasoning_steps": 10.25} for name in stages}
+    console = Console(width=58, file=io.StringIO())
+    _show(console, {"stages": {**stages, "warmup": warm}, "drift": drift})
+    shown = console.file.getvalue()
+    for text in ("accuracy", "format", "caption", "reasoning", "seconds", "tokens/s", "align", "123,456", "12345"):
+        assert text in shown and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 58

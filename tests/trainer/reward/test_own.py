@@ -1,6 +1,7 @@
 """Reward functions of a user's own: called as documented, and every fault one line with function and record."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from prism_fast.config import OwnReward, RLVRConfig, load_config
 from prism_fast.records import DataError, ImageRef, Message, Prompt, Rollout, Sample
-from prism_fast.reward import Reward, reward_of
+from prism_fast.reward import Reward, reward_of, started
 from prism_fast.reward.own import function_of, record_of
 from prism_fast.steps.evaluate import judge
 from prism_fast.steps.experience import rewards_of
@@ -121,6 +122,18 @@ def test_a_function_that_is_not_there_is_one_line(own, tmp_path, monkeypatch):
             function_of(OwnReward(function=name))
     monkeypatch.syspath_prepend(tmp_path)
     assert function_of(OwnReward(function="mine:half"))("10", SAMPLE) == 0.5
+
+
+def test_its_process_ends_with_the_stage(own):
+    for fault in (False, True):
+        with pytest.raises(DataError) if fault else nullcontext(), started(own("raises")):
+            process = function_of(own("raises"))._process
+            assert process.poll() is None
+            if fault:
+                reward_of(VALID(1), SAMPLE, own("raises"))
+        assert process.poll() is not None
+    with started(OwnReward()):  # the judge
+        pass
 
 
 def test_the_documented_function_runs(tmp_path):
