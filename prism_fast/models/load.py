@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from prism_fast.models.backbone import local_directory
 from prism_fast.models.checkpoint_checks import check_chat, check_tokens, read_config
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
-from prism_kernels.moe import load_product_choices, product_choices
+from prism_kernels.moe import load_product_choices, product_choices, settle_products
 
 
 def pick_device() -> torch.device:
@@ -78,7 +79,11 @@ def load_discriminator(
     path, dtype = saved or local_directory(config.path), pick_dtype(config.dtype, device)
     if chat is not None:
         check_reader(path, "qwen3_vl_moe", chat)
-    return _prepare(Discriminator.load(path, dtype=dtype, device=device, dropout=head_dropout), config)
+    discriminator = Discriminator.load(path, dtype=dtype, device=device, dropout=head_dropout)
+    if ranks.world() > 1 and device.type != "cpu":  # while weights are whole
+        experts: Any = discriminator.text.layers[0].mlp
+        settle_products(experts.experts.gate_up_proj, experts.experts.down_proj)
+    return _prepare(discriminator, config)
 
 
 def _prepare(module, config: ModelConfig):
@@ -121,8 +126,8 @@ def collected(
 class ProductChoices:
     """Which library multiplies the experts on a GPU, as a part of a checkpoint.
 
-    It was measured, and measured again the choice could fall otherwise: other products give other bits. A trainer of
-    several processes then calls `prism_kernels.moe.settle_products` for its experts, which broadcasts rank 0's choices.
+    It was measured, and measured again the choice could fall otherwise: other products give other bits. Where there are
+    several processes, rank 0 measures for all (`load_discriminator`).
     """
 
     state = staticmethod(product_choices)
