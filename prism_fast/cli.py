@@ -1,4 +1,5 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | data | config | launch | plan | bench | doctor."""
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | report | data | config | launch | plan
+| bench | doctor."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -325,27 +327,12 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
     settings = _settings(EvaluateConfig, config, overrides)
     try_new(settings.out)
-    from prism_fast.models.load import open_policy
-    from prism_fast.reward import started
-    from prism_fast.run.record import own_reward
-    from prism_fast.steps.evaluate import EvalSet, evaluate
+    from prism_fast.stages.evaluate import evaluate_policy
 
     _interruptible()
-    console, own = Console(), own_reward(settings.reward)
-    with started(settings.reward):
-        policy, chat = open_policy(settings.model)
-        held_out = EvalSet.read(settings.data, settings.data.files, settings.eval.limit, chat)
-        with console.status(f"{len(held_out)} prompts, {settings.eval.samples} responses each"):
-            result = evaluate(
-                policy,
-                chat,
-                held_out,
-                settings.eval,
-                name=settings.model.path.name,
-                seed=settings.seed,
-                own=settings.reward,
-            )
-    result.reward = own
+    console = Console()
+    with _responses(console) as progress:
+        result, held_out = evaluate_policy(settings, progress)
     table = Table("question type", "prompts", "pass@1" if settings.eval.samples == 1 else f"mean of {result.samples}")
     for kind, row in result.by_type.items():
         table.add_row(kind, str(int(row["count"]) // result.samples), _amount(row["accuracy"]))
@@ -355,8 +342,20 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
         console.print(f"{name} {value:.4g}")
     for line in held_out.skipped:
         console.print(f"skipped: {line}", markup=False, highlight=False, soft_wrap=True)
-    result.write(settings.out)
     console.print(f"written: {settings.out}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs named sft, warmup, align, rlvr; or of one run.")],
+) -> None:
+    """What happened in a run and what to do about it, as a page: FOLDER/report.html."""
+    from prism_fast.report.build import build_report
+    from prism_fast.report.data import load_run
+
+    if folder.is_dir() and not load_run(folder).metrics:
+        raise DataError(f"{folder}: holds no run; name a run.out, or a folder of runs named sft, warmup, align, rlvr")
+    print(f"written: {build_report(folder)}")
 
 
 @app.command("config")
@@ -421,22 +420,25 @@ def data_filter(config: ConfigFile = None, overrides: Overrides = None) -> None:
     _prepare("filter", FilterConfig, config, overrides)
 
 
-def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) -> None:
+@contextlib.contextmanager
+def _responses(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar of the responses that are sampled: (done, in total) moves it."""
     from rich.progress import Progress
 
+    with Progress(console=console) as progress:
+        task = progress.add_task("responses", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) -> None:
     settings = _settings(cls, config, overrides)
     from prism_fast.stages import prepare
 
     run = {"pairs": prepare.pairs, "filter": prepare.filter_prompts}[stage]
     console = Console()
     _interruptible()
-    with Progress(console=console) as progress:
-        task = progress.add_task("responses", total=None)
-        counts = run(
-            settings,
-            lambda done, total: progress.update(task, completed=done, total=total),
-            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
-        )
+    with _responses(console) as progress:
+        counts = run(settings, progress, partial(console.print, markup=False, highlight=False, soft_wrap=True))
     for name, value in counts.items():
         console.print(f"{name:16} {value}")
     _done(stage, settings.out, config)

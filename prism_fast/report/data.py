@@ -45,8 +45,13 @@ class Run:
 
 
 def load_run(out: Path) -> Run:
-    """Reads what is in ``out``. Raises DataError, with file and place, for a file that is there and damaged."""
+    """Reads what is in ``out``: a folder of stages by their names, or one stage's own.
+
+    Raises DataError, with file and place, for a file that is there and damaged.
+    """
     missing: list[str] = []
+    single = _object(out / RECORD).get("stage") if (out / RECORD).is_file() else None
+    folders = {stage: "." if stage == single else stage for stage in TRAINED}
 
     def wanted(name: str) -> Path | None:
         path = out / name
@@ -57,14 +62,18 @@ def load_run(out: Path) -> Run:
 
     summary_path = wanted("summary.json")
     summary = _object(summary_path) if summary_path else {}
-    metrics = {stage: _sorted(read_metrics(path)) for stage in TRAINED if (path := wanted(f"{stage}/{FILE_NAME}"))}
+    metrics = {
+        stage: _sorted(read_metrics(path))
+        for stage, folder in folders.items()
+        if (path := wanted(f"{folder}/{FILE_NAME}")) is not None
+    }
     evaluations = {
         name: _object(path) for name in ("teacher", *JUDGED) if (path := wanted(f"evaluations/{name}.json")) is not None
     }
     experts = {stage: keys for stage, lines in metrics.items() if (keys := expert_keys(lines))}
-    records = {stage: _object(path) for stage in TRAINED if (path := out / stage / RECORD).is_file()}
+    records = {stage: _object(path) for stage in TRAINED if (path := out / folders[stage] / RECORD).is_file()}
     settings = {stage: entries(record, "config") for stage, record in records.items()}
-    finished = frozenset(stage for stage in TRAINED if (out / stage / "final").is_dir())
+    finished = frozenset(stage for stage in TRAINED if (out / folders[stage] / "final").is_dir())
     return Run(summary, metrics, evaluations, experts, settings, finished, tuple(missing))
 
 

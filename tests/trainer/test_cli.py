@@ -44,6 +44,7 @@ def test_the_command_line_is_frozen():
         "align": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "rlvr": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "eval": ["--config"],
+        "report": [],
         "config": ["--config"],
         "launch": [
             *("--accept-changes", "--config", "--cpus", "--endpoint", "--gpus", "--nodes", "--partition"),
@@ -61,7 +62,8 @@ def test_the_command_line_is_frozen():
 
 COMMANDS = [
     [],
-    *([name] for name in ["demo", "sft", "upcycle", "warmup", "align", "rlvr", "eval", "data", "config", "doctor"]),
+    *([name] for name in ["demo", "sft", "upcycle", "warmup", "align", "rlvr", "eval", "report", "data", "config"]),
+    ["doctor"],
 ]
 COMMANDS += [["launch"], ["plan"]]
 COMMANDS += [["data", name] for name in ("check", "pairs", "filter")]

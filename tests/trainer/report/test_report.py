@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import statistics
 
 import numpy as np
@@ -14,6 +15,7 @@ from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 from PIL import Image
 
+from prism_fast import cli
 from prism_fast.records import DataError, StepStats
 from prism_fast.report import build, samples
 from prism_fast.report import experts as report_experts
@@ -299,6 +301,22 @@ def test_malformed_entries_are_left_out(tmp_path):
     (tmp_path / "summary.json").write_text('{"stages": {"sft": {"accuracy": NaN, "seconds": "long"}}, "drift": null}')
     page = read(tmp_path)
     assert "nan" not in page.text.lower() and "None" not in page.text.replace("None was raised", "")
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_a_run_of_ones_own_has_its_page(finished, tmp_path):
+    """`prism-fast report` of a stage's folder, whatever its name is, and of a folder of stages; of nothing, one line."""
+    alone, several = tmp_path / "mine", tmp_path / "runs"
+    shutil.copytree(finished("sft"), alone)
+    shutil.copytree(alone, several / "sft")
+    pages = []
+    for folder in (alone, several):
+        cli.app(["report", str(folder)], standalone_mode=False)
+        pages.append((folder / "report.html").read_text(encoding="utf-8"))
+    assert all(("SFT" in page and "<svg" in page) or "data:image" in page for page in pages)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        cli.app(["report", str(tmp_path / "empty")], standalone_mode=False)
 
 
 def test_damaged_files_are_errors_and_the_old_report_stays(tmp_path):
