@@ -305,7 +305,7 @@ def test_malformed_entries_are_left_out(tmp_path):
 
 @pytest.mark.usefixtures("torch_settings")
 def test_a_run_of_ones_own_has_its_page(finished, tmp_path):
-    """`prism-fast report` of a stage's folder, whatever its name is, and of a folder of stages; of nothing, one line."""
+    """`prism-fast report` of a stage's folder, whatever its name is, and of a folder of stages; else one line."""
     alone, several = tmp_path / "mine", tmp_path / "runs"
     shutil.copytree(finished("sft"), alone)
     shutil.copytree(alone, several / "sft")
