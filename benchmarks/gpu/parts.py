@@ -22,7 +22,8 @@ CHECK_SECONDS = 120  # of the parts that run at once: tests and sanitizer, most 
 class Part:
     """``writes``: the command itself writes {json}; otherwise its output and status are the result.
 
-    ``alone``: nothing runs beside it, as what it measures, or what the others need, comes from it.
+    ``alone``: nothing runs beside it, as what it measures, or what the others need, comes from it. ``asked``: it runs
+    only where it is named.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Part:
     groups: tuple[str, ...] = ()  # other names that select it
     writes: bool = False
     alone: bool = True
+    asked: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -61,7 +63,7 @@ def parts(dry_run: bool) -> list[Part]:
     found.append(Part("tests-all", everything, groups=("tests",), environment=hidden, **check))
     found += [_benchmark(op, entry, dry_run) for op, entry in CATALOG.items()]
     how = ("--dry-run",) if dry_run else ()
-    found.append(Part("tune", (*RUN, "benchmarks.gpu.tune", *how), 240, environment=interpreter))
+    found.append(Part("tune", (*RUN, "benchmarks.gpu.tune", *how), 240, asked=True, environment=interpreter))
     return found
 
 
@@ -76,7 +78,7 @@ def _benchmark(op: str, entry: Entry, dry_run: bool) -> Part:
     device = "cpu" if dry_run else "cuda"
     command = (*RUN, "benchmarks", op, "--device", device, "--json", "{json}", *how)
     groups = ("benchmarks", *_groups(op, entry))
-    return Part(f"bench-{entry.part}", command, entry.seconds, groups, writes=True)
+    return Part(f"bench-{entry.part}", command, entry.seconds, groups, writes=True, asked=entry.asked)
 
 
 def _workers(count: int) -> tuple[str, ...]:
@@ -84,10 +86,10 @@ def _workers(count: int) -> tuple[str, ...]:
 
 
 def chosen(every: list[Part], names: Sequence[str]) -> list[Part]:
-    """The parts of these names or groups; without names all but tune, which writes into the package.
+    """The parts of these names or groups; without names all but tune, which writes into the package, and what is long.
     "bench-moe=300" gives that one 300 seconds, "moe=300" each of the group."""
     if not names:
-        return [part for part in every if part.name != "tune"]
+        return [part for part in every if not part.asked]
     given = dict(name.partition("=")[::2] for name in names)
     known = {name for part in every for name in (part.name, *part.groups)}
     unknown = [name for name in given if name not in known]

@@ -58,17 +58,30 @@ STEP_COLUMNS = {
     "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
     **_END,
 }
+TRAINING_COLUMNS = {
+    "device, allocated": _of("peak_bytes", size),
+    "device, reserved": _of("reserved_bytes", size),
+    "over plan": _of("over_plan", "{:.2f}x".format),
+    "host": _of("host_bytes", size),
+    "host, taken": _of("host_taken_bytes", size),
+    "gradient": _of("gradient_s", seconds),
+    "update": _of("update_s", seconds),
+    "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
+    "": lambda row: row.get("reason", "" if row["status"] == "ok" else row["status"]),
+}
 
 
 def columns(result: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
-    """Those of an op's problem, or of a whole step, way by way."""
+    """Those of an op's problem, or of a whole step, way by way, or of training, form by form."""
+    if result["name"] == "training":
+        return TRAINING_COLUMNS
     return STEP_COLUMNS if "sizes" in result else OP_COLUMNS
 
 
 def cells(result: dict[str, Any], row: Row) -> list[str]:
-    """Name, then a cell a column. What has no time has its reason there, and its errors."""
+    """Name, then a cell a column. What has no time has its reason there, and its errors; of training, what is known."""
     found = columns(result)
-    if "median_s" not in row:
+    if "median_s" not in row and found is not TRAINING_COLUMNS:
         return [row["name"], row.get("reason", row["status"]), *[""] * (len(found) - 2), errors(row)]
     return [row["name"], *(cell(row) for cell in found.values())]
 
@@ -77,6 +90,8 @@ def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[s
     """Heading, one line per contender; what cannot run is a line too, with its reason."""
     limit = limits.get(str(result["shape"].get("dtype", "fp32")))
     found = ["", ": ".join(title(result))]
+    if result["name"] == "training":
+        return found + _grid([["", *columns(result)], *(cells(result, row) for row in result["rows"])])
     if result["status"] != "ok":
         found.append(f"  {result['status']}, no speed is shown: {result.get('reason', '')}")
     elif "checked" in result:
@@ -104,6 +119,12 @@ def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[s
             parts = [f"  {row['name']:<{widths[0]}}", reason, values[-1], row.get("saves", "")]
             found.append("  ".join(filter(None, parts)))
     return found
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of one width each."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  " + "  ".join(f"{value:<{width}}" for value, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def _of_step(result: dict[str, Any]) -> list[str]:
