@@ -52,8 +52,8 @@ CATALOG = {
     ),
     # Of three forms 240 s each at most; the first is what counts.
     "train-4b": Entry(
-        "steps.training", "training a 4B policy at the recipe's lengths: memory beside the plan, seconds", "train-4b", 480,
-        (), asked=True,
+        "steps.training", "training a 4B policy at a recipe's lengths: memory beside the plan, seconds", "train-4b",
+        480, (), asked=True,
     ),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "verl",
-    "flash-attn", "scattermoe",
+    "flash-attn", "scattermoe", "deepspeed",
 )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ TRAINING_COLUMNS = {
     "host": _of("host_bytes", size),
     "host, taken": _of("host_taken_bytes", size),
     "gradient": _of("gradient_s", seconds),
+    "TFLOP/s": _of("tflops", "{:.3g}".format),
     "update": _of("update_s", seconds),
     "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
     "": lambda row: row.get("reason", "" if row["status"] == "ok" else row["status"]),

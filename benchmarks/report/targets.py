@@ -115,6 +115,7 @@ ADVANTAGE = "Group advantage"
 EXPERTS = "Mixture of experts (bf16, E 4, top-2, H 2048, I 6144)"
 ATTENTION = "Tree attention"
 STEPS = "Whole steps, against the reference's path on the same machine in the same run"
+TRAINING = "Training a 4B policy on one GPU (bf16, two packs of 24,576 tokens a step), against the plan's count"
 
 
 Add = Callable[..., Target]
@@ -199,7 +200,14 @@ def _whole() -> Iterator[Target]:
     yield cpu("policy log-prob + update, CPU, tiny", reference, 2.2, least=True)
 
 
-TARGETS: list[Target] = [*_head(), *_advantage(), *_moe(), *_whole()]
+def _training() -> Iterator[Target]:
+    gpu = _in(TRAINING, "cuda", "train-4b", "training", {"model": "4b", "tokens_per_pack": 24_576, "response": 6_144})
+    for name in ("zero2 with offload", "fsdp2", "none"):
+        yield gpu(f"{name}: GPU memory, reserved, over the plan", of(name, "over_plan"), 1)
+    yield gpu("zero2 with offload: host memory over the plan", of("zero2 with offload", "host_over_plan"), 1.1)
+
+
+TARGETS: list[Target] = [*_head(), *_advantage(), *_moe(), *_whole(), *_training()]
 
 
 def look_up(target: Target, documents: Sequence[dict[str, Any]]) -> tuple[float | None, dict[str, Any]] | None:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from benchmarks.harness import measure, processes
 from benchmarks.harness.document import save
 from benchmarks.harness.machine import ROOT, version
 from benchmarks.harness.run import Options
+from benchmarks.steps import flops
 from benchmarks.steps.case import MERGE, PATCH, TEMPORAL, Shape, stock_model
 from benchmarks.steps.host import Host
 from prism_fast import ranks
@@ -42,6 +43,7 @@ from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.update import Updater, open_updater
 from prism_kernels import PolicyObjective
 
+CHILD = [sys.executable, "-m", "benchmarks.steps.training"]
 WARMUPS, MEASURED = 1, 2
 Keep = Callable[[dict[str, Any]], None]
 
@@ -94,6 +96,14 @@ def shape_of(model: memory.Model) -> Shape:
         vision_hidden=vision.hidden, vision_inner=vision.intermediate, vision_heads=max(1, vision.hidden // 64),
         deepstack=taps, grid=(0, 0), prompt=0, caption=0, reasoning=0, responses=0, spread=0.0,
     )  # fmt: skip
+
+
+def operations(model: memory.Model, lengths: Lengths) -> float:
+    """Of one step's gradient, by formula, with activation checkpointing."""
+    shape = replace(shape_of(model), grid=lengths.grid, prompt=lengths.prompt)
+    branches = lengths.responses()
+    work = flops.vision(shape) + flops.tree(shape, branches) + flops.head(shape, sum(branches), shape.vocab)
+    return lengths.packs * work.trained(checkpointing=True)
 
 
 def made_up(shape: Shape, lengths: Lengths) -> tuple[Rollout, torch.Tensor]:
@@ -153,9 +163,10 @@ def train(form: Form, size: str, device: torch.device, keep: Keep) -> None:
             _steps(form, size, device, row, timed)
     except torch.OutOfMemoryError as error:
         row.update(status="out of memory", reason=measure.short(error))
-    except Exception as error:  # whatever it is, what was measured before it stays
+    except Exception as error:
         row.update(status="failed", reason=measure.short(error))
-        measure.say(f"{form.name}: {row['reason']}")
+        known()
+        raise
     else:
         row["status"] = "ok"
     known()
@@ -195,14 +206,15 @@ def _steps(
         )
 
 
-def finished(row: dict[str, Any], plan: memory.Need) -> dict[str, Any]:
-    """A row of a table: medians over the measured steps, and peaks over the plan."""
+def finished(row: dict[str, Any], plan: memory.Need, work: float) -> dict[str, Any]:
+    """A row of a table: medians over the measured steps, peaks over the plan. ``work``: operations of a gradient."""
     steps = row["steps"][WARMUPS:]
     if row["status"] == "ok":
         parts = {key: statistics.median(step[key] for step in steps) for key in ("gradient_s", "update_s")}
         whole = [step["gradient_s"] + step["update_s"] for step in steps]
         row.update(parts, median_s=statistics.median(whole), low_s=min(whole), high_s=max(whole), samples=len(whole))
         row["tokens_per_s"] = steps[0]["tokens"] / row["median_s"]
+        row["tflops"] = work / row["gradient_s"] / 1e12
         if any(step["norm"] is None for step in steps):
             row["reason"] = "a gradient was not finite: no update"
     if "reserved_bytes" in row:
@@ -222,11 +234,11 @@ class Training:
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         names = [form.name for form in FORMS]
         parser.add_argument("--form", action="append", choices=names, help="repeatable; default: all")
-        parser.add_argument("--size", choices=sorted(MODELS), help="default: 4b, tiny on a CPU")
+        parser.add_argument("--shape", choices=sorted(MODELS), help="default: 4b, tiny on a CPU")
 
     def options(self, given: argparse.Namespace) -> dict[str, Any]:
         tiny = given.dry_run or given.device == "cpu"
-        return {"shapes": (given.size or ("tiny" if tiny else "4b"),), "only": tuple(given.form or ())}
+        return {"shapes": (given.shape or ("tiny" if tiny else "4b"),), "only": tuple(given.form or ())}
 
     def dtypes(self, options: Options) -> dict[str, torch.dtype]:
         """None: nothing is related to the machine's limits, and the device is left to the forms' processes."""
@@ -236,10 +248,11 @@ class Training:
         (size,) = options.shapes
         model, lengths = MODELS[size], LENGTHS[size]
         shape = {"model": size, "dtype": "bfloat16", "parameters": model.parameters, **asdict(lengths)}
+        work = operations(model, lengths)
         result: dict[str, Any] = {
             "name": "training", "title": "training a policy on one device", "shape": shape,
             "sizes": ["model", "dtype", "parameters", "tokens_per_pack", "prompt", "response", "packs"],
-            "status": "ok", "flops": 0.0, "bytes": 0.0, "rows": [],
+            "status": "ok", "flops": work, "bytes": 0.0, "rows": [],
         }  # fmt: skip
         for form in FORMS:
             if options.only and form.name not in options.only:
@@ -251,7 +264,7 @@ class Training:
             row = {"name": form.name, "role": "ours"}
             result["rows"].append(row)
             for found in run_form(form, size, options):
-                row.update(finished(found, plan))
+                row.update(finished(found, plan, work))
                 keep(result)
         yield result
 
@@ -263,7 +276,7 @@ def run_form(form: Form, size: str, options: Options) -> Iterator[dict[str, Any]
         return
     path = Path(tempfile.mkdtemp(prefix="prism-training-")) / "row.json"
     request = {"form": form.name, "size": size, "device": options.device.type, "out": str(path)}
-    command = [sys.executable, "-m", "benchmarks.steps.training", json.dumps(request)]
+    command = [*CHILD, json.dumps(request)]
     # Only a launcher says these, and there is none: the process is alone.
     own = processes.environment(RANK=None, WORLD_SIZE=None, LOCAL_RANK=None, SLURM_PROCID=None)
     ended, interrupted = "", False
@@ -277,7 +290,7 @@ def run_form(form: Form, size: str, options: Options) -> Iterator[dict[str, Any]
     except KeyboardInterrupt:
         ended, interrupted = "interrupted", True
     row = json.loads(path.read_text()) if path.exists() else {"status": "failed", "steps": []}
-    if ended:
+    if ended and "reason" not in row:
         row.update(status="cut off" if path.exists() else "failed", reason=ended)
     yield row
     if interrupted:

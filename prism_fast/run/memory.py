@@ -100,7 +100,7 @@ def trained(stage: str, policy: str) -> tuple[Model, ...]:
 
 
 class Need(NamedTuple):
-    """Bytes: of model states, while training (states, activations, context), and on the host of all GPUs together."""
+    """Bytes: of model states, while training (states, activations or AdamW's, context), and on the host of all GPUs."""
 
     states: float
     training: float
@@ -122,7 +122,8 @@ def need(
         fsdp2   16 P / N + 2 GB                      the shards are the masters, their gradients are fp32
 
     zero1 holds a gradient of one model at a time. ``offload`` (zero1, 2, 3) takes 12 P / N away; the host then holds
-    16 P, whatever N.
+    18 P, whatever N: master, moments, fp32 gradient, and the new weights on their way back. Elsewhere AdamW takes
+    4 P_max / N for a moment, when no activations are there.
     """
     count = [model.parameters for model in models]
     total, largest = sum(count), max(count)
@@ -137,8 +138,10 @@ def need(
     states += BUCKETS[form] + LIVE.get(form, 0.0)
     if offload:
         states -= 12 * shard
-    activations = max(model.text.activations(tokens) for model in models)
-    return Need(states, states + activations + CONTEXT, 16.0 * total if offload else 0.0)
+    more = max(model.text.activations(tokens) for model in models)
+    if not offload:
+        more = max(more, 4 * largest / (1 if form == "none" else gpus))
+    return Need(states, states + more + CONTEXT, 18.0 * total if offload else 0.0)
 
 
 def table(
