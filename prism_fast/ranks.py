@@ -72,7 +72,7 @@ def joined(*, timeout_minutes: float = 30.0, alone: bool = False) -> Iterator[Pl
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(here.local_rank)
+        torch.cuda.set_device(own_gpu(here, torch.cuda.device_count()))
     options: dict[str, Any] = {"timeout": datetime.timedelta(minutes=timeout_minutes)}
     if here.world == 1:
         options["store"] = dist.HashStore()
@@ -91,6 +91,18 @@ def joined(*, timeout_minutes: float = 30.0, alone: bool = False) -> Iterator[Pl
         dist.destroy_process_group()  # not after an error: others may wait in it
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def own_gpu(here: Place, visible: int) -> int:
+    """Which of the GPUs that this process sees is its own; if one, a launcher has chosen. Raises DataError."""
+    if visible == 1:
+        return 0
+    if here.local_rank >= visible:
+        raise DataError(
+            f"rank {here.rank}: process {here.local_rank} of its machine, which has {visible} GPUs; "
+            f"start at most {visible} processes a machine"
+        )
+    return here.local_rank
 
 
 def alive(timeout_minutes: float) -> None:

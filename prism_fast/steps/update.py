@@ -199,9 +199,9 @@ class FSDPUpdater(Updater):
         """Each backward has reduced them."""
 
     def _norm(self, grads: list[Tensor]) -> float:
-        squares = torch.zeros((), dtype=torch.float64)
-        for grad in grads:
-            squares += ranks.local(grad).double().square().sum().cpu()
+        # In fp64 without a copy: a word embedding's would take gigabytes.
+        norms = [torch.linalg.vector_norm(ranks.local(grad), dtype=torch.float64) for grad in grads]
+        squares = torch.stack(norms).square().sum().cpu() if norms else torch.zeros((), dtype=torch.float64)
         ranks.add(squares)
         return float(squares.sqrt())
 
@@ -431,8 +431,7 @@ def import_deepspeed() -> Any:
     """deepspeed, with what keeps its start quiet and quick. Raises DataError where it is not installed, or another."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    # DeepSpeed asks for it by this name; one process without a launcher, or SLURM, does not set it.
-    os.environ.setdefault("LOCAL_RANK", str(ranks.place(os.environ).local_rank))
+    os.environ["LOCAL_RANK"] = str(local_rank_for_deepspeed())
     try:
         import deepspeed
     except ImportError as error:
@@ -446,6 +445,15 @@ def import_deepspeed() -> Any:
     # Compiled at the first start: it takes minutes, and leaves a lock that hangs the next start where it is killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def local_rank_for_deepspeed() -> int:
+    """The number of this process's GPU, which DeepSpeed takes from LOCAL_RANK.
+
+    One process without a launcher, or SLURM, does not set it; one that is shown a single GPU may have another there.
+    """
+    here, visible = ranks.place(os.environ), torch.cuda.device_count()
+    return ranks.own_gpu(here, visible) if visible else here.local_rank
 
 
 def _over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

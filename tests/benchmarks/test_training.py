@@ -1,6 +1,7 @@
 """The benchmark that trains a 4B policy, on a CPU at toy dimensions: the code of the GPU's run."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.parts import chosen, parts
 from benchmarks.harness import document, table
+from benchmarks.harness.processes import environment
 from benchmarks.harness.run import Options, run
 from benchmarks.report import results
 from benchmarks.steps import training
@@ -48,6 +50,14 @@ def test_packs_are_full(size):
     assert len(advantages) == len(rollout) and (advantages != 0).all()
 
 
+def test_forms_find_the_same_gradient():
+    """In bf16: FSDP2 adds up in fp32, none in bf16; a rounding is 2^-8 of a sum of two."""
+    norms = []
+    for form in (FSDP, NONE):
+        training.train(form, "tiny", CPU, lambda row: norms.append(row["steps"][0]["norm"] if row["steps"] else 0.0))
+    assert norms[-1] == pytest.approx(max(norms[: len(norms) // 2]), rel=2**-6)
+
+
 @pytest.mark.parametrize("form", [FSDP, NONE], ids=lambda form: form.name)
 def test_a_form_trains(form):
     kept = []
@@ -76,6 +86,40 @@ def test_the_part_of_make_gpu_with_the_optimizer_on_the_host(tmp_path):
     assert planned["host_taken_bytes"] == 18 * problem["shape"]["parameters"] and row["host_over_plan"] > 0
     page = results.render([found])
     assert "### train-4b" in page and "| zero2 with offload |" in page and "| zero2 with offload, planned |" in page
+
+
+COUNT = """
+import torch
+from benchmarks.steps import training
+from prism_fast.steps.update import DeepSpeedUpdater
+
+def step(updater, whole=DeepSpeedUpdater.step):
+    norm, engine = whole(updater), updater.optimizer
+    kept = {
+        "masters": engine.single_partition_of_fp32_groups,
+        "gradients": [p.grad for p in engine.single_partition_of_fp32_groups],
+        "weights on their way": engine.param_buffer_of_bit16_for_cpu_offload_groups,
+        "moments": [s[k] for s in engine.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")],
+        "sums": list(engine.accumulated_grads_in_cpu.values()),
+    }
+    count = training.MODELS["tiny"].parameters
+    print({name: round(sum(t.numel() * t.element_size() for t in some) / count, 2) for name, some in kept.items()})
+    return norm
+
+DeepSpeedUpdater.step = step
+training.train(training.FORMS[0], "tiny", torch.device("cpu"), lambda row: None)
+"""
+
+
+@pytest.mark.slow
+def test_what_deepspeed_keeps_on_the_host_is_what_the_plan_counts():
+    """Bytes a parameter; groups are padded a little."""
+    pytest.importorskip("deepspeed")
+    done = subprocess.run([sys.executable, "-c", COUNT], env=environment(), capture_output=True, text=True, check=True)
+    kept = {"masters": 4.0, "gradients": 4.0, "weights on their way": 2.0, "moments": 8.0, "sums": 0.0}
+    assert done.stdout.splitlines()[-1] == str(kept)
+    model = training.MODELS["tiny"]
+    assert memory.need((model,), "zero2", 1, 96, offload=True).host == sum(kept.values()) * model.parameters
 
 
 def test_the_part_runs_only_where_it_is_named():
