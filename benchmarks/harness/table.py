@@ -68,6 +68,7 @@ TRAINING_COLUMNS = {
     "TFLOP/s": _of("tflops", "{:.3g}".format),
     "update": _of("update_s", seconds),
     "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
+    "norm, first step": lambda row: f"{row['first_norm']:.4g}" if row.get("first_norm") is not None else "",
     "": lambda row: row.get("reason", "" if row["status"] == "ok" else row["status"]),
 }
 

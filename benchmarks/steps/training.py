@@ -3,7 +3,8 @@
 Random weights with the published dimensions of Qwen3-VL-4B, in bf16, made on the device; nothing is downloaded. A step
 is two packs, both full to the last token, and the update. The trainer's own code: `policy_gradient` through an updater
 of `open_updater`. Each form of sharding is a process of its own, so that one that runs out of memory is a result. What
-it had measured by then is kept; so is what stands when the time is up.
+it had measured by then is kept; so is what stands when the time is up. Weights and data of all forms are the same, so
+the norms of their first gradients must be nearly so.
 
 "planned" is the count of `prism-fast plan`, with 3 GB of CUDA's context and fragments in it. "allocated" and "reserved"
 are the peaks of torch's allocator. "host": the largest resident memory of the process; "host, taken": how much less the
@@ -214,6 +215,7 @@ def finished(row: dict[str, Any], plan: memory.Need, work: float) -> dict[str, A
         whole = [step["gradient_s"] + step["update_s"] for step in steps]
         row.update(parts, median_s=statistics.median(whole), low_s=min(whole), high_s=max(whole), samples=len(whole))
         row["tokens_per_s"] = steps[0]["tokens"] / row["median_s"]
+        row["first_norm"] = row["steps"][0]["norm"]
         row["tflops"] = work / row["gradient_s"] / 1e12
         if any(step["norm"] is None for step in steps):
             row["reason"] = "a gradient was not finite: no update"
