@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 420  # for one launch; a process that hangs is killed then, and what it was doing is printed
+SECONDS = 900  # for one launch; a process that hangs is killed then, and what it was doing is printed
 
 
 def free_port() -> int:

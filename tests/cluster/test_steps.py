@@ -20,7 +20,13 @@ from tests.cluster.launch import launch, play
 SCENARIO = "tests.cluster.steps_scenario"
 FORMS = ("none", "zero1", "zero2", "zero3", "fsdp2")
 LIMIT = 1e-5
-RESIDENT = {"zero_optimization": {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}}
+RESIDENT = {
+    "zero_optimization": {
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+}
 
 
 def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float = LIMIT) -> None:
