@@ -192,7 +192,7 @@ def row(form: str, counted: dict[str, Any], cost: dict[int, dict[str, float]]) -
     }
     for prompts, *_ in SIZES:
         batch, found = f"{prompts} x 8", cost.get(prompts)
-        spread = found and f"{100 * found['efficiency']:.0f} ({100 * found['least']:.0f} to {100 * found['most']:.0f})"
+        spread = found and f"{100 * found['efficiency']:.1f} ({100 * found['least']:.0f} to {100 * found['most']:.0f})"
         line[f"{batch}: CPU s, one process / a rank"] = (
             f"{found['alone']:.2f} / {found['rank']:.2f}" if found else "not measured"
         )
