@@ -42,35 +42,59 @@ def units(model: memory.Model) -> int:
     return model.text.layers + model.vision.depth + 1
 
 
+def pieces(model: memory.Model) -> int:
+    """What ZeRO 3 gathers: layers and blocks, and each module of the rest. These are embedding, last norm and head, the
+    patch embedding's weight and bias, positions, and three of every merger."""
+    return model.text.layers + model.vision.depth + 6 + 3 * (1 + model.vision.taps)
+
+
+def rest(model: memory.Model) -> int:
+    """Parameters outside of layers and blocks."""
+    return model.text._replace(layers=0).parameters + model.vision._replace(depth=0).parameters + model.head
+
+
 class Form(NamedTuple):
-    """A model's traffic and collectives by packs a rank m, parameters P, units U; B buckets."""
+    """A model's traffic and collectives by packs a rank m; P parameters (the rest: R), U units, V pieces, B buckets.
+
+    dev/cluster_cost.py counts the same on two processes.
+    """
 
     bytes_formula: str
-    bytes_per_parameter: Callable[[float], float]
+    bytes: Callable[[float, memory.Model], float]
     calls_formula: str
-    calls: Callable[[float, float, int], float]
+    calls: Callable[[float, memory.Model], float]
 
 
-def _buckets(parameters: float) -> int:
-    return math.ceil(parameters / BUCKET)
+def _buckets(model: memory.Model) -> int:
+    return math.ceil(model.parameters / BUCKET)
 
 
 FORMS = {
-    "none": Form("4 P + 4 P", lambda m: 8, "P / 2^26", lambda m, p, u: math.ceil(p / SUM)),
-    "zero1": Form("2 P + 2 P", lambda m: 4, "2 B", lambda m, p, u: 2 * _buckets(p)),
-    "zero2": Form("2 P m + 2 P", lambda m: 2 * m + 2, "B m + B", lambda m, p, u: _buckets(p) * (m + 1)),
-    "zero3": Form("2 P m + 6 P m", lambda m: 8 * m, "(B + 3 U) m", lambda m, p, u: (_buckets(p) + 3 * u) * m),
-    "fsdp2": Form("4 P m + 4 P m", lambda m: 8 * m, "3 U m", lambda m, p, u: 3 * u * m),
+    "none": Form("4 P + 4 P", lambda m, x: 8 * x.parameters, "P / 2^26", lambda m, x: math.ceil(x.parameters / SUM)),
+    "zero1": Form("4 P + 2 P", lambda m, x: 6 * x.parameters, "B + 2", lambda m, x: _buckets(x) + 2),
+    "zero2": Form("4 P m + 2 P", lambda m, x: (4 * m + 2) * x.parameters, "B m + 2", lambda m, x: _buckets(x) * m + 2),
+    "zero3": Form(
+        "2 P m + 4 P m",
+        lambda m, x: 6 * m * x.parameters,
+        "(B + 2 V) m",
+        lambda m, x: (_buckets(x) + 2 * pieces(x)) * m,
+    ),
+    "fsdp2": Form(
+        "4 P m + (4 P - 2 R) m",
+        lambda m, x: (8 * x.parameters - 2 * rest(x)) * m,
+        "(3 U - 1) m",
+        lambda m, x: (3 * units(x) - 1) * m,
+    ),
 }
 
 
 def traffic(form: Form, packs: Sequence[float], ranks: int) -> float:
     """Bytes that a rank sends in a step of both models; ``packs``: turns of each."""
-    return sum(m.parameters * form.bytes_per_parameter(p) for m, p in zip(MODELS, packs)) * (ranks - 1) / ranks
+    return sum(form.bytes(p, m) for m, p in zip(MODELS, packs)) * (ranks - 1) / ranks
 
 
 def collectives(form: Form, packs: Sequence[float]) -> float:
-    return sum(form.calls(p, m.parameters, units(m)) for m, p in zip(MODELS, packs))
+    return sum(form.calls(p, m) for m, p in zip(MODELS, packs))
 
 
 # ---- tables

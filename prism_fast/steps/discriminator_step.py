@@ -31,16 +31,21 @@ def student_parts(rollout: Rollout, chat: Chat, config: DiscriminatorStep) -> li
     """Tokens of every response's caption and reasoning, each tokenised on its own; None where the format is invalid.
 
     A part that is over max_part_tokens once re-tokenised, or a response that holds a placeholder token, is invalid too.
+    Each process tokenises its share of the responses, and all have all of them.
     """
-    parts: list[Parts | None] = []
-    for text, ids in zip(rollout.text, rollout.response_ids):
-        found = split_parts(text, config.compat.format)
-        if found is None or chat.holds_forbidden(ids.tolist()):
-            parts.append(None)
-            continue
-        pair = (chat.encode_part(found.caption), chat.encode_part(found.reasoning))
-        parts.append(None if max(len(p) for p in pair) > config.max_part_tokens else pair)
-    return parts
+    world = ranks.world()
+    shares = ranks.gather([_parts(rollout, i, chat, config) for i in range(ranks.rank(), len(rollout), world)])
+    found = [shares[i % world][i // world] for i in range(len(rollout))]
+    return [None if pair is None else (torch.tensor(pair[0]), torch.tensor(pair[1])) for pair in found]
+
+
+def _parts(rollout: Rollout, i: int, chat: Chat, config: DiscriminatorStep) -> tuple[list[int], list[int]] | None:
+    """Of response i: token ids of its caption and reasoning."""
+    found = split_parts(rollout.text[i], config.compat.format)
+    if found is None or chat.holds_forbidden(rollout.response_ids[i].tolist()):
+        return None
+    caption, reasoning = chat.encode_part(found.caption).tolist(), chat.encode_part(found.reasoning).tolist()
+    return None if max(len(caption), len(reasoning)) > config.max_part_tokens else (caption, reasoning)
 
 
 def discriminator_trees(
