@@ -133,7 +133,6 @@ DEEPSPEED_OWNED = (
     "activation_checkpointing",
     "zero_force_ds_cpu_optimizer",
     "zero_allow_untested_optimizer",
-    "communication_data_type",
 )
 DEEPSPEED_OWNED_ZERO = ("stage", "offload_optimizer", "offload_param", "stage3_param_persistence_threshold")
 
