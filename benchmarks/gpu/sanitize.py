@@ -132,8 +132,9 @@ def _routed(impl: str, dtype: torch.dtype, device: torch.device, backend: str) -
     routing = prism_kernels.moe_route(hidden, router, 2, segment_kind=kind, num_kinds=3, impl=impl)
     with _pinned(backend):
         out = prism_kernels.moe_mlp(hidden, gate_up, down, routing, impl=impl)
-    total = (out * _random(37, 48, device=device, dtype=dtype, seed=5)).sum() + 0.1 * routing.stats.prob_sum[0].sum()
-    gradients = torch.autograd.grad(total, [hidden, router, gate_up, down])
+        weighted = (out * _random(37, 48, device=device, dtype=dtype, seed=5)).sum()
+        total = weighted + 0.1 * routing.stats.prob_sum[0].sum()
+        gradients = torch.autograd.grad(total, [hidden, router, gate_up, down])  # whose GEMMs are chosen again
     return [out, routing.weight, routing.stats.counts, *gradients]
 
 
@@ -147,8 +148,9 @@ def _planned(impl: str, dtype: torch.dtype, device: torch.device, backend: str) 
     gate_up, down = (w.detach().transpose(1, 2).contiguous().requires_grad_() for w in (gate_up, down))
     with _pinned(backend):
         out = prism_kernels.moe_mlp(hidden, gate_up, down, plan, layout="v4", impl=impl)
-    total = (out * _random(37, 48, device=device, dtype=dtype, seed=5)).sum()
-    return [out, plan.token_order, plan.expert_offset, *torch.autograd.grad(total, [hidden, router, gate_up, down])]
+        total = (out * _random(37, 48, device=device, dtype=dtype, seed=5)).sum()
+        gradients = torch.autograd.grad(total, [hidden, router, gate_up, down])
+    return [out, plan.token_order, plan.expert_offset, *gradients]
 
 
 def _clear(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
