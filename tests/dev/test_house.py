@@ -76,9 +76,9 @@ def test_what_has_grown_too_large(tmp_path):
     [
         ({}, None),
         ({"prism_fast/b.py": "import prism_fast.a", "prism_fast/a.py": "import prism_fast.b"}, "of imports: a, b"),
-        ({f"benchmarks/r{i}.py": "" for i in range(8)}, f"benchmarks: 8 rooms, at most {house.LIMITS['benchmarks'][0]}"),
+        ({f"benchmarks/r{i}.py": "" for i in range(8)}, "benchmarks: 8 rooms, at most "),
         ({f"prism_fast/r{i}.py": "import sys" + "".join(f", prism_fast.r{j}" for j in range(i)) for i in range(14)},
-         f"prism_fast: 91 imports between rooms, at most {house.LIMITS['prism_fast'][1]}"),
+         "prism_fast: 91 imports between rooms, at most "),
     ],
 )  # fmt: skip
 def test_exit_status_says_whether_a_limit_is_broken(tmp_path, files, said):
