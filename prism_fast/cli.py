@@ -181,13 +181,21 @@ def _settings(cls, config: Path | None, overrides: list[str] | None):
     here = ranks.place(os.environ)
     say = print if here.rank == 0 else lambda *_, **__: None
     settings = load_config(cls, config, overrides or (), note=lambda text: say(f"note: {text}"))
-    if here.world > 1 and not hasattr(settings, "cluster"):
-        raise DataError(f"this command runs in one process, got {here.world}; start it without torchrun")
+    if not hasattr(settings, "cluster"):
+        _alone()
     models = [getattr(settings, name).path for name in ("model", "policy", "discriminator") if hasattr(settings, name)]
     files = settings.data.files if hasattr(settings, "data") else ()
     say(f"loading {', '.join(map(str, (*models, *files)))}", flush=True)
     _quiet_transformers()
     return settings
+
+
+def _alone() -> None:
+    """Raises DataError where a launcher has started several processes of a command that runs in one."""
+    from prism_fast import ranks
+
+    if (world := ranks.place(os.environ).world) > 1:
+        raise DataError(f"this command runs in one process, got {world}; start it without torchrun")
 
 
 def _stage(
@@ -230,6 +238,7 @@ def demo(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value over recipes/demo.yaml.")] = None,
 ) -> None:
     """PRISM in miniature on real images: all stages, summary.json and report.html."""
+    _alone()
     from prism_fast.config import parse_overrides
     from prism_fast.demo.demo import demo as run
 

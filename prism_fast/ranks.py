@@ -12,6 +12,8 @@ import datetime
 import faulthandler
 import json
 import os
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +55,9 @@ def place(environ: Mapping[str, str]) -> Place:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
         if found.world > 1 and missing:
             raise DataError(f"{names[0]} is set and {missing[0]} is not; start with torchrun, or unset {names[0]}")
+        port = environ.get("MASTER_PORT", "")
+        if found.world > 1 and not (port.isdecimal() and int(port) < 1 << 16):
+            raise DataError(f"MASTER_PORT is {port!r}, expected a number below {1 << 16}; start with torchrun")
         if not 0 <= found.rank < found.world:
             raise DataError(f"{names[0]} = {found.rank} of {names[1]} = {found.world}; start with torchrun")
         return found
@@ -77,14 +82,16 @@ def joined(*, timeout_minutes: float = 30.0, alone: bool = False) -> Iterator[Pl
     if here.world == 1:
         options["store"] = dist.HashStore()
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=here.rank, world_size=here.world, **options
-        )
+        with _quiet_failure():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=here.rank, world_size=here.world, **options
+            )
     except (RuntimeError, ValueError, dist.DistError) as error:
         reason = " ".join(str(error).split())[:200]
+        fix = "take another MASTER_PORT" if "EADDRINUSE" in reason else "check that all were started"
         raise DataError(
             f"rank {here.rank} of {here.world}: does not reach the others at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); check that all were started"
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); {fix}"
         ) from error
     try:
         yield here
@@ -103,6 +110,22 @@ def own_gpu(here: Place, visible: int) -> int:
             f"start at most {visible} processes a machine"
         )
     return here.local_rank
+
+
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """What libraries write to stderr in this context is dropped where it raises: the exception says it too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+            os.lseek(held.fileno(), 0, os.SEEK_SET)
+            os.write(kept, held.read())
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def alive(timeout_minutes: float) -> None:

@@ -249,9 +249,18 @@ class DeepSpeedUpdater(Updater):
             write_json(file, settings, indent=1)
         if self.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(module, list(module.gathered_at_once()))
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=_adamw(self.parameters, config), config=settings, dist_init_required=False
-        )
+        try:
+            self.engine, self.optimizer, *_ = deepspeed.initialize(
+                model=module, optimizer=_adamw(self.parameters, config), config=settings, dist_init_required=False
+            )
+        except (ValueError, TypeError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+            if not cluster.deepspeed:
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"cluster.deepspeed: DeepSpeed {deepspeed.__version__} refuses it ({reason}); correct or leave out "
+                f"{', '.join(cluster.deepspeed)}"
+            ) from error
         for name, parameter in zip(self.names, self.parameters):  # in bf16 the engine has rounded them
             if low_precision and name in exact:
                 deepspeed.utils.safe_set_full_fp32_param(parameter, exact[name])
@@ -352,9 +361,9 @@ class DeepSpeedUpdater(Updater):
                 safe_set_full_optimizer_state(parameter, value.expand(_shape(parameter)).contiguous(), key)
 
     def _flat(self) -> list[Tensor]:
-        """This process's partitions, which AdamW updates."""
-        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
-        return getattr(self.optimizer, name)
+        """This process's partitions, which AdamW updates; ZeRO 1 in bf16 is another class of DeepSpeed's."""
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name))
 
     def _link_moments(self) -> None:
         """ZeRO 1 and 2 link moments to parameters in the first group's first step: later groups have none then."""

@@ -1,11 +1,82 @@
-"""Processes of a run, as far as one process can tell: which GPU is whose."""
+"""What a process can tell of its place among others, a wrong environment in one line; which GPU is whose."""
+
+import os
+import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from prism_fast import ranks
+from prism_fast import cli, ranks
 from prism_fast.records import DataError
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+
+
+def test_a_place_is_what_the_launcher_says():
+    assert ranks.place({}) == ranks.ALONE
+    assert ranks.place(TORCHRUN) == (1, 2, 1)
+    assert ranks.place({"RANK": "0", "WORLD_SIZE": "1"}) == ranks.ALONE
+    assert ranks.place(SLURM) == ranks.ALONE  # a shell in an allocation
+    assert ranks.place({**SLURM, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}) == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"WORLD_SIZE": "two"}, r"RANK, WORLD_SIZE, LOCAL_RANK are \['1', 'two', '1'\], expected three numbers"),
+        ({"WORLD_SIZE": ""}, "expected three numbers"),
+        ({"RANK": "²"}, "expected three numbers"),
+        ({"RANK": "-1"}, "expected three numbers"),
+        ({"RANK": "2"}, "RANK = 2 of WORLD_SIZE = 2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK = 0 of WORLD_SIZE = 0"),
+        ({"MASTER_ADDR": ""}, "RANK is set and MASTER_ADDR is not"),
+        ({"MASTER_PORT": ""}, "RANK is set and MASTER_PORT is not"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', expected a number below 65536"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999', expected a number below 65536"),
+    ],
+)
+def test_half_an_environment_is_refused(changes, says):
+    with pytest.raises(DataError, match=says):
+        ranks.place({**TORCHRUN, **changes})
+
+
+def test_a_port_in_use_is_one_line(monkeypatch, capfd):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        for name, value in {**TORCHRUN, "RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        says = r"rank 0 of 2: does not reach .* take another MASTER_PORT"
+        with pytest.raises(DataError, match=says), ranks.joined(timeout_minutes=0.05):
+            pass
+    assert capfd.readouterr().err == ""  # torch's own lines are dropped
+    assert ranks.world() == 1 and not ranks.grouped()
+
+
+def test_what_is_written_while_a_group_forms_is_kept_where_it_forms(capfd):
+    with ranks._quiet_failure():
+        os.write(2, b"a warning\n")
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "a warning\nafter\n"
+
+
+@pytest.mark.parametrize("words", [["demo", "--out", "demo"], ["eval", "--config", "eval"], ["data", "filter"]])
+def test_what_runs_in_one_process_is_refused_under_torchrun(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {**TORCHRUN, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    if words[0] == "eval":
+        words = [*words, "model.path=m", "data.files=[a.parquet]", "out=o.json"]
+    if words[0] == "data":
+        words = [*words, "model.path=m", "data.files=[a.parquet]", "out=o.parquet"]
+    with pytest.raises(SystemExit) as stop:
+        cli.app(words, prog_name="prism-fast")
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert "this command runs in one process, got 2; start it without torchrun" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_gpu_of_a_process():
