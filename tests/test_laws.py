@@ -22,7 +22,7 @@ INSIDES = re.compile(  # of transformers: model code, and the registries and mas
     r"transformers\.(models\..*modeling_\w+|integrations|masking_utils|modeling_(?!rope)\w+|cache_utils|AttentionInterface"
     r"|AttentionMaskInterface|ExpertsInterface|ALL_\w+_FUNCTIONS|create_\w*mask)\b.*"
 )
-IMPLEMENTATIONS = re.compile(r"(reference|cpu|torch|sdpa|native|triton|cuda|flash)(_\w+)?")
+IMPLEMENTATIONS = re.compile(r"(reference|cpu|torch|sdpa|varlen|native|triton|cuda|flash)(_\w+)?")
 
 
 def imported(path):

@@ -36,6 +36,7 @@ class Impl(str, Enum):
     CPU = "cpu"  # vectorised or bounded-memory torch on a CPU
     TORCH = "torch"  # plain torch with an autograd or a grouping of its own, any device
     SDPA = "sdpa"  # torch's scaled_dot_product_attention, any device
+    VARLEN = "varlen"  # calls over sequences of any length, merged: plain torch, any device
     NATIVE = "native"  # C++ on the host (prism_kernels._C)
     TRITON = "triton"
 

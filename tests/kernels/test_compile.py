@@ -40,8 +40,8 @@ def stats_of_kinds(x, router):
     return torch.cat([routing.weight.flatten(), (routing.stats.prob_sum * routing.stats.counts).flatten()])
 
 
-def attention_at(rows):
-    return lambda q, k, v: tree_attention(q, k, v, LAYOUT, query_row=rows)
+def attention_at(rows, impl="auto"):
+    return lambda q, k, v: tree_attention(q, k, v, LAYOUT, query_row=rows, impl=impl)
 
 
 def experts(layout, impl="auto"):
@@ -63,6 +63,8 @@ CASES = {  # sizes of the leaves, and what is compiled
     "tree_attention": (((12, 4, 8), (12, 2, 8), (12, 2, 8)), lambda q, k, v: tree_attention(q, k, v, LAYOUT)),
     "tree_attention, query_row": (((4, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS)),
     "tree_attention, no query_row": (((0, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS[:0])),
+    "tree_attention, varlen": (((12, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(None, "varlen")),
+    "tree_attention, varlen, query_row": (((4, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS, "varlen")),
     "shared_prompt_decode": (
         ((3, 4, 8), (2, 2, 3, 8), (2, 2, 3, 8), (3, 2, 2, 8), (3, 2, 2, 8)),
         lambda *tensors: shared_prompt_decode(*tensors, DECODE),
@@ -160,7 +162,8 @@ def test_every_operator_keeps_its_promises(monkeypatch):
     calls = calls_of_operators(monkeypatch)
     assert {overload.name().split("::")[1] for overload in calls} >= {
         "plan_routing", "moe_route", "moe_route_backward", "moe_mlp", "moe_mlp_backward", "tree_attention_rows",
-        "tree_attention_rows_backward", "linear_logprob", "linear_logprob_backward", "linear_cross_entropy",
+        "tree_attention_rows_backward", "tree_attention_varlen", "tree_attention_varlen_backward",
+        "linear_logprob", "linear_logprob_backward", "linear_cross_entropy",
         "linear_policy_loss",
     }  # fmt: skip
     for overload, arguments in calls.items():

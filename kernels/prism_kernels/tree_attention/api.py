@@ -27,6 +27,7 @@ _OP = Op(
         Implementation(
             Impl.SDPA, "prism_kernels.tree_attention.sdpa:tree_attention", ("cpu", "cuda"), transforms=(VMAP, GRAD)
         ),
+        Implementation(Impl.VARLEN, "prism_kernels.tree_attention.varlen:tree_attention", ("cpu", "cuda")),
         Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:tree_attention", ("cpu", "cuda")),
     ],
 )
@@ -85,7 +86,7 @@ def tree_attention(
         raise wrong("q", f"a multiple of the Hkv = {k.shape[1]} heads of k and v", f"{heads} heads")
     factor: float = dim**-0.5 if scale is None else number("scale", scale)
     chosen, function = _OP.select(impl, q.device, q, k, v)
-    if torch.compiler.is_compiling() and query_row is not None and chosen != Impl.REFERENCE:
+    if torch.compiler.is_compiling() and query_row is not None and chosen == Impl.SDPA:
         return operators.chosen_rows(q, k, v, layout, factor, query_row)
     out = function(q, k, v, layout.to(q.device), factor, query_row)
     if out.requires_grad and chosen != Impl.REFERENCE and not torch.compiler.is_compiling() and not is_transformed(out):

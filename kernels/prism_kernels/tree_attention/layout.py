@@ -5,14 +5,18 @@ S segments, T tokens. A segment is a run of tokens; it continues an earlier segm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from prism_kernels.checks import items, shown, wrong
+
+Plan = TypeVar("Plan")
 
 # A group of segments is padded to its longest one while the padded area stays under this multiple of the exact area.
 PADDING_LIMIT = 1.3
@@ -140,9 +144,19 @@ class TreeLayout:
     def row_plan(self, query_row: Tensor) -> RowPlan:
         """Chosen query rows by tree, for attention at a few rows; the last one asked for is kept."""
         rows = tuple(query_row.tolist())
-        if self._cache.get("chosen") != rows:
-            self._cache["chosen"], self._cache["row_plan"] = rows, _row_plan(self, rows)
-        return self._cache["row_plan"]
+        return self.kept("row_plan", rows, lambda: _row_plan(self, rows))
+
+    def kept(self, name: str, of: Hashable, make: Callable[[], Plan]) -> Plan:
+        """A plan by its name: what ``make`` gave, for as long as it is asked for ``of`` the same."""
+        if name not in self._cache or self._cache[name][0] != of:
+            self._cache[name] = of, make()
+        return self._cache[name][1]
+
+
+@lru_cache(maxsize=8)
+def layout_of(lengths: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> TreeLayout:
+    """For operators, which know no TreeLayout; it keeps its plans, which every layer of a step asks for."""
+    return TreeLayout.build(lengths, prefix, device)
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ weights of a tree's rows again from what the forward summed, as flash attention 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from prism_kernels.checks import check_values
 from prism_kernels.operators import check_first_derivative, operator
-from prism_kernels.tree_attention.layout import TreeLayout
+from prism_kernels.tree_attention.grouped_heads import as_rows, grouped, of_group
+from prism_kernels.tree_attention.layout import TreeLayout, layout_of
 
 
 class Rows(NamedTuple):
@@ -33,36 +33,15 @@ def chosen_rows(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: floa
     return _attention(Rows(q, k, v, query_row, list(layout.lengths), list(layout.prefix), scale))[0]
 
 
-@lru_cache(maxsize=8)
-def _layout(lengths: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> TreeLayout:
-    return TreeLayout.build(lengths, prefix, device)  # keeps its last plan, which every layer of a step asks for
-
-
 def _trees(rows: Rows):
     """Of every tree: its chosen rows, its slice of the stream, and the masked scores (Hkv, rep, n, m), wide."""
     check_values("query_row", rows.query_row, "T", rows.k.shape[0])
-    layout = _layout(tuple(rows.lengths), tuple(rows.prefix), rows.q.device)
+    layout = layout_of(tuple(rows.lengths), tuple(rows.prefix), rows.q.device)
     wide = torch.promote_types(rows.q.dtype, torch.float32)
     for tree in layout.row_plan(rows.query_row).trees:
         keys = slice(tree.start, tree.stop)
-        scores = _heads(rows.q[tree.query], rows.k).to(wide) @ _keys(rows.k[keys]).to(wide).mT
+        scores = grouped(rows.q[tree.query], rows.k).to(wide) @ of_group(rows.k[keys]).to(wide).mT
         yield tree.query, keys, (scores * rows.scale).masked_fill_(~tree.mask, float("-inf"))
-
-
-def _heads(queries: Tensor, k: Tensor) -> Tensor:
-    """(n, Hq, D) -> (Hkv, rep, n, D)."""
-    n, heads, dim = queries.shape
-    return queries.reshape(n, k.shape[1], heads // k.shape[1], dim).permute(1, 2, 0, 3)
-
-
-def _rows(heads: Tensor) -> Tensor:
-    """(Hkv, rep, n, D) -> (n, Hq, D)."""
-    return heads.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _keys(keys: Tensor) -> Tensor:
-    """(m, Hkv, D) -> (Hkv, 1, m, D)."""
-    return keys.transpose(0, 1)[:, None]
 
 
 @operator("tree_attention_rows")
@@ -72,8 +51,8 @@ def _attention(rows: Rows) -> tuple[Tensor, Tensor]:
     out, lse = rows.q.new_empty(rows.q.shape), rows.q.new_empty(rows.q.shape[:2], dtype=wide)
     for query, keys, scores in _trees(rows):
         total = scores.logsumexp(-1, keepdim=True)
-        out[query] = _rows((scores - total).exp() @ _keys(rows.v[keys]).to(wide)).to(out.dtype)
-        lse[query] = _rows(total)[..., 0]
+        out[query] = as_rows((scores - total).exp() @ of_group(rows.v[keys]).to(wide)).to(out.dtype)
+        lse[query] = as_rows(total)[..., 0]
     return out, lse
 
 
@@ -88,12 +67,12 @@ def _attention_backward(rows: Rows, out: Tensor, lse: Tensor, d_out: Tensor) -> 
     d_q = rows.q.new_empty(rows.q.shape)
     d_k, d_v = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (rows.k, rows.v))
     for query, keys, scores in _trees(rows):
-        weight = (scores - _heads(lse[query][..., None], rows.k)).exp()  # (Hkv, rep, n, m)
-        upstream = _heads(d_out[query], rows.k).to(lse.dtype)
-        kept = (upstream * _heads(out[query], rows.k)).sum(-1, keepdim=True)
-        d_scores = weight * (upstream @ _keys(rows.v[keys]).to(lse.dtype).mT - kept) * rows.scale
-        d_q[query] = _rows(d_scores @ _keys(rows.k[keys]).to(lse.dtype)).to(d_q.dtype)
-        d_k[keys] = (d_scores.mT @ _heads(rows.q[query], rows.k).to(lse.dtype)).sum(1).transpose(0, 1)
+        weight = (scores - grouped(lse[query][..., None], rows.k)).exp()  # (Hkv, rep, n, m)
+        upstream = grouped(d_out[query], rows.k).to(lse.dtype)
+        kept = (upstream * grouped(out[query], rows.k)).sum(-1, keepdim=True)
+        d_scores = weight * (upstream @ of_group(rows.v[keys]).to(lse.dtype).mT - kept) * rows.scale
+        d_q[query] = as_rows(d_scores @ of_group(rows.k[keys]).to(lse.dtype)).to(d_q.dtype)
+        d_k[keys] = (d_scores.mT @ grouped(rows.q[query], rows.k).to(lse.dtype)).sum(1).transpose(0, 1)
         d_v[keys] = (weight.mT @ upstream).sum(1).transpose(0, 1)
     return d_q, d_k.to(rows.k.dtype), d_v.to(rows.v.dtype)
 

@@ -11,7 +11,7 @@ from prism_kernels.tree_attention import sdpa
 from tests.oracle import assert_as_exact, assert_same
 
 TERMS = 8 + 8  # of a product of width 8, and the functions of a softmax; to which come the tokens that it is over
-IMPLS = ["reference", "sdpa"]
+IMPLS = ["reference", "sdpa", "varlen"]
 
 
 @st.composite
@@ -93,14 +93,15 @@ def test_chosen_rows_equal_the_full_computation(impl, layout, data):
     assert_same_gradients(got, want, 2 * (TERMS + total))
 
 
-def test_nan_stays_in_its_tree():
+@pytest.mark.parametrize("impl", ["sdpa", "varlen"])
+def test_nan_stays_in_its_tree(impl):
     """Trees whose segments are padded together: padding must not read another tree's rows."""
     layout = TreeLayout.build([6, 4, 5, 3], [-1, 0, -1, 2])
     q, k, v = (torch.randn(layout.num_tokens, h, 8) for h in (4, 2, 2))
     for x in (q, k, v):
         x[:10] = float("nan")
         x.requires_grad_()
-    out = tree_attention(q, k, v, layout, impl="sdpa")
+    out = tree_attention(q, k, v, layout, impl=impl)
     assert out[:10].isnan().all()
     assert out[10:].isfinite().all()
     for grad in torch.autograd.grad(out[10:].sum(), (q, k, v)):
@@ -152,10 +153,13 @@ def test_a_gpu_builds_no_score_matrix(name, width):
         assert_as_exact(a, t, e, 2 * (width + layout.num_tokens))
 
 
-def test_gradients_are_repeatable():
+@pytest.mark.parametrize("impl", ["sdpa", "varlen"])
+def test_gradients_are_repeatable(impl):
     layout = TreeLayout.build([40, *[30] * 12], [-1, *[0] * 12])
     q, k, v = (torch.randn(layout.num_tokens, h, 32, requires_grad=True) for h in (4, 2, 2))
-    grads = [torch.autograd.grad(tree_attention(q, k, v, layout).square().sum(), (q, k, v)) for _ in range(3)]
+    grads = [
+        torch.autograd.grad(tree_attention(q, k, v, layout, impl=impl).square().sum(), (q, k, v)) for _ in range(3)
+    ]
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other))
 
 
@@ -188,14 +192,15 @@ def test_arguments_are_checked():
         tree_attention(q, k, k, layout, impl="triton")
 
 
+@pytest.mark.parametrize("impl", ["sdpa", "varlen"])
 @pytest.mark.parametrize("which, value", [(0, float("nan")), (0, float("inf")), (1, float("nan"))], ids=str)
 @pytest.mark.parametrize("layout", [([4], [-1]), ([3, 4, 5], [-1, 0, 0])], ids=str)
-def test_what_is_not_finite_shows_where_the_definition_shows_it(layout, which, value):
+def test_what_is_not_finite_shows_where_the_definition_shows_it(layout, which, value, impl):
     """Torch's causal attention on a CPU gives 0 where all scores are NaN, and NaN weights a finite loss."""
     layout = TreeLayout.build(*layout)
     for row in range(layout.num_tokens):
         tensors = [torch.randn(layout.num_tokens, heads, 8) for heads in (4, 2, 2)]
         tensors[which][row, 0, 0] = value
-        got, exact = (tree_attention(*tensors, layout, impl=impl) for impl in ("sdpa", "reference"))
+        got, exact = (tree_attention(*tensors, layout, impl=impl) for impl in (impl, "reference"))
         assert exact[row].isnan().any() and got[exact.isnan()].isnan().all()
         assert not got[: row - 5 if row > 6 else 0].isnan().any()  # no segment before its own
