@@ -12,7 +12,7 @@ from prism_kernels import TreeLayout, tree_attention, which_impl
 from prism_kernels.tree_attention import varlen, varlen_library, varlen_plan
 from prism_kernels.tree_attention.varlen_library import TorchVarlen
 from prism_kernels.tree_attention.varlen_plan import Sequences
-from tests.oracle import assert_as_exact, relative_error, rounded
+from tests.oracle import assert_as_exact, relative_error
 
 EXACT = 1e-12
 HEADS = [(4, 2), (6, 1), (3, 3)]
@@ -62,7 +62,7 @@ class Visits(TorchVarlen):
         assert sequences.max_k == max(b - a for a, b in pairwise(cu_k))
         number = q[:, 0, 0].long().tolist()
         for start, stop, first, last in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
-            assert stop - start or last - first  # none for nothing
+            assert stop >= start and last >= first and (stop > start or last > first)  # none for nothing
             for i in range(start, stop):
                 seen = max(first, last - (stop - 1 - i)) if sequences.causal else last
                 self.seen[number[i], first:seen] += 1
@@ -122,8 +122,9 @@ def test_trees_in_stream_order_take_a_call_per_level_and_no_gather(layout, calls
     assert (found.calls, found.gathered) == (calls, 0)
 
 
-def test_a_tree_that_another_interrupts_is_gathered_at_that_level_alone():
-    found = visits(TreeLayout.build([3, 2, 4, 2, 2], [-1, 0, -1, 2, 0]))
+@pytest.mark.parametrize("prefix", [(-1, 0, -1, 2, 0), (-1, -1, 1, 1, 0)], ids=str)
+def test_trees_that_interrupt_each_other_are_gathered_at_that_level_alone(prefix):
+    found = visits(TreeLayout.build([3, 2, 4, 2, 2], prefix))
     assert (found.calls, found.gathered) == (2, 1)
 
 
@@ -173,15 +174,16 @@ def test_is_as_exact_as_torch(dim, dtype, chosen):
         assert_as_exact(a, t, e, 2 * (dim + total), name)
 
 
-def test_a_roots_gradients_are_rounded_once():
-    """Of 40 branches in bf16: v's, to which the rounded output contributes nothing, as exact as one rounding is."""
-    layout = TreeLayout.build([16, *[8] * 40], [-1, *[0] * 40])
+def test_a_roots_gradient_is_rounded_once():
+    """In bf16, of v: rounded by parts it would be off by 1.4 times as much where one of them is nearly all of it."""
+    layout = TreeLayout.build([64, *[8] * 4], [-1, *[0] * 4])
     given = leaves(layout.num_tokens, layout.num_tokens, (4, 2), 64, torch.bfloat16)
     wide = [x.detach().double().requires_grad_() for x in given]
     upstream = torch.randn(given[0].shape, dtype=torch.bfloat16)
+    upstream[64:] /= 8
     (ours,) = torch.autograd.grad(tree_attention(*given, layout, impl="varlen"), given[2:], upstream)
     (truth,) = torch.autograd.grad(tree_attention(*wide, layout, impl="reference"), wide[2:], upstream.double())
-    assert relative_error(ours[:16], truth[:16]) <= 1.1 * rounded(torch.bfloat16)
+    assert relative_error(ours[:64], truth[:64]) <= 1.1 * relative_error(truth[:64].bfloat16(), truth[:64])
 
 
 @pytest.mark.parametrize("causal", [False, True])
