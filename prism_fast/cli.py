@@ -4,120 +4,27 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
 from prism_fast import DataError
-
-UsageError = typer.BadParameter.__mro__[1]  # of the click that this typer brings
-
-OTHERS_WAIT = 10.0  # seconds
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # what to write
-
-
-class Commands(TyperGroup):
-    """How every command ends: bad input is one line on stderr and exit status 2, a stopped run 128 + its signal."""
-
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        with _one_line():
-            return super().make_context(*args, **options)
-
-    def invoke(self, ctx: typer.Context) -> object:
-        with _one_line():
-            return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    try:
-        yield
-    except (DataError, UsageError) as error:
-        text = str(error)
-        if isinstance(error, UsageError):
-            text = _usage(error)
-        _complain(f"error: {' '.join(text.split())}")
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        _complain(f"error: {place}{error.strerror}; free space there, or choose another folder")
-        sys.exit(2)
-    except _stopped() as stop:
-        if not _rank():  # all processes have stopped together
-            print(str(stop), file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-
-
-def _usage(error: Any) -> str:
-    """What is wrong with a command line."""
-    command = error.ctx.command_path if error.ctx else "prism-fast"
-    said = error.format_message().removesuffix(".") or "no command"
-    takes = {parameter.name for parameter in error.ctx.command.params} if error.ctx else set()
-    plain = ", and write settings without dashes, as in run.seed=1"
-    hint = plain if hasattr(error, "option_name") and "overrides" in takes else ""
-    return f"{command}: {said}; see {command} --help{hint}"
-
-
-def _complain(text: str) -> None:
-    """One line on stderr. Of several processes that end alike the first one tells, and whoever started them ends the
-    others; one that fails alone tells by itself."""
-    if rank := _rank():
-        time.sleep(OTHERS_WAIT)
-        text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr)
-
-
-def _rank() -> int:
-    """Of this process among those of its run. Where nothing is said of others, torch is not loaded to find out."""
-    if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
-        return 0
-    from prism_fast import ranks
-
-    try:
-        return ranks.place(os.environ).rank
-    except DataError:  # which is told already
-        return 0
-
-
-def _stopped() -> Any:
-    """The exception of a stopped run: none where no run was begun, so that a help text loads no torch."""
-    session = sys.modules.get("prism_fast.run.session")
-    return () if session is None else session.Stopped
-
+from prism_fast.command_line import Commands, alone, home, interruptible, place, quiet_libraries, spin_briefly
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
 data_app = typer.Typer(no_args_is_help=True, help="Check data files; make warm-up pairs; keep prompts by pass rate.")
 app.add_typer(data_app, name="data")
-
-
-def _home(value: Any) -> Any:
-    """~ where a shell has left it, as in --out=~/x."""
-    if isinstance(value, list):
-        return [_home(path) for path in value]
-    try:
-        return value if value is None else Path(value).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"{value}: {error}") from None
 
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or the name of a recipe.")]
@@ -141,61 +48,20 @@ def main() -> None:
     app(prog_name="prism-fast")
 
 
-def spin_briefly() -> None:
-    """Threads of a parallel loop spin a little at its end, then sleep, unless the user has said how they wait.
-
-    A thread that spins for long keeps the core that the last one needs, and a run beside other busy processes crawls;
-    one that sleeps at once is woken late at every one of a small model's many loops (dev/LOG.md has both). OpenMP
-    reads this once, when torch is loaded; the bits of a result are the same.
-    """
-    ways = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # turns; milliseconds
-    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", *ways} & os.environ.keys():
-        os.environ.update(ways)
-
-
-def _interruptible() -> None:
-    """From here on Ctrl-C is an exception, that cleans up; before, prism_fast/__main__.py ends the process at once."""
-    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-        if callable(signal.getsignal(signal.SIGINT)):
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _quiet_transformers() -> None:
-    """Libraries say nothing of their own on a terminal: no bars, and no warnings about their next version."""
-    import warnings
-
-    for library in ("torch", "transformers", "huggingface_hub", "tokenizers", "pyarrow", "sympy"):
-        for category in (FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", category=category, module=rf"{library}(\..*)?$")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def _settings(cls, config: Path | None, overrides: list[str] | None):
     """The configuration of a command that opens models."""
-    from prism_fast import ranks
     from prism_fast.config import load_config
 
-    here = ranks.place(os.environ)
-    say = print if here.rank == 0 else lambda *_, **__: None
+    rank, _ = place()
+    say = print if rank == 0 else lambda *_, **__: None
     settings = load_config(cls, config, overrides or (), note=lambda text: say(f"note: {text}"))
     if not hasattr(settings, "cluster"):
-        _alone()
+        alone()
     models = [getattr(settings, name).path for name in ("model", "policy", "discriminator") if hasattr(settings, name)]
     files = settings.data.files if hasattr(settings, "data") else ()
     say(f"loading {', '.join(map(str, (*models, *files)))}", flush=True)
-    _quiet_transformers()
+    quiet_libraries()
     return settings
-
-
-def _alone() -> None:
-    """Raises DataError where a launcher has started several processes of a command that runs in one."""
-    from prism_fast import ranks
-
-    if (world := ranks.place(os.environ).world) > 1:
-        raise DataError(f"this command runs in one process, got {world}; start it without torchrun")
 
 
 def _stage(
@@ -208,11 +74,10 @@ def _stage(
 
     check_environment(settings.cluster.sharding, os.environ)
     run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
-    _interruptible()
+    interruptible()
     figures = run(settings, resume=resume, accept_changes=accept_changes)
-    from prism_fast import ranks
-
-    if ranks.place(os.environ).rank > 0:
+    rank, _ = place()
+    if rank > 0:
         return  # the first process says what was made
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
     _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
@@ -228,7 +93,7 @@ def _done(stage: str, made: Path, config: Path | None, figures: str = "") -> Non
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(callback=_home, help="Folder for everything the demo writes; must be new.")],
+    out: Annotated[Path, typer.Option(callback=home, help="Folder for everything the demo writes; must be new.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, at most 90 s.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, model and sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Also SFT -> RLVR with as many policy updates.")] = False,
@@ -238,12 +103,12 @@ def demo(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value over recipes/demo.yaml.")] = None,
 ) -> None:
     """PRISM in miniature on real images: all stages, summary.json and report.html."""
-    _alone()
+    alone()
     from prism_fast.config import parse_overrides
     from prism_fast.demo.demo import demo as run
 
-    _quiet_transformers()
-    _interruptible()
+    quiet_libraries()
+    interruptible()
     run(
         out,
         seed=seed,
@@ -277,7 +142,7 @@ def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
     settings = _settings(UpcycleConfig, config, overrides)
     from prism_fast.stages.upcycle import upcycle_directory
 
-    _interruptible()
+    interruptible()
     _done("upcycle", upcycle_directory(settings), config)
 
 
@@ -338,7 +203,7 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
     try_new(settings.out)
     from prism_fast.stages.evaluate import evaluate_policy
 
-    _interruptible()
+    interruptible()
     console = Console()
     with _responses(console) as progress:
         result, held_out = evaluate_policy(settings, progress)
@@ -385,11 +250,11 @@ def show(
 @data_app.command("check")
 def data_check(
     files: Annotated[
-        list[Path], typer.Argument(callback=_home, help="SFT json, warm-up jsonl, alignment or RLVR parquet.")
+        list[Path], typer.Argument(callback=home, help="SFT json, warm-up jsonl, alignment or RLVR parquet.")
     ],
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are allowed, in all files.")] = 0,
     model: Annotated[
-        Path | None, typer.Option(callback=_home, help="A stage's model: also its tokens, pixels and limits.")
+        Path | None, typer.Option(callback=home, help="A stage's model: also its tokens, pixels and limits.")
     ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="With --model: data.max_prompt_tokens.")] = 2048,
 ) -> None:
@@ -402,9 +267,9 @@ def data_check(
         from prism_fast.data.chat import Chat
         from prism_fast.models.backbone import local_directory
 
-        _quiet_transformers()
+        quiet_libraries()
         chat = Chat.load(local_directory(model, weights=False))
-    _interruptible()
+    interruptible()
     console, bad = Console(), BadRecords(sys.maxsize)
     for file in files:
         check(file, console, bad, chat, max_prompt_tokens)
@@ -445,7 +310,7 @@ def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) 
 
     run = {"pairs": prepare.pairs, "filter": prepare.filter_prompts}[stage]
     console = Console()
-    _interruptible()
+    interruptible()
     with _responses(console) as progress:
         counts = run(settings, progress, partial(console.print, markup=False, highlight=False, soft_wrap=True))
     for name, value in counts.items():

@@ -160,11 +160,6 @@ def add(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def largest(value: float) -> float:
-    """The largest of the processes' values."""
-    return max(gather(value))
-
-
 def gather(value: Any) -> list[Any]:
     """Every process's value (JSON), by rank."""
     return [json.loads(part) for part in _gather(json.dumps(value).encode())] if world() > 1 else [value]

@@ -91,7 +91,7 @@ def test_the_page_on_clusters_has_the_counted_memory():
     _, rows = table("align", "4b", [1, 2, 4, 8, 16], memory=80, tokens=24_576)
     for row in rows:
         assert f"| {' | '.join(row)} |" in GUIDES["cluster.md"]
-    assert len(LAUNCHES) == 3
+    assert len(LAUNCHES) == 4
     for recipe in config.RECIPES.glob("cluster_*"):
         assert any(f"--config {recipe.stem} " in line for line in commands()), recipe
 

@@ -117,9 +117,8 @@ class TreeModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.text.rotary_emb.get_buffer(
-            "inv_freq"
-        ).device  # a buffer: whoever shards weights leaves it where it is
+        # Of a buffer: whoever shards weights leaves it where it is.
+        return self.text.rotary_emb.get_buffer("inv_freq").device
 
     @property
     def dtype(self) -> torch.dtype:

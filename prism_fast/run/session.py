@@ -130,7 +130,8 @@ class Session:
         self._changed: list[str] = []  # since the checkpoint, and accepted
         self._skipped = 0  # updates in a row
         self._cpu_seconds = 0.0  # of this process, when a step last ended
-        self._signum: int | None = None
+        self._signum: int | None = None  # that asked this process to stop
+        self._agreed: int | None = None  # that asked any process, as all of them know it
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Session:
@@ -324,7 +325,9 @@ class Session:
             if self._best is None or value > self._best[1]:
                 self._best = (step, value)
         is_best = self._best is not None and self._best[0] == step
-        if not (self._is_time(step, self.config.save_every) or is_best or hopeless or self._signum is not None):
+        # Saving is a call of all processes: a signal that one of them got meanwhile is heeded at the next step's end.
+        signum = self._signum if ranks.world() == 1 else self._agreed
+        if not (self._is_time(step, self.config.save_every) or is_best or hopeless or signum is not None):
             return
         unsaved = self._save(step, {**(state or {}), "skipped_updates": 0 if hopeless else self._skipped})
         if unsaved is not None:
@@ -336,19 +339,19 @@ class Session:
                 f"{self.out}: {self._skipped} updates in a row were skipped, the last as {fault}; stopped at step "
                 f"{step}, last saved {saved}; lower the learning rate, or set run.max_skipped_updates=0 to go on anyway"
             )
-        if self._signum is not None and step < self.total:
+        if signum is not None and step < self.total:
             if unsaved is not None:
-                raise DataError(f"stopped by {signal.Signals(self._signum).name} at step {step}; {unsaved}")
-            raise Stopped(self._signum, Path(saved))
+                raise DataError(f"stopped by {signal.Signals(signum).name} at step {step}; {unsaved}")
+            raise Stopped(signum, Path(saved))
 
     def _heed_others(self) -> dict[str, float]:
-        """Says that this process gets on, takes over a signal that only another one was sent, and compares work."""
+        """Says that this process gets on, hears of a signal that any was sent, and compares work."""
         ranks.alive(self.settings.cluster.timeout_minutes)
         before, self._cpu_seconds = self._cpu_seconds, time.process_time()
         if ranks.world() == 1:
             return {}
         signums, seconds = zip(*ranks.gather([self._signum or 0, self._cpu_seconds - before]))
-        self._signum = max(signums) or None
+        self._agreed = max(signums) or None
         even = names.max_over_mean(seconds)
         return {} if even is None else {names.RANKS["cpu_seconds"]: even}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,8 +63,10 @@ def pair_gradient(
     """
     discriminator, records = updater.module, labels.teacher.shape[1]
     found: list[_PackFigures] = []
+    seeds = torch.randint(2**63 - 1, (len(packs),)).tolist() if discriminator.dropout else []
     for number, packed in own_packs(updater, packs):
-        judgement = updater(packed.to(discriminator.device), balance=balance_coef > 0)
+        with _drawing_by(seeds[number] if seeds and number != SPARE else None, discriminator.device):
+            judgement = updater(packed.to(discriminator.device), balance=balance_coef > 0)
         loss = judgement.score.new_zeros(())
         figures = _PackFigures(number)
         for side in range(2):
@@ -86,6 +89,16 @@ def pair_gradient(
             figures.broken = packed.label[~judgement.score.detach().isfinite().cpu()].tolist()
             found.append(figures)
     return _over_packs(found, balanced=balance_coef > 0)
+
+
+@contextlib.contextmanager
+def _drawing_by(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Dropout by a pack's own seed: the same whichever process computes it, and all processes' generators stay equal,
+    as a checkpoint keeps one."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 @dataclass

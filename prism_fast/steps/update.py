@@ -130,14 +130,14 @@ class Updater(Backprop):
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters.
 
-        Whole tensors, whatever the form: a call of all processes.
+        Whole tensors, whatever the form: a call of all processes, of which the first one gets them.
         """
-        kept = {}
+        kept: dict[str, Tensor] = {}
         for name, master in zip(self.names, self.masters):
             if name in self.mastered:
-                kept[f"master.{name}"] = ranks.whole(master.detach())
+                _keep(kept, f"master.{name}", ranks.whole(master.detach()))
             for key, value in self.adamw.state.get(master, {}).items():
-                kept[f"{key}.{name}"] = ranks.whole(value)
+                _keep(kept, f"{key}.{name}", ranks.whole(value))
         return kept
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
@@ -215,6 +215,7 @@ class FSDPUpdater(Updater):
             yield
         finally:
             self.module.set_reshard_after_forward(True)
+            self.module.set_reshard_after_forward(False, recurse=False)  # FSDP2's own way with a root
             for unit in units:
                 unit.reshard()
 
@@ -332,11 +333,11 @@ class DeepSpeedUpdater(Updater):
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
             if name in self.mastered:
-                kept[f"master.{name}"] = _whole("get_full_fp32_param", parameter)
+                _keep(kept, f"master.{name}", _whole("get_full_fp32_param", parameter))
             if steps:
-                kept[f"step.{name}"] = steps[0].detach().cpu().clone()
+                _keep(kept, f"step.{name}", steps[0].detach().clone())
                 for key in ("exp_avg", "exp_avg_sq"):
-                    kept[f"{key}.{name}"] = _whole("get_full_optimizer_state", parameter, key)
+                    _keep(kept, f"{key}.{name}", _whole("get_full_optimizer_state", parameter, key))
         return kept
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
@@ -500,6 +501,17 @@ def _whole(what: str, parameter: Tensor, *key: str) -> Tensor:
     if value is None:
         raise RuntimeError(f"deepspeed {deepspeed.__version__}: no {what} of a parameter; install the pinned version")
     return value
+
+
+def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    """A whole tensor for a checkpoint: of several processes the first one's alone, on its host, one after another.
+
+    All of a sharded optimizer's state together is more than any of their devices holds.
+    """
+    if not ranks.grouped():
+        kept[name] = tensor
+    elif ranks.is_first():
+        kept[name] = tensor.cpu()
 
 
 def _is_wide(tensor: Tensor) -> bool:

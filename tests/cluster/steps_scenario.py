@@ -63,6 +63,7 @@ class Case:
     freeze: tuple[str, ...] = ()
     tie: bool = True
     dtype: str = "float32"
+    dropout: float = 0.0  # of the discriminator's head
     discard: str = ""  # before the first step: "nothing", or a "backward" whose gradients are thrown away
     infinite: bool = False  # the first step's advantage of response 0
     sample: bool = False  # responses are sampled before each step
@@ -109,7 +110,9 @@ def play(case: Case) -> dict[str, Tensor]:
         found |= {f"resident.{name}.{step}": torch.tensor(counts) for name, counts in resident.items()}
         for name, each in updaters.items():
             if step == 0:
-                moments = {k: v for k, v in each.tensors().items() if k.startswith("exp_avg.")}
+                kept = each.tensors()
+                assert ranks.is_first() or not kept, "a checkpoint's tensors are the first process's alone"
+                moments = {k: v for k, v in kept.items() if k.startswith("exp_avg.")}
                 found |= {f"gradient.{name}.{k[8:]}": v.float() * 10 for k, v in moments.items()}
     for name, each in updaters.items():
         found |= {f"weight.{name}.{k}": v.float() for k, v in each.stream()}
@@ -193,7 +196,7 @@ def discriminator(case: Case) -> Discriminator:
     torch.manual_seed(5)
     model = moe()
     head = torch.randn(32)
-    return _prepared(Discriminator(model.to(getattr(torch, case.dtype)), head), case)
+    return _prepared(Discriminator(model.to(getattr(torch, case.dtype)), head, dropout=case.dropout), case)
 
 
 def _prepared(module: Any, case: Case) -> Any:

@@ -67,9 +67,10 @@ def test_every_form_equals_one_process(tmp_path):
     compare([{"stage": "align", "sample": True}], tmp_path)
 
 
-def test_a_spare_pack_counts_nowhere(tmp_path):
+def test_a_spare_pack_counts_nowhere_and_a_pack_has_its_own_dropout(tmp_path):
     """One pack for two processes; in the warm-up, a loss that is made of every output."""
-    compare([{"stage": "warmup", "tokens_per_pack": 4096}], tmp_path, ["none", "zero3"])
+    cases = [{"stage": "warmup", "tokens_per_pack": 4096}, {"stage": "warmup", "dropout": 0.3}]
+    compare(cases, tmp_path, ["none", "zero3"])
 
 
 AWKWARD: dict[str, Mapping[str, Any]] = {
@@ -97,6 +98,7 @@ CASES: list[Mapping[str, Any]] = [
     *({"stage": "rlvr", "objective": name} for name in ("grpo", "dapo", "gspo", "dr_grpo", "kl")),
     {"stage": "rlvr", "infinite": True},  # a loss in one process: no update in any, and the next step is right
     {"stage": "warmup", "tokens_per_pack": 4096},
+    {"stage": "warmup", "dropout": 0.3},
     *({"stage": "align", **case} for case in AWKWARD.values()),
 ]
 
@@ -165,6 +167,37 @@ def test_weights_are_really_sharded(tmp_path):
             assert after == 0 and max(inside) <= 0.3 * all_of_it, (model, step, inside, all_of_it)
             *inside, after = fsdp2[f"resident.{model}.{step}"].tolist()
             assert after <= 0.52 * all_of_it and max(inside) < 0.9 * all_of_it, (model, step, inside, all_of_it)
+
+
+GATHERS = """
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as group
+from prism_fast import ranks
+from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
+from prism_fast.steps.update import FSDPUpdater
+from tests.cluster.steps_scenario import OPTIMIZER, Case, policy
+from tests.models import prompt, tokens
+
+found, gather = [], group.foreach_all_gather
+group.foreach_all_gather = lambda *given, **named: found.append(1) or gather(*given, **named)
+with ranks.joined(timeout_minutes=1.0):
+    updater = FSDPUpdater(policy(Case()), OPTIMIZER, 10)
+    packs = demonstration_packs([(prompt(i), tokens(i, 5)) for i in range(2)], 64, updater.module.image)
+    counts = []
+    for _ in range(3):
+        found.clear()
+        supervised_gradient(updater, packs)
+        counts.append(len(found))
+        with updater.gathered():
+            pass
+assert counts[0] > 1 and len(set(counts)) == 1, counts
+"""
+
+
+@pytest.mark.cluster
+def test_gathered_weights_leave_fsdp2_as_it_was():
+    """What is no layer's is gathered once for a micro-step, after responses were sampled too."""
+    for end in launch(["-c", GATHERS], 2, seconds=120):
+        assert end.returncode == 0, end.stderr
 
 
 MUTATIONS: dict[str, Mapping[str, Any]] = {
