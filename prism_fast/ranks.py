@@ -1,4 +1,4 @@
-"""The processes of one run: which of them this is, and what they tell each other. Only here is torch.distributed used.
+"""The processes of one run: which of them this is, and what they tell each other; prism_fast's torch.distributed.
 
 In one process there is no process group, and everything here is the identity. Every rank holds the plan of the whole
 batch and computes a part of it, so what is exchanged is small: responses, scores, and gradients, which are added.

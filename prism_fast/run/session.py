@@ -256,6 +256,7 @@ class Session:
             self._notes.append("nothing was saved before; begins at step 0")
         for text in (*self._notes, *(f"resumed with other settings: {text}" for text in self._changed)):
             self._monitor.warn(text)
+        ranks.alive(self.settings.cluster.timeout_minutes)
         return first
 
     def _open_records(self, total: int, first: int) -> None:
