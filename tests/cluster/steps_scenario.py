@@ -209,23 +209,22 @@ def _prepared(module: Any, case: Case) -> Any:
 def updater(case: Case, module: Any) -> Updater:
     cluster = ClusterConfig(sharding=case.form, deepspeed=case.options)
     made = open_updater(module, OPTIMIZER.model_copy(update={"offload": case.offload}), 10, cluster)
-    if case.break_lockstep == "module":
-        made.engine = module
-    if case.break_lockstep in ("blank", "spare"):
+    if case.break_lockstep:
         _break(case.break_lockstep)
     return made
 
 
 def _break(rule: str) -> None:
-    """One of the rules of own_packs.py is not kept."""
+    """One of the rules of own_packs.py and of an updater's call is not kept."""
     from prism_fast.steps import own_packs
 
     if rule == "blank":
         own_packs.with_blank_image = lambda packed, image: packed
-    else:
-        Updater.lockstep = Backprop.lockstep = False
-        for cls in Updater.__subclasses__():
+    for cls in Updater.__subclasses__():
+        if rule == "spare":
             cls.lockstep = False
+        if rule == "module":
+            cls.__call__ = Backprop.__call__  # the model's own, which no engine sees
 
 
 def lessons(case: Case) -> list[Lesson]:

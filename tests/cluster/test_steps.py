@@ -7,6 +7,7 @@ bf16, sums of n gradients may differ by n roundings of them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -200,6 +201,7 @@ def test_gathered_weights_leave_fsdp2_as_it_was():
         assert end.returncode == 0, end.stderr
 
 
+MISTAKES = re.compile(r"^(?:\[rank\d\]: )?(?:AttributeError|ImportError|ModuleNotFoundError|NameError|TypeError)", re.M)
 MUTATIONS: dict[str, Mapping[str, Any]] = {
     "blank": {"form": "zero3", "images": [0], "tokens_per_pack": 64},
     "spare": {"form": "zero3", "tokens_per_pack": 4096},
@@ -217,6 +219,8 @@ def test_each_rule_of_the_lockstep_is_needed(rule, tmp_path):
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps([{**case, "break_lockstep": rule}]))
     ends = launch(["-m", SCENARIO, str(folder)], 2, seconds=120)
+    said = "".join(end.stderr for end in ends)
+    assert not MISTAKES.search(said), said  # of the test itself, which would prove nothing
     if all(end.returncode == 0 for end in ends):
         with pytest.raises(AssertionError):
             assert_equal(load_file(folder / "0.safetensors"), expected)
