@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.config import BY_THE_JUDGE, DynamicSamplingConfig, OverlongConfig, OwnReward, RewardConfig, Sampling
 from prism_fast.data.chat import Chat
-from prism_fast.records import Experience, Prompt, Rollout, Sample
+from prism_fast.records import DataError, Experience, Prompt, Rollout, Sample
 from prism_fast.reward import Reward, reward_of
 from prism_fast.steps.sampler import sample
 from prism_fast.steps.update import Backprop
@@ -77,11 +78,24 @@ def rewards_of(
 def judged(
     texts: Sequence[str], samples: Sequence[Sample], own: OwnReward = BY_THE_JUDGE, **weights: float
 ) -> list[Reward]:
-    """The reward of each text as an answer to its sample, of which each process finds a part."""
-    mine = range(ranks.rank(), len(texts), ranks.world())
-    found = ranks.gather({i: vars(reward_of(texts[i], samples[i], own, **weights)) for i in mine})
-    verdicts = {int(i): Reward(**verdict) for part in found for i, verdict in part.items()}
-    return [verdicts[i] for i in range(len(texts))]
+    """The reward of each text as an answer to its sample, of which each process finds a part.
+
+    What a reward function of the user's own is refused for in one process, all raise: the first one's.
+    """
+    mine: dict[int, Any] = {}
+    for i in range(ranks.rank(), len(texts), ranks.world()):
+        try:
+            mine[i] = vars(reward_of(texts[i], samples[i], own, **weights))
+        except DataError as error:
+            if ranks.world() == 1:
+                raise
+            mine[i] = str(error)
+            break
+    found = {int(i): what for part in ranks.gather(mine) for i, what in part.items()}
+    fault = next((found[i] for i in sorted(found) if isinstance(found[i], str)), None)
+    if fault is not None:
+        raise DataError(fault)
+    return [Reward(**found[i]) for i in range(len(texts))]
 
 
 def answer_accuracy(rollout: Rollout, samples: Sequence[Sample]) -> tuple[Tensor | None, dict[str, float]]:

@@ -1,15 +1,18 @@
 """RLVR's prompt samplers and penalties."""
 
+import pytest
 import torch
 
+from prism_fast import ranks
 from prism_fast.config import DynamicSamplingConfig, ObjectiveConfig, OverlongConfig, RewardConfig, Sampling
-from prism_fast.records import Experience, Prompt, Rollout, Sample
+from prism_fast.records import DataError, Experience, Prompt, Rollout, Sample
 from prism_fast.steps import experience as experience_module
 from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.experience import (
     answer_accuracy,
     experience,
     groups_with_mixed_accuracy,
+    judged,
     mixed_groups,
     overlong_penalty,
     uniform_prompts,
@@ -132,3 +135,19 @@ def test_objectives_by_name():
     gspo = ObjectiveConfig(name="gspo", clip_high=5e-4).build(9)
     assert (gspo.ratio, gspo.clip_low, gspo.clip_high, gspo.aggregate) == ("sequence", 3e-4, 5e-4, "sequence_mean")
     assert ObjectiveConfig(name="dr_grpo").build(9).max_length == 9
+
+
+@pytest.mark.parametrize("mine", [0, 1])
+def test_a_reward_that_one_process_refuses_ends_all_with_the_first_one_s_line(mine, monkeypatch):
+    """Otherwise the others would wait for it, and end with an error of the network's."""
+    told = [{"0": {}, "2": "c: bad"}, {"1": "b: bad"}]
+
+    def refuse(text, *_, **__):
+        raise DataError(f"{text}: bad")
+
+    monkeypatch.setattr(experience_module, "reward_of", refuse)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: mine)
+    monkeypatch.setattr(ranks, "gather", lambda value: [told[0], value] if mine else [{"0": {}, **value}, told[1]])
+    with pytest.raises(DataError, match="^b: bad$" if mine else "^a: bad$"):
+        judged(["a", "b", "c"], [Sample("a:1", ())] * 3)
