@@ -36,7 +36,7 @@ Evaluate = Callable[[], tuple[dict[str, float], float]]
 
 
 class Optimizer(Protocol):
-    """Tensors that a resumed run must find as they were."""
+    """Tensors that a resumed run must find as they were; each is a call of all processes, and the first one saves."""
 
     def tensors(self) -> dict[str, Tensor]: ...
 
