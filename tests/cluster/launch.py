@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,16 +46,18 @@ def launch(
     prints its stacks.
     """
     port = free_port()
+    # Files, not pipes: nobody reads while they run, and one whose pipe is full would wait for ever.
+    said = [(tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")) for _ in range(max(1, world))]  # noqa: SIM115
     started = [
         subprocess.Popen(
             [sys.executable, *command],
             env={**environment(rank, world, port), **(environ or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=out,
+            stderr=errors,
             text=True,
             cwd=ROOT,
         )
-        for rank in range(max(1, world))
+        for rank, (out, errors) in enumerate(said)
     ]
     end = time.monotonic() + seconds
     failed = False
@@ -67,11 +70,20 @@ def launch(
     for process in started:
         if process.poll() is None:
             process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks
-    found = [process.communicate(timeout=20) for process in started]
-    return [
-        subprocess.CompletedProcess(command, process.returncode, out, err)
-        for process, (out, err) in zip(started, found)
-    ]
+    ends = []
+    for process, files in zip(started, said):
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        texts = []
+        for file in files:
+            with file:
+                file.seek(0)
+                texts.append(file.read())
+        ends.append(subprocess.CompletedProcess(command, process.returncode, *texts))
+    return ends
 
 
 def play(module: str, cases: Sequence[Mapping[str, Any]], world: int, folder: Path) -> list[dict[str, Tensor]]:

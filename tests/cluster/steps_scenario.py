@@ -76,6 +76,7 @@ class Case:
 def main(folder: Path) -> None:
     cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in read(folder)]
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # as a stage has it
     with ranks.joined(timeout_minutes=1.0, alone="RANK" in os.environ):
         for number, case in enumerate(cases):
             found = play(case)
@@ -207,7 +208,10 @@ def _prepared(module: Any, case: Case) -> Any:
 
 
 def updater(case: Case, module: Any) -> Updater:
-    cluster = ClusterConfig(sharding=case.form, deepspeed=case.options)
+    options = case.options
+    if case.form.startswith("zero"):  # by default each engine's bucket takes 0.8 GB, whatever the model's size
+        options = {"zero_optimization": {"reduce_bucket_size": 2_000_000, **options.get("zero_optimization", {})}}
+    cluster = ClusterConfig(sharding=case.form, deepspeed=options)
     made = open_updater(module, OPTIMIZER.model_copy(update={"offload": case.offload}), 10, cluster)
     if case.break_lockstep:
         _break(case.break_lockstep)
