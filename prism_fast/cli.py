@@ -76,11 +76,16 @@ def _stage(
     run = getattr(importlib.import_module(f"prism_fast.stages.{stage}"), stage)
     interruptible()
     figures = run(settings, resume=resume, accept_changes=accept_changes)
-    rank, _ = place()
-    if rank > 0:
-        return  # the first process says what was made
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
+    rank, world = place()
+    if rank == 0:  # says what was made
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
+    if world > 1:
+        # Everything is written. The interpreter's own end may meet threads of gloo or DeepSpeed that still run ("terminate
+        # called without an active exception", seen once in many runs): a finished run would look like one that failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _done(stage: str, made: Path, config: Path | None, figures: str = "") -> None:
