@@ -81,8 +81,8 @@ def _stage(
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         _done(stage, settings.run.out / "final" / ("discriminator" if stage == "warmup" else "policy"), config, shown)
     if world > 1:
-        # Everything is written. The interpreter's own end may meet threads of gloo or DeepSpeed that still run ("terminate
-        # called without an active exception", seen once in many runs): a finished run would look like one that failed.
+        # Everything is written. The interpreter's own end may meet threads of gloo or DeepSpeed that still run, and
+        # "terminate called without an active exception" (seen once in many runs) would make a finished run look failed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
