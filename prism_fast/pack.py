@@ -6,9 +6,8 @@ for a discriminator. Everything here is on the host, before the pack is moved to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -146,7 +145,7 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
     )
 
 
-class Packs(Sequence[PackedTree]):
+class Packs:
     """The packs of a batch: planned at once, from lengths alone, and each built when it is asked for.
 
     ``parts[i]`` of pack i: [(index into trees, [branch, ...]), ...].
@@ -158,16 +157,11 @@ class Packs(Sequence[PackedTree]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    @overload
-    def __getitem__(self, index: int) -> PackedTree: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Packs: ...
-
-    def __getitem__(self, index: int | slice) -> PackedTree | Packs:
-        if isinstance(index, slice):
-            return Packs(self.trees, self.parts[index], self.image)
+    def __getitem__(self, index: int) -> PackedTree:
         return build_pack(self.trees, self.parts[index], self.image)
+
+    def __iter__(self) -> Iterator[PackedTree]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def num_tokens(self) -> int:
