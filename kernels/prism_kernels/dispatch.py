@@ -55,7 +55,8 @@ class Implementation:
 
     ``target``: "module:attribute", imported on first use, so that ``import prism_kernels`` needs torch alone.
     ``devices``: torch device types whose tensors it takes. ``unavailable()``: None, or why it cannot run here.
-    ``transforms``: what of torch.func goes through it; everything goes through a reference.
+    ``transforms``: what of torch.func goes through it; everything goes through a reference. ``fake``: it computes
+    shapes and dtypes of tensors without storage (device "meta"), as an operator with a fake or plain torch does.
     """
 
     name: Impl
@@ -63,6 +64,7 @@ class Implementation:
     devices: tuple[str, ...]
     unavailable: Callable[[], str | None] = lambda: None
     transforms: tuple[str, ...] = ()  # of TRANSFORMS
+    fake: bool = False
 
     def load(self) -> Callable:
         module, attribute = self.target.split(":")
@@ -158,6 +160,8 @@ class Op:
         passed = []
         for row in self.table.values():
             why_not = self._why_not(row, kind, auto=True)
+            if kind == "meta" and "cuda" in row.devices and why_not is not None:
+                raise RuntimeError(f"{self.name}: {str(row.name)!r}, a GPU's default, cannot run on meta: {why_not}")
             if why_not is None:
                 return row.name, "; ".join([f"default on {kind}", *passed])
             passed.append(f"{row.name}: {why_not}")
@@ -183,6 +187,8 @@ class Op:
 
     @staticmethod
     def _why_not(row: Implementation, kind: str, auto: bool = False) -> str | None:
+        if kind == "meta":  # nothing runs there: it tells shapes and bytes of what a GPU would run
+            return None if row.fake or row.name is Impl.REFERENCE else "it has no fake"
         devices = row.devices
         if row.name is Impl.TRITON and interpreting() and not auto:
             devices = (*devices, "cpu")

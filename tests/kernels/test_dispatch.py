@@ -121,3 +121,16 @@ def test_auto_passes_over_what_cannot_run_and_says_so_once(caplog):
     assert name is Impl.REFERENCE and function(9) == 3
     said = [r.getMessage() for r in caplog.records if "test_only" in r.getMessage()]
     assert len(said) == 1 and "native: it was not built" in said[0]
+
+
+def test_a_tensor_without_storage_is_taken_by_what_a_gpu_would_run_or_refused() -> None:
+    """Never by the next best: its shapes and bytes would be of something else."""
+    with_fake = Implementation(Impl.TRITON, "torch:neg", ("cuda",), lambda: "no GPU here", fake=True)
+    op = Op("meta_op", [with_fake, Implementation(Impl.REFERENCE, "torch:abs", ("cpu", "cuda"))])
+    assert op.select("auto", "meta")[0] == Impl.TRITON
+    assert op.select("reference", "meta")[0] == Impl.REFERENCE
+    without = Implementation(Impl.TRITON, "torch:neg", ("cuda",))
+    op = Op("meta_op", [without, Implementation(Impl.REFERENCE, "torch:abs", ("cpu", "cuda"))])
+    with pytest.raises(RuntimeError, match="'triton', a GPU's default, cannot run on meta: it has no fake"):
+        op.select("auto", "meta")
+    del dispatch._OPS["meta_op"]
