@@ -8,6 +8,7 @@
 
 #include "balance.h"
 #include "packing.h"
+#include "sampling.h"
 #include "spans.h"
 
 namespace py = pybind11;
@@ -110,11 +111,38 @@ std::optional<std::vector<std::pair<int64_t, int64_t>>> find_tag_spans(const py:
   return prism::find_tag_spans(text, token_end, {markers.begin(), markers.end()});
 }
 
+// Addresses of tensors arrive as integers: their owners are held by the caller.
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+void sample_as(uintptr_t logits, int64_t rows, int64_t stride, int64_t words, double inverse, bool noisy,
+               uint64_t seed, uintptr_t response, uintptr_t step, uintptr_t forbidden, int64_t num_forbidden,
+               int64_t first_allowed, uintptr_t token, uintptr_t logprob, int64_t threads) {
+  prism::sample_tokens(prism::Draw<T>{at<const T>(logits), rows, stride, words, static_cast<T>(inverse), noisy, seed,
+                                      at<const int64_t>(response), at<const int64_t>(step),
+                                      at<const int64_t>(forbidden), num_forbidden, first_allowed,
+                                      at<int64_t>(token), at<float>(logprob)},
+                       threads);
+}
+
+template <typename... Arguments>
+void sample_tokens(bool wide, Arguments... arguments) {
+  py::gil_scoped_release release;
+  wide ? sample_as<double>(arguments...) : sample_as<float>(arguments...);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("INTERFACE") = 1;  // kernels/prism_kernels/native.py expects this number
+  m.attr("INTERFACE") = 2;  // kernels/prism_kernels/native.py expects this number
   m.def("pack_trees", &pack_trees, "Packs as nested lists, or the index of a tree that does not fit.");
   m.def("balance", &balance, "Item indices per rank.");
+  m.def("sample_tokens",
+        &sample_tokens<uintptr_t, int64_t, int64_t, int64_t, double, bool, uint64_t, uintptr_t, uintptr_t, uintptr_t,
+                       int64_t, int64_t, uintptr_t, uintptr_t, int64_t>,
+        "Tokens and log-probs, written to their addresses.");
   m.def("find_tag_spans", &find_tag_spans, "Token spans per element, or None where the format is invalid.");
 }
