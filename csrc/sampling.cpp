@@ -77,11 +77,6 @@ PRISM_INLINE Floats bound_of(Words bits) {
 }
 
 template <typename T>
-PRISM_INLINE Vector<T> filled(T value) {
-  return Vector<T>{} + value;
-}
-
-template <typename T>
 PRISM_INLINE int index_of(const T* x, T value) {
   int at = 0;
   while (x[at] != value) ++at;

@@ -51,6 +51,11 @@ PRISM_INLINE void store(T* to, V x) {
 }
 
 template <typename T>
+PRISM_INLINE Vector<T> filled(T value) {
+  return Vector<T>{} + value;
+}
+
+template <typename T>
 PRISM_INLINE T largest_of(Vector<T> x) {
   T top = x[0];
   for (int j = 1; j < kLanes; ++j) top = x[j] > top ? x[j] : top;

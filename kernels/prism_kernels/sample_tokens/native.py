@@ -1,4 +1,4 @@
-"""sample_tokens in C++ (csrc/sampling.cpp): one pass over the logits, noise for blocks of words that can hold the best."""
+"""sample_tokens in C++ (csrc/sampling.cpp): one pass over the logits, noise where a block of words can hold the top."""
 
 from __future__ import annotations
 
