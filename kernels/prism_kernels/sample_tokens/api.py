@@ -21,14 +21,16 @@ from prism_kernels.checks import (
     shown,
     wrong,
 )
-from prism_kernels.dispatch import Impl, Implementation, Op
+from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
 from prism_kernels.native import need_native
+from prism_kernels.sample_tokens import operators
 from prism_kernels.sample_tokens.records import Draw
 
 _PACKAGE = "prism_kernels.sample_tokens"
 _OP = Op(
     "sample_tokens",
     [
+        Implementation(Impl.TRITON, f"{_PACKAGE}.triton_kernel:sample_tokens", ("cuda",), need_triton, fake=True),
         Implementation(Impl.NATIVE, f"{_PACKAGE}.native:sample_tokens", ("cpu",), need_native),
         Implementation(Impl.CPU, f"{_PACKAGE}.cpu:sample_tokens", ("cpu",)),
         Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:sample_tokens", ("cpu", "cuda")),
@@ -70,7 +72,8 @@ def sample_tokens(
         step: in [0, 2^32), or (B,) int64 of them: index of the token in its response.
         forbidden: ids in [0, V) that have probability 0; a few, as all are looked at for each block of words.
         vocab_size: ids from there on have probability 0 (an embedding may hold more rows than words). Default V.
-        impl: "auto", "native" (C++), "cpu" (plain torch that makes noise where it can matter) or "reference".
+        impl: "auto", "triton" (one pass), "native" (C++, one pass), "cpu" (plain torch that makes noise where it can
+            matter) or "reference".
 
     Returns:
         token (B,) int64; logprob (B,) fp32, of the distribution that is drawn from.
@@ -96,10 +99,10 @@ def sample_tokens(
     draw = Draw(
         logits.detach(), _seed(seed, logits), response, _step(step, logits), temperature, barred, words, first_allowed
     )
-    _, run = _OP.select(impl, logits.device, logits, response, draw.step, draw.seed)
+    chosen, _ = _OP.select(impl, logits.device, logits, response, draw.step, draw.seed)
     if rows == 0:
         return response.new_empty(0), logits.new_empty(0, dtype=torch.float32)
-    token, logprob = run(draw)
+    token, logprob = operators.sample(draw, str(chosen))
     if host_sees(logits):
         _check_drawn(logprob)
     return token, logprob

@@ -10,7 +10,8 @@ from prism_kernels import dispatch, sample_tokens
 from prism_kernels.sample_tokens import noise
 from tests.oracle import assert_as_exact
 
-IMPLS = [str(name) for name, row in dispatch._OPS["sample_tokens"].table.items() if "cpu" in row.devices]
+TABLE = dispatch._OPS["sample_tokens"].table
+IMPLS = ["triton"] if dispatch.interpreting() else [str(name) for name, row in TABLE.items() if "cpu" in row.devices]
 every = pytest.mark.parametrize("impl", IMPLS)
 SIZES = [(1, 1), (3, 63), (5, 257), (2, 1003), (70, 2048), (4, 5001)]
 SCALES = [1.0, 30.0]  # flat: any word can win; steep: few can
@@ -191,3 +192,24 @@ def test_arguments_are_checked():
             sample_tokens(logits, **options(2, **changes))
     with pytest.raises(ValueError, match="logits: expected V >= 1"):
         sample_tokens(torch.zeros(2, 0), **options(2))
+
+
+@pytest.mark.skipif(dispatch.interpreting(), reason="about the host's side")
+def test_is_an_operator():
+    logits = torch.randn(5, 300)
+    given = options(5, forbidden=[3, 5], vocab_size=290)
+    run = torch.compile(lambda x, r: sample_tokens(x, **{**given, "response": r}), fullgraph=True, backend="aot_eager")
+    for one, other in zip(run(logits, given["response"]), sample_tokens(logits, **given)):
+        assert torch.equal(one, other)
+    step = torch.full((5,), 4)
+    arguments = (logits, torch.tensor([11]), given["response"], step, 1.0, [3, 5], 290, 0, "native")
+    torch.library.opcheck(torch.ops.prism_kernels.sample_tokens.default, arguments)
+
+
+@pytest.mark.skipif(dispatch.interpreting(), reason="about the host's side")
+def test_what_a_gpu_would_run_has_shapes_without_storage():
+    logits = torch.empty(5, 300, dtype=torch.bfloat16, device="meta")
+    for impl in ("auto", "triton"):
+        given = options(5, response=torch.empty(5, dtype=torch.int64, device="meta"))
+        token, logprob = sample_tokens(logits, **given, impl=impl)
+        assert token.shape == logprob.shape == (5,) and (token.dtype, logprob.dtype) == (torch.int64, torch.float32)
