@@ -55,6 +55,10 @@ def parts(dry_run: bool) -> list[Part]:
             command = (*RUN, "benchmarks.gpu.sanitize", *how, "--only", entry.part)
             named = {"groups": ("sanitizer", tool, *groups), "environment": interpreter}
             found.append(Part(f"{tool}-{entry.part}", command, **named, **check))
+    for tool in ("memcheck", "racecheck"):
+        how = ("--device", "cpu") if dry_run else ("--tool", tool)
+        command = (*RUN, "benchmarks.gpu.sanitize", *how, "--only", "other")
+        found.append(Part(f"{tool}-other", command, groups=("sanitizer", tool), environment=interpreter, **check))
     others = [word for entry in tested.values() for word in ("--ignore", entry.tests)]
     found.append(Part("tests-other", (*few, "tests", *others), groups=("tests",), **check))
     # As CI runs them, on the versions that are here: without the GPU, which would change the trainer's dtype.

@@ -50,6 +50,8 @@ def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
             found[f"moe routed {label} {backend}"] = partial(_routed, **how, backend=backend)
             found[f"moe planned {label} {backend}"] = partial(_planned, **how, backend=backend)
         found[f"moe clear {label}"] = partial(_clear, **how)
+        found[f"other sample_tokens {label}"] = partial(_sample, **how)
+        found[f"other shared_prompt_decode {label}"] = partial(_decode, **how)
     for rule in RULES:
         found[f"advantage {rule}"] = partial(_advantage, rule=rule, device=device)
     found["advantage, group_normalize"] = partial(_normalize, device=device)
@@ -191,6 +193,34 @@ def _normalize(impl: str, device: torch.device) -> Outputs:
         for baseline in ("mean", "leave_one_out")
         for scale in ("std", "none")
     ]
+
+
+def _sample(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    logits = _random(3, WORDS, device=device, dtype=dtype, seed=5)
+    outputs = []
+    for temperature in (1.0, 0.0):
+        outputs += prism_kernels.sample_tokens(
+            logits, temperature=temperature, seed=3, response=torch.arange(3, device=device), step=1,
+            forbidden=[0, 5000], vocab_size=WORDS - 9, impl=impl,
+        )  # fmt: skip
+    return outputs
+
+
+def _decode(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    layout = prism_kernels.DecodeLayout.build(
+        rows=5, prompts=2, prompt_tokens=130, own_tokens=70, rows_per_tile=2, device=device
+    )
+    layout.prompt_page.copy_(torch.tensor([[1, 2, 3], [4, 0, 0]]))
+    layout.prompt_length.copy_(torch.tensor([130, 7]))
+    layout.own_page.copy_(torch.arange(5, 15).view(5, 2))
+    layout.own_length.copy_(torch.tensor([70, 1, 0, 64, 65]))
+    layout.place([1, 0, 1, 1, 1])
+    q, k, v, *pages = (
+        _random(*shape, device=device, dtype=dtype, seed=seed)
+        for seed, shape in enumerate(((5, 4, 20), (5, 2, 20), (5, 2, 20), (15, 2, 64, 20), (15, 2, 64, 20)))
+    )
+    out = prism_kernels.shared_prompt_decode(q, k, v, *pages, layout, impl=impl)
+    return [pages[0][1:], pages[1][1:], out]
 
 
 def run_all(device: torch.device, only: str = "", skip: str | None = None) -> int:

@@ -12,8 +12,14 @@ from torch import Tensor
 from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import on_device_of
 
+
+class Written(Tensor):
+    """In a signature: a tensor that the operator writes into. Such an operator has no derivative."""
+
+
 _TYPES: dict[Any, str] = {  # of a schema, by annotation
     Tensor: "Tensor",
+    Written: "Tensor({}!)",
     Tensor | None: "Tensor?",
     float: "float",
     float | None: "float?",
@@ -93,8 +99,11 @@ def _is_record(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple)
 
 
+_ALIASES = [f"a{i}" for i in range(100)]
+
+
 def _schema(fields: dict[str, Any], returns: Any) -> str:
-    arguments = [f"{_TYPES[kind]} {name}" for name, kind in fields.items()]
+    arguments = [f"{_TYPES[kind].format(alias)} {name}" for alias, (name, kind) in zip(_ALIASES, fields.items())]
     return f"({', '.join(arguments)}) -> ({', '.join([_TYPES[kind] for kind in get_args(returns) or (returns,)])})"
 
 

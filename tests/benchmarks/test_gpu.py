@@ -46,7 +46,7 @@ def test_gpu_parts_by_name_and_group():
     checks = {f"{check}-{op}" for check in ("tests", "memcheck", "racecheck") for op in ("moe", "advantage")}
     assert names("moe") == checks | {"bench-moe", "bench-advantage", "bench-discriminator"}
     assert names("linear") == {"tests-linear", "memcheck-linear", "racecheck-linear", "bench-linear", "bench-policy"}
-    assert names("sanitizer") == names("memcheck", "racecheck") and len(names("memcheck")) == 3
+    assert names("sanitizer") == names("memcheck", "racecheck") and len(names("memcheck")) == 4
     assert [(part.name, part.seconds) for part in chosen(every, ["bench-moe=300"])] == [("bench-moe", 300.0)]
     seconds = {part.name: part.seconds for part in chosen(every, ["benchmarks=200", "bench-moe=300"])}
     assert seconds["bench-moe"] == 300 and seconds["bench-linear"] == 200

@@ -15,10 +15,10 @@ from prism_kernels.checks import (
     number,
     wrong,
 )
-from prism_kernels.dispatch import GRAD, VMAP, Impl, Implementation, Op
+from prism_kernels.dispatch import GRAD, VMAP, Impl, Implementation, Op, need_triton
 from prism_kernels.native import need_native
 from prism_kernels.operators import check_first_derivative
-from prism_kernels.tree_attention import operators
+from prism_kernels.tree_attention import decode_operator, operators
 from prism_kernels.tree_attention.decode_layout import PAGE, DecodeLayout
 from prism_kernels.tree_attention.decode_step import DecodeStep
 from prism_kernels.tree_attention.layout import TreeLayout
@@ -37,6 +37,13 @@ _OP = Op(
 _DECODE = Op(
     "shared_prompt_decode",
     [
+        Implementation(
+            Impl.TRITON,
+            "prism_kernels.tree_attention.triton_decode:shared_prompt_decode",
+            ("cuda",),
+            need_triton,
+            fake=True,
+        ),
         Implementation(Impl.NATIVE, "prism_kernels.tree_attention.native:shared_prompt_decode", ("cpu",), need_native),
         Implementation(
             Impl.TORCH,
@@ -126,7 +133,7 @@ def shared_prompt_decode(
             nobody's, and may be written.
         layout: of B rows; tables and lengths that leave the pages are undefined on a GPU.
         scale: default D ** -0.5.
-        impl: "auto", "native" (C++), "torch" or "reference".
+        impl: "auto", "triton" (two launches), "native" (C++), "torch" or "reference".
 
     Returns:
         (B, Hq, D) in the dtype of ``q``; 0 for an idle row, whose length is 0.
@@ -155,6 +162,6 @@ def shared_prompt_decode(
         if not tensor.is_contiguous() or len(tensor) < 1:
             raise wrong(name, "contiguous pages, one at least", f"{describe(tensor)} with strides {tensor.stride()}")
     scale = dim**-0.5 if scale is None else number("scale", scale)
-    _, run = _DECODE.select(impl, q.device, q, k, v, k_pages, v_pages)
-    pages = (x.detach() for x in (q, k, v, k_pages, v_pages))
-    return run(DecodeStep(*pages, layout, scale))
+    chosen, run = _DECODE.select(impl, q.device, q, k, v, k_pages, v_pages)
+    step = DecodeStep(*(x.detach() for x in (q, k, v, k_pages, v_pages)), layout, scale)
+    return decode_operator.decode(step, str(chosen)) if torch.compiler.is_compiling() or q.is_meta else run(step)

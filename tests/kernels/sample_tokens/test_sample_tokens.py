@@ -213,3 +213,34 @@ def test_what_a_gpu_would_run_has_shapes_without_storage():
         given = options(5, response=torch.empty(5, dtype=torch.int64, device="meta"))
         token, logprob = sample_tokens(logits, **given, impl=impl)
         assert token.shape == logprob.shape == (5,) and (token.dtype, logprob.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [1003, 2048, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_gpu_draws_what_a_cpu_draws(words, dtype):
+    rows = 67
+    for scale, changes in ((1.0, {}), (30.0, {}), (3.0, {"temperature": 0.7, "forbidden": [0, words // 2]})):
+        logits = (torch.randn(rows, words) * scale).to(dtype)
+        given = options(rows, **changes)
+        want = sample_tokens(logits, **given)
+        got = sample_tokens(logits.cuda(), **{**given, "response": given["response"].cuda()})
+        assert torch.equal(got[0].cpu(), want[0])
+        torch.testing.assert_close(got[1].cpu(), want[1], rtol=words**0.5 * 2e-7, atol=words**0.5 * 2e-7)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_seed_and_step_anew():
+    logits, response = torch.randn(4, 1003, device="cuda"), torch.arange(4, device="cuda")
+    seed, step = torch.tensor([3], device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    draw = lambda: sample_tokens(logits, temperature=1.0, seed=seed, response=response, step=step)  # noqa: E731
+    draw()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token, _ = draw()
+    for i in range(3):
+        seed.fill_(i)
+        step.fill_(10 * i)
+        graph.replay()
+        assert torch.equal(token, draw()[0])
