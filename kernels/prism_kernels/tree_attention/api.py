@@ -163,5 +163,6 @@ def shared_prompt_decode(
             raise wrong(name, "contiguous pages, one at least", f"{describe(tensor)} with strides {tensor.stride()}")
     scale = dim**-0.5 if scale is None else number("scale", scale)
     chosen, run = _DECODE.select(impl, q.device, q, k, v, k_pages, v_pages)
-    step = DecodeStep(*(x.detach() for x in (q, k, v, k_pages, v_pages)), layout, scale)
+    q, k, v, k_pages, v_pages = (x.detach() for x in (q, k, v, k_pages, v_pages))
+    step = DecodeStep(q, k, v, k_pages, v_pages, layout, scale)
     return decode_operator.decode(step, str(chosen)) if torch.compiler.is_compiling() or q.is_meta else run(step)
