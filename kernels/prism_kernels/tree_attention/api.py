@@ -161,8 +161,8 @@ def shared_prompt_decode(
     for name, tensor in (("k_pages", k_pages), ("v_pages", v_pages)):
         if not tensor.is_contiguous() or len(tensor) < 1:
             raise wrong(name, "contiguous pages, one at least", f"{describe(tensor)} with strides {tensor.stride()}")
-    scale = dim**-0.5 if scale is None else number("scale", scale)
+    factor: float = dim**-0.5 if scale is None else number("scale", scale)
     chosen, run = _DECODE.select(impl, q.device, q, k, v, k_pages, v_pages)
     q, k, v, k_pages, v_pages = (x.detach() for x in (q, k, v, k_pages, v_pages))
-    step = DecodeStep(q, k, v, k_pages, v_pages, layout, scale)
+    step = DecodeStep(q, k, v, k_pages, v_pages, layout, factor)
     return decode_operator.decode(step, str(chosen)) if torch.compiler.is_compiling() or q.is_meta else run(step)
