@@ -17,7 +17,7 @@ from prism_kernels.rms_norm import qk_norm_rotate, rms_norm
 from prism_kernels.spans import find_tag_spans
 from prism_kernels.tree_attention.api import shared_prompt_decode, tree_attention
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
-from prism_kernels.tree_attention.layout import TreeLayout
+from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
 __all__ = [
     "DecodeLayout",
@@ -26,6 +26,7 @@ __all__ = [
     "PackCost",
     "PolicyLoss",
     "PolicyObjective",
+    "QueryRows",
     "Routing",
     "RoutingStats",
     "TreeLayout",
