@@ -1,11 +1,14 @@
 """Ops under torch.compile(fullgraph=True) on a CPU: forward and backward as without it. And what operators promise."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from prism_kernels import (
     DecodeLayout,
     PolicyObjective,
+    QueryRows,
     linear_cross_entropy,
     linear_logprob,
     linear_policy_loss,
@@ -129,6 +132,29 @@ def test_experts_compile_in_every_mode(mode):
 def test_compiled_code_checks_values_when_it_runs(op, tensors, said):
     with pytest.raises(ValueError, match=said):
         torch.compile(op, fullgraph=True, backend="aot_eager")(*tensors)
+
+
+def test_one_graph_for_all_layouts_and_rows():
+    """No guard on what they hold: a pack is compiled for once."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @partial(torch.compile, fullgraph=True, backend=backend)
+    def run(q, k, v, layout, flat, rows):
+        out = tree_attention(q, k, v, layout, query_row=rows, impl="varlen")
+        return out + segment_attention(k, k, v, flat, impl="varlen").mean()
+
+    q, k, v = torch.randn(3, 4, 8), *torch.randn(2, 12, 2, 8)
+    for lengths, chosen in (([3, 4, 5], [2, 4, 11]), ([6, 1, 5], [0, 6, 7]), ([1, 10, 1], [5, 5, 5])):
+        layout, flat = (TreeLayout.build(lengths, prefix) for prefix in ([-1, 0, 0], [-1] * 3))
+        rows = QueryRows.build(torch.tensor(chosen))
+        want = tree_attention(q, k, v, layout, query_row=rows, impl="varlen")
+        want = want + segment_attention(k, k, v, flat, impl="varlen").mean()
+        assert torch.equal(run(q, k, v, layout, flat, rows), want)
+    assert len(graphs) == 1
 
 
 def test_nan_of_another_tree_stays_there():

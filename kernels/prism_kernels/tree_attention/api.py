@@ -123,7 +123,7 @@ def segment_attention(
     run.
     """
     layout = lengths if isinstance(lengths, TreeLayout) else _roots(lengths)
-    if max(layout.prefix, default=-1) >= 0:
+    if not layout.flat:
         raise wrong("lengths", "segments that continue none", "a layout of trees", "call tree_attention")
     check_tensor("q", q, {"T": layout.num_tokens, "Hq": None, "D": None}, FLOATING, "T is the sum of lengths")
     factor = _check_heads(q, k, v, layout.num_tokens, "lengths", scale)

@@ -96,6 +96,7 @@ class TreeLayout:
     segment_start: Tensor  # (S + 1,) int32
     segments: Tensor  # (2, S) int32, on the host: lengths and prefix, as operators take them
     num_tokens: int
+    flat: bool  # no segment continues another
     _cache: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -125,7 +126,7 @@ class TreeLayout:
         except (TypeError, RuntimeError):
             raise wrong("device", "a device of this machine", shown(device)) from None
         segments = torch.tensor([lengths, prefix], dtype=torch.int32, device="cpu")
-        return cls(lengths, prefix, start, segments, total)
+        return cls(lengths, prefix, start, segments, total, max(prefix, default=-1) < 0)
 
     @property
     def num_segments(self) -> int:
@@ -135,7 +136,7 @@ class TreeLayout:
         if torch.device(device) == self.segment_start.device:
             return self
         start = self.segment_start.to(device, non_blocking=non_blocking)
-        return TreeLayout(self.lengths, self.prefix, start, self.segments, self.num_tokens)
+        return TreeLayout(self.lengths, self.prefix, start, self.segments, self.num_tokens, self.flat)
 
     def ancestors(self, segment: int) -> list[int]:
         """Segments from the root down to the parent of ``segment``; empty for a root."""
