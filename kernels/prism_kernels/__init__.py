@@ -18,7 +18,7 @@ from prism_kernels.spans import find_tag_spans
 from prism_kernels.swiglu import swiglu
 from prism_kernels.tree_attention.api import shared_prompt_decode, tree_attention
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
-from prism_kernels.tree_attention.layout import TreeLayout
+from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
 __all__ = [
     "DecodeLayout",
@@ -27,6 +27,7 @@ __all__ = [
     "PackCost",
     "PolicyLoss",
     "PolicyObjective",
+    "QueryRows",
     "Routing",
     "RoutingStats",
     "TreeLayout",

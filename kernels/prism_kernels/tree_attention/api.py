@@ -19,7 +19,7 @@ from prism_kernels.dispatch import GRAD, TRANSFORMS, VMAP, Impl, Implementation,
 from prism_kernels.operators import check_first_derivative
 from prism_kernels.tree_attention import operators
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
-from prism_kernels.tree_attention.layout import TreeLayout
+from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
 _OP = Op(
     "tree_attention",
@@ -27,7 +27,7 @@ _OP = Op(
         Implementation(
             Impl.SDPA, "prism_kernels.tree_attention.sdpa:tree_attention", ("cpu", "cuda"), transforms=(VMAP, GRAD)
         ),
-        Implementation(Impl.VARLEN, "prism_kernels.tree_attention.varlen:tree_attention", ("cpu", "cuda")),
+        Implementation(Impl.VARLEN, "prism_kernels.tree_attention.varlen:tree_attention", ("cpu", "cuda"), fake=True),
         Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:tree_attention", ("cpu", "cuda")),
     ],
 )
@@ -53,7 +53,7 @@ def tree_attention(
     layout: TreeLayout,
     *,
     scale: float | None = None,
-    query_row: Tensor | None = None,
+    query_row: Tensor | QueryRows | None = None,
     impl: str | Impl = "auto",
 ) -> Tensor:
     """Attention of a packed tree: a token attends to the segments above its own and, causally, to its own segment.
@@ -62,7 +62,8 @@ def tree_attention(
 
     q (T, Hq, D); k, v (T, Hkv, D) with Hq a multiple of Hkv (grouped queries); same dtype and device; layout of T
     tokens, any depth. scale: default D ** -0.5. query_row (Q,) int64: only these rows are computed, and q is
-    (Q, Hq, D); the read-out of a last layer. Returns q's shape and dtype, differentiable in q, k and v.
+    (Q, Hq, D); the read-out of a last layer. They are planned on the host: a tensor there, or QueryRows, keeps the call
+    from waiting for a GPU that holds them. Returns q's shape and dtype, differentiable in q, k and v.
     Raises ValueError naming the argument; RuntimeError where an explicit ``impl`` cannot run.
     """
     if not isinstance(layout, TreeLayout):
@@ -72,8 +73,7 @@ def tree_attention(
         check_tensor("q", q, {"T": tokens, "Hq": None, "D": None}, FLOATING, "T is that of layout")
     else:
         check_tensor("q", q, {"Q": None, "Hq": None, "D": None}, FLOATING)
-        check_tensor("query_row", query_row, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
-        check_device("query_row", query_row, "q", q, host=True)
+        query_row = _on_host(query_row, q)
         check_values("query_row", query_row, "T", tokens)
     _, heads, dim = q.shape
     if dim < 1:
@@ -92,6 +92,17 @@ def tree_attention(
     if out.requires_grad and chosen != Impl.REFERENCE and not torch.compiler.is_compiling() and not is_transformed(out):
         out.register_hook(_first_derivative)  # torch's own error names neither the op nor a way out
     return out
+
+
+def _on_host(query_row: Tensor | QueryRows, q: Tensor) -> Tensor:
+    if isinstance(query_row, QueryRows):
+        check_tensor("query_row", query_row.host, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
+        return query_row.host
+    check_tensor("query_row", query_row, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
+    check_device("query_row", query_row, "q", q, host=True)
+    if query_row.device.type == "meta":
+        raise wrong("query_row", "rows that the host knows", describe(query_row), "give QueryRows")
+    return query_row.cpu()
 
 
 def _first_derivative(_: Tensor) -> None:

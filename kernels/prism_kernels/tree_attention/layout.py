@@ -5,6 +5,7 @@ S segments, T tokens. A segment is a run of tokens; it continues an earlier segm
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import items, shown, wrong
+from prism_kernels.checks import check_tensor, describe, items, shown, wrong
 
 Plan = TypeVar("Plan")
 
@@ -58,6 +59,31 @@ class RowPlan:
 
 
 @dataclass(frozen=True, eq=False)
+class QueryRows:
+    """Chosen rows of a stream, on a device and, for whoever plans, on the host: a plan then waits for no GPU.
+
+    >>> QueryRows.build(torch.tensor([4, 5, 9])).to("cuda")
+    """
+
+    row: Tensor  # (Q,) int64, on any device, "meta" too
+    host: Tensor  # (Q,) int64, the same on the host
+
+    @classmethod
+    def build(cls, row: Tensor) -> QueryRows:
+        """``row`` (Q,) int64, on the host. Raises ValueError naming it."""
+        check_tensor("row", row, {"Q": None}, (torch.int64,))
+        if row.device.type != "cpu":
+            raise wrong("row", "a tensor on the host, before it is moved", describe(row))
+        return cls(row, row)
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> QueryRows:
+        return QueryRows(self.row.to(device, non_blocking=non_blocking), self.host)
+
+
+@dataclass(frozen=True, eq=False)
 class TreeLayout:
     """Layout of a packed tree.
 
@@ -68,6 +94,8 @@ class TreeLayout:
     lengths: tuple[int, ...]
     prefix: tuple[int, ...]
     segment_start: Tensor  # (S + 1,) int32
+    segments: Tensor  # (2, S) int32, on the host: lengths and prefix, as operators take them
+    num_tokens: int
     _cache: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -87,17 +115,15 @@ class TreeLayout:
                 raise wrong(f"lengths[{i}]", "a number of tokens >= 0", str(length))
             if not -1 <= parent < i:
                 raise wrong(f"prefix[{i}]", f"-1 or the index of an earlier segment (< {i})", str(parent))
-        if sum(lengths) >= 1 << 31:
-            raise wrong("lengths", "fewer than 2^31 tokens", f"{sum(lengths)} in all")
+        total = sum(lengths)
+        if total >= 1 << 31:
+            raise wrong("lengths", "fewer than 2^31 tokens", f"{total} in all")
         try:
             start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         except (TypeError, RuntimeError):
             raise wrong("device", "a device of this machine", shown(device)) from None
-        return cls(lengths=lengths, prefix=prefix, segment_start=start)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
+        segments = torch.tensor([lengths, prefix], dtype=torch.int32)
+        return cls(lengths, prefix, start, segments, total)
 
     @property
     def num_segments(self) -> int:
@@ -106,7 +132,8 @@ class TreeLayout:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TreeLayout:
         if torch.device(device) == self.segment_start.device:
             return self
-        return TreeLayout(self.lengths, self.prefix, self.segment_start.to(device, non_blocking=non_blocking))
+        start = self.segment_start.to(device, non_blocking=non_blocking)
+        return TreeLayout(self.lengths, self.prefix, start, self.segments, self.num_tokens)
 
     def ancestors(self, segment: int) -> list[int]:
         """Segments from the root down to the parent of ``segment``; empty for a root."""
@@ -142,7 +169,7 @@ class TreeLayout:
         return self._cache["plan"]
 
     def row_plan(self, query_row: Tensor) -> RowPlan:
-        """Chosen query rows by tree, for attention at a few rows; the last one asked for is kept."""
+        """Chosen query rows, on the host, by tree, for attention at a few rows; the last one asked for is kept."""
         rows = tuple(query_row.tolist())
         return self.kept("row_plan", rows, lambda: _row_plan(self, rows))
 
@@ -153,10 +180,20 @@ class TreeLayout:
         return self._cache[name][1]
 
 
+def layout_of(segments: Tensor, device: torch.device) -> TreeLayout:
+    """The layout of these ``segments``, with plans on this device: for operators, which know no TreeLayout.
+
+    It keeps its plans, which every layer of a step asks for. Layouts are told apart by the bytes of ``segments``:
+    tuples of thousands of integers are no key that is cheap to make and to hash.
+    """
+    content = segments.contiguous()
+    return _layout_of(ctypes.string_at(content.data_ptr(), content.nbytes), segments.shape[1], device)
+
+
 @lru_cache(maxsize=8)
-def layout_of(lengths: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> TreeLayout:
-    """For operators, which know no TreeLayout; it keeps its plans, which every layer of a step asks for."""
-    return TreeLayout.build(lengths, prefix, device)
+def _layout_of(content: bytes, count: int, device: torch.device) -> TreeLayout:
+    numbers = memoryview(content).cast("i").tolist()
+    return TreeLayout.build(numbers[:count], numbers[count:], device)
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:

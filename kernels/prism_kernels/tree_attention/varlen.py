@@ -26,9 +26,8 @@ class Attention(NamedTuple):
     q: Tensor  # (N, Hq, D)
     k: Tensor  # (T, Hkv, D)
     v: Tensor
-    query_row: Tensor | None  # (N,) int64; None: N = T
-    lengths: list[int]  # of the layout
-    prefix: list[int]
+    query_row: Tensor | None  # (N,) int64, on the host; None: N = T
+    segments: Tensor  # TreeLayout.segments
     scale: float
 
 
@@ -36,7 +35,7 @@ def tree_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, query_row: Tensor | None = None
 ) -> Tensor:
     """q (T or Q, Hq, D), k and v (T, Hkv, D) -> as q."""
-    return _attention(Attention(q, k, v, query_row, list(layout.lengths), list(layout.prefix), scale))[0]
+    return _attention(Attention(q, k, v, query_row, layout.segments, scale))[0]
 
 
 def library_of(q: Tensor) -> VarlenAttention:
@@ -47,7 +46,7 @@ def library_of(q: Tensor) -> VarlenAttention:
 def _plan(a: Attention) -> tuple[VarlenCall, ...]:
     if a.query_row is not None:
         check_values("query_row", a.query_row, "T", a.k.shape[0])
-    return varlen_plan(layout_of(tuple(a.lengths), tuple(a.prefix), a.q.device), a.query_row)
+    return varlen_plan(layout_of(a.segments, a.q.device), a.query_row)
 
 
 @operator("tree_attention_varlen")
@@ -116,14 +115,14 @@ def _(a: Attention, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Te
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     (a,) = _attention.records(*inputs)
     ctx.mark_non_differentiable(output[1])
-    ctx.constants = a[4:]
-    ctx.save_for_backward(*a[:4], *output)
+    ctx.scale = a.scale
+    ctx.save_for_backward(*a[:-1], *output)
 
 
 def _backward(ctx: Any, d_out: Tensor, _lse: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("tree_attention")
     *tensors, out, lse = ctx.saved_tensors
-    gradients = _attention_backward(Attention(*tensors, *ctx.constants), out, lse, d_out)
+    gradients = _attention_backward(Attention(*tensors, ctx.scale), out, lse, d_out)
     return (*gradients, *[None] * (len(Attention._fields) - 3))
 
 

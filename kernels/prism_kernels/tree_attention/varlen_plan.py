@@ -54,7 +54,7 @@ class _Meeting(NamedTuple):
 
 
 def varlen_plan(layout: TreeLayout, query_row: Tensor | None = None) -> tuple[VarlenCall, ...]:
-    """Computed once, used by every layer; of chosen rows (Q,), the last ones asked for are kept."""
+    """Computed once, used by every layer; of chosen rows (Q,), on the host, the last ones asked for are kept."""
     if query_row is None:
         return layout.kept("varlen", None, lambda: _plan(layout, None))
     rows = tuple(query_row.tolist())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prism_kernels import TreeLayout, tree_attention
+from prism_kernels import QueryRows, TreeLayout, tree_attention
 from prism_kernels.tree_attention import sdpa
 from tests.oracle import assert_as_exact, assert_same
 
@@ -91,6 +91,25 @@ def test_chosen_rows_equal_the_full_computation(impl, layout, data):
     assert_same(some, full, TERMS + total)
     got, want = (torch.autograd.grad(x.sum(), (q, k, v)) for x in (some, full))
     assert_same_gradients(got, want, 2 * (TERMS + total))
+
+
+def test_chosen_rows_that_the_host_knows_are_planned_there():
+    """On a device without values any look at them raises."""
+    layout, chosen = TreeLayout.build([4, 3, 2], [-1, 0, 0]), QueryRows.build(torch.tensor([6, 8]))
+    tensors = [torch.randn(n, heads, 8, requires_grad=True) for n, heads in ((2, 4), (9, 2), (9, 2))]
+    rows = chosen.to("meta")
+    for impl in IMPLS:
+        expected = tree_attention(*tensors, layout, query_row=chosen.row, impl=impl)
+        assert torch.equal(tree_attention(*tensors, layout, query_row=rows, impl=impl), expected)
+    away = [x.detach().to("meta").requires_grad_() for x in tensors]
+    for known in (rows, chosen, chosen.row):
+        out = tree_attention(*away, layout.to("meta"), query_row=known, impl="varlen")
+        for grad, x in zip(torch.autograd.grad(out.sum(), away), away):
+            assert (grad.device, grad.shape, grad.dtype) == (x.device, x.shape, x.dtype)
+    with pytest.raises(ValueError, match=r"query_row: expected rows that the host knows, .*; give QueryRows"):
+        tree_attention(*away, layout, query_row=rows.row, impl="varlen")
+    with pytest.raises(ValueError, match="row: expected a tensor on the host"):
+        QueryRows.build(rows.row)
 
 
 @pytest.mark.parametrize("impl", ["sdpa", "varlen"])
