@@ -1,4 +1,4 @@
-"""The vision tower: transformers' own, fed with what the host plans from the images' sizes, so that nothing in it waits.
+"""The vision tower: transformers' own, but for its attention; the host plans its work by the images' sizes, and waits for none.
 
 Dimensions: P patches of all images of a pack.
 """
