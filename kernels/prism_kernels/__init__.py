@@ -16,7 +16,7 @@ from prism_kernels.packing import PackCost, balance, pack_trees
 from prism_kernels.rms_norm import qk_norm_rotate, rms_norm
 from prism_kernels.spans import find_tag_spans
 from prism_kernels.swiglu import swiglu
-from prism_kernels.tree_attention.api import shared_prompt_decode, tree_attention
+from prism_kernels.tree_attention.api import segment_attention, shared_prompt_decode, tree_attention
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
@@ -45,6 +45,7 @@ __all__ = [
     "pack_trees",
     "qk_norm_rotate",
     "rms_norm",
+    "segment_attention",
     "shared_prompt_decode",
     "swiglu",
     "tree_attention",

@@ -29,6 +29,7 @@ from prism_kernels import (
     pack_trees,
     qk_norm_rotate,
     rms_norm,
+    segment_attention,
     shared_prompt_decode,
     swiglu,
     tree_attention,
@@ -86,6 +87,10 @@ VALID = {
     tree_attention: {
         "q": random(2, 4, 8), "k": random(5, 2, 8), "v": random(5, 2, 8),
         "layout": TreeLayout.build([2, 2, 1], [-1, 0, 0]), "scale": 1.0, "query_row": torch.tensor([1, 4]),
+    },
+    segment_attention: {
+        "q": random(5, 4, 8), "k": random(5, 2, 8), "v": random(5, 2, 8), "lengths": [3, 2], "causal": True,
+        "scale": 1.0,
     },
     TreeLayout.build: {"lengths": [2, 2, 1], "prefix": [-1, 0, 0], "device": "cpu"},
     QueryRows.build: {"row": torch.tensor([1, 4])},
@@ -254,7 +259,7 @@ def test_scores_that_require_grad_are_constants():
 
 TRANSFORMED = (
     group_normalize, multi_reward_advantage, linear_logprob, linear_cross_entropy, linear_objective, linear_policy_loss,
-    moe_route, moe_mlp, tree_attention, rms_norm, swiglu, qk_norm_rotate,
+    moe_route, moe_mlp, tree_attention, segment_attention, rms_norm, swiglu, qk_norm_rotate,
     shared_prompt_decode,
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from prism_kernels import (
     moe_route,
     qk_norm_rotate,
     rms_norm,
+    segment_attention,
     shared_prompt_decode,
     swiglu,
     tree_attention,
@@ -68,6 +69,11 @@ CASES = {  # sizes of the leaves, and what is compiled
     "tree_attention, no query_row": (((0, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS[:0])),
     "tree_attention, varlen": (((12, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(None, "varlen")),
     "tree_attention, varlen, query_row": (((4, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS, "varlen")),
+    "segment_attention": (((9, 4, 8), (9, 2, 8), (9, 2, 8)), lambda *qkv: segment_attention(*qkv, [4, 0, 5])),
+    "segment_attention, varlen": (
+        ((9, 4, 8), (9, 2, 8), (9, 2, 8)),
+        lambda *qkv: segment_attention(*qkv, [4, 0, 5], impl="varlen"),
+    ),
     "shared_prompt_decode": (
         ((3, 4, 8), (2, 2, 3, 8), (2, 2, 3, 8), (3, 2, 2, 8), (3, 2, 2, 8)),
         lambda *tensors: shared_prompt_decode(*tensors, DECODE),
@@ -165,7 +171,7 @@ def test_every_operator_keeps_its_promises(monkeypatch):
     calls = calls_of_operators(monkeypatch)
     assert {overload.name().split("::")[1] for overload in calls} >= {
         "plan_routing", "moe_route", "moe_route_backward", "moe_mlp", "moe_mlp_backward", "tree_attention_rows",
-        "tree_attention_rows_backward", "tree_attention_varlen", "tree_attention_varlen_backward",
+        "tree_attention_rows_backward", "segments_attention", "segments_attention_backward",
         "linear_logprob", "linear_logprob_backward", "linear_cross_entropy",
         "linear_policy_loss",
     }  # fmt: skip

@@ -18,6 +18,7 @@ from prism_kernels import (
     moe_route,
     qk_norm_rotate,
     rms_norm,
+    segment_attention,
     shared_prompt_decode,
     swiglu,
     tree_attention,
@@ -57,6 +58,7 @@ CASES = {  # sizes of the leaves, and a function of them and of impl
     "tree_attention, rows": (
         ((4, 2, 2), *ATTENTION[1:]), lambda q, k, v, i: tree_attention(q, k, v, LAYOUT, query_row=ROWS, impl=i)
     ),
+    "segment_attention": (ATTENTION, lambda q, k, v, i: segment_attention(q, k, v, [4, 2], impl=i)),
     "shared_prompt_decode": (
         ((3, 2, 2), (2, 1, 3, 2), (2, 1, 3, 2), (3, 1, 2, 2), (3, 1, 2, 2)),
         lambda q, a, b, c, d, i: shared_prompt_decode(q, a, b, c, d, DECODE, impl=i),

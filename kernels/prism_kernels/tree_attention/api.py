@@ -1,6 +1,8 @@
-"""tree_attention and shared_prompt_decode: shapes, checks and dispatch."""
+"""tree_attention, segment_attention and shared_prompt_decode: shapes, checks and dispatch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from prism_kernels.checks import (
     check_tensor,
     check_values,
     describe,
+    flag,
     is_transformed,
+    items,
     number,
     wrong,
 )
@@ -29,6 +33,19 @@ _OP = Op(
         ),
         Implementation(Impl.VARLEN, "prism_kernels.tree_attention.varlen:tree_attention", ("cpu", "cuda"), fake=True),
         Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:tree_attention", ("cpu", "cuda")),
+    ],
+)
+
+_SEGMENTS = Op(
+    "segment_attention",
+    [
+        Implementation(
+            Impl.SDPA, "prism_kernels.tree_attention.sdpa:segment_attention", ("cpu", "cuda"), transforms=(VMAP, GRAD)
+        ),
+        Implementation(
+            Impl.VARLEN, "prism_kernels.tree_attention.varlen:segment_attention", ("cpu", "cuda"), fake=True
+        ),
+        Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:segment_attention", ("cpu", "cuda")),
     ],
 )
 
@@ -75,22 +92,69 @@ def tree_attention(
         check_tensor("q", q, {"Q": None, "Hq": None, "D": None}, FLOATING)
         query_row = _on_host(query_row, q)
         check_values("query_row", query_row, "T", tokens)
+    factor = _check_heads(q, k, v, tokens, "layout", scale)
+    chosen, function = _OP.select(impl, q.device, q, k, v)
+    if torch.compiler.is_compiling() and query_row is not None and chosen == Impl.SDPA:
+        return operators.chosen_rows(q, k, v, layout, factor, query_row)
+    out = function(q, k, v, layout.to(q.device, non_blocking=True), factor, query_row)
+    return _once_differentiable("tree_attention", out, chosen)
+
+
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int] | Tensor | TreeLayout,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: str | Impl = "auto",
+) -> Tensor:
+    """Attention of every segment of a stream to itself alone, as a vision tower's over the images of a pack.
+
+    Equals ``softmax(q k^T * scale) v`` of every segment as a sequence of its own, with a causal mask if ``causal``.
+
+    q (T, Hq, D); k, v (T, Hkv, D) with Hq a multiple of Hkv (grouped queries); same dtype and device. lengths: tokens
+    of each segment, on the host, T in all; or a TreeLayout of roots alone, which keeps what the host derives from them
+    (``TreeLayout.build(lengths, [-1] * len(lengths))``). scale: default D ** -0.5. Returns q's shape and dtype,
+    differentiable in q, k and v. Raises ValueError naming the argument; RuntimeError where an explicit ``impl`` cannot
+    run.
+    """
+    layout = lengths if isinstance(lengths, TreeLayout) else _roots(lengths)
+    if max(layout.prefix, default=-1) >= 0:
+        raise wrong("lengths", "segments that continue none", "a layout of trees", "call tree_attention")
+    check_tensor("q", q, {"T": layout.num_tokens, "Hq": None, "D": None}, FLOATING, "T is the sum of lengths")
+    factor = _check_heads(q, k, v, layout.num_tokens, "lengths", scale)
+    causal = flag("causal", causal)
+    chosen, function = _SEGMENTS.select(impl, q.device, q, k, v)
+    out = function(q, k, v, layout.to(q.device, non_blocking=True), factor, causal)
+    return _once_differentiable("segment_attention", out, chosen)
+
+
+def _roots(lengths: Sequence[int] | Tensor) -> TreeLayout:
+    if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
+        raise wrong("lengths", "numbers on the host", describe(lengths))
+    return TreeLayout.build(lengths, [-1] * len(items("lengths", lengths, "a sequence of integers")))
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, tokens: int, whose: str, scale: float | None) -> float:
+    """k, v and scale beside q; returns the scale. T is that of the argument ``whose``."""
     _, heads, dim = q.shape
     if dim < 1:
         raise wrong("q", "D >= 1", describe(q))
-    check_tensor("k", k, {"T": tokens, "Hkv": None, "D": dim}, (q.dtype,), "T is that of layout, the rest as of q")
+    check_tensor("k", k, {"T": tokens, "Hkv": None, "D": dim}, (q.dtype,), f"T is that of {whose}, the rest as of q")
     check_tensor("v", v, {"T": tokens, "Hkv": k.shape[1], "D": dim}, (q.dtype,), "it is shaped as k")
     check_device("k", k, "q", q)
     check_device("v", v, "q", q)
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise wrong("q", f"a multiple of the Hkv = {k.shape[1]} heads of k and v", f"{heads} heads")
-    factor: float = dim**-0.5 if scale is None else number("scale", scale)
-    chosen, function = _OP.select(impl, q.device, q, k, v)
-    if torch.compiler.is_compiling() and query_row is not None and chosen == Impl.SDPA:
-        return operators.chosen_rows(q, k, v, layout, factor, query_row)
-    out = function(q, k, v, layout.to(q.device), factor, query_row)
+    return dim**-0.5 if scale is None else number("scale", scale)
+
+
+def _once_differentiable(op: str, out: Tensor, chosen: Impl) -> Tensor:
+    """Torch's own error names neither the op nor a way out."""
     if out.requires_grad and chosen != Impl.REFERENCE and not torch.compiler.is_compiling() and not is_transformed(out):
-        out.register_hook(_first_derivative)  # torch's own error names neither the op nor a way out
+        out.register_hook(lambda _: check_first_derivative(op))
     return out
 
 
@@ -103,10 +167,6 @@ def _on_host(query_row: Tensor | QueryRows, q: Tensor) -> Tensor:
     if query_row.device.type == "meta":
         raise wrong("query_row", "rows that the host knows", describe(query_row), "give QueryRows")
     return query_row.cpu()
-
-
-def _first_derivative(_: Tensor) -> None:
-    check_first_derivative("tree_attention")
 
 
 def shared_prompt_decode(

@@ -119,10 +119,12 @@ class TreeLayout:
         if total >= 1 << 31:
             raise wrong("lengths", "fewer than 2^31 tokens", f"{total} in all")
         try:
-            start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            where = torch.device("cpu" if device is None else device)
+            start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+            start = start.to(where, non_blocking=True)
         except (TypeError, RuntimeError):
             raise wrong("device", "a device of this machine", shown(device)) from None
-        segments = torch.tensor([lengths, prefix], dtype=torch.int32)
+        segments = torch.tensor([lengths, prefix], dtype=torch.int32, device="cpu")
         return cls(lengths, prefix, start, segments, total)
 
     @property

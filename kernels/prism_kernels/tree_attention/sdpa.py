@@ -35,6 +35,20 @@ def tree_attention(
     return torch.cat(outputs).index_select(0, plan.output_row)
 
 
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, causal: bool) -> Tensor:
+    """q (T, Hq, D), k and v (T, Hkv, D) -> as q; segment by segment, with the bits of a call for each."""
+    if q.shape[0] == 0:
+        return q + (k[:0].sum() + v[:0].sum())
+    if scale <= 0:
+        q, scale = q * scale, 1.0
+    outputs = []
+    for own in zip(*(x.transpose(0, 1)[None].split(layout.lengths, dim=2) for x in (q, k, v))):
+        if own[0].shape[2]:
+            out = _attend(*own, None, scale) if causal else _see_all(*own, scale)
+            outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, aligned: bool = False
 ) -> Tensor:
@@ -61,6 +75,17 @@ def _attend(
     if _on_gpu(queries):
         return out
     return out + (_not_finite(queries, keys) if mask is None else (queries * 0).sum(-1))[..., None]
+
+
+def _see_all(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """(1, Hq, L, D), (1, Hkv, L, D) -> (1, Hq, L, D)."""
+    groups = queries.shape[1] // keys.shape[1]
+    out = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=groups > 1)
+    if _on_gpu(queries):
+        return out
+    # Torch gives 0 on a CPU where all scores of a query are NaN: it, or all of its keys.
+    unclear = (~keys.isfinite()).any(-1).all(-1).repeat_interleave(groups, 1)[..., None]
+    return out.masked_fill((unclear | ~queries.isfinite().all(-1))[..., None], float("nan"))
 
 
 def _not_finite(queries: Tensor, keys: Tensor) -> Tensor:
