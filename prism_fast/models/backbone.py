@@ -26,7 +26,7 @@ from prism_fast.models.blocks import (
     run_layers,
 )
 from prism_fast.models.checkpoint_checks import check_values, check_weights, check_words, read_config
-from prism_fast.models.vision import planned
+from prism_fast.models.vision import own_vision, planned
 from prism_fast.pack import ImageTokens
 from prism_fast.records import DataError, PackedTree
 from prism_kernels import RoutingStats
@@ -103,7 +103,7 @@ def image_tokens(config) -> ImageTokens:
 class TreeModel(nn.Module):
     """A Qwen3-VL(-MoE) of transformers that reads packed trees: what policy and discriminator share.
 
-    The vision tower stays transformers' own (sdpa, per image). ``on_cpu``: see blocks.Chosen.
+    ``on_cpu``: see blocks.Chosen.
     """
 
     model: Any  # transformers' modules say no attributes' types
@@ -113,6 +113,7 @@ class TreeModel(nn.Module):
         super().__init__()
         self.model = model
         own_layers(self.text, on_cpu=on_cpu)
+        own_vision(self.visual)
         self.image = image_tokens(model.config)
         self.recompute: Recompute | None = None
 
