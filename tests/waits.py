@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dev.layer_bytes import is_composite
 from prism_kernels.operators import Operator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,10 +42,9 @@ class Waits(TorchDispatchMode):
             operator = _operator(func)
             with self:
                 return operator.run(*operator.records(*args))
-        with self:  # below autograd composite operators come whole
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if name == "_local_scalar_dense" and args[0].is_meta:
             self.note(name)
