@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,35 +20,36 @@ from prism_kernels.checks import (
     number,
     wrong,
 )
-from prism_kernels.dispatch import GRAD, TRANSFORMS, VMAP, Impl, Implementation, Op
+from prism_kernels.dispatch import GRAD, HALF, TRANSFORMS, VMAP, Impl, Implementation, Op, need_triton
 from prism_kernels.operators import check_first_derivative
-from prism_kernels.tree_attention import operators
+from prism_kernels.tree_attention import flash_library, operators
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
-_OP = Op(
-    "tree_attention",
-    [
-        Implementation(
-            Impl.SDPA, "prism_kernels.tree_attention.sdpa:tree_attention", ("cpu", "cuda"), transforms=(VMAP, GRAD)
-        ),
-        Implementation(Impl.VARLEN, "prism_kernels.tree_attention.varlen:tree_attention", ("cpu", "cuda"), fake=True),
-        Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:tree_attention", ("cpu", "cuda")),
-    ],
-)
 
-_SEGMENTS = Op(
-    "segment_attention",
-    [
-        Implementation(
-            Impl.SDPA, "prism_kernels.tree_attention.sdpa:segment_attention", ("cpu", "cuda"), transforms=(VMAP, GRAD)
-        ),
-        Implementation(
-            Impl.VARLEN, "prism_kernels.tree_attention.varlen:segment_attention", ("cpu", "cuda"), fake=True
-        ),
-        Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:segment_attention", ("cpu", "cuda")),
-    ],
-)
+def _no_flash() -> str | None:
+    return flash_library.unavailable() or need_triton()
+
+
+def _implementations(op: str) -> list[Implementation]:
+    """A GPU's fp32 and fp64 tensors go to varlen, which never builds more than a block of scores and is repeatable.
+
+    sdpa would, in fp32 with grouped heads and in fp64: none of torch's fused kernels takes those.
+    """
+
+    def row(name: Impl, devices: tuple[str, ...] = ("cpu", "cuda"), **options: Any) -> Implementation:
+        return Implementation(name, f"prism_kernels.tree_attention.{name}:{op}", devices, **options)
+
+    return [
+        row(Impl.FLASH, ("cuda",), unavailable=_no_flash, fake=True, dtypes=HALF, detail=flash_library.detail),
+        row(Impl.SDPA, transforms=(VMAP, GRAD), gpu_default=HALF),
+        row(Impl.VARLEN, fake=True),
+        row(Impl.REFERENCE),
+    ]
+
+
+_OP = Op("tree_attention", _implementations("tree_attention"))
+_SEGMENTS = Op("segment_attention", _implementations("segment_attention"))
 
 _DECODE = Op(
     "shared_prompt_decode",
@@ -134,7 +136,8 @@ def segment_attention(
 def _roots(lengths: Sequence[int] | Tensor) -> TreeLayout:
     if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
         raise wrong("lengths", "numbers on the host", describe(lengths))
-    return TreeLayout.build(lengths, [-1] * len(items("lengths", lengths, "a sequence of integers")))
+    numbers = items("lengths", lengths, "a sequence of integers")
+    return TreeLayout.build(numbers, [-1] * len(numbers))
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, tokens: int, whose: str, scale: float | None) -> float:

@@ -1,4 +1,4 @@
-"""Attention of segments by calls of a variable-length attention, merged by log-sum-exp: what varlen.py is.
+"""Attention of segments by calls of a variable-length attention, merged by log-sum-exp: varlen.py and flash.py.
 
 call_plan.py says which queries meet which keys in which call; keys are read where they lie, and so are queries if the
 branches of a tree stand behind it. library.py says what a call is.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.checks import check_values
+from prism_kernels.dispatch import interpreting
 from prism_kernels.operators import check_first_derivative, operator
 from prism_kernels.tree_attention import merge
 from prism_kernels.tree_attention.call_plan import VarlenCall, call_plan
@@ -47,9 +48,9 @@ def _plan(a: Attention) -> tuple[VarlenCall, ...]:
 def _attention(a: Attention) -> tuple[Tensor, Tensor]:
     """(N, Hq, D), and the log-sum-exp of all scores of a row (Hq, N), at least fp32."""
     wide = torch.promote_types(a.q.dtype, torch.float32)
-    library, calls = library_of(a.library), _plan(a)
-    whole = None
-    for call in calls:
+    library, calls, merging = library_of(a.library), _plan(a), _merging(a)
+    whole, settled = None, False
+    for number, call in enumerate(calls, 1):
         rows = call.query
         part = library.forward(_at(a.q, rows), a.k, a.v, call.sequences, a.scale)
         if whole is None and rows is None:
@@ -58,10 +59,21 @@ def _attention(a: Attention) -> tuple[Tensor, Tensor]:
             continue
         if whole is None:
             whole = _nothing(a, wide)
-        merge.merge_(*whole, *part, rows)
+        settled = rows is None and number == len(calls)
+        merging.merge_(*whole, *part, rows, last=settled)
     out, lse = _nothing(a, wide) if whole is None else whole
-    merge.settle_(out, lse)
+    if not settled:
+        merging.settle_(out, lse)
     return out.to(a.q.dtype), lse
+
+
+def _merging(a: Attention) -> Any:
+    """merge.py, or the same in Triton beside a library on a GPU."""
+    if a.library == "torch" or not (a.q.is_cuda or interpreting()):
+        return merge
+    from prism_kernels.tree_attention import triton_merge
+
+    return triton_merge
 
 
 def _nothing(a: Attention, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,7 +85,7 @@ def _nothing(a: Attention, wide: torch.dtype) -> tuple[Tensor, Tensor]:
 @operator("segments_attention_backward")
 def _attention_backward(a: Attention, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Every part with the output and the log-sum-exp of the whole; summed in at least fp32, rounded once."""
-    library, calls = library_of(a.library), _plan(a)
+    library, calls, merging = library_of(a.library), _plan(a), _merging(a)
     sums = None
     for call in calls:
         rows = call.query
@@ -84,7 +96,7 @@ def _attention_backward(a: Attention, out: Tensor, lse: Tensor, d_out: Tensor) -
             continue
         if sums is None:
             sums = tuple(torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in a[:3])
-        merge.add_(sums, part, rows)
+        merging.add_(sums, part, rows)
     d_q, d_k, d_v = (torch.zeros_like(x) for x in a[:3]) if sums is None else sums
     return d_q.to(a.q.dtype), d_k.to(a.k.dtype), d_v.to(a.v.dtype)
 

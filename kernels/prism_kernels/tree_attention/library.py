@@ -16,7 +16,11 @@ from torch import Tensor
 
 from prism_kernels.tree_attention.call_plan import Sequences
 
-LIBRARIES = {"torch": "prism_kernels.tree_attention.varlen_library:TorchVarlen"}  # imported on first use
+LIBRARIES = {  # imported on first use
+    "torch": "prism_kernels.tree_attention.varlen_library:TorchVarlen",
+    "aten": "prism_kernels.tree_attention.flash_library:Aten",
+    "flash_attn": "prism_kernels.tree_attention.flash_library:Package",
+}
 
 
 class VarlenAttention(Protocol):

@@ -27,14 +27,22 @@ def _masked(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -NOTHING, NOTHING)
 
 
-def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, rows: Tensor | None) -> None:
-    """Into ``out`` (N, Hq, D) and ``lse`` (Hq, N); ``rows`` (n,): those that the part is of, each once; None: all."""
+def merge_(
+    out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, rows: Tensor | None, last: bool = False
+) -> None:
+    """Into ``out`` (N, Hq, D) and ``lse`` (Hq, N); ``rows`` (n,): those that the part is of, each once; None: all.
+
+    ``last``: what these rows hold is then settled.
+    """
     if rows is None:
         merged, total = merge(out, lse, part_out, part_lse)
         out.copy_(merged)
         lse.copy_(total)
+        if last:
+            settle_(out, lse)
     else:
-        out[rows], lse[:, rows] = (x.to(out.dtype) for x in merge(out[rows], lse[:, rows], part_out, part_lse))
+        merged, total = merge(out[rows], lse[:, rows], part_out, part_lse)
+        out[rows], lse[:, rows] = merged.to(out.dtype), total
 
 
 def settle_(out: Tensor, lse: Tensor) -> None:
@@ -49,6 +57,6 @@ def add_(sums: tuple[Tensor, ...], parts: tuple[Tensor, ...], rows: Tensor | Non
     if rows is None:
         d_q += part_q
     else:
-        d_q[rows] += part_q  # each row once
+        d_q[rows] = (d_q[rows] + part_q).to(d_q.dtype)  # each row once
     for total, part in zip(others, other_parts):
         total += part

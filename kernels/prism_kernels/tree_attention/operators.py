@@ -92,7 +92,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, d_out: Tensor, _lse: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("tree_attention")
     *tensors, out, lse = ctx.saved_tensors
-    gradients = _attention_backward(Rows(*tensors, ctx.scale), out, lse, d_out)
+    gradients = _attention_backward(Rows(*tensors, scale=ctx.scale), out, lse, d_out)
     return (*gradients, *[None] * (len(Rows._fields) - 3))
 
 

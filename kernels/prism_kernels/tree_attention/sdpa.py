@@ -42,9 +42,10 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale
     if scale <= 0:
         q, scale = q * scale, 1.0
     outputs = []
-    for own in zip(*(x.transpose(0, 1)[None].split(layout.lengths, dim=2) for x in (q, k, v))):
-        if own[0].shape[2]:
-            out = _attend(*own, None, scale) if causal else _see_all(*own, scale)
+    split = [x.transpose(0, 1)[None].split(layout.lengths, dim=2) for x in (q, k, v)]
+    for queries, keys, values in zip(*split):
+        if queries.shape[2]:
+            out = _attend(queries, keys, values, None, scale) if causal else _see_all(queries, keys, values, scale)
             outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
