@@ -204,10 +204,11 @@ def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
     Images are taken from roots only (``pack.image_row``): a placeholder token in a branch stays an ordinary embedding.
     """
     hidden = backbone.get_input_embeddings()(pack.input_ids)
-    if pack.pixel_values is None:
+    grid = pack.image_grid_thw
+    if pack.pixel_values is None or grid is None:
         return hidden, []
     visual = backbone.visual
-    pixels, grid = pack.pixel_values.to(visual.dtype), pack.image_grid_thw
+    pixels = pack.pixel_values.to(visual.dtype)
     features = visual(pixels, grid_thw=grid, **planned(visual, grid, pixels.device), return_dict=True)
     pooled, deepstack = features.pooler_output, list(features.deepstack_features)
     if len(pooled) > len(pack.image_row):  # a blank image: it is computed, and no row takes it
