@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if document["tests"] is not None:
         print(f"\ntests: {document['tests']['status']}: {document['tests']['summary']}")
     status = documents.exit_status(document)
-    if status:
+    if status == 1:
         print("refused: what is wrong, or disagrees, shows no speed", file=sys.stderr)
     documents.print_json(document)
     if given.plot is not None and any(problem["status"] == "ok" for problem in document["problems"]):

@@ -89,6 +89,8 @@ def _device(documents: list[dict[str, Any]]) -> list[str]:
             if "part" in document and document["part"]["status"] != "ok":
                 part = document["part"]
                 lines.append(f"{part['status']} after {part['seconds']} s: what it had by then.")
+            elif not document.get("complete", True):
+                lines.append("cut off: what it had by then.")
             for problem in document["problems"]:
                 lines += _problem(problem, refused=status == FAILED)
     if checks:
