@@ -250,7 +250,7 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     assert error.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["linear_logprob", "advantage", "moe"])
+@pytest.mark.parametrize("name", ["linear_logprob", "advantage", "moe", "tree_attention"])
 def test_every_peer_has_a_row_with_its_reason(name):
     bench = load(name)
     problems = bench.problems(bench.shapes["tiny"][0], CPU)
