@@ -136,7 +136,7 @@ class Op:
         return {name: DTYPES[name] for name in sorted({str(s.get("dtype", "fp32")) for s in options.shapes})}
 
     def results(self, options: Options, keep: Callable[[dict], None]) -> Iterator[dict[str, Any]]:
-        timer = Timer(options.device)
+        timer = Timer(options.device, options.busy)
         for shape in options.shapes:
             for problem in self.problems(shape, options.device):
                 if not options.only or problem.name in options.only:

@@ -29,6 +29,7 @@ class Options:
     seconds: float = 10.0  # timing of one problem
     rounds: int | None = None
     memory: bool = True
+    busy: bool = False  # CPU seconds of the process, on a machine that others use
     tests: str = ""  # the folder of the op's tests; "": not run
     json_path: Path | None = None
     small: bool = False  # toy limits, for a dry run
@@ -64,7 +65,7 @@ def run(bench: Benchmark, options: Options) -> dict[str, Any]:
 
     if documents.exit_status(document) != 1:
         for name, dtype in bench.dtypes(options).items():
-            limits = measure.limits(dtype, measure.Timer(options.device), small=options.small)
+            limits = measure.limits(dtype, measure.Timer(options.device, options.busy), small=options.small)
             document["limits"][name] = limits
         measure.free(options.device)
         try:

@@ -164,7 +164,7 @@ def problem(step: Step, name: str, options: Options, keep: Callable[[dict], None
     result.update(flops=flops[ours], reference_flops=flops[0], bytes=2.0 * weights, lengths=lengths)
     if shape.experts:
         fastest = options.experts == "fastest"
-        result["experts"] = fastest_experts(case, ways[1]) if fastest else options.experts
+        result["experts"] = fastest_experts(case, ways[1], options.busy) if fastest else options.experts
         case.model.set_experts_implementation(result["experts"])
     add_results(case, ways, rows, flops, options, lambda: keep(result))
     if "median_s" not in rows[ours]:
@@ -244,10 +244,10 @@ def gradient_errors(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[
     return math.hypot(*difference.values()) / math.hypot(*size.values()), worst
 
 
-def fastest_experts(case: Any, way: Way) -> str:
+def fastest_experts(case: Any, way: Way, busy: bool) -> str:
     """Of transformers' implementations, by ``way`` with one response; the second of two runs counts."""
     seconds, reasons = {}, []
-    timer, sample = measure.Timer(case.device), case.few(1)
+    timer, sample = measure.Timer(case.device, busy), case.few(1)
     for name in EXPERTS:
         case.model.set_experts_implementation(name)
         try:
@@ -282,7 +282,7 @@ def add_results(
         keep()
 
     measure.say(f"timing {len(ways)} ways in turn")
-    timer = measure.Timer(case.device)
+    timer = measure.Timer(case.device, options.busy)
     samples, failed = measure.interleave(calls, timer, options.seconds, options.rounds, warmups=1, keep=tell)
     fill_rows(rows, flops, tokens, samples, failed)
 

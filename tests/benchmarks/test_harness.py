@@ -114,6 +114,20 @@ def test_no_speed_for_a_wrong_peer_alone():
     assert peer["status"] == "wrong" and "median_s" not in peer
 
 
+def test_a_busy_machine_is_timed_by_the_seconds_of_the_process(monkeypatch, capsys):
+    with monkeypatch.context() as played:
+        played.setattr(time, "process_time", iter([1.0, 4.0]).__next__)
+        assert Timer(CPU, busy=True).once(lambda: None) == 3.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert command.main(["advantage", "--device", "cpu", "--shape", "tiny", "--peers", "", "--dry-run", "--busy"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["clock"] == "process" and "CPU seconds of the process" in results.render([found])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit):
+        command.main(["advantage", "--device", "cpu", "--busy"])
+    assert "got 2 threads" in capsys.readouterr().err
+
+
 class Bench:
     """A benchmark of one problem."""
 
@@ -241,6 +255,7 @@ def test_help_names_every_benchmark_and_what_one_takes(words, capsys):
         (["advantage", "--save", "--no-tests"], "made from tested results"),
         (["advantage", "--save", "--dry-run"], "made from tested results"),
         (["advantage", "--save", "--base", "HEAD"], "compares commits"),
+        (["advantage", "--busy", "--base", "HEAD"], "without --base"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
