@@ -35,16 +35,20 @@ CATALOG = {
         tests="tests/kernels/group_advantage", group="moe",
     ),
     "linear_logprob": Entry(
-        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 95,
+        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 80,
         ("--seconds", "4"), tests="tests/kernels/linear_logprob",
     ),
     "moe": Entry(
-        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 110, ("--seconds", "3"),
+        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 85, ("--seconds", "3"),
         tests="tests/kernels/moe",
+    ),
+    "tree_attention": Entry(
+        "ops.tree_attention.bench", "attention of packed trees: forward, backward, read-out rows", "attention", 45,
+        ("--seconds", "2"), tests="tests/kernels/tree_attention",
     ),
     "discriminator": Entry(
         "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",
-        "discriminator", 110, ("--rounds", "2"), group="moe",
+        "discriminator", 105, ("--rounds", "2"), group="moe",
     ),
     "policy": Entry(
         "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,

@@ -19,27 +19,22 @@ from prism_kernels.checks import check_tensor, describe, items, shown, wrong
 
 Plan = TypeVar("Plan")
 
-# A group of segments is padded to its longest one while the padded area stays under this multiple of the exact area.
+# Segments of this many query-key pairs are a call of their own, which reads no padding.
+LARGE_AREA = 16_384
+# Smaller ones share a call, padded to the longest, while the padded area stays under this multiple of the exact one, or
+# under that of a large one: a call costs more than the padding.
 PADDING_LIMIT = 1.3
-# Below this many query-key pairs a group costs less than the launch it saves, whatever its padding.
-SMALL_AREA = 16_384
 
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """Segments of similar size, padded together for one dense attention call (n segments, Lq queries, Lk keys)."""
+    """Segments in one dense attention call: n segments, Lq queries, Lk keys, padded at their ends."""
 
-    query_row: Tensor  # (n * Lq,) int64, row of the stream; padding repeats the segment's last row
-    key_row: Tensor  # (n * Lk,) int64, rows of the ancestors, then of the segment itself
+    members: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]  # of every member the segments whose tokens are its keys: ancestors, then itself
     size: tuple[int, int, int]  # n, Lq, Lk
     mask: Tensor | None  # (n, 1, Lq, Lk) bool; None: plain causal
     aligned: bool  # nothing is padded: query i of every segment sees the first Lk - Lq + i + 1 keys
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    groups: tuple[SegmentGroup, ...]
-    output_row: Tensor  # (T,) int64: where the result of token t lies in the concatenated group outputs
 
 
 @dataclass(frozen=True)
@@ -165,11 +160,9 @@ class TreeLayout:
             mask[own.start : own.stop, own.start : own.stop] = torch.ones(len(own), len(own)).tril().bool()
         return mask.to(self.segment_start.device)
 
-    def group_plan(self) -> GroupPlan:
-        """Segments of similar size grouped for dense attention; computed once, used by every layer."""
-        if "plan" not in self._cache:
-            self._cache["plan"] = _group_plan(self)
-        return self._cache["plan"]
+    def groups(self) -> tuple[SegmentGroup, ...]:
+        """All segments that have tokens, for dense attention; computed once, used by every layer."""
+        return self.kept("groups", None, lambda: _groups(self))
 
     def row_plan(self, query_row: Tensor) -> RowPlan:
         """Chosen query rows, on the host, by tree, for attention at a few rows; the last one asked for is kept."""
@@ -210,37 +203,23 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
     return result
 
 
-def _group_plan(layout: TreeLayout) -> GroupPlan:
-    device = layout.segment_start.device
-    stream = torch.arange(layout.num_tokens)
-    keys: dict[int, Tensor] = {}
-    for segment in range(layout.num_segments):
-        if layout.lengths[segment]:
-            path = [*layout.ancestors(segment), segment]
-            keys[segment] = torch.cat([stream[slice(rows.start, rows.stop)] for rows in map(layout.rows, path)])
-    order = sorted(keys, key=lambda s: (len(keys[s]), layout.lengths[s]))
-    groups, output_row, offset = [], torch.empty(layout.num_tokens, dtype=torch.int64), 0
-    for members in _similar(order, [layout.lengths[s] for s in order], [len(keys[s]) for s in order]):
-        num_q, num_k = max(layout.lengths[s] for s in members), max(len(keys[s]) for s in members)
-        # Padding repeats a segment's own last row: a NaN of another tree must not come in as 0 * NaN.
-        query_row, key_row = (torch.empty(len(members), n, dtype=torch.int64) for n in (num_q, num_k))
-        before = []
-        for i, s in enumerate(members):
-            own, length = layout.rows(s).start, layout.lengths[s]
-            query_row[i, :length], query_row[i, length:] = stream[own : own + length], own + length - 1
-            key_row[i, : len(keys[s])], key_row[i, len(keys[s]) :] = keys[s], own + length - 1
-            output_row[own : own + length] = torch.arange(length) + offset + i * num_q
-            before.append(len(keys[s]) - length)
-        offset += query_row.numel()
-        mask = None
+def _groups(layout: TreeLayout) -> tuple[SegmentGroup, ...]:
+    device, found = layout.segment_start.device, []
+    num_q = layout.lengths
+    paths = [(*layout.ancestors(s), s) for s in range(layout.num_segments)]
+    num_k = [sum(num_q[s] for s in path) for path in paths]
+    order = sorted((s for s in range(layout.num_segments) if num_q[s]), key=lambda s: (num_k[s], num_q[s]))
+    for members in _similar(order, num_q, num_k):
+        longest_q, longest_k = max(num_q[s] for s in members), max(num_k[s] for s in members)
+        before, mask = [num_k[s] - num_q[s] for s in members], None
         if any(before):
             # Query i of a segment sees key j when j <= (tokens above the segment) + i; padded keys come later.
-            last = torch.tensor(before)[:, None] + torch.arange(num_q)
-            mask = (torch.arange(num_k) <= last[:, :, None])[:, None].to(device)
-        size = (len(members), num_q, num_k)
-        aligned = all((layout.lengths[s], len(keys[s])) == (num_q, num_k) for s in members)
-        groups.append(SegmentGroup(query_row.flatten().to(device), key_row.flatten().to(device), size, mask, aligned))
-    return GroupPlan(tuple(groups), output_row.to(device))
+            last = torch.tensor(before)[:, None] + torch.arange(longest_q)
+            mask = (torch.arange(longest_k) <= last[:, :, None])[:, None].to(device)
+        size = (len(members), longest_q, longest_k)
+        aligned = all((num_q[s], num_k[s]) == (longest_q, longest_k) for s in members)
+        found.append(SegmentGroup(tuple(members), tuple(paths[s] for s in members), size, mask, aligned))
+    return tuple(found)
 
 
 def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
@@ -273,18 +252,21 @@ def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
     return RowPlan(tuple(trees), torch.tensor(output_row, dtype=torch.int64, device=device))
 
 
-def _similar(order: list[int], num_q: list[int], num_k: list[int]) -> list[list[int]]:
-    """Cuts a list sorted by size into groups whose padded area stays near the exact one."""
+def _similar(order: list[int], num_q: Sequence[int], num_k: Sequence[int]) -> list[list[int]]:
+    """Cuts segments sorted by size into groups: large ones alone, small ones padded little, or to little."""
     groups: list[list[int]] = []
-    first, exact, longest_q = 0, 0, 0
-    for i in range(len(order)):
-        exact, longest_q = exact + num_q[i] * num_k[i], max(longest_q, num_q[i])
-        padded = (i + 1 - first) * longest_q * num_k[i]
+    exact, longest_q = 0, 0
+    for s in order:
+        area, longest_q = num_q[s] * num_k[s], max(longest_q, num_q[s])
+        group = groups[-1] if groups else []
+        padded = (len(group) + 1) * longest_q * num_k[s]
         # Roots (all keys are their own) and branches stay apart, so that roots keep the plain causal path.
-        mixed = i > first and (num_q[i] == num_k[i]) != (num_q[first] == num_k[first])
-        if i > first and (mixed or padded > max(PADDING_LIMIT * exact, SMALL_AREA)):
-            groups.append(order[first:i])
-            first, exact, longest_q = i, num_q[i] * num_k[i], num_q[i]
-    if order:
-        groups.append(order[first:])
+        mixed = bool(group) and (num_q[s] == num_k[s]) != (num_q[group[0]] == num_k[group[0]])
+        too_much = padded > max(PADDING_LIMIT * (exact + area), LARGE_AREA)
+        if not group or mixed or too_much or area >= LARGE_AREA:
+            groups.append([s])
+            exact, longest_q = area, num_q[s]
+        else:
+            group.append(s)
+            exact += area
     return groups
