@@ -29,6 +29,7 @@ from prism_kernels import (
     pack_trees,
     qk_norm_rotate,
     rms_norm,
+    sample_tokens,
     segment_attention,
     shared_prompt_decode,
     swiglu,
@@ -55,7 +56,9 @@ SHAPED = {"bias": random(9), "softcap": 5.0, "chunk_bytes": 1000}
 ROUTING = moe_route(random(5, 4), random(4, 4), 2)
 GRPO = PolicyObjective.grpo()
 PIECES = [b"<a>", b"x", b"</a", b"> <b", b">y</b>", b""]
-DECODE = DecodeLayout.build(torch.tensor([0, 1, 1]), [3, 2])
+DECODE = DecodeLayout.build(rows=3, prompts=2, prompt_tokens=3, own_tokens=2)
+DECODE.prompt_length.copy_(torch.tensor([3, 2]))
+DECODE.own_length.fill_(2)
 
 VALID = {
     group_normalize: {"scores": random(5), "group_ids": IDS, "baseline": "mean", "scale": "std", "eps": 1e-6},
@@ -95,9 +98,11 @@ VALID = {
     TreeLayout.build: {"lengths": [2, 2, 1], "prefix": [-1, 0, 0], "device": "cpu"},
     QueryRows.build: {"row": torch.tensor([1, 4])},
     DecodeLayout.build: {"group": torch.tensor([0, 1, 1]), "prompt_lengths": [3, 2]},
+    DecodeLayout.build: {"rows": 3, "prompts": 2, "prompt_tokens": 5, "own_tokens": 70, "rows_per_tile": 4,
+                         "device": "cpu"},
     shared_prompt_decode: {
-        "q": random(3, 4, 8), "prompt_k": random(2, 2, 3, 8), "prompt_v": random(2, 2, 3, 8),
-        "own_k": random(3, 2, 2, 8), "own_v": random(3, 2, 2, 8), "layout": DECODE, "scale": 1.0,
+        "q": random(3, 4, 8), "k": random(3, 2, 8), "v": random(3, 2, 8), "k_pages": random(1, 2, 64, 8),
+        "v_pages": random(1, 2, 64, 8), "layout": DECODE, "scale": 1.0,
     },
     pack_trees: {
         "trees": [(3, [2, 2]), (1, [])], "capacity": 12, "cost": PackCost(vision=[1.0, 2.0]), "num_packs_multiple": 2,
@@ -111,6 +116,10 @@ VALID = {
     qk_norm_rotate: {
         "q": random(5, 4, 8), "k": random(5, 2, 8), "q_weight": torch.ones(8), "k_weight": torch.ones(8),
         "cos": random(5, 8), "sin": random(5, 8), "eps": 1e-6,
+    },
+    sample_tokens: {
+        "logits": random(5, 9), "temperature": 1.0, "seed": 3, "response": torch.arange(5), "step": 4,
+        "forbidden": [2], "vocab_size": 8,
     },
 }  # fmt: skip
 
@@ -134,7 +143,7 @@ def bad_values(name, value):
     elif isinstance(value, bool):
         yield from ("no", 2, NAN, [True], None, torch.ones(2))
     elif isinstance(value, int):
-        fine = {"chunk_bytes": (None,), "max_length": (LARGE,)}.get(name, ())
+        fine = {"chunk_bytes": (None,), "vocab_size": (None,), "max_length": (LARGE,)}.get(name, ())
         yield from [bad for bad in NO_INTEGER if not any(bad is value for value in fine)]
     elif isinstance(value, float):
         yield from [bad for bad in NO_NUMBER if not (bad is INF and name in ("dual_clip", "importance_cap"))]
@@ -151,6 +160,7 @@ def bad_values(name, value):
 
 
 CASES = [(op, name) for op, arguments in VALID.items() for name in arguments]
+FINE = {(sample_tokens, "temperature"): 0}  # what other ops refuse
 ALSO = {"gate_up": "down", "down": "gate_up"}  # a pair that only fits together
 
 
@@ -159,6 +169,8 @@ def test_a_bad_argument_is_named_in_one_line(op, name):
     arguments = VALID[op]
     op(**arguments)
     for bad in [*bad_values(name, arguments[name]), *ANY]:
+        if bad is FINE.get((op, name), ANY):
+            continue
         try:
             op(**{**arguments, name: bad})
         except ValueError as error:
@@ -231,7 +243,8 @@ def test_strides_change_nothing(op):
         return torch.stack([value, value + 1], -1)[..., 0] if isinstance(value, torch.Tensor) else value
 
     arguments = VALID[op]
-    given, plain = op(**{name: strided(value) for name, value in arguments.items()}), op(**arguments)
+    given = {name: value if name.endswith("_pages") else strided(value) for name, value in arguments.items()}
+    given, plain = op(**given), op(**arguments)
     for one, other in zip(tensors(given), tensors(plain)):
         torch.testing.assert_close(one, other, equal_nan=True)
     row = {n: v[:1].expand(v.shape) for n, v in arguments.items() if torch.is_tensor(v) and v.is_floating_point()}
@@ -260,7 +273,6 @@ def test_scores_that_require_grad_are_constants():
 TRANSFORMED = (
     group_normalize, multi_reward_advantage, linear_logprob, linear_cross_entropy, linear_objective, linear_policy_loss,
     moe_route, moe_mlp, tree_attention, segment_attention, rms_norm, swiglu, qk_norm_rotate,
-    shared_prompt_decode,
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from prism_kernels import (
-    DecodeLayout,
     PolicyObjective,
     QueryRows,
     linear_cross_entropy,
@@ -18,7 +17,6 @@ from prism_kernels import (
     qk_norm_rotate,
     rms_norm,
     segment_attention,
-    shared_prompt_decode,
     swiglu,
     tree_attention,
 )
@@ -30,7 +28,6 @@ LAYOUT = TreeLayout.build([3, 4, 5], [-1, 0, 0])
 ROWS = torch.tensor([11, 0, 4, 4])
 INDEX = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 1], [1, 0]])
 KIND = torch.tensor([0, 1, 0, 1, 1])
-DECODE = DecodeLayout.build(torch.tensor([0, 1, 1]), [3, 2])
 TARGETS, STARTS = torch.tensor([0, -100, 2, 3, 8]), torch.tensor([0, 2, 5])
 EXPERTS = ((5, 8), (4, 6, 8), (4, 8, 3), (5, 2))
 
@@ -76,10 +73,6 @@ CASES = {  # sizes of the leaves, and what is compiled
     "segment_attention, varlen": (
         ((9, 4, 8), (9, 2, 8), (9, 2, 8)),
         lambda *qkv: segment_attention(*qkv, [4, 0, 5], impl="varlen"),
-    ),
-    "shared_prompt_decode": (
-        ((3, 4, 8), (2, 2, 3, 8), (2, 2, 3, 8), (3, 2, 2, 8), (3, 2, 2, 8)),
-        lambda *tensors: shared_prompt_decode(*tensors, DECODE),
     ),
     "moe_route and moe_mlp": (((5, 8), (4, 8), *EXPERTS[1:3]), routed),
     "moe_route and moe_mlp, no tokens": (((0, 8), (4, 8), *EXPERTS[1:3]), routed),
