@@ -12,6 +12,8 @@ What the three share, and what callers need not know (read in torch 2.13 and fla
 - gradients are rounded to the dtype of q, k and v; of grouped heads version 2 rounds those of every query head and then
   their sum;
 - rows of 16 bytes: a head's numbers lie together, strides are multiples of 8, D is (flash.py pads it);
+- the backward is deterministic on demand; version 3's refuses to be with heads of more than 192, ``PRISM_FLASH=torch``
+  is the way out;
 - the scale is positive: a negative one turns the maximum that they subtract into a minimum.
 """
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from prism_kernels import QueryRows, TreeLayout, segment_attention, tree_attention, which_impl
 from prism_kernels.dispatch import Impl, interpreting
@@ -135,6 +136,12 @@ def test_is_as_exact_as_torch(library, layout, calls, dtype, chosen):
         assert_as_exact(a, t, e, 2 * (64 + total), name)
 
 
+def test_the_sign_of_a_scale_rounds_nothing(library):
+    layout, (q, k, v) = TreeLayout.build(*TWO_TREES), leaves(172, 172, (4, 2), 64, BF16)
+    want = tree_attention(-q, k, v, layout, scale=0.1)
+    assert torch.equal(tree_attention(q, k, v, layout, scale=-0.1), want)
+
+
 def test_a_root_takes_its_gradient_in_fp32_and_rounds_it_once_beside_the_parts(library):
     """The bound of flash.py, with the parts as float64 gives them: of its own segment, and of all branches."""
     layout = TreeLayout.build([64, *[8] * 4], [-1, *[0] * 4])
@@ -227,6 +234,24 @@ def test_compiles_without_a_break_and_its_operators_keep_their_promises(library,
         flat = [x for part in arguments for x in (part if isinstance(part, tuple) else (part,))]
         flat = [x.detach().clone() if torch.is_tensor(x) else x for x in flat]
         torch.library.opcheck(overload, tuple(flat))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recompute_gives_the_same_bits(library, use_reentrant):
+    layout, rows = TreeLayout.build(*TWO_TREES), QueryRows.build(torch.tensor([66, 171]))
+    tensors = leaves(172, 172, (4, 2), 64, BF16)
+
+    def run(q, k, v):
+        out = tree_attention(q, k, v, layout)
+        return out + tree_attention(q[:2], k, v, layout, query_row=rows).sum(0)
+
+    upstream = torch.randn(172, 4, 64, dtype=BF16)
+    plain = torch.autograd.grad(run(*tensors), tensors, upstream)
+    seen = len(library.calls)
+    recomputed = [x.detach().requires_grad_() for x in tensors]
+    checkpoint(run, *recomputed, use_reentrant=use_reentrant).backward(upstream)
+    assert len(library.calls) == 3 * seen  # the first time, and twice more
+    assert all(torch.equal(a, b.grad) for a, b in zip(plain, recomputed))
 
 
 def test_what_it_does_not_take_is_refused_with_the_way_out(library):
