@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from prism_kernels.checks import FLOATING, check_tensor, describe, wrong
-from prism_kernels.dispatch import Impl, Implementation, Op
+from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
 
 _PACKAGE = "prism_kernels.swiglu"
 
 SWIGLU = Op(
     "swiglu",
     [
+        Implementation(Impl.TRITON, f"{_PACKAGE}.operators:swiglu", ("cuda",), need_triton, fake=True),
         Implementation(Impl.TORCH, f"{_PACKAGE}.torch_autograd:swiglu", ("cpu", "cuda"), fake=True),
         Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:swiglu", ("cpu", "cuda")),
     ],
@@ -29,7 +30,7 @@ def swiglu(gate_up: Tensor, *, up: Tensor | None = None, impl: str | Impl = "aut
     Args:
         gate_up: (T, 2I) floating, [gate | up]; with ``up``: the gate, (T, I). Strided views are read in place.
         up: None, or shape, dtype and device of the gate: of an MLP whose two products are apart.
-        impl: "auto", "torch" (one step with a backward of its own) or "reference".
+        impl: "auto", "triton", "torch" (one step with a backward of its own) or "reference".
 
     Returns:
         (T, I) in the dtype of ``gate_up``.
