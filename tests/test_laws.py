@@ -40,7 +40,7 @@ def importers(files, package):
 
 def test_the_files_that_the_laws_speak_of_are_found():
     found = {str(path.relative_to(ROOT)) for path in SOURCES}
-    ops = ("linear_logprob", "group_advantage", "moe", "rms_norm", "tree_attention", "packing", "spans")
+    ops = ("linear_logprob", "group_advantage", "moe", "rms_norm", "swiglu", "tree_attention", "packing", "spans")
     assert {f"kernels/prism_kernels/{op}/{name}.py" for op in ops for name in ("api", "reference")} <= found
     assert {"prism_fast/records.py", "prism_fast/models/policy.py", "prism_fast/models/discriminator.py"} <= found
     assert len(list(jit_functions())) > 5
