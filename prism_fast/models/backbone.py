@@ -102,16 +102,16 @@ def image_tokens(config) -> ImageTokens:
 class TreeModel(nn.Module):
     """A Qwen3-VL(-MoE) of transformers that reads packed trees: what policy and discriminator share.
 
-    The vision tower stays transformers' own (sdpa, per image). ``norm``: see blocks.Norm.
+    The vision tower stays transformers' own (sdpa, per image). ``on_cpu``: see blocks.Chosen.
     """
 
     model: Any  # transformers' modules say no attributes' types
     always_fp32: frozenset[str] = frozenset()  # names of parameters that are fp32 whatever the model's dtype
 
-    def __init__(self, model: PreTrainedModel, *, norm: str):
+    def __init__(self, model: PreTrainedModel, *, on_cpu: str):
         super().__init__()
         self.model = model
-        own_layers(self.text, norm=norm)
+        own_layers(self.text, on_cpu=on_cpu)
         self.image = image_tokens(model.config)
         self.recompute: Recompute | None = None
 

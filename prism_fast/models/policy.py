@@ -40,7 +40,7 @@ class Policy(TreeModel):
     def __init__(
         self, model: Qwen3VLForConditionalGeneration, forbidden: tuple[int, ...] = (), words: int | None = None
     ):
-        super().__init__(model, norm="reference")  # the bits of transformers' own forward
+        super().__init__(model, on_cpu="reference")  # the bits of transformers' own forward
         model.lm_head.__class__ = LMHead  # in place: the weight may be tied to the embeddings
         bias = torch.zeros(self.model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
         bias[list(forbidden)] = -1e9

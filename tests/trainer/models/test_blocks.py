@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import prism_fast.models.blocks as blocks
-from prism_fast.models.blocks import Norm, ReadOut, TreeLayer, attend_tree, own_layers, run_layers
+from prism_fast.models.blocks import Chosen, ReadOut, TreeLayer, attend_tree, own_layers, run_layers
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree
@@ -158,8 +158,8 @@ def test_the_norms_implementations_agree():
     policy = Policy(model)
     want = policy(pack)
     truth = copy.deepcopy(policy).double()(pack)
-    own_layers(policy.model.model.language_model, norm="torch")
-    assert {m.impl for m in policy.modules() if isinstance(m, Norm)} == {"torch"}
+    own_layers(policy.model.model.language_model, on_cpu="torch")
+    assert {m.on_cpu for m in policy.modules() if isinstance(m, Chosen)} == {"torch"}
     assert_as_exact(policy(pack), truth, want, roundings(policy.model, 50))
 
 
