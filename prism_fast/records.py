@@ -122,7 +122,7 @@ class PackedTree:
     layout: TreeLayout
     segment_kind: Tensor  # (T,) int32, KIND_* of pack.py
     pixel_values: Tensor | None  # (patches, D) fp32
-    image_grid_thw: Tensor | None  # (images, 3) int64
+    image_grid_thw: Tensor | None  # (images, 3) int64, always on the host, which plans the vision tower's work by it
     image_row: Tensor  # (image tokens,) int64: rows of the stream that hold image features, in image order
     target_row: Tensor  # (R,) int64
     predict_row: Tensor  # (R,) int64
@@ -154,7 +154,7 @@ class PackedTree:
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, (Tensor, TreeLayout, QueryRows))
+            if isinstance(value, (Tensor, TreeLayout, QueryRows)) and name != "image_grid_thw"
         }
         return PackedTree(**{**vars(self), **moved})
 

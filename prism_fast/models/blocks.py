@@ -21,6 +21,7 @@ from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as sparse
 
 from prism_fast.pack import KIND_NAMES
 from prism_kernels import (
+    QueryRows,
     Routing,
     RoutingStats,
     TreeLayout,
@@ -37,11 +38,11 @@ from prism_kernels.rms_norm import rms_norm_rotate
 class Attend(Protocol):
     """What the rows of a pass see: q (T or Q, Hq, D), k and v (T, Hkv, D) of layer ``layer`` -> as q.
 
-    ``query_row`` (Q,) int64: the rows that the queries are of; None: all.
+    ``query_row`` (Q,): the rows that the queries are of; None: all.
     """
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: QueryRows | None
     ) -> Tensor: ...
 
 
@@ -57,7 +58,7 @@ class ReadOut:
     ``balance``: its router still sees every row, because the load-balancing loss does.
     """
 
-    rows: Tensor  # (Q,) int64
+    rows: QueryRows  # (Q,)
     balance: bool = False
 
 
@@ -109,19 +110,19 @@ class Attention(nn.Module):
     layer_idx: int
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, *, rows: Tensor | None, order: str
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, *, rows: QueryRows | None, order: str
     ) -> Tensor:
         """x (T, H) -> (T, H), or at ``rows`` (Q,) -> (Q, H).
 
         ``order``: "qkv" or "kvq", which projection runs first. The last one's gradient is the first that x gets, and a
         sum of three depends on its order.
         """
-        heads = {name: self._heads(name, x if name != "q" or rows is None else x[rows]) for name in order}
+        heads = {name: self._heads(name, x if name != "q" or rows is None else x[rows.row]) for name in order}
         q, k, v = (heads[name] for name in "qkv")
         if rows is None:
             q, k = self._rotated(q, k, rotation)
         else:
-            turn = rotation[0][rows], rotation[1][rows]
+            turn = rotation[0][rows.row], rotation[1][rows.row]
             q, k = self._rotated_alone(self.q_norm, q, turn), self._rotated_alone(self.k_norm, k, rotation)
         out = attend(self.layer_idx, q, k, v, scale=self.scaling, query_row=rows)
         return self.o_proj(out.flatten(1))
@@ -215,7 +216,7 @@ class TreeLayer(nn.Module):
         rows = None if read is None or balance else read.rows
         normed = self.input_layernorm(hidden)
         attended = self.self_attn(normed, rotation, attend, rows=rows, order="qkv" if read is None else "kvq")
-        residual = hidden if rows is None else hidden[rows]
+        residual = hidden if rows is None else hidden[rows.row]
         normed, hidden = self.post_attention_layernorm(attended, residual=residual)
         if sparse is None:
             return (hidden + self.mlp(normed),)
@@ -224,9 +225,9 @@ class TreeLayer(nn.Module):
         if read is not None and read.balance:
             whole = sparse.gate(normed, kind, chosen.get("every"))
             chosen.setdefault("every", whole.expert_index.detach())
-            hidden = hidden[read.rows]
+            hidden = hidden[read.rows.row]
             normed = self.post_attention_layernorm(hidden)
-        kind = kind if read is None or kind is None else kind[read.rows]
+        kind = kind if read is None or kind is None else kind[read.rows.row]
         out, routing = sparse(normed, kind, chosen.get("taken"))
         chosen.setdefault("taken", routing.expert_index.detach())
         stats = (routing if whole is None else whole).stats

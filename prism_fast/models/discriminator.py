@@ -65,7 +65,7 @@ class Discriminator(TreeModel):
         hidden, stats = self.hidden_states(
             pack,
             positions=_one_dimensional(pack) if text_positions else None,
-            read=ReadOut(pack.readout_row, balance),
+            read=ReadOut(pack.readout, balance),
         )
         hidden = hidden.float()
         if self.dropout and self.training:

@@ -149,7 +149,7 @@ def test_a_dense_last_layer_at_the_read_out_rows():
     whole, none = policy.hidden_states(pack)
     assert none == ()
     for balance in (False, True):  # a dense layer has no router to balance
-        read, _ = policy.hidden_states(pack, read=ReadOut(pack.readout_row, balance))
+        read, _ = policy.hidden_states(pack, read=ReadOut(pack.readout, balance))
         assert_same(read, whole[pack.readout_row], roundings(policy.model, 50) // 3)  # of one layer of three
 
 
