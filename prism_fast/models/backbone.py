@@ -26,6 +26,7 @@ from prism_fast.models.blocks import (
     run_layers,
 )
 from prism_fast.models.checkpoint_checks import check_values, check_weights, check_words, read_config
+from prism_fast.models.vision import planned
 from prism_fast.pack import ImageTokens
 from prism_fast.records import DataError, PackedTree
 from prism_kernels import RoutingStats
@@ -205,7 +206,8 @@ def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
     if pack.pixel_values is None:
         return hidden, []
     visual = backbone.visual
-    features = visual(pack.pixel_values.to(visual.dtype), grid_thw=pack.image_grid_thw, return_dict=True)
+    pixels, grid = pack.pixel_values.to(visual.dtype), pack.image_grid_thw
+    features = visual(pixels, grid_thw=grid, **planned(visual, grid, pixels.device), return_dict=True)
     pooled, deepstack = features.pooler_output, list(features.deepstack_features)
     if len(pooled) > len(pack.image_row):  # a blank image: it is computed, and no row takes it
         pooled, *deepstack = (x[: len(pack.image_row)] for x in (pooled, *deepstack))

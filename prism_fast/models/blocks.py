@@ -64,7 +64,7 @@ class ReadOut:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Activation checkpointing of a pass."""
+    """Activation checkpointing of a pass. Nothing in a layer draws random numbers: generators are not kept for it."""
 
     use_reentrant: bool = False
 
@@ -314,4 +314,4 @@ def _run(layer: nn.Module, hidden: Tensor, arguments: tuple, recompute: Recomput
             "checkpoint_activations: reentrant checkpointing gives no gradient where a layer's input has none "
             "(embeddings and vision tower are frozen); use use_reentrant=False"
         )
-    return checkpoint(layer, hidden, *arguments, use_reentrant=recompute.use_reentrant)
+    return checkpoint(layer, hidden, *arguments, use_reentrant=recompute.use_reentrant, preserve_rng_state=False)
