@@ -199,9 +199,9 @@ def spread_weights(model: nn.Module) -> None:
 
 
 def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Transformers' own layers over the same weights, buffers and vision tower; Policy and Discriminator put theirs
-    into the model that they are given."""
-    shared = [*model.parameters(), *model.buffers(), model.model.visual]
+    """Transformers' own modules over the same weights and buffers; Policy and Discriminator put theirs into the model
+    that they are given."""
+    shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(kept): kept for kept in shared})
 
 

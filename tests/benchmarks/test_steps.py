@@ -1,5 +1,6 @@
 """The benchmarks of whole steps: all ways agree, wrong ones show no time, FLOPs are counted right, memory is seen."""
 
+import contextlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -135,7 +136,10 @@ def test_the_reference_encodes_prompt_and_image_96_times():
     def count(module, arguments, output):
         seen["update" if torch.is_grad_enabled() else "scoring"] += 1
 
-    with case.model.model.visual.patch_embed.register_forward_hook(count):
+    towers = [case.model.model.visual, case.module.visual]
+    with contextlib.ExitStack() as hooks:
+        for tower in towers:
+            hooks.enter_context(tower.patch_embed.register_forward_hook(count))
         discriminator.reference(case)
         assert seen == {"scoring": 32, "update": 64}
         seen.update(scoring=0, update=0)

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import prism_fast.models.blocks as blocks
 from prism_fast.models.blocks import Chosen, ReadOut, TreeLayer, attend_tree, own_layers, run_layers
@@ -42,6 +44,45 @@ def test_the_policy_has_the_bits_of_a_stock_forward(tie, layers, checkpointing):
     for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         assert a.grad is None or torch.equal(a.grad, b.grad), name
+
+
+@torch.no_grad()
+def test_transformers_is_left_as_it_is():
+    """Its registries, and the modules of a model that is nobody's here."""
+    stock, ids = qwen(), prompt(2).input_ids[None]
+    registries = [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS]
+    keys, want = [set(registry.keys()) for registry in registries], stock(input_ids=ids).logits
+    Policy(copy.deepcopy(stock))(pack_of(forest()))
+    assert [set(registry.keys()) for registry in registries] == keys
+    assert all(type(module).__module__.split(".")[0] != "prism_fast" for module in stock.modules())
+    assert torch.equal(stock(input_ids=ids).logits, want)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rotary_tables_are_made_once_a_pass_of_three_rows_of_positions(checkpointing):
+    policy, pack = Policy(qwen()).train(), pack_of(forest())
+    if checkpointing:
+        policy.checkpoint_activations()
+    seen = []
+    policy.text.rotary_emb.register_forward_hook(lambda _, given, made: seen.append((given[1], made)))
+    policy(pack).sum().backward()
+    ((positions, (cos, _)),) = seen
+    assert torch.equal(positions, pack.position_ids[:, None]) and positions.shape == (3, 1, pack.num_tokens)
+    assert cos.shape == (1, pack.num_tokens, 16)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recompute_keeps_no_generator(monkeypatch, reentrant):
+    """No layer and no vision block draws. Dropout on the read-out rows is outside of them."""
+    policy, mine = Policy(qwen()).train(), Discriminator(moe(), torch.randn(32), dropout=0.5).train()
+    policy.checkpoint_activations()
+    mine.checkpoint_activations(use_reentrant=reentrant)
+    state = torch.get_rng_state()
+    policy(pack_of(forest())).sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a generator is kept"))
+    policy(pack_of(forest())).sum().backward()
+    mine(pack_of(forest())).score.sum().backward()
 
 
 def test_weights_keep_their_names_and_ties():
