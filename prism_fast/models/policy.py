@@ -70,7 +70,9 @@ class Policy(TreeModel):
     def checkpoint_activations(self) -> None:
         """Layers and vision blocks recompute their activations in the backward; gradients stay the same."""
         self.recompute = Recompute()
-        self.visual._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        self.visual._set_gradient_checkpointing(
+            True, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        )
 
     def forward(self, pack: PackedTree, *, op: Callable | None = None, attend: Attend | None = None, **kwargs):
         """Hidden states behind the last norm, (T, H); with ``op``, what this LM-head op makes of them.
