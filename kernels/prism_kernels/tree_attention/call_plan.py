@@ -201,5 +201,5 @@ def _placed(lists: list[list[int]], device: torch.device) -> list[Tensor]:
     if not lists:
         return []
     host = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int32, device="cpu")
-    placed = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-    return list(placed.split([len(numbers) for numbers in lists]))
+    host = host.pin_memory() if device.type == "cuda" else host
+    return list(host.to(device, non_blocking=True).split([len(numbers) for numbers in lists]))

@@ -120,12 +120,15 @@ def _(a: Attention, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Te
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     (a,) = _attention.records(*inputs)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp's
     ctx.constants = a[5:]
     ctx.save_for_backward(*a[:5], *output)
 
 
-def _backward(ctx: Any, d_out: Tensor, _lse: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out: Tensor | None, _lse: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("tree_attention" if ctx.constants[1] else "segment_attention")
+    if d_out is None:
+        return (None,) * len(Attention._fields)
     *tensors, out, lse = ctx.saved_tensors
     gradients = _attention_backward(Attention(*tensors, *ctx.constants), out, lse, d_out)
     return (*gradients, *[None] * (len(Attention._fields) - 3))
