@@ -204,6 +204,14 @@ def test_the_norms_implementations_agree():
     assert_as_exact(policy(pack), truth, want, roundings(policy.model, 50))
 
 
+def test_the_bits_of_transformers_are_a_cpus_choice():
+    host, gpu = torch.empty(1), torch.empty(1, device="meta")
+    for model, on_cpu in ((Policy(qwen()), "reference"), (Discriminator(moe(), torch.randn(32)), "auto")):
+        chosen = [module for module in model.modules() if isinstance(module, Chosen)]
+        assert {module.impl(host) for module in chosen} == {on_cpu}
+        assert {module.impl(gpu) for module in chosen} == {"auto"}
+
+
 def test_the_head_is_inside_the_call():
     policy, pack = Policy(qwen(), forbidden=(IMAGE_TOKEN,)), pack_of(forest())
     seen = {}
