@@ -287,6 +287,8 @@ def test_the_first_library_that_can_run_does_and_is_named(monkeypatch, there, as
         assert all(f"no {each}" in reason for each in ([asked] if asked else SAID))
         with pytest.raises(RuntimeError, match=r"'flash' .*no .*; use impl='sdpa' instead"):
             api._OP.select("flash", "cuda", torch.zeros(1, dtype=BF16))
+    for dtype, taken in ((BF16, name), (torch.float32, "varlen"), (torch.float64, "varlen")):
+        assert api._OP.select("auto", "cuda", torch.zeros(1, dtype=dtype))[0] == taken
     assert bool(activated) == (possible[:1] == ["fa3"])
     flash_library._found.cache_clear()
 

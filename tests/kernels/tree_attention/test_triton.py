@@ -10,6 +10,7 @@ pytestmark = skip_interpreted
 
 
 @pytest.mark.numerical
+@pytest.mark.slow
 def test_interpreter():
     files = [f"tests/kernels/tree_attention/{name}.py" for name in ("test_triton_merge", "test_flash")]
     code, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
