@@ -114,7 +114,7 @@ def _setup_rotate(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 @first_derivative("qk_norm_rotate", batches=False)
 def _backward_rotate(ctx: Any, d_q_out: Tensor, d_k_out: Tensor | None) -> tuple[Tensor | None, ...]:
-    heads = Heads(*ctx.saved_tensors, ctx.eps)
+    heads = Heads._make((*ctx.saved_tensors, ctx.eps))
     gradients = _rotate_backward(d_q_out, d_k_out, heads)
     wanted = ctx.needs_input_grad[:4]
     return (*(g if want else None for g, want in zip(gradients, wanted)), None, None, None)

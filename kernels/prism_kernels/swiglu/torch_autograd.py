@@ -29,13 +29,18 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx, grad):
         gate_up, given_up = ctx.saved_tensors
         gate, up = _wide(gate_up, given_up)
-        grad = grad.to(gate.dtype)
-        d_gate = d_up = None
-        if ctx.needs_input_grad[0]:
-            d_gate = torch.ops.aten.silu_backward(grad * up, gate).to(gate_up.dtype)
-        if given_up is None or ctx.needs_input_grad[1]:
-            d_up = (grad * F.silu(gate)).to(gate_up.dtype)
-        return (torch.cat((d_gate, d_up), dim=-1), None) if given_up is None else (d_gate, d_up)
+        grad, dtype = grad.to(gate.dtype), gate_up.dtype
+
+        def of_gate() -> Tensor:
+            return torch.ops.aten.silu_backward(grad * up, gate).to(dtype)
+
+        def of_up() -> Tensor:
+            return (grad * F.silu(gate)).to(dtype)
+
+        if given_up is None:
+            return torch.cat((of_gate(), of_up()), dim=-1), None
+        want_gate, want_up = ctx.needs_input_grad
+        return of_gate() if want_gate else None, of_up() if want_up else None
 
 
 def _wide(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -251,6 +251,24 @@ def test_views_of_a_packed_projection(impl, device):
         assert_same(a, b, terms(16, rows=13 * 6))
 
 
+@every
+def test_one_row_without_a_batch(impl, device):
+    x, weight, _ = case(torch.float64, False, device, tokens=1, heads=1)
+    alone, row = rms_norm(x[0, 0], weight, 1e-6, impl=impl), rms_norm(x[0], weight, 1e-6, impl=impl)
+    assert alone.shape == (8,) and torch.equal(alone, row[0])
+
+
+def test_what_has_its_last_dimension_together_is_read_where_it_lies():
+    pytest.importorskip("triton")
+    from prism_kernels.rms_norm.triton_launch import contiguous_last, rows_of
+
+    packed = torch.randn(6, 5 * 8)
+    heads = packed[:, 8:32].view(6, 3, 8)
+    for x, given in ((contiguous_last(heads), heads), (rows_of(packed[::2, 8:]), packed[::2, 8:])):
+        assert x.data_ptr() == given.data_ptr() and x.stride() == given.stride()
+    assert rows_of(heads.transpose(0, 1)).shape == (18, 8) and contiguous_last(packed.T).is_contiguous()
+
+
 @kernels
 @pytest.mark.parametrize("rotate", [False, True])
 def test_a_batch_of_gradients_and_a_second_derivative_are_refused(rotate, impl, device):
