@@ -29,8 +29,8 @@ def tree_attention(
     for group in layout.groups():
         _, num_q, num_k = group.size
         mine = _padded(queries, [(s,) for s in group.members], num_q)
-        theirs = (_padded(parts, group.paths, num_k) for parts in (keys, values))
-        out = _attend(mine, *theirs, group.mask, scale, group.aligned).transpose(1, 2)
+        key, value = _padded(keys, group.paths, num_k), _padded(values, group.paths, num_k)
+        out = _attend(mine, key, value, group.mask, scale, group.aligned).transpose(1, 2)
         for segment, rows in zip(group.members, out.unbind()):
             length = layout.lengths[segment]
             found[segment] = rows if length == num_q else rows[:length]
