@@ -41,6 +41,8 @@ def op_parser(op: str, bench) -> Parser:
     top.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     top.add_argument("--seconds", type=float, default=bench.seconds, help=f"timing a problem (default {bench.seconds})")
     top.add_argument("--rounds", type=int, help="instead of --seconds")
+    busy = "time by the CPU seconds of this process alone: for a machine that others use (one thread)"
+    top.add_argument("--busy", action="store_true", help=busy)
     top.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     top.add_argument("--json", type=Path, help="also write the result here, problem by problem")
     top.add_argument("--save", action="store_true", help="write the result where RESULTS.md is made from")
@@ -58,6 +60,9 @@ def options(op: str, bench, words: Sequence[str]) -> tuple[Options, argparse.Nam
     if given.save and (no_tests or given.dry_run or base):
         why = "--base compares commits" if base else "--no-tests and --dry-run leave the op's tests out"
         top.error(f"--save: RESULTS.md is made from tested results, and {why}; write elsewhere with --json")
+    if given.busy and (given.device == "cuda" or base or torch.get_num_threads() > 1):
+        threads = f"{torch.get_num_threads()} threads on {given.device}{', --base' if base else ''}"
+        top.error(f"--busy: expected one thread on a CPU, without --base, got {threads}; set OMP_NUM_THREADS=1")
     try:
         own = bench.options(given)
     except ValueError as error:
@@ -71,7 +76,8 @@ def options(op: str, bench, words: Sequence[str]) -> tuple[Options, argparse.Nam
         tests="" if no_tests or given.dry_run else CATALOG[op].tests,
         json_path=given.json or (documents.result_path(op, device) if given.save else None),
         small=given.dry_run,
-        about={"base": base} if base else {},
+        busy=given.busy,
+        about={"base": base} if base else {"clock": "process"} if given.busy else {},
         **own,
     ), given
 
@@ -81,13 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     op = parser().parse_args(words[:1]).op
     bench = load(op)
     chosen, given = options(op, bench, words[1:])
-    if chosen.about:
+    if "base" in chosen.about:
         bench = Comparison(bench, given.base)
     document = run(bench, chosen)
     if document["tests"] is not None:
         print(f"\ntests: {document['tests']['status']}: {document['tests']['summary']}")
     status = documents.exit_status(document)
-    if status:
+    if status == 1:
         print("refused: what is wrong, or disagrees, shows no speed", file=sys.stderr)
     documents.print_json(document)
     if given.plot is not None and any(problem["status"] == "ok" for problem in document["problems"]):

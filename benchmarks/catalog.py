@@ -35,16 +35,27 @@ CATALOG = {
         tests="tests/kernels/group_advantage", group="moe",
     ),
     "linear_logprob": Entry(
-        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 95,
+        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 80,
         ("--seconds", "4"), tests="tests/kernels/linear_logprob",
     ),
     "moe": Entry(
-        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 110, ("--seconds", "3"),
+        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 80, ("--seconds", "3"),
         tests="tests/kernels/moe",
+    ),
+    "tree_attention": Entry(
+        "ops.tree_attention.bench", "attention of packed trees: forward, backward, read-out rows", "attention", 40,
+        ("--seconds", "2"), tests="tests/kernels/tree_attention",
+    ),
+    "rms_norm": Entry(
+        "ops.rms_norm.bench", "norms of a layer: behind a residual, of heads with their rotation", "rms_norm", 15,
+        ("--seconds", "1"), tests="tests/kernels/rms_norm",
+    ),
+    "swiglu": Entry(
+        "ops.swiglu.bench", "SwiGLU, packed and apart", "swiglu", 10, ("--seconds", "1"), tests="tests/kernels/swiglu",
     ),
     "discriminator": Entry(
         "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",
-        "discriminator", 110, ("--rounds", "2"), group="moe",
+        "discriminator", 90, ("--rounds", "2"), group="moe",
     ),
     "policy": Entry(
         "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,

@@ -185,7 +185,9 @@ class RunConfig(Node):
         10, description="updates in a row that are skipped, for numbers that are not finite, before it stops; 0: never"
     )
     tracker: Literal["none", "wandb", "tensorboard"] = Field("none", description="where else metrics go")
-    deterministic: bool = Field(True, description="the same bits every time on a CPU")
+    deterministic: bool | None = Field(
+        None, description="the same bits every time, on a GPU too, where it is slower; null: on a CPU alone"
+    )
 
 
 class Sampling(Node):

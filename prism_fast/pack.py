@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prism_fast.records import DataError, PackedTree, Prompt
-from prism_kernels import TreeLayout, pack_trees
+from prism_kernels import QueryRows, TreeLayout, pack_trees
 
 # Kinds of token, for per-kind routing statistics.
 KIND_PROMPT, KIND_IMAGE, KIND_RESPONSE = 0, 1, 2
@@ -140,7 +140,7 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
         target_row=torch.cat(targets) if targets else empty,
         predict_row=torch.cat(predicts) if predicts else empty,
         sequence_start=torch.tensor(starts, dtype=torch.int32),
-        readout_row=torch.tensor(readouts, dtype=torch.int64),
+        readout=QueryRows.build(torch.tensor(readouts, dtype=torch.int64)),
         label=torch.tensor(labels, dtype=torch.int64),
     )
 
@@ -216,7 +216,7 @@ def spare_pack(image: ImageTokens) -> PackedTree:
     gradient that it gives is exactly 0.
     """
     prompt = Prompt(torch.tensor([0 if image.token_id else 1]), None, None)
-    return replace(build_pack([Tree(prompt, (), ())], [(0, ())], image), readout_row=torch.tensor([0]))
+    return replace(build_pack([Tree(prompt, (), ())], [(0, ())], image), readout=QueryRows.build(torch.tensor([0])))
 
 
 def with_blank_image(packed: PackedTree, image: ImageTokens) -> PackedTree:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prism_fast import DataError as DataError  # part of this vocabulary; defined where no torch is needed
 from prism_fast import metric_names as names
-from prism_kernels import RoutingStats, TreeLayout
+from prism_kernels import QueryRows, RoutingStats, TreeLayout
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,22 @@ class PackedTree:
     layout: TreeLayout
     segment_kind: Tensor  # (T,) int32, KIND_* of pack.py
     pixel_values: Tensor | None  # (patches, D) fp32
-    image_grid_thw: Tensor | None  # (images, 3) int64
+    image_grid_thw: Tensor | None  # (images, 3) int64, always on the host, which plans the vision tower's work by it
     image_row: Tensor  # (image tokens,) int64: rows of the stream that hold image features, in image order
     target_row: Tensor  # (R,) int64
     predict_row: Tensor  # (R,) int64
     sequence_start: Tensor  # (branches + 1,) int32
-    readout_row: Tensor  # (branches,) int64
+    readout: QueryRows  # readout_row, which the host keeps too
     label: Tensor  # (branches,) int64: whose a branch is, as its tree says
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()
+
+    @property
+    def readout_row(self) -> Tensor:
+        """(branches,) int64."""
+        return self.readout.row
 
     @property
     def target_ids(self) -> Tensor:
@@ -149,7 +154,7 @@ class PackedTree:
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, (Tensor, TreeLayout))
+            if isinstance(value, (Tensor, TreeLayout, QueryRows)) and name != "image_grid_thw"
         }
         return PackedTree(**{**vars(self), **moved})
 

@@ -46,7 +46,7 @@ def packages(*folders):
 def test_what_is_imported_is_declared(declared):
     assert "torch" in packages(KERNELS) and "scipy" in packages(TRAINER)
     integrations = packages(KERNELS / "integrations")
-    assert packages(KERNELS) - integrations <= declared[""]
+    assert packages(KERNELS) - integrations <= declared[""] | declared["flash"]
     assert integrations <= declared[""] | declared["train"]
     assert packages(TRAINER) <= declared[""] | declared["train"] | declared["trackers"] | declared["cluster"]
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | {"tomli"}
@@ -55,11 +55,12 @@ def test_what_is_imported_is_declared(declared):
 def test_what_is_declared_is_imported(declared):
     """What nothing imports is out until it is used. Peers are imported by name where they are installed."""
     assert declared[""] <= packages(KERNELS)
+    assert declared["flash"] <= packages(KERNELS)
     assert declared["train"] <= packages(TRAINER)
     assert declared["trackers"] <= packages(TRAINER) | THROUGH_TORCH
     assert declared["cluster"] <= packages(TRAINER)
     assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS | declared["cluster"]
-    assert set(declared) == {"", "train", "trackers", "cluster", "peers", "dev"}
+    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "peers", "dev"}
 
 
 def test_doctor_names_what_is_declared(declared):

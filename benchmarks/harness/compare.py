@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.machine import ROOT
-from benchmarks.harness.measure import Timer, interleave
+from benchmarks.harness.measure import Samples, Timer, interleave
 from benchmarks.harness.op import Op, fill_times
 from benchmarks.harness.processes import Worker
 from benchmarks.harness.run import Options
@@ -84,10 +84,12 @@ class Comparison:
                 ]
                 for name in names[0]:
                     if not options.only or name in options.only:
-                        yield compare({**about, "problem": name}, sides, options)
+                        yield compare({**about, "problem": name}, sides, options, keep)
 
 
-def compare(about: dict[str, Any], sides: list[Worker], options: Options) -> dict[str, Any]:
+def compare(
+    about: dict[str, Any], sides: list[Worker], options: Options, keep: Callable[[dict], None] = lambda result: None
+) -> dict[str, Any]:
     found = [side.ask(do="prepare", **about) for side in sides]
     rows = [
         {**answer["row"], "name": side.name, "role": role} for side, role, answer in zip(sides, ("ours", "peer"), found)
@@ -95,11 +97,12 @@ def compare(about: dict[str, Any], sides: list[Worker], options: Options) -> dic
     result = {**found[0]["problem"], "limit": None, "rows": rows}
     calls = {side.name: lambda side=side: side.ask(do="time", **about)["seconds"] for side in sides}
     if all(row["status"] == "ok" for row in rows):
-        samples, failed = interleave(calls, _Clock(), options.seconds, options.rounds, warmups=0)
-        for row in rows:
-            if row["name"] in failed:
-                row.update(status="failed", reason=failed[row["name"]])
-        if not failed:
-            fill_times(result, samples)
+
+        def tell(samples: Samples, failed: dict[str, str]) -> None:
+            fill_times(result, {} if failed else samples, failed)
+            if not failed:
+                keep(result)
+
+        tell(*interleave(calls, _Clock(), options.seconds, options.rounds, warmups=0, keep=tell))
     bad = "; ".join(f"{row['name']}: {row['reason']}" for row in rows if row["status"] != "ok")
     return {**result, "status": "refused", "reason": bad} if bad else result

@@ -15,7 +15,11 @@ from benchmarks.harness import machine
 from benchmarks.harness.measure import Summary
 
 SCHEMA = 1
+INTERRUPTED = 130
 RESULTS = machine.ROOT / "benchmarks" / "results"
+# What a row has from its seconds.
+TIMES = ("median_s", "low_s", "high_s", "samples", "tflops", "gbps", "times_ours", "times_ours_low", "times_ours_high")
+TIMES += ("times_limit", "tokens_per_s", "speedup", "step")
 
 
 def new(op: str, device: torch.device, **more: Any) -> dict[str, Any]:
@@ -52,7 +56,8 @@ def add_times(
     ours: list[float] | None = None,
 ) -> None:
     """Fills a row from its seconds, round by round. ``flops``, ``bytes``: of one call. ``ours``: seconds of ours in the
-    same rounds; ratios are taken within a round, as what slows a whole round down cancels."""
+    same rounds; ratios are taken within a round, as what slows a whole round down cancels. A row may be filled anew
+    after every round."""
     summary = Summary.of(values)
     row.update(median_s=summary.median, low_s=summary.low, high_s=summary.high, samples=summary.samples)
     if flops is not None:
@@ -62,6 +67,15 @@ def add_times(
     if ours is not None:
         ratio = Summary.of([theirs / mine for theirs, mine in zip(values, ours)])
         row.update(times_ours=ratio.median, times_ours_low=ratio.low, times_ours_high=ratio.high)
+
+
+def clear_times(rows: Sequence[dict[str, Any]], failed: dict[str, str]) -> None:
+    """Rows of {name: reason} lose their times, and all lose what they were relative to others."""
+    for row in rows:
+        if row["name"] in failed:
+            row.update(status="failed", reason=failed[row["name"]])
+        for key in TIMES:
+            row.pop(key, None)
 
 
 def file_end(commit: str, name: str) -> str:
@@ -89,9 +103,12 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def exit_status(document: dict[str, Any]) -> int:
+    """1: refused; 130: interrupted, as Ctrl-C ends a command."""
     tests = document["tests"]
     refused = any(problem["status"] == "refused" for problem in document["problems"])
-    return 1 if refused or (tests is not None and tests["status"] != "passed") else 0
+    if refused or (tests is not None and tests["status"] != "passed"):
+        return 1
+    return 0 if document.get("complete", True) else INTERRUPTED
 
 
 def validate(document: dict[str, Any]) -> None:

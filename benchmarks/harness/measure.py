@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
+Samples = dict[str, list[float]]  # seconds of every round, by name
 
 FLUSH_BYTES = 512 << 20  # several times any L2; writing it also gives the host time to enqueue what is timed next
 PATIENCE_SECONDS = 10  # what takes longer says so beforehand
@@ -47,18 +48,20 @@ class Summary:
 
 
 class Timer:
-    """Seconds of one call. On a GPU: CUDA events, the L2 cache flushed before each; on a CPU: perf_counter."""
+    """Seconds of one call. On a GPU: CUDA events, the L2 cache flushed before each; on a CPU: perf_counter, or
+    (``busy``) what the process itself had of a machine that others use."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, busy: bool = False):
         self.device = device
+        self.clock = time.process_time if busy else time.perf_counter
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
 
     def once(self, call: Call, repeats: int = 1) -> float:
         if self.flush is None:
-            start = time.perf_counter()
+            start = self.clock()
             for _ in range(repeats):
                 call()
-            return (time.perf_counter() - start) / repeats
+            return (self.clock() - start) / repeats
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
         begin.record()
@@ -75,12 +78,18 @@ class Timer:
 
 
 def interleave(
-    calls: Mapping[str, Call], timer: Timer, seconds: float, rounds: int | None = None, warmups: int = 2
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+    calls: Mapping[str, Call],
+    timer: Timer,
+    seconds: float,
+    rounds: int | None = None,
+    warmups: int = 2,
+    keep: Callable[[Samples, dict[str, str]], object] | None = None,
+) -> tuple[Samples, dict[str, str]]:
     """({name: seconds of every round}, {name: why it stopped}): all contenders in turn, so that drift hits all alike.
 
     Every second round runs in reverse order. ``rounds``: default as many as fit ``seconds``, 5 to 100. A contender that
-    raises leaves; what it had measured by then is dropped.
+    raises leaves; what it had measured by then is dropped. ``keep`` has both after every round: what is interrupted
+    later has measured that much.
     """
     alive, failed, repeats = dict(calls), {}, {}
 
@@ -105,13 +114,16 @@ def interleave(
     count = rounds or max(5, min(100, int(seconds / max(estimate, 1e-9))))
     if estimate * count > PATIENCE_SECONDS:
         say(f"{len(alive)} in turn, {count} rounds of about {estimate:.0f} s")
-    samples: dict[str, list[float]] = {name: [] for name in alive}
+    samples: Samples = {name: [] for name in alive}
     for index in range(count):
         for name in list(alive) if index % 2 == 0 else list(reversed(alive)):
             value = attempt(name, lambda name=name: timer.once(calls[name], repeats[name]))
             if value is not None:
                 samples[name].append(value)
-    return {name: values for name, values in samples.items() if name in alive}, failed
+        samples = {name: samples[name] for name in alive}
+        if keep is not None:
+            keep(samples, failed)
+    return samples, failed
 
 
 def say(text: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import measure, processes
-from benchmarks.harness.document import add_errors, add_times
+from benchmarks.harness.document import add_errors, add_times, clear_times
 from benchmarks.harness.measure import DTYPES, Timer, Unavailable
 from benchmarks.harness.run import Options
 
@@ -51,7 +51,8 @@ class Contender:
     """One row. ``prepare()`` -> the call to time; it returns {output: tensor}, compared with truth where truth has it.
 
     Raises Unavailable with the reason where it cannot run. ``extra()``: further figures of its own. ``compiles``: the
-    first call at a shape compiles, which no measurement should see.
+    first call at a shape compiles, which no measurement should see. ``compared(outputs)``: what truth is compared with,
+    where a contender's form is another; it is not timed.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Contender:
     role: str = "peer"
     extra: Callable[[], dict[str, float]] | None = None
     compiles: bool = False
+    compared: Callable[[Outputs], Outputs] = lambda outputs: outputs
 
 
 @dataclass
@@ -134,11 +136,11 @@ class Op:
         return {name: DTYPES[name] for name in sorted({str(s.get("dtype", "fp32")) for s in options.shapes})}
 
     def results(self, options: Options, keep: Callable[[dict], None]) -> Iterator[dict[str, Any]]:
-        timer = Timer(options.device)
+        timer = Timer(options.device, options.busy)
         for shape in options.shapes:
             for problem in self.problems(shape, options.device):
                 if not options.only or problem.name in options.only:
-                    yield run_problem(self.problems.__module__, problem, options, timer)
+                    yield run_problem(self.problems.__module__, problem, options, timer, keep)
                     del problem  # its tensors go before the next ones come
                     measure.free(options.device)
 
@@ -175,7 +177,10 @@ def about(problem: Problem) -> dict[str, Any]:
     return {**head, "limit": list(problem.limit) if problem.limit else None, "status": "ok"}
 
 
-def run_problem(module: str, problem: Problem, options: Options, timer: Timer) -> dict[str, Any]:
+def run_problem(
+    module: str, problem: Problem, options: Options, timer: Timer, keep: Callable[[dict], None] = lambda result: None
+) -> dict[str, Any]:
+    """``keep`` has the result after every round."""
     result = about(problem)
     chosen = [c for c in problem.contenders if _wanted(c, options.peers)]
     measure.say(f"{problem.name}: {len(chosen)} rows, each against float64 first")
@@ -190,10 +195,13 @@ def run_problem(module: str, problem: Problem, options: Options, timer: Timer) -
         return {**result, "status": "skipped", "reason": "; ".join(r.row.get("reason", "") for r in rows[:1])}
     able = {ready.contender.name: ready for ready in rows if ready.call is not None}
     calls = {name: ready.call for name, ready in able.items()}
-    samples, failed = measure.interleave(calls, timer, options.seconds, options.rounds)
-    for name, reason in failed.items():
-        able[name].row.update(status="failed", reason=reason)
-    fill_times(result, samples)
+
+    def tell(samples: measure.Samples, failed: dict[str, str]) -> None:
+        fill_times(result, samples, failed)
+        keep(result)
+
+    samples, failed = measure.interleave(calls, timer, options.seconds, options.rounds, keep=tell)
+    fill_times(result, samples, failed)
     for name in samples:
         if options.memory and able[name].contender.role != "limit":
             _add_memory(module, problem, able[name], options.device)
@@ -202,8 +210,9 @@ def run_problem(module: str, problem: Problem, options: Options, timer: Timer) -
     return result
 
 
-def fill_times(result: dict[str, Any], samples: dict[str, list[float]]) -> None:
+def fill_times(result: dict[str, Any], samples: measure.Samples, failed: dict[str, str]) -> None:
     """Every timed row of a result: its time, what that is in operations and bytes, over ours and over the limit."""
+    clear_times(result["rows"], failed)
     rows = {row["name"]: row for row in result["rows"] if row["name"] in samples}
     first = next((name for name, row in rows.items() if row["role"] == "ours"), None)
     for name, row in rows.items():
@@ -249,7 +258,7 @@ def _check(problem: Problem, rows: list[Ready]) -> None:
         if ready.call is None or ready.contender.role == "limit":
             continue
         try:
-            outputs = ready.call()
+            outputs = ready.contender.compared(ready.call())
             compared = [name for name in problem.tolerances if name in truth and name in outputs]
             errors = {name: problem.tolerances[name].error(outputs[name], truth[name]) for name in compared}
         except Exception as error:  # noqa: BLE001 - as above

@@ -29,6 +29,7 @@ class Options:
     seconds: float = 10.0  # timing of one problem
     rounds: int | None = None
     memory: bool = True
+    busy: bool = False  # CPU seconds of the process, on a machine that others use
     tests: str = ""  # the folder of the op's tests; "": not run
     json_path: Path | None = None
     small: bool = False  # toy limits, for a dry run
@@ -50,7 +51,10 @@ class Benchmark(Protocol):
 
 
 def run(bench: Benchmark, options: Options) -> dict[str, Any]:
-    """All of a benchmark: the document, printed and written as it grows. What is refused carries no times."""
+    """All of a benchmark: the document, printed and written as it grows. What is refused carries no times.
+
+    Interrupted: what was measured by then, of the problem that was running too, "complete" false.
+    """
     tests = run_tests(options.tests) if options.tests else None
     document = documents.new(bench.op, options.device, tests=tests, **options.about, complete=False)
 
@@ -59,14 +63,18 @@ def run(bench: Benchmark, options: Options) -> dict[str, Any]:
             document["problems"].append(result)
         documents.save(document, options.json_path)  # as it comes: a later crash loses nothing
 
-    if documents.exit_status(document) == 0:
+    if documents.exit_status(document) != 1:
         for name, dtype in bench.dtypes(options).items():
-            limits = measure.limits(dtype, measure.Timer(options.device), small=options.small)
+            limits = measure.limits(dtype, measure.Timer(options.device, options.busy), small=options.small)
             document["limits"][name] = limits
         measure.free(options.device)
-        for result in bench.results(options, keep):
-            keep(result)
-            print("\n".join(table.lines(result, document["limits"])), flush=True)
+        try:
+            for result in bench.results(options, keep):
+                keep(result)
+                print("\n".join(table.lines(result, document["limits"])), flush=True)
+        except KeyboardInterrupt:
+            measure.say("interrupted: what was measured by then is kept")
+            return document
     document["complete"] = True  # else cut off: the problems that are there are whole, others are missing
     documents.save(document, options.json_path)
     return document

@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from benchmarks.harness import table
 
 pyplot.switch_backend("Agg")
-SIZES = ("T", "B", "V", "E", "skew")
+SIZES = ("T", "B", "V", "E", "skew", "trees")
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

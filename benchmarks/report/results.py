@@ -89,6 +89,8 @@ def _device(documents: list[dict[str, Any]]) -> list[str]:
             if "part" in document and document["part"]["status"] != "ok":
                 part = document["part"]
                 lines.append(f"{part['status']} after {part['seconds']} s: what it had by then.")
+            elif not document.get("complete", True):
+                lines.append("cut off: what it had by then.")
             for problem in document["problems"]:
                 lines += _problem(problem, refused=status == FAILED)
     if checks:
@@ -106,10 +108,15 @@ def _facts(document: dict[str, Any]) -> list[str]:
     facts, when = document["environment"], document["date"][:16].replace("T", " ")
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
     more = f"CUDA {facts['cuda']}, " if facts.get("cuda") else f"{facts['threads']} threads, "
-    return [f"{when} UTC, commit {document['commit']}, Python {facts['python']}, {more}{packages}."] + [
-        f"Limits in {name}: product {limits['matmul_tflops']:.3g} TFLOP/s, copy {limits['copy_gbps']:.4g} GB/s."
-        for name, limits in document["limits"].items()
-    ]
+    clock = ["Others used the machine: times are CPU seconds of the process."] if "clock" in document else []
+    return (
+        [f"{when} UTC, commit {document['commit']}, Python {facts['python']}, {more}{packages}."]
+        + [
+            f"Limits in {name}: product {limits['matmul_tflops']:.3g} TFLOP/s, copy {limits['copy_gbps']:.4g} GB/s."
+            for name, limits in document["limits"].items()
+        ]
+        + clock
+    )
 
 
 def _check(document: dict[str, Any]) -> list[str]:

@@ -109,11 +109,19 @@ def error_ratio(problem: Problem) -> float | None:
     return theirs / ours if ours and theirs else None
 
 
+def over_eager(problem: Problem) -> float | None:
+    """Of all outputs the largest error of ours over that of eager torch in the same dtype."""
+    ours, eager = row(problem, "prism"), row(problem, "torch eager")
+    if ours is None or eager is None:
+        return None
+    return max(ours["errors"][name]["value"] / max(eager["errors"][name]["value"], 1e-300) for name in ours["errors"])
+
+
 HEAD = "LM head (bf16, T 8192, H 2560, V 151,936)"
 HEAD_CPU = "LM head on a CPU (fp32, T 4096, H 512, V 32,768)"
 ADVANTAGE = "Group advantage"
 EXPERTS = "Mixture of experts (bf16, E 4, top-2, H 2048, I 6144)"
-ATTENTION = "Tree attention"
+ATTENTION = "Tree attention (bf16, ragged packs of some 33,000 tokens)"
 STEPS = "Whole steps, against the reference's path on the same machine in the same run"
 TRAINING = "Training a 4B policy on one GPU (bf16, two packs of 24,576 tokens a step), against the plan's count"
 
@@ -180,34 +188,49 @@ def _moe() -> Iterator[Target]:
     yield _in(EXPERTS, "cpu", "moe", "experts", size)(name, over_faster_transformers, 1.05)
 
 
-def _whole() -> Iterator[Target]:
-    varlen = _in(ATTENTION, "cuda", "tree_attention", "attention", {})
+def _attention() -> Iterator[Target]:
+    size = {"D": 128, "sigma": 0.45, "dtype": "bf16"}
+    policy = _in(ATTENTION, "cuda", "tree_attention", "gradient", {"Hq": 32, "P": 1000, **size})
+    discriminator = _in(ATTENTION, "cuda", "tree_attention", "gradient", {"Hq": 16, "P": 1000, **size})
+    half = _in(ATTENTION, "cuda", "tree_attention", "gradient", {"Hq": 32, "P": 0, **size})
     share = inverse(of("prism", "times_limit"))
-    yield varlen("share of the library's varlen kernel, visited blocks", share, 0.6, least=True, unit="%")
-    separate = of("separate sequences", "times_ours")
-    yield varlen("separate sequences: their time over ours", separate, 2, least=True)
+    for name, gpu in (("policy", policy), ("discriminator", discriminator)):
+        for problem, title in (("forward", "forward"), ("gradient", "forward + backward")):
+            quantity = f"{name}, {title}: share of the library's varlen speed on the same pairs"
+            yield gpu(quantity, share, 0.9, problem=problem, least=True, unit="%")
+    separate = of("separate sequences, SDPA", "times_ours")
+    yield half("prompt half of the tokens: separate sequences' time over ours", separate, 2, least=True)
+    yield policy("error over that of eager torch", over_eager, 2)
 
+
+def _steps() -> Iterator[Target]:
     tiny = {"hidden": 256, "layers": 4, "vocab": 2048, "responses": 16}
     reference, kept = of("reference", "times_ours"), of("ours, activations kept", "speedup")
-    gpu = _in(STEPS, "cuda", "discriminator", "step", {"hidden": 2048, "layers": 28, "recompute": True})
-    name = "discriminator score + update"
-    yield gpu(f"{name}, GPU (N 16, P 1000, 300, 1000)", reference, 6, 7, least=True)
-    yield gpu(f"{name}, GPU, without recompute in ours", kept, 6, 10, least=True)
-    yield _in(STEPS, "cpu", "discriminator", "step", tiny)(f"{name}, CPU, tiny", reference, 8, least=True)
-    gpu = _in(STEPS, "cuda", "policy", "step", {"hidden": 2560, "layers": 36})
-    yield gpu("policy log-prob + update, GPU", reference, 2.5, least=True)
-    cpu = _in(STEPS, "cpu", "policy", "step", tiny)
-    yield cpu("policy log-prob + update, CPU, tiny", reference, 2.2, least=True)
+    for lengths, sigma, discriminator, policy in (("ragged", 0.45, 10, 3), ("near-equal", 0.0, 8, 2.2)):
+        shape = {"hidden": 2048, "layers": 28, "recompute": True, "sigma": sigma}
+        gpu = _in(STEPS, "cuda", "discriminator", "step", shape)
+        name = f"discriminator score + update, {lengths}"
+        yield gpu(f"{name}, GPU (N 16, P 1000, 300, 1000)", reference, 6, 7, least=True)
+        yield gpu(f"{name}, GPU, without recompute in ours", kept, 6, 10, least=True)
+        cpu = _in(STEPS, "cpu", "discriminator", "step", {**tiny, "sigma": sigma})
+        yield cpu(f"{name}, CPU, tiny", reference, discriminator, least=True)
+        name = f"policy log-prob + update, {lengths}"
+        gpu = _in(STEPS, "cuda", "policy", "step", {"hidden": 2560, "layers": 36, "sigma": sigma})
+        yield gpu(f"{name}, GPU", reference, 2.5, least=True)
+        yield _in(STEPS, "cpu", "policy", "step", {**tiny, "sigma": sigma})(
+            f"{name}, CPU, tiny", reference, policy, least=True
+        )
 
 
 def _training() -> Iterator[Target]:
-    gpu = _in(TRAINING, "cuda", "train-4b", "training", {"model": "4b", "tokens_per_pack": 24_576, "response": 6_144})
+    shape = {"model": "4b", "tokens_per_pack": 24_576, "response": 6_144, "sigma": 0.45}
+    gpu = _in(TRAINING, "cuda", "train-4b", "training", shape)
     for name in ("zero2 with offload", "fsdp2", "none"):
         yield gpu(f"{name}: GPU memory, reserved, over the plan", of(name, "over_plan"), 1)
     yield gpu("zero2 with offload: host memory over the plan", of("zero2 with offload", "host_over_plan"), 1.1)
 
 
-TARGETS: list[Target] = [*_head(), *_advantage(), *_moe(), *_whole(), *_training()]
+TARGETS: list[Target] = [*_head(), *_advantage(), *_moe(), *_attention(), *_steps(), *_training()]
 
 
 def look_up(target: Target, documents: Sequence[dict[str, Any]]) -> tuple[float | None, dict[str, Any]] | None:

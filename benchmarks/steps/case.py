@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from benchmarks.harness.lengths import SIGMA, factors, scaled
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.records import Prompt, Rollout
@@ -27,8 +28,11 @@ Parts = tuple[Tensor, Tensor]  # tokens of a caption, of a reasoning
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of the model and lengths of the data. ``experts`` 0: a dense MLP. ``spread``: a part's length varies
-    by this fraction of it."""
+    """Dimensions of the model and lengths of the data, caption and reasoning as means. ``experts`` 0: a dense MLP.
+
+    ``sigma``: a response's length is log-normal, and both parts are longer or shorter with it. ``spread``: a part's
+    length varies evenly by up to this fraction of it.
+    """
 
     hidden: int
     layers: int
@@ -49,7 +53,8 @@ class Shape:
     caption: int
     reasoning: int
     responses: int
-    spread: float
+    sigma: float = SIGMA
+    spread: float = 0.0
 
     @property
     def image_tokens(self) -> int:
@@ -58,23 +63,27 @@ class Shape:
     def dense(self, **changes: Any) -> Shape:
         return replace(self, experts=0, top_k=1, **changes)
 
+    def even(self, spread: float = 0.15) -> Shape:
+        """The same with lengths that are nearly equal."""
+        return replace(self, sigma=0.0, spread=spread)
+
 
 TINY = Shape(
     hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, experts=4, top_k=2, inner=768, vocab=2048,
     vision_depth=4, vision_hidden=128, vision_inner=512, vision_heads=2, deepstack=(0, 1, 2), grid=(24, 24),
-    prompt=202, caption=60, reasoning=150, responses=16, spread=0.15,
+    prompt=202, caption=60, reasoning=150, responses=16,
 )  # fmt: skip
 # Four experts out of Qwen3-VL-2B, and the lengths that docs/method.md counts with.
 GPU = Shape(
     hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, experts=4, top_k=2, inner=6144, vocab=151_936,
     vision_depth=24, vision_hidden=1024, vision_inner=4096, vision_heads=16, deepstack=(5, 11, 17), grid=(50, 64),
-    prompt=1000, caption=300, reasoning=1000, responses=16, spread=0.0,
+    prompt=1000, caption=300, reasoning=1000, responses=16,
 )  # fmt: skip
 # For tests: seconds on one core.
 MINI = replace(
     TINY, hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32, inner=96, vocab=256, vision_depth=2,
     vision_hidden=32, vision_inner=64, vision_heads=1, deepstack=(0,), grid=(8, 8), prompt=26, caption=9, reasoning=17,
-    responses=3, spread=0.3,
+    responses=3,
 )  # fmt: skip
 
 
@@ -199,9 +208,9 @@ def spread_weights(model: nn.Module) -> None:
 
 
 def stock_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Transformers' own layers over the same weights, buffers and vision tower; Policy and Discriminator put theirs
-    into the model that they are given."""
-    shared = [*model.parameters(), *model.buffers(), model.model.visual]
+    """Transformers' own modules over the same weights and buffers; Policy and Discriminator put theirs into the model
+    that they are given."""
+    shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(kept): kept for kept in shared})
 
 
@@ -212,7 +221,8 @@ def draw(shape: Shape, seed: int) -> tuple[Prompt, list[Parts]]:
     def text(length: int) -> Tensor:
         return torch.randint(0, words, (length,), generator=random)
 
-    def part(length: int) -> Tensor:
+    def part(mean: int, factor: float) -> Tensor:
+        length = scaled(mean, factor)
         reach = int(shape.spread * length)
         return text(length + (int(torch.randint(-reach, reach + 1, (), generator=random)) if reach else 0))
 
@@ -222,7 +232,8 @@ def draw(shape: Shape, seed: int) -> tuple[Prompt, list[Parts]]:
     pixels = torch.randn(shape.grid[0] * shape.grid[1], 3 * TEMPORAL * PATCH**2, generator=random)
     key = hashlib.sha256(ids.numpy().tobytes() + pixels.numpy().tobytes()).digest()
     prompt = Prompt(ids, pixels, torch.tensor([[1, *shape.grid]]), key)
-    return prompt, [(part(shape.caption), part(shape.reasoning)) for _ in range(shape.responses + 1)]
+    ragged = factors(shape.responses + 1, shape.sigma, random)
+    return prompt, [(part(shape.caption, factor), part(shape.reasoning, factor)) for factor in ragged]
 
 
 def rollout_of(prompt: Prompt, parts: list[Parts]) -> Rollout:

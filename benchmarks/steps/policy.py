@@ -29,6 +29,7 @@ from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective
 
 OBJECTIVE = PolicyObjective.grpo()
+QWEN3_VL_4B = GPU.dense(hidden=2560, layers=36, heads=32, inner=9728)
 
 
 @dataclass
@@ -156,12 +157,13 @@ BENCH = Step(
     module=__name__,
     shapes={
         "tiny": TINY.dense(),
+        "tiny-even": TINY.dense().even(),
         "words": TINY.dense(vocab=32_768),
-        # Qwen3-VL-4B.
-        "gpu": GPU.dense(hidden=2560, layers=36, heads=32, inner=9728),
+        "gpu": QWEN3_VL_4B,
+        "gpu-even": QWEN3_VL_4B.even(0.0),
         "mini": MINI.dense(),
     },
-    default={"cpu": ("tiny", "words"), "cuda": ("gpu",)},
+    default={"cpu": ("tiny", "tiny-even", "words"), "cuda": ("gpu", "gpu-even")},
     build=build,
     ways=ways,
     flops=flops_of_ways,

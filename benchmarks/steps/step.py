@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import measure, processes
-from benchmarks.harness.document import add_errors, add_times
+from benchmarks.harness.document import add_errors, add_times, clear_times
 from benchmarks.harness.measure import DTYPES
 from benchmarks.harness.op import Outputs, Tolerance
 from benchmarks.harness.run import Options
@@ -37,6 +37,7 @@ SEEDS = 16
 CHECKED_LAYERS, CHECKED_RESPONSES = 4, 3
 # What a heading tells of a shape.
 SIZES = ("dtype", "layers", "hidden", "experts", "inner", "vocab", "responses", "prompt", "caption", "reasoning")
+SIZES += ("sigma", "spread")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Step:
         )
         parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the timed steps; default: bf16 on a GPU")
         parser.add_argument("--experts", choices=("fastest", *EXPERTS), default="fastest", help="of the stock modules")
-        parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="default: for --shape gpu")
+        parser.add_argument(
+            "--recompute", action=argparse.BooleanOptionalAction, help="default: for --shape gpu, gpu-even"
+        )
 
     def options(self, given: argparse.Namespace) -> dict[str, Any]:
         names = given.shape or (("mini",) if given.dry_run else self.default[given.device])
@@ -100,6 +103,7 @@ class Step:
         """The call whose memory is measured; libraries load and threads start by a toy step before."""
         options = {"dtype": getattr(torch, request["dtype"]), "checkpointing": request["recompute"]}
         way = next(way for way in self.ways(request["recompute"]) if way.name == request["way"])
+        options["seed"] = request["seed"]
         shapes = (self.shapes[name] for name in ("mini", request["shape"]))
         small, case = (self.build(shape, device=torch.device("cpu"), **options) for shape in shapes)
         if request["experts"] is not None:
@@ -124,17 +128,18 @@ def problem(step: Step, name: str, options: Options, keep: Callable[[dict], None
     """Agreement in fp32, then times in the dtype, then memory; ``keep`` has the result so far after each. A refused
     one carries no times."""
     shape, device, dtype = step.shapes[name], options.device, options.dtype
-    recompute = name == "gpu" if options.recompute is None else options.recompute
+    recompute = name.startswith("gpu") if options.recompute is None else options.recompute
     checked = shape
     if shape.layers > CHECKED_LAYERS:
         checked = replace(shape, layers=CHECKED_LAYERS, responses=min(shape.responses, CHECKED_RESPONSES))
-    case = without_near_ties(step, checked, device, recompute)
+    case, seed = without_near_ties(step, checked, device, recompute)
     ways = step.ways(recompute)
     rows = [{"name": way.name, "role": way.role, "status": "ok", "saves": way.saves} for way in ways]
     result = {
         "name": "step",
         "title": step.title,
         "shape": {"dtype": str(dtype).removeprefix("torch."), "recompute": recompute, **asdict(shape)},
+        "seed": seed,
         "sizes": [size for size in SIZES if size != "experts" or shape.experts],
         "checked": {"dtype": "float32", "layers": checked.layers, "responses": checked.responses},
         "status": "ok",
@@ -150,17 +155,18 @@ def problem(step: Step, name: str, options: Options, keep: Callable[[dict], None
     if checked is not shape or dtype != torch.float32:
         del case
         measure.free(device)
-        case = step.build(shape, dtype=dtype, device=device, checkpointing=recompute)
+        case = step.build(shape, dtype=dtype, device=device, checkpointing=recompute, seed=seed)
     flops = step.flops(case, checkpointing=recompute)
     weights = sum(p.numel() * p.element_size() for p in case.module.parameters())
     ours = next(i for i, row in enumerate(rows) if row["role"] == "ours")
     # Weights and their gradients once: a step's fewest bytes.
-    result.update(flops=flops[ours], reference_flops=flops[0], bytes=2.0 * weights)
+    lengths = [len(ids) for ids in case.rollout.response_ids]
+    result.update(flops=flops[ours], reference_flops=flops[0], bytes=2.0 * weights, lengths=lengths)
     if shape.experts:
         fastest = options.experts == "fastest"
-        result["experts"] = fastest_experts(case, ways[1]) if fastest else options.experts
+        result["experts"] = fastest_experts(case, ways[1], options.busy) if fastest else options.experts
         case.model.set_experts_implementation(result["experts"])
-    add_results(case, ways, rows, flops, options)
+    add_results(case, ways, rows, flops, options, lambda: keep(result))
     if "median_s" not in rows[ours]:
         kept = ("name", "role", "status", "reason", "saves", "errors")
         result["rows"] = [{key: row[key] for key in kept if key in row} for row in rows]
@@ -174,8 +180,8 @@ def problem(step: Step, name: str, options: Options, keep: Callable[[dict], None
     return result
 
 
-def without_near_ties(step: Step, shape: Shape, device: torch.device, recompute: bool) -> Case:
-    """Model and data in fp32 of the first seed without a near tie of the router.
+def without_near_ties(step: Step, shape: Shape, device: torch.device, recompute: bool) -> tuple[Case, int]:
+    """Model and data in fp32 of the first seed without a near tie of the router, and that seed.
 
     Raises RuntimeError where none of the seeds is without one.
     """
@@ -183,11 +189,11 @@ def without_near_ties(step: Step, shape: Shape, device: torch.device, recompute:
     for seed in range(SEEDS):
         case = step.build(shape, dtype=torch.float32, device=device, checkpointing=recompute, seed=seed)
         if step.margin is None:
-            return case
+            return case, seed
         case.model.set_experts_implementation(EXPERTS[0])
         margin = step.margin(case)
         if margin > NEAR_TIE[device.type]:
-            return case
+            return case, seed
     raise RuntimeError(f"router: near ties with every one of {SEEDS} seeds, the last one's margin is {margin:.1e}")
 
 
@@ -238,10 +244,10 @@ def gradient_errors(mine: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[
     return math.hypot(*difference.values()) / math.hypot(*size.values()), worst
 
 
-def fastest_experts(case: Any, way: Way) -> str:
+def fastest_experts(case: Any, way: Way, busy: bool) -> str:
     """Of transformers' implementations, by ``way`` with one response; the second of two runs counts."""
     seconds, reasons = {}, []
-    timer, sample = measure.Timer(case.device), case.few(1)
+    timer, sample = measure.Timer(case.device, busy), case.few(1)
     for name in EXPERTS:
         case.model.set_experts_implementation(name)
         try:
@@ -257,20 +263,39 @@ def fastest_experts(case: Any, way: Way) -> str:
 
 
 def add_results(
-    case: Case, ways: Sequence[Way], rows: list[dict[str, Any]], flops: list[float], options: Options
+    case: Case,
+    ways: Sequence[Way],
+    rows: list[dict[str, Any]],
+    flops: list[float],
+    options: Options,
+    keep: Callable[[], None],
 ) -> None:
-    """Every row's time, or why it has none; on a GPU also its memory, as a step more of every way is half a minute."""
+    """Every row's time, or why it has none; on a GPU also its memory, as a step more of every way is half a minute.
+
+    ``keep()`` is called after every round, the rows filled."""
     step = with_peak if options.memory and case.device.type == "cuda" else lambda case, way, _: run(case, way)
     calls = {way.name: lambda way=way, row=row: step(case, way, row) for way, row in zip(ways, rows)}
-    measure.say(f"timing {len(ways)} ways in turn")
-    timer = measure.Timer(case.device)
-    samples, failed = measure.interleave(calls, timer, options.seconds, options.rounds, warmups=1)
-    ours = next(way.name for way in ways if way.role == "ours")
     tokens = case.shape.prompt + sum(len(ids) for ids in case.rollout.response_ids)
+
+    def tell(samples: measure.Samples, failed: dict[str, str]) -> None:
+        fill_rows(rows, flops, tokens, samples, failed)
+        keep()
+
+    measure.say(f"timing {len(ways)} ways in turn")
+    timer = measure.Timer(case.device, options.busy)
+    samples, failed = measure.interleave(calls, timer, options.seconds, options.rounds, warmups=1, keep=tell)
+    fill_rows(rows, flops, tokens, samples, failed)
+
+
+def fill_rows(
+    rows: list[dict[str, Any]], flops: list[float], tokens: int, samples: measure.Samples, failed: dict[str, str]
+) -> None:
+    """The times of all ways, in their order, and how much faster each is than the first and the one before."""
+    clear_times(rows, failed)
+    ours = next(row["name"] for row in rows if row["role"] == "ours")
     for i, (row, work) in enumerate(zip(rows, flops)):
         name, row["flops"] = row["name"], work
-        if name in failed:
-            row.update(status="failed", reason=failed[name])
+        if name not in samples:
             continue
         add_times(row, samples[name], flops=work, ours=samples.get(ours) if name != ours else None)
         row["tokens_per_s"] = tokens / row["median_s"]
@@ -296,7 +321,7 @@ def with_peak(case: Case, way: Way, row: dict[str, Any]) -> Outputs:
 def add_memory(step: Step, name: str, way: Way, row: dict[str, Any], result: dict[str, Any]) -> None:
     """Peak over weights and data on a CPU, in a process of its own; the gradients are its outputs."""
     request = {"module": step.module, "shape": name, "way": way.name, "experts": result.get("experts")}
-    request |= {key: result["shape"][key] for key in ("dtype", "recompute")}
+    request |= {"seed": result["seed"]} | {key: result["shape"][key] for key in ("dtype", "recompute")}
     try:
         row["peak_bytes"], row["output_bytes"] = processes.peak_memory(request)
     except measure.Unavailable as error:

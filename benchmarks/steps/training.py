@@ -1,10 +1,11 @@
 """Training a 4B policy on one device at the lengths of recipe cluster_1x80: bytes and seconds, beside the plan.
 
 Random weights with the published dimensions of Qwen3-VL-4B, in bf16, made on the device; nothing is downloaded. A step
-is two packs, both full to the last token, and the update. The trainer's own code: `policy_gradient` through an updater
-of `open_updater`. Each form of sharding is a process of its own, so that one that runs out of memory is a result. What
-it had measured by then is kept; so is what stands when the time is up. Weights and data of all forms are the same, so
-the norms of their first gradients must be nearly so.
+is two packs, both full to the last token, and the update. Responses are ragged; at "-even" all are as long as they may
+be. The trainer's own code: `policy_gradient` through an updater of `open_updater`. Each form of sharding is a process
+of its own, so that one that runs out of memory is a result. What it had measured by then is kept; so is what stands
+when the time is up. Weights and data of all forms are the same, so the norms of their first gradients must be nearly
+so.
 
 "planned" is the count of `prism-fast plan`, with 3 GB of CUDA's context and fragments in it. "allocated" and "reserved"
 are the peaks of torch's allocator. "host": the largest resident memory of the process; "host, taken": how much less the
@@ -30,6 +31,7 @@ import torch
 
 from benchmarks.harness import measure, processes
 from benchmarks.harness.document import save
+from benchmarks.harness.lengths import SIGMA, factors, scaled
 from benchmarks.harness.machine import ROOT, version
 from benchmarks.harness.run import Options
 from benchmarks.steps import flops
@@ -64,18 +66,28 @@ FORMS = (Form("zero2 with offload", "zero2", offload=True), Form("fsdp2", "fsdp2
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of a step's data, in tokens; ``grid``: patches of each prompt's image."""
+    """Of a step's data, in tokens; ``grid``: patches of each prompt's image.
+
+    ``sigma``: responses are log-normal around ``mean``; 0: all but a prompt's last one have ``response`` tokens.
+    """
 
     tokens_per_pack: int
     prompt: int
     response: int  # of the longest
+    mean: int
     grid: tuple[int, int]
     packs: int = 2  # gradients of the second are added to those of the first
+    sigma: float = SIGMA
 
-    def responses(self) -> list[int]:
-        """Of one prompt: its pack is full."""
-        left = self.tokens_per_pack - self.prompt
-        return [self.response] * (left // self.response) + [left % self.response] * (left % self.response > 0)
+    def responses(self, number: int) -> list[int]:
+        """Of prompt ``number``: its pack is full."""
+        left, random = self.tokens_per_pack - self.prompt, torch.Generator().manual_seed(number)
+        found: list[int] = []
+        while left:
+            drawn = scaled(self.mean, *factors(1, self.sigma, random)) if self.sigma else self.response
+            found.append(min(drawn, self.response, left))
+            left -= found[-1]
+        return found
 
 
 MODELS = {
@@ -84,7 +96,12 @@ MODELS = {
         memory.Text(64, 2, 96, 2, 1, tied=True, vocab=256, head_dim=32), memory.Vision(32, 2, 64, 64, taps=1)
     ),
 }
-LENGTHS = {"4b": Lengths(24_576, 2_048, 6_144, (64, 64)), "tiny": Lengths(96, 26, 30, (8, 8))}
+LENGTHS = {"4b": Lengths(24_576, 2_048, 6_144, 2_048, (64, 64)), "tiny": Lengths(96, 26, 30, 15, (8, 8))}
+LENGTHS |= {f"{size}-even": replace(lengths, sigma=0.0) for size, lengths in LENGTHS.items()}
+
+
+def model_of(size: str) -> memory.Model:
+    return MODELS[size.removesuffix("-even")]
 
 
 def shape_of(model: memory.Model) -> Shape:
@@ -95,16 +112,17 @@ def shape_of(model: memory.Model) -> Shape:
         hidden=text.hidden, layers=text.layers, heads=text.heads, kv_heads=text.kv_heads, head_dim=text.head_dim,
         experts=0, top_k=1, inner=text.intermediate, vocab=text.vocab, vision_depth=vision.depth,
         vision_hidden=vision.hidden, vision_inner=vision.intermediate, vision_heads=max(1, vision.hidden // 64),
-        deepstack=taps, grid=(0, 0), prompt=0, caption=0, reasoning=0, responses=0, spread=0.0,
+        deepstack=taps, grid=(0, 0), prompt=0, caption=0, reasoning=0, responses=0,
     )  # fmt: skip
 
 
 def operations(model: memory.Model, lengths: Lengths) -> float:
     """Of one step's gradient, by formula, with activation checkpointing."""
     shape = replace(shape_of(model), grid=lengths.grid, prompt=lengths.prompt)
-    branches = lengths.responses()
-    work = flops.vision(shape) + flops.tree(shape, branches) + flops.head(shape, sum(branches), shape.vocab)
-    return lengths.packs * work.trained(checkpointing=True)
+    work = flops.Work()
+    for branches in map(lengths.responses, range(lengths.packs)):
+        work += flops.vision(shape) + flops.tree(shape, branches) + flops.head(shape, sum(branches), shape.vocab)
+    return work.trained(checkpointing=True)
 
 
 def made_up(shape: Shape, lengths: Lengths) -> tuple[Rollout, torch.Tensor]:
@@ -122,11 +140,11 @@ def made_up(shape: Shape, lengths: Lengths) -> tuple[Rollout, torch.Tensor]:
         parts = [text(rest // 2), torch.tensor([words + 1]), image, torch.tensor([words + 2]), text(rest - rest // 2)]
         pixels = torch.randn(patches, 3 * TEMPORAL * PATCH**2, generator=random)
         prompts.append(Prompt(torch.cat(parts), pixels, torch.tensor([[1, *lengths.grid]]), bytes([number])))
-        responses.append([text(length) for length in lengths.responses()])
+        responses.append([text(length) for length in lengths.responses(number)])
     flat = [ids for group in responses for ids in group]
     rollout = Rollout(
         prompts=prompts,
-        group=torch.arange(len(prompts)).repeat_interleave(len(responses[0])),
+        group=torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(group) for group in responses])),
         response_ids=flat,
         logprob=[torch.zeros(len(ids)) for ids in flat],
         text=[""] * len(flat),
@@ -176,7 +194,7 @@ def train(form: Form, size: str, device: torch.device, keep: Keep) -> None:
 def _steps(
     form: Form, size: str, device: torch.device, row: dict[str, Any], timed: Callable[[str, Callable, dict], Any]
 ) -> None:
-    model, lengths, once = MODELS[size], LENGTHS[size], row["seconds"]
+    model, lengths, once = model_of(size), LENGTHS[size], row["seconds"]
     shape = shape_of(model)
 
     def build() -> Policy:
@@ -236,24 +254,31 @@ class Training:
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         names = [form.name for form in FORMS]
         parser.add_argument("--form", action="append", choices=names, help="repeatable; default: all")
-        parser.add_argument("--shape", choices=sorted(MODELS), help="default: 4b, tiny on a CPU")
+        names = {"choices": sorted(LENGTHS), "action": "append"}
+        parser.add_argument("--shape", **names, help="repeatable; default: 4b and 4b-even, tiny on a CPU")
 
     def options(self, given: argparse.Namespace) -> dict[str, Any]:
         tiny = given.dry_run or given.device == "cpu"
-        return {"shapes": (given.shape or ("tiny" if tiny else "4b"),), "only": tuple(given.form or ())}
+        default = ("tiny",) if tiny else ("4b", "4b-even")
+        return {"shapes": tuple(given.shape or default), "only": tuple(given.form or ())}
 
     def dtypes(self, options: Options) -> dict[str, torch.dtype]:
         """None: nothing is related to the machine's limits, and the device is left to the forms' processes."""
         return {}
 
     def results(self, options: Options, keep: Keep) -> Iterator[dict[str, Any]]:
-        (size,) = options.shapes
-        model, lengths = MODELS[size], LENGTHS[size]
-        shape = {"model": size, "dtype": "bfloat16", "parameters": model.parameters, **asdict(lengths)}
+        for size in options.shapes:
+            yield self.result(size, options, keep)
+
+    def result(self, size: str, options: Options, keep: Keep) -> dict[str, Any]:
+        """The problem of one size, form by form."""
+        model, lengths = model_of(size), LENGTHS[size]
+        shape = {"model": size.removesuffix("-even"), "dtype": "bfloat16", "parameters": model.parameters}
+        shape |= asdict(lengths)
         work = operations(model, lengths)
         result: dict[str, Any] = {
             "name": "training", "title": "training a policy on one device", "shape": shape,
-            "sizes": ["model", "dtype", "parameters", "tokens_per_pack", "prompt", "response", "packs"],
+            "sizes": ["model", "dtype", "parameters", "tokens_per_pack", "prompt", "response", "packs", "sigma"],
             "status": "ok", "flops": work, "bytes": 0.0, "rows": [],
         }  # fmt: skip
         for form in FORMS:
@@ -268,7 +293,7 @@ class Training:
             for found in run_form(form, size, options):
                 row.update(finished(found, plan, work))
                 keep(result)
-        yield result
+        return result
 
 
 def run_form(form: Form, size: str, options: Options) -> Iterator[dict[str, Any]]:

@@ -16,9 +16,10 @@ from prism_kernels.packing import PackCost, balance, pack_trees
 from prism_kernels.rms_norm import qk_norm_rotate, rms_norm
 from prism_kernels.sample_tokens import sample_tokens
 from prism_kernels.spans import find_tag_spans
-from prism_kernels.tree_attention.api import shared_prompt_decode, tree_attention
+from prism_kernels.swiglu import swiglu
+from prism_kernels.tree_attention.api import segment_attention, shared_prompt_decode, tree_attention
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
-from prism_kernels.tree_attention.layout import TreeLayout
+from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
 __all__ = [
     "DecodeLayout",
@@ -27,6 +28,7 @@ __all__ = [
     "PackCost",
     "PolicyLoss",
     "PolicyObjective",
+    "QueryRows",
     "Routing",
     "RoutingStats",
     "TreeLayout",
@@ -45,7 +47,9 @@ __all__ = [
     "qk_norm_rotate",
     "rms_norm",
     "sample_tokens",
+    "segment_attention",
     "shared_prompt_decode",
+    "swiglu",
     "tree_attention",
     "which_impl",
 ]

@@ -36,7 +36,8 @@ class Impl(str, Enum):
     CPU = "cpu"  # vectorised or bounded-memory torch on a CPU
     TORCH = "torch"  # plain torch with an autograd or a grouping of its own, any device
     SDPA = "sdpa"  # torch's scaled_dot_product_attention, any device
-    VARLEN = "varlen"  # calls over sequences of any length, merged: plain torch, any device
+    FLASH = "flash"  # a FlashAttention library's calls over sequences of any length, merged
+    VARLEN = "varlen"  # the same calls in plain torch, any device
     NATIVE = "native"  # C++ on the host (prism_kernels._C)
     TRITON = "triton"
 
@@ -44,6 +45,7 @@ class Impl(str, Enum):
         return self.value
 
 
+HALF = (torch.bfloat16, torch.float16)
 VMAP, GRAD, JVP = "torch.func.vmap", "torch.func.grad", "forward-mode derivative (torch.func.jvp)"
 TWICE = "second derivative (torch.func.grad of torch.func.grad)"
 TRANSFORMS = (VMAP, GRAD, JVP, TWICE)
@@ -57,6 +59,8 @@ class Implementation:
     ``devices``: torch device types whose tensors it takes. ``unavailable()``: None, or why it cannot run here.
     ``transforms``: what of torch.func goes through it; everything goes through a reference. ``fake``: it computes
     shapes and dtypes of tensors without storage (device "meta"), as an operator with a fake or plain torch does.
+    ``dtypes``: of tensors that it takes; ``gpu_default``: of those on a GPU that auto leaves to it; None: any.
+    ``detail()``: what its name does not say of how it runs here.
     """
 
     name: Impl
@@ -65,6 +69,9 @@ class Implementation:
     unavailable: Callable[[], str | None] = lambda: None
     transforms: tuple[str, ...] = ()  # of TRANSFORMS
     fake: bool = False
+    dtypes: tuple[torch.dtype, ...] | None = None
+    gpu_default: tuple[torch.dtype, ...] | None = None
+    detail: Callable[[], str] = lambda: ""
 
     def load(self) -> Callable:
         module, attribute = self.target.split(":")
@@ -107,16 +114,18 @@ class Op:
     def select(
         self, impl: str | Impl, device: torch.device | str = "cpu", *tensors: Tensor | None
     ) -> tuple[Impl, Callable]:
-        """(name, function) of the implementation to run on tensors of ``device``, ``tensors`` among them.
+        """(name, function) of the implementation to run on tensors of ``device`` and of the dtype of the first of
+        ``tensors``, which are among them.
 
         Raises ValueError for a name this op does not have, RuntimeError for one that cannot run here,
         NotImplementedError for one through which the transform that wraps one of ``tensors`` does not go.
         """
         kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+        dtype = tensors[0].dtype if tensors and tensors[0] is not None else None
         if torch.compiler.is_compiling():
-            chosen = Impl(choose(self.name, str(impl), kind))
+            chosen = Impl(choose(self.name, str(impl), kind, dtype))
             return chosen, self._loaded[chosen]
-        chosen, reason = self._choose(impl, kind)
+        chosen, reason = self._choose(impl, kind, dtype)
         if (kind, chosen) not in self._said:
             self._said.add((kind, chosen))
             log.info("%s on %s: %s (%s)", self.name, kind, chosen, reason)
@@ -145,20 +154,29 @@ class Op:
 
     def auto(self, kind: str) -> tuple[Impl, str]:
         """(implementation, reason) that ``impl="auto"`` runs on tensors of this device type."""
-        return self._choose(Impl.AUTO, kind)
+        chosen, reason = self._choose(Impl.AUTO, kind)
+        row = self.table[chosen]
+        said = [part for part in (reason, row.detail()) if part]
+        if row.dtypes is not None and reason.startswith("default"):
+            said.append(f"float32 and float64: {self._choose(Impl.AUTO, kind, torch.float32)[0]}")
+        return chosen, "; ".join(said)
 
-    def _choose(self, impl: str | Impl, kind: str) -> tuple[Impl, str]:
+    def _choose(self, impl: str | Impl, kind: str, dtype: torch.dtype | None = None) -> tuple[Impl, str]:
         if not isinstance(impl, str) or impl != Impl.AUTO:
-            return self._must(impl, kind, "asked for by argument"), "asked for by argument"
+            return self._must(impl, kind, dtype, "asked for by argument"), "asked for by argument"
         steered = _steering(os.environ.get("PRISM_IMPL", "")).get(self.name)
         if steered is None:
             steered = _steering(os.environ.get("PRISM_IMPL", "")).get("*")
             if steered is not None and steered not in self.table:
                 steered = None
         if steered is not None and steered != Impl.AUTO:
-            return self._must(steered, kind, "asked for by PRISM_IMPL"), "asked for by PRISM_IMPL"
+            return self._must(steered, kind, dtype, "asked for by PRISM_IMPL"), "asked for by PRISM_IMPL"
         passed = []
         for row in self.table.values():
+            why_not = self._why_not_its_dtype(row, kind, dtype, auto=True)
+            if why_not is not None:
+                passed.append(f"{row.name}: {why_not}")
+                continue
             why_not = self._why_not(row, kind, auto=True)
             if kind == "meta" and "cuda" in row.devices and why_not is not None:
                 raise RuntimeError(f"{self.name}: {str(row.name)!r}, a GPU's default, cannot run on meta: {why_not}")
@@ -167,23 +185,38 @@ class Op:
             passed.append(f"{row.name}: {why_not}")
         raise RuntimeError(f"{self.name}: no implementation runs on {kind}: {'; '.join(passed)}")
 
-    def _must(self, impl: str | Impl, kind: str, how: str) -> Impl:
+    def _must(self, impl: str | Impl, kind: str, dtype: torch.dtype | None, how: str) -> Impl:
         names = ", ".join(str(name) for name in self.table)
         try:
             row = self.table[Impl(impl)]
         except (ValueError, KeyError):
             raise wrong(f"impl of {self.name}", f"auto or one of {names}", f"{shown(str(impl))} ({how})") from None
-        why_not = self._why_not(row, kind)
+        why_not = self._why_not(row, kind) or self._why_not_its_dtype(row, kind, dtype)
         if why_not is not None:
-            alternative = self._alternative(kind)
+            alternative = self._alternative(kind, dtype)
             raise RuntimeError(
                 f"{self.name}: implementation {str(impl)!r} ({how}) cannot run on {kind}: {why_not}; "
                 f"use impl='{alternative}' instead"
             )
         return row.name
 
-    def _alternative(self, kind: str) -> Impl:
-        return next((r.name for r in self.table.values() if self._why_not(r, kind) is None), Impl.REFERENCE)
+    def _alternative(self, kind: str, dtype: torch.dtype | None) -> Impl:
+        for row in self.table.values():
+            if not (self._why_not(row, kind) or self._why_not_its_dtype(row, kind, dtype, auto=True)):
+                return row.name
+        return Impl.REFERENCE
+
+    @staticmethod
+    def _why_not_its_dtype(row: Implementation, kind: str, dtype: torch.dtype | None, auto: bool = False) -> str | None:
+        if dtype is None:
+            return None
+        allowed = row.dtypes
+        if allowed is None and auto and kind in ("cuda", "meta"):
+            allowed = row.gpu_default
+        if allowed is None or dtype in allowed:
+            return None
+        names = " or ".join(str(each).removeprefix("torch.") for each in allowed)
+        return f"{'it takes' if row.dtypes else 'auto takes it for'} {names} tensors"
 
     @staticmethod
     def _why_not(row: Implementation, kind: str, auto: bool = False) -> str | None:
@@ -227,10 +260,10 @@ def untransformed(run: Callable, *tensors: Tensor | None) -> Callable:
     return outside
 
 
-def choose(op: str, impl: str, device: str) -> str:
-    """The name of the implementation of an op to run on tensors of this device type; it is loaded then."""
+def choose(op: str, impl: str, device: str, dtype: torch.dtype | None = None) -> str:
+    """The name of the implementation of an op to run on tensors of this device type and dtype; it is loaded then."""
     found = _OPS[op]
-    chosen = found._choose(impl, device)[0]
+    chosen = found._choose(impl, device, dtype)[0]
     found.load(chosen)
     return str(chosen)
 

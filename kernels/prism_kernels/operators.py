@@ -45,7 +45,7 @@ class Operator:
         hints = get_type_hints(run)
         returns = hints.pop("return")
         self.kinds = list(hints.values())
-        self.name = f"prism_kernels::{name}"
+        self.name, self.run = f"prism_kernels::{name}", run
         fields: dict[str, Any] = {}
         for parameter, kind in hints.items():
             fields.update(get_type_hints(kind) if _is_record(kind) else {parameter: kind})

@@ -26,6 +26,7 @@ from prism_fast.models.blocks import (
     run_layers,
 )
 from prism_fast.models.checkpoint_checks import check_values, check_weights, check_words, read_config
+from prism_fast.models.vision import own_vision, planned
 from prism_fast.pack import ImageTokens
 from prism_fast.records import DataError, PackedTree
 from prism_kernels import RoutingStats
@@ -102,16 +103,17 @@ def image_tokens(config) -> ImageTokens:
 class TreeModel(nn.Module):
     """A Qwen3-VL(-MoE) of transformers that reads packed trees: what policy and discriminator share.
 
-    The vision tower stays transformers' own (sdpa, per image). ``norm``: see blocks.Norm.
+    ``on_cpu``: see blocks.Chosen.
     """
 
     model: Any  # transformers' modules say no attributes' types
     always_fp32: frozenset[str] = frozenset()  # names of parameters that are fp32 whatever the model's dtype
 
-    def __init__(self, model: PreTrainedModel, *, norm: str):
+    def __init__(self, model: PreTrainedModel, *, on_cpu: str):
         super().__init__()
         self.model = model
-        own_layers(self.text, norm=norm)
+        own_layers(self.text, on_cpu=on_cpu)
+        own_vision(self.visual)
         self.image = image_tokens(model.config)
         self.recompute: Recompute | None = None
 
@@ -202,10 +204,12 @@ def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
     Images are taken from roots only (``pack.image_row``): a placeholder token in a branch stays an ordinary embedding.
     """
     hidden = backbone.get_input_embeddings()(pack.input_ids)
-    if pack.pixel_values is None:
+    grid = pack.image_grid_thw
+    if pack.pixel_values is None or grid is None:
         return hidden, []
     visual = backbone.visual
-    features = visual(pack.pixel_values.to(visual.dtype), grid_thw=pack.image_grid_thw, return_dict=True)
+    pixels = pack.pixel_values.to(visual.dtype)
+    features = visual(pixels, grid_thw=grid, **planned(visual, grid, pixels.device), return_dict=True)
     pooled, deepstack = features.pooler_output, list(features.deepstack_features)
     if len(pooled) > len(pack.image_row):  # a blank image: it is computed, and no row takes it
         pooled, *deepstack = (x[: len(pack.image_row)] for x in (pooled, *deepstack))

@@ -9,9 +9,9 @@ Dimensions: T rows (tokens of a pack, or one token per response), H hidden, Hq a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,29 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as dense
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as sparse
 
 from prism_fast.pack import KIND_NAMES
-from prism_kernels import Routing, RoutingStats, TreeLayout, moe_mlp, moe_route, tree_attention
-from prism_kernels.rms_norm import rms_norm, rms_norm_rotate
+from prism_kernels import (
+    QueryRows,
+    Routing,
+    RoutingStats,
+    TreeLayout,
+    moe_mlp,
+    moe_route,
+    qk_norm_rotate,
+    rms_norm,
+    swiglu,
+    tree_attention,
+)
+from prism_kernels.rms_norm import rms_norm_rotate
 
 
 class Attend(Protocol):
     """What the rows of a pass see: q (T or Q, Hq, D), k and v (T, Hkv, D) of layer ``layer`` -> as q.
 
-    ``query_row`` (Q,) int64: the rows that the queries are of; None: all.
+    ``query_row`` (Q,): the rows that the queries are of; None: all.
     """
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: QueryRows | None
     ) -> Tensor: ...
 
 
@@ -47,33 +58,44 @@ class ReadOut:
     ``balance``: its router still sees every row, because the load-balancing loss does.
     """
 
-    rows: Tensor  # (Q,) int64
+    rows: QueryRows  # (Q,)
     balance: bool = False
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """Activation checkpointing of a pass."""
+    """Activation checkpointing of a pass. Nothing in a layer draws random numbers: generators are not kept for it."""
 
     use_reentrant: bool = False
 
 
-class Norm(nn.Module):
-    """RMSNorm; with ``rotation``, of attention heads, their rotary embedding too.
+class Chosen(nn.Module):
+    """A module whose op has several implementations, which differ in their last bits.
 
-    ``impl`` (of ``prism_kernels.rms_norm``) is the model's choice. The two differ in their last bits: "reference" has
-    those of transformers' modules, "auto" takes what keeps and moves least, and is what ``PRISM_IMPL`` steers.
+    ``on_cpu``: the one that the model asks for there. "reference" has the bits of transformers' modules; "auto" takes
+    what keeps and moves least, and is what ``PRISM_IMPL`` steers. Off a CPU all take "auto".
     """
+
+    on_cpu: str
+
+    def impl(self, x: Tensor) -> str:
+        return self.on_cpu if x.device.type == "cpu" else "auto"
+
+
+class Norm(Chosen):
+    """RMSNorm, with the residual sum before it, or with what follows it in the same step."""
 
     weight: Tensor
     variance_epsilon: float
-    impl: str
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (T, H), or (T, heads, D) and ``rotation`` (cos, sin), (T, D) each -> as x."""
-        if rotation is None:
-            return rms_norm(x, self.weight, self.variance_epsilon, impl=self.impl)
-        return rms_norm_rotate(x, self.weight, *rotation, self.variance_epsilon, impl=self.impl)
+    def forward(self, x: Tensor, op: Callable[..., Any] | None = None, *, residual: Tensor | None = None) -> Any:
+        """x (T, H) -> as x; with ``residual`` (T, H): (the norm of the sum, the sum).
+
+        ``op``: what is called as ``op(x, weight, eps, impl)`` instead, whose result is returned.
+        """
+        if op is not None:
+            return op(x, self.weight, self.variance_epsilon, self.impl(x))
+        return rms_norm(x, self.weight, self.variance_epsilon, residual=residual, impl=self.impl(x))
 
 
 class Attention(nn.Module):
@@ -88,25 +110,48 @@ class Attention(nn.Module):
     layer_idx: int
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, *, rows: Tensor | None, order: str
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, *, rows: QueryRows | None, order: str
     ) -> Tensor:
         """x (T, H) -> (T, H), or at ``rows`` (Q,) -> (Q, H).
 
         ``order``: "qkv" or "kvq", which projection runs first. The last one's gradient is the first that x gets, and a
         sum of three depends on its order.
         """
-        heads = {}
-        for name in order:
-            at_rows = name == "q" and rows is not None
-            turn = (rotation[0][rows], rotation[1][rows]) if at_rows else rotation
-            heads[name] = self._heads(name, x[rows] if at_rows else x, turn)
-        out = attend(self.layer_idx, heads["q"], heads["k"], heads["v"], scale=self.scaling, query_row=rows)
+        heads = {name: self._heads(name, x if name != "q" or rows is None else x[rows.row]) for name in order}
+        q, k, v = (heads[name] for name in "qkv")
+        if rows is None:
+            q, k = self._rotated(q, k, rotation)
+        else:
+            turn = rotation[0][rows.row], rotation[1][rows.row]
+            q, k = self._rotated_alone(self.q_norm, q, turn), self._rotated_alone(self.k_norm, k, rotation)
+        out = attend(self.layer_idx, q, k, v, scale=self.scaling, query_row=rows)
         return self.o_proj(out.flatten(1))
 
-    def _heads(self, name: str, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Projection as (T, heads, D), queries and keys normalised and rotated."""
-        projected = getattr(self, f"{name}_proj")(x).view(x.shape[0], -1, self.head_dim)
-        return projected if name == "v" else getattr(self, f"{name}_norm")(projected, rotation)
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        """Projection as (T, heads, D)."""
+        return getattr(self, f"{name}_proj")(x).view(x.shape[0], -1, self.head_dim)
+
+    def _rotated(self, q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the same rows, normalised and rotated in one step, inside the calls of both norms."""
+
+        def step(q: Tensor, q_weight: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
+            return self.k_norm(
+                k, lambda k, k_weight, *_: qk_norm_rotate(q, k, q_weight, k_weight, *rotation, eps, impl=impl)
+            )
+
+        return self.q_norm(q, step)
+
+    def _rotated_alone(self, norm: Norm, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return norm(x, lambda x, weight, eps, impl: rms_norm_rotate(x, weight, *rotation, eps, impl=impl))
+
+
+class MLP(Chosen):
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), up=self.up_proj(x), impl=self.impl(x)))
 
 
 class Router(nn.Module):
@@ -148,7 +193,7 @@ class TreeLayer(nn.Module):
     input_layernorm: Norm
     self_attn: Attention
     post_attention_layernorm: Norm
-    mlp: nn.Module | SparseMLP
+    mlp: MLP | SparseMLP
 
     def forward(
         self,
@@ -171,17 +216,19 @@ class TreeLayer(nn.Module):
         rows = None if read is None or balance else read.rows
         normed = self.input_layernorm(hidden)
         attended = self.self_attn(normed, rotation, attend, rows=rows, order="qkv" if read is None else "kvq")
-        hidden = (hidden if rows is None else hidden[rows]) + attended
+        residual = hidden if rows is None else hidden[rows.row]
+        normed, hidden = self.post_attention_layernorm(attended, residual=residual)
         if sparse is None:
-            return (hidden + self.mlp(self.post_attention_layernorm(hidden)),)
+            return (hidden + self.mlp(normed),)
         chosen = {} if chosen is None else chosen
         whole = None
         if read is not None and read.balance:
-            whole = sparse.gate(self.post_attention_layernorm(hidden), kind, chosen.get("every"))
+            whole = sparse.gate(normed, kind, chosen.get("every"))
             chosen.setdefault("every", whole.expert_index.detach())
-            hidden = hidden[read.rows]
-        kind = kind if read is None or kind is None else kind[read.rows]
-        out, routing = sparse(self.post_attention_layernorm(hidden), kind, chosen.get("taken"))
+            hidden = hidden[read.rows.row]
+            normed = self.post_attention_layernorm(hidden)
+        kind = kind if read is None or kind is None else kind[read.rows.row]
+        out, routing = sparse(normed, kind, chosen.get("taken"))
         chosen.setdefault("taken", routing.expert_index.detach())
         stats = (routing if whole is None else whole).stats
         return hidden + out, stats.counts, stats.prob_sum
@@ -191,9 +238,11 @@ OURS = {
     dense.Qwen3VLTextDecoderLayer: TreeLayer,
     dense.Qwen3VLTextAttention: Attention,
     dense.Qwen3VLTextRMSNorm: Norm,
+    dense.Qwen3VLTextMLP: MLP,
     sparse.Qwen3VLMoeTextDecoderLayer: TreeLayer,
     sparse.Qwen3VLMoeTextAttention: Attention,
     sparse.Qwen3VLMoeTextRMSNorm: Norm,
+    sparse.Qwen3VLMoeTextMLP: MLP,
     sparse.Qwen3VLMoeTextSparseMoeBlock: SparseMLP,
     sparse.Qwen3VLMoeTextTopKRouter: Router,
     sparse.Qwen3VLMoeTextExperts: Experts,
@@ -211,15 +260,15 @@ class TextModel(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
 
-def own_layers(text: TextModel, *, norm: str) -> None:
-    """Gives the modules of a Qwen3-VL(-MoE) text model their classes here; ``norm``: see :class:`Norm`.
+def own_layers(text: TextModel, *, on_cpu: str) -> None:
+    """Gives the modules of a Qwen3-VL(-MoE) text model their classes here; ``on_cpu``: see :class:`Chosen`.
 
     In place: weights may be tied, sharded or on a device already. Raises TypeError on a layer that it does not know.
     """
     for module in text.modules():
         module.__class__ = OURS.get(type(module), type(module))
-        if isinstance(module, Norm):
-            module.impl = norm
+        if isinstance(module, Chosen):
+            module.on_cpu = on_cpu
     for i, layer in enumerate(text.layers):
         if not isinstance(layer, TreeLayer):
             raise TypeError(f"layer {i}: got {type(layer).__name__}, expected a decoder layer of Qwen3-VL(-MoE)")
@@ -265,4 +314,4 @@ def _run(layer: nn.Module, hidden: Tensor, arguments: tuple, recompute: Recomput
             "checkpoint_activations: reentrant checkpointing gives no gradient where a layer's input has none "
             "(embeddings and vision tower are frozen); use use_reentrant=False"
         )
-    return checkpoint(layer, hidden, *arguments, use_reentrant=recompute.use_reentrant)
+    return checkpoint(layer, hidden, *arguments, use_reentrant=recompute.use_reentrant, preserve_rng_state=False)

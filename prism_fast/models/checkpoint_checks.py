@@ -108,6 +108,8 @@ def _config_faults(config: Any) -> Iterator[str]:
         yield f"text_config.num_key_value_heads is {text.num_key_value_heads}, no divisor of {text.num_attention_heads}"
     if not 0 < text.rms_norm_eps < 1:
         yield f"text_config.rms_norm_eps is {text.rms_norm_eps}, expected a small positive number"
+    if text.hidden_act != "silu":
+        yield f"text_config.hidden_act is {text.hidden_act!r}, expected 'silu', as every Qwen3-VL has"
     rope = text.rope_parameters
     if not _number(rope.get("rope_theta")) or rope["rope_theta"] <= 1:
         yield f"text_config.rope_theta is {rope.get('rope_theta')!r}, expected a number above 1"

@@ -26,7 +26,7 @@ class Discriminator(TreeModel):
     always_fp32 = frozenset({"head"})
 
     def __init__(self, model: Qwen3VLMoeForConditionalGeneration, head: Tensor, *, dropout: float = 0.0):
-        super().__init__(model, norm="auto")
+        super().__init__(model, on_cpu="auto")
         self.head = nn.Parameter(head.detach().float().reshape(-1).to(model.device))
         self.dropout = dropout
         config = self.model.config.text_config
@@ -65,7 +65,7 @@ class Discriminator(TreeModel):
         hidden, stats = self.hidden_states(
             pack,
             positions=_one_dimensional(pack) if text_positions else None,
-            read=ReadOut(pack.readout_row, balance),
+            read=ReadOut(pack.readout, balance),
         )
         hidden = hidden.float()
         if self.dropout and self.training:

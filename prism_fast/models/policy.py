@@ -40,7 +40,7 @@ class Policy(TreeModel):
     def __init__(
         self, model: Qwen3VLForConditionalGeneration, forbidden: tuple[int, ...] = (), words: int | None = None
     ):
-        super().__init__(model, norm="reference")  # the bits of transformers' own forward
+        super().__init__(model, on_cpu="reference")  # the bits of transformers' own forward
         model.lm_head.__class__ = LMHead  # in place: the weight may be tied to the embeddings
         bias = torch.zeros(self.model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
         bias[list(forbidden)] = -1e9
@@ -70,7 +70,9 @@ class Policy(TreeModel):
     def checkpoint_activations(self) -> None:
         """Layers and vision blocks recompute their activations in the backward; gradients stay the same."""
         self.recompute = Recompute()
-        self.visual._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        self.visual._set_gradient_checkpointing(
+            True, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        )
 
     def forward(self, pack: PackedTree, *, op: Callable | None = None, attend: Attend | None = None, **kwargs):
         """Hidden states behind the last norm, (T, H); with ``op``, what this LM-head op makes of them.

@@ -6,6 +6,7 @@ A session knows no model, no kernel and no data: a stage hands in what is saved,
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,14 +61,19 @@ class Stopped(Exception):
 
 
 def set_up_torch(config: RunConfig) -> None:
-    """Seeds, threads, and on a CPU algorithms that give the same bits every time."""
+    """Seeds, threads, and algorithms that give the same bits every time: on a GPU where the run asks for them."""
     torch.manual_seed(config.seed)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.deterministic and not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if config.deterministic if config.deterministic is not None else not on_gpu:
         # Root rows repeat in a tree; the backward of an index with repeated rows is otherwise not repeatable.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+        if on_gpu:
+            # Without it torch refuses products of matrices: cuBLAS takes whichever workspace is free otherwise.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False  # which algorithm is the fastest is measured anew in every process
 
 
 class Clock:

@@ -21,6 +21,7 @@ from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.own_packs import own_packs
 from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.readings import read_rows
 from prism_fast.steps.update import Backprop
 from prism_kernels import find_tag_spans
 
@@ -104,8 +105,8 @@ def discriminator_gradient(
         updater.backward(part)
         if number != SPARE:
             own[f"loss.{number}"] = part.detach()
-            own[f"score.{number}"] = length_corrected(score.detach(), lengths, config.length_correction).cpu()
-    of_pack = ranks.merge(own)
+            own[f"score.{number}"] = length_corrected(score.detach(), lengths, config.length_correction)
+    of_pack = ranks.merge(dict(zip(own, read_rows([value.reshape(-1) for value in own.values()]))))  # the one wait
     loss, score_of_part = 0.0, torch.zeros(labels.total)
     for number in range(len(packs)):
         loss += float(of_pack[f"loss.{number}"])
@@ -137,15 +138,17 @@ def _pair_scores(
     ``branch``: PackedTree.branch_of; ``uncounted`` (prompts,): the weight of a teacher's square.
     """
     teacher, student = (
-        index.to(raw.device) for index in compared(branch, labels.teacher[:, group].T, labels.student.T)
+        index.to(raw.device, non_blocking=True)
+        for index in compared(branch, labels.teacher[:, group].T, labels.student.T)
     )
     here = branch[labels.teacher[0]] >= 0  # prompts of this pack
+    teachers, weight = branch[labels.teacher.T[here]].flatten(), uncounted[here].repeat_interleave(2)
     return PairScores(
         student=corrected.index_select(0, student),
         teacher=corrected.index_select(0, teacher),
         student_raw=raw.index_select(0, student),
-        teacher_raw=raw.index_select(0, branch[labels.teacher.T[here]].flatten().to(raw.device)),
-        teacher_weight=uncounted[here].repeat_interleave(2).to(raw),
+        teacher_raw=raw.index_select(0, teachers.to(raw.device, non_blocking=True)),
+        teacher_weight=weight.to(raw.device, raw.dtype, non_blocking=True),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.own_packs import own_packs
 from prism_fast.steps.pair_loss import bradley_terry
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.readings import read, read_rows
 from prism_fast.steps.update import Backprop
 from prism_kernels import load_balancing_loss
 
 AT_ONCE = 256  # held-out records
+NUMBERS = 6  # that a pack adds to the figures of a batch, before its scores
 
 
 def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
@@ -43,7 +45,7 @@ def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int
     score (branches,) on any device; ``packed`` on the host.
     """
     branches = compared(packed.branch_of(labels.total), labels.teacher[side], labels.student[side])
-    teacher, student = (score.index_select(0, index.to(score.device)) for index in branches)
+    teacher, student = (score.index_select(0, index.to(score.device, non_blocking=True)) for index in branches)
     return teacher, student
 
 
@@ -67,27 +69,23 @@ def pair_gradient(
     for number, packed in own_packs(updater, packs):
         with _drawing_by(seeds[number] if seeds and number != SPARE else None, discriminator.device):
             judgement = updater(packed.to(discriminator.device), balance=balance_coef > 0)
-        loss = judgement.score.new_zeros(())
-        figures = _PackFigures(number)
-        for side in range(2):
-            teacher, student = pair_scores(judgement.score, packed, labels, side)
-            pair_loss = bradley_terry(teacher, student).sum() / records
-            loss = loss + pair_loss / 2
-            figures.pair_loss.append(float(pair_loss.detach()))
-            figures.right.append(int((teacher > student).sum()))
-            figures.pairs.append(len(teacher))
+        loss = balance = judgement.score.new_zeros(())
+        sides = [pair_scores(judgement.score, packed, labels, side) for side in range(2)]
+        pair_loss = [bradley_terry(teacher, student).sum() / records for teacher, student in sides]
+        for part in pair_loss:
+            loss = loss + part / 2
         if balance_coef > 0 and number == SPARE:  # the same outputs have gradients everywhere
             loss = loss + sum(stats.prob_sum[:0].sum() for stats in judgement.stats)
         elif balance_coef > 0:
             balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
             loss = loss + balance_coef * balance
-            figures.balance_loss = float(balance.detach())
         updater.backward(loss)
         load.add(judgement.stats, counted=number != SPARE)
         if number != SPARE:
-            figures.loss = float(loss.detach())
-            figures.broken = packed.label[~judgement.score.detach().isfinite().cpu()].tolist()
-            found.append(figures)
+            right = [(teacher > student).sum() for teacher, student in sides]
+            score = judgement.score.detach()
+            row = torch.cat([torch.stack([x.detach().to(score) for x in (loss, balance, *pair_loss, *right)]), score])
+            found.append(_PackFigures(number, [len(teacher) for teacher, _ in sides], packed.label, row))
     return _over_packs(found, balanced=balance_coef > 0)
 
 
@@ -101,39 +99,39 @@ def _drawing_by(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _PackFigures:
-    """What one pack adds to a batch's figures; lists are by side."""
+class _PackFigures(NamedTuple):
+    """What one pack adds to a batch's figures."""
 
     number: int
-    loss: float = 0.0
-    balance_loss: float = 0.0
-    pair_loss: list[float] = field(default_factory=list)
-    right: list[int] = field(default_factory=list)
-    pairs: list[int] = field(default_factory=list)
-    broken: list[int] = field(default_factory=list)  # labels of parts whose score is not finite
+    pairs: list[int]  # by side
+    label: Tensor  # (branches,), on the host
+    row: (
+        Tensor  # (NUMBERS + branches,): loss, balance loss, by side pair loss, by side pairs in the right order; scores
+    )
 
 
 def _over_packs(own: Sequence[_PackFigures], *, balanced: bool) -> tuple[dict[str, float], set[int]]:
     """As `pair_gradient` returns it, of the packs of all processes, in their order."""
-    found = sorted((_PackFigures(**f) for part in ranks.gather([vars(f) for f in own]) for f in part), key=_number)
+    rows = read_rows([figures.row for figures in own])  # the step's one wait
+    plain = [
+        (figures.number, figures.pairs, row[:NUMBERS].tolist(), figures.label[~row[NUMBERS:].isfinite()].tolist())
+        for figures, row in zip(own, rows)
+    ]
+    found = sorted((figures for part in ranks.gather(plain) for figures in part), key=lambda figures: figures[0])
     metrics: dict[str, float] = {names.LOSS: 0.0, **{names.PAIR_LOSS[side]: 0.0 for side in names.SIDES}}
     broken: set[int] = set()
-    for figures in found:
+    for _, _, (loss, balance, *pair_loss, _, _), faulty in found:
         for side, name in enumerate(names.SIDES):
-            metrics[names.PAIR_LOSS[name]] += figures.pair_loss[side]
+            metrics[names.PAIR_LOSS[name]] += pair_loss[side]
         if balanced:
-            metrics[names.BALANCE_LOSS] = metrics.get(names.BALANCE_LOSS, 0.0) + figures.balance_loss
-        metrics[names.LOSS] += figures.loss
+            metrics[names.BALANCE_LOSS] = metrics.get(names.BALANCE_LOSS, 0.0) + balance
+        metrics[names.LOSS] += loss
         if not broken and not math.isfinite(metrics[names.LOSS]):
-            broken = set(figures.broken)
+            broken = set(faulty)
     for side, name in enumerate(names.SIDES):
-        metrics[names.PAIR_ACCURACY[name]] = _share([f.right[side] for f in found], [f.pairs[side] for f in found])
+        right, pairs = [values[4 + side] for _, _, values, _ in found], [pairs[side] for _, pairs, _, _ in found]
+        metrics[names.PAIR_ACCURACY[name]] = _share(right, pairs)
     return metrics, broken
-
-
-def _number(figures: _PackFigures) -> int:
-    return figures.number
 
 
 def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecord]) -> str | None:
@@ -150,7 +148,7 @@ def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecor
 def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_per_pack: int) -> dict[str, float]:
     """How often the teacher's part scores higher than the student's, on held-out records, AT_ONCE of them in memory."""
     discriminator = updater.module
-    right: list[list[int]] = [[], []]
+    right: list[list[Tensor]] = [[], []]
     pairs: list[list[int]] = [[], []]
     discriminator.eval()
     with updater.gathered():
@@ -162,16 +160,16 @@ def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_pe
                 score = discriminator(packed.to(discriminator.device)).score
                 for side in range(2):
                     teacher, student = pair_scores(score, packed, labels, side)
-                    right[side].append(int((teacher > student).sum()))
+                    right[side].append((teacher > student).sum())
                     pairs[side].append(len(teacher))
     discriminator.train()
-    counted = ranks.gather([right, pairs])
+    counted = ranks.gather([[read(found) for found in right], pairs])
     return {
         f"pair_accuracy_{name}": _share(*([n for part in counted for n in part[what][side]] for what in range(2)))
         for side, name in enumerate(names.SIDES)
     }
 
 
-def _share(right: Sequence[int], pairs: Sequence[int]) -> float:
+def _share(right: Sequence[float], pairs: Sequence[int]) -> float:
     """How many of the comparisons were right."""
     return float(torch.tensor(float(sum(right))) / sum(pairs))

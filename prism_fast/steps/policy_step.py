@@ -14,6 +14,7 @@ from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, Rollout
 from prism_fast.steps.own_packs import own_packs
+from prism_fast.steps.readings import read
 from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
 
@@ -52,8 +53,8 @@ def policy_gradient(
     device = policy.device
     loss, measured = torch.zeros((), device=device), []
     for number, packed in own_packs(updater, packs):
-        sampled = torch.cat([torch.zeros(0), *(rollout.logprob[i] for i in packed.label.tolist())]).to(device)
-        advantage = advantages[packed.label].to(device)
+        sampled = torch.cat([torch.zeros(0), *(rollout.logprob[i] for i in packed.label.tolist())])
+        sampled, advantage = (x.to(device, non_blocking=True) for x in (sampled, advantages[packed.label]))
         packed = packed.to(device)
         out = updater(
             packed,
@@ -71,12 +72,14 @@ def policy_gradient(
         updater.backward(out.loss)
         loss = loss + out.loss.detach()
         if number != SPARE:
-            measured.append({name: float(value) for name, value in out.stats.items()})
+            measured.append(out.stats)
     ranks.add(loss)
-    measured = [stats for part in ranks.gather(measured) for stats in part]
-    metrics = {names.LOSS: float(loss), names.ZERO_ADVANTAGE: float((advantages == 0).float().mean())}
+    numbers = iter(read([loss, *(value for stats in measured for value in stats.values())]))  # the step's one wait
+    metrics = {names.LOSS: next(numbers), names.ZERO_ADVANTAGE: float((advantages == 0).float().mean())}
     if rollout.num_tokens:
         metrics[names.ENTROPY] = -float(torch.cat(list(rollout.logprob)).sum()) / rollout.num_tokens
+    own = [dict(zip(stats, numbers)) for stats in measured]
+    measured = [stats for part in ranks.gather(own) for stats in part]
     return metrics | _over_packs(measured), packs.num_tokens
 
 

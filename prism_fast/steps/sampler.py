@@ -19,7 +19,7 @@ from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree, build_pack, merge_prompts, mrope_positions
 from prism_fast.records import Prompt, Rollout
 from prism_fast.steps.update import Backprop
-from prism_kernels import TreeLayout, tree_attention
+from prism_kernels import QueryRows, TreeLayout, tree_attention
 from prism_kernels.tree_attention.dense_decode import DenseLayout, dense_decode
 
 CACHE_BLOCK = 64  # the cache of generated tokens grows by so many
@@ -36,7 +36,7 @@ class _Prefill:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, (Hkv, T, D)
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: QueryRows | None
     ) -> Tensor:
         self.kept[layer] = k.transpose(0, 1), v.transpose(0, 1)
         return tree_attention(q, k, v, self.layout, scale=scale, query_row=query_row)
@@ -62,7 +62,7 @@ class _Decode:
         self.layout = self.layout.keep(rows)
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: QueryRows | None
     ) -> Tensor:
         prompt_k, prompt_v = self.prompt[layer]
         own_k, own_v = self._append(layer, k, v)

@@ -1,8 +1,10 @@
 """The benchmark harness: its statistics, what it refuses, what it writes, and RESULTS.md."""
 
 import json
+import signal
 import statistics
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks.catalog import CATALOG, load
-from benchmarks.harness import compare, machine, measure, op, peers, run
+from benchmarks.harness import compare, lengths, machine, measure, op, peers, run
 from benchmarks.harness.document import RESULTS, exit_status, validate
 from benchmarks.harness.measure import Summary, Timer, Unavailable
 from benchmarks.harness.op import Contender, Problem, Tolerance
@@ -20,6 +22,7 @@ from prism_kernels import tuned_options
 
 CPU = torch.device("cpu")
 QUICK = Options(device=CPU, rounds=3, memory=False)
+SOMEWHERE = {"device": "NVIDIA H200", "kind": "cuda", "python": "3.12", "threads": 1, "packages": {"torch": "2.11"}}
 
 
 def test_quartiles_are_those_of_the_standard_library():
@@ -50,6 +53,27 @@ def test_contenders_take_turns_and_one_that_raises_leaves():
     assert set(samples) == {"a", "b"} and all(len(values) == 4 for values in samples.values())
     assert failed == {"c": "MemoryError: no more"}
     assert "".join(calls[3:6]) == "abc" and "".join(calls[6:9]) == "cba"  # after a warm-up of each
+
+
+def test_lengths_are_log_normal():
+    """Of 40,000: mean 1 to five times the deviation of a mean, and 0.45 of the logarithm likewise."""
+    random, count = torch.Generator().manual_seed(1), 40_000
+    drawn = torch.tensor(lengths.factors(count, 0.45, random), dtype=torch.float64)
+    assert (
+        abs(drawn.mean() - 1) < 5 * 0.475 * count**-0.5
+        and abs(drawn.log().std() - 0.45) < 5 * 0.45 * (2 * count) ** -0.5
+    )
+    before = random.get_state()
+    assert lengths.factors(3, 0.0, random) == [1.0] * 3 and torch.equal(random.get_state(), before)
+    assert lengths.scaled(9, 0.01) == 1 and lengths.scaled(200, 1.5) == 300
+
+
+def test_what_was_measured_is_kept_after_every_round():
+    seen = []
+    calls = {"a": lambda: None, "b": lambda: None}
+    samples, _ = measure.interleave(calls, Timer(CPU), 0.0, 3, keep=lambda some, failed: seen.append(
+        {name: len(values) for name, values in some.items()}))  # fmt: skip
+    assert seen == [{"a": count, "b": count} for count in (1, 2, 3)] and len(samples["a"]) == 3
 
 
 def problem(ours=1.0, peer=1.0, **changes):
@@ -88,6 +112,80 @@ def test_no_speed_for_a_wrong_peer_alone():
     ours, peer, _ = result["rows"]
     assert result["status"] == "ok" and "median_s" in ours
     assert peer["status"] == "wrong" and "median_s" not in peer
+
+
+def test_a_busy_machine_is_timed_by_the_seconds_of_the_process(monkeypatch, capsys):
+    with monkeypatch.context() as played:
+        played.setattr(time, "process_time", iter([1.0, 4.0]).__next__)
+        assert Timer(CPU, busy=True).once(lambda: None) == 3.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert command.main(["advantage", "--device", "cpu", "--shape", "tiny", "--peers", "", "--dry-run", "--busy"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["clock"] == "process" and "CPU seconds of the process" in results.render([found])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit):
+        command.main(["advantage", "--device", "cpu", "--busy"])
+    assert "got 2 threads" in capsys.readouterr().err
+
+
+class Bench:
+    """A benchmark of one problem."""
+
+    op = "some"
+
+    def __init__(self, found):
+        self.found = found
+
+    def dtypes(self, options):
+        return {}
+
+    def results(self, options, keep):
+        yield op.run_problem("module", self.found, options, Timer(CPU), keep)
+
+
+class Count:
+    """A contender's call, which acts at the ``last``; two warm-ups, a check and a look at its length are before."""
+
+    def __init__(self, last, act):
+        self.left, self.act = last, act
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        time.sleep(2e-3)  # long enough for one call a sample
+        return {"y": torch.ones(4)}
+
+
+def with_second(act, last):
+    first = Contender("ours", lambda: lambda: (time.sleep(2e-3), {"y": torch.ones(4)})[1], "ours")
+    return problem(contenders=[first, Contender("peer", lambda: Count(last, act))])
+
+
+def test_an_interrupted_benchmark_keeps_its_rounds(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    found = with_second(lambda: signal.raise_signal(signal.SIGINT), 1 + 2 + 1 + 3)
+    document = run.run(Bench(found), Options(device=CPU, rounds=9, memory=False, json_path=path))
+    assert not document["complete"] and exit_status(document) == 130 and "interrupted" in capsys.readouterr().err
+    assert document == json.loads(path.read_text())
+    assert [row["samples"] for row in document["problems"][0]["rows"]] == [2, 2]
+    validate(document)
+    assert "cut off" in results.render([document | {"environment": SOMEWHERE}])
+
+
+def test_a_contender_that_fails_late_leaves_no_times(tmp_path):
+    def fail():
+        raise MemoryError("no more")
+
+    kept = []
+    found = op.run_problem("module", with_second(fail, 1 + 2 + 1 + 3), Options(device=CPU, rounds=5, memory=False),
+                           Timer(CPU), lambda result: kept.append(json.loads(json.dumps(result))))  # fmt: skip
+    assert [["median_s" in row for row in result["rows"]] for result in kept] == [[True, True]] * 2 + [
+        [True, False]
+    ] * 3
+    assert found["rows"][1] == {"name": "peer", "role": "peer", "status": "failed", "reason": "MemoryError: no more",
+                                "errors": found["rows"][1]["errors"]}  # fmt: skip
+    validate(document(problems=[found]))
 
 
 def test_failing_tests_of_the_op_stop_everything(tmp_path, monkeypatch):
@@ -157,6 +255,7 @@ def test_help_names_every_benchmark_and_what_one_takes(words, capsys):
         (["advantage", "--save", "--no-tests"], "made from tested results"),
         (["advantage", "--save", "--dry-run"], "made from tested results"),
         (["advantage", "--save", "--base", "HEAD"], "compares commits"),
+        (["advantage", "--busy", "--base", "HEAD"], "without --base"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
@@ -166,7 +265,7 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     assert error.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["linear_logprob", "advantage", "moe"])
+@pytest.mark.parametrize("name", ["linear_logprob", "advantage", "moe", "tree_attention"])
 def test_every_peer_has_a_row_with_its_reason(name):
     bench = load(name)
     problems = bench.problems(bench.shapes["tiny"][0], CPU)
@@ -207,13 +306,7 @@ def document(**changes):
     verl |= {"median_s": 4.8, "low_s": 4.7, "high_s": 4.9, "times_ours": 2.4}
     shape = {"T": 8192, "H": 2560, "V": 151936, "dtype": "bf16"}
     found = {"name": "policy_loss", "title": "policy loss", "shape": shape, "flops": 1.0, "bytes": 1.0, "status": "ok"}
-    environment = {
-        "device": "NVIDIA H200",
-        "kind": "cuda",
-        "python": "3.12",
-        "threads": 1,
-        "packages": {"torch": "2.11"},
-    }
+    environment = SOMEWHERE
     result = {
         "schema": 1,
         "op": "linear_logprob",

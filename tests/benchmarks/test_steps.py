@@ -1,6 +1,8 @@
 """The benchmarks of whole steps: all ways agree, wrong ones show no time, FLOPs are counted right, memory is seen."""
 
+import contextlib
 import json
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.__main__ import main
 from benchmarks.harness import processes
+from benchmarks.harness.run import Options
 from benchmarks.steps import discriminator, discriminator_case, policy, step
-from benchmarks.steps.case import GPU, MINI
+from benchmarks.steps.case import GPU, MINI, draw
 
 QUICK = ["--shape", "mini", "--rounds", "1", "--experts", "eager", "--no-memory"]
 STEPS = pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def three_products(hidden, weight, *_, out_shape=None, **kwargs):
 def test_flops_equal_the_counted_ones(module, outputs, checkpointing):
     """Lengths are equal within a side, so that torch's attention pads nothing; its math form counts every product."""
     bench = module.BENCH
-    case = case_of(bench, checkpointing=checkpointing, caption=40, reasoning=80, responses=2, spread=0.0)
+    case = case_of(bench, checkpointing=checkpointing, caption=40, reasoning=80, responses=2, sigma=0.0)
     expected = bench.flops(case, checkpointing=checkpointing)
     for way, flops in zip(bench.ways(checkpointing), expected, strict=True):
         # What the counter does not know: the experts' weight gradients, and our head, an operator of its own.
@@ -135,7 +138,10 @@ def test_the_reference_encodes_prompt_and_image_96_times():
     def count(module, arguments, output):
         seen["update" if torch.is_grad_enabled() else "scoring"] += 1
 
-    with case.model.model.visual.patch_embed.register_forward_hook(count):
+    towers = [case.model.model.visual, case.module.visual]
+    with contextlib.ExitStack() as hooks:
+        for tower in towers:
+            hooks.enter_context(tower.patch_embed.register_forward_hook(count))
         discriminator.reference(case)
         assert seen == {"scoring": 32, "update": 64}
         seen.update(scoring=0, update=0)
@@ -150,8 +156,56 @@ def test_data_with_a_near_tie_of_the_router_is_passed_over(monkeypatch):
     seeds = []
     monkeypatch.setattr(discriminator_case, "draw", lambda shape, seed, draw=discriminator_case.draw: (
         seeds.append(seed), draw(shape, seed))[1])  # fmt: skip
-    step.without_near_ties(bench, MINI, torch.device("cpu"), False)
-    assert seeds == [0, 1, 2]
+    _, seed = step.without_near_ties(bench, MINI, torch.device("cpu"), False)
+    assert seeds == [0, 1, 2] and seed == 2
+
+
+@STEPS
+def test_lengths_are_ragged_first_and_nearly_equal_second(module, outputs):
+    bench = module.BENCH
+    for ragged, even in (names[:2] for names in bench.default.values()):
+        ragged, even = bench.shapes[ragged], bench.shapes[even]
+        assert ragged.sigma == 0.45 and replace(ragged, sigma=0.0, spread=even.spread) == even
+    parts = {shape: draw(bench.shapes[shape], 0)[1] for shape in ("tiny", "tiny-even")}
+    means = (bench.shapes["tiny"].caption, bench.shapes["tiny"].reasoning)
+    off = {shape: [abs(len(ids) / mean - 1) for pair in found for ids, mean in zip(pair, means)]
+           for shape, found in parts.items()}  # fmt: skip
+    assert max(off["tiny-even"]) <= 0.15 < sorted(off["tiny"])[len(off["tiny"]) // 2]
+
+
+def test_memory_is_measured_on_the_data_that_are_timed(monkeypatch):
+    """The data of a later seed, where the first ones have near ties."""
+    margins, asked, kept = iter([1e-9, 0.01]), [], []
+    bench = replace(discriminator.BENCH, margin=lambda case: next(margins))
+    monkeypatch.setattr(processes, "peak_memory", lambda request: (asked.append(request), (2, 1))[1])
+    options = Options(device=torch.device("cpu"), rounds=1, experts="eager")
+    found = step.problem(bench, "mini", options, kept.append)
+    assert found["seed"] == 1 and {request["seed"] for request in asked} == {1}
+    case = bench.build(MINI, dtype=torch.float32, device=torch.device("cpu"), seed=1)
+    assert found["lengths"] == [len(ids) for ids in case.rollout.response_ids]
+    built = []
+    timed = replace(bench, build=lambda shape, **given: (built.append((shape, given["seed"])), case)[1])
+    timed.memory_call(asked[-1])
+    assert built[-1] == (MINI, 1)
+
+
+def test_an_interrupted_step_keeps_its_rounds(monkeypatch, tmp_path, capsys):
+    """Ctrl-C in the third round; agreement, a warm-up and a look at the length have run each way before."""
+    ways, calls, path = policy.WAYS, [], tmp_path / "result.json"
+
+    def interrupted(case):
+        calls.append(1)
+        if len(calls) == 3 + 3:
+            signal.raise_signal(signal.SIGINT)
+        return ways[-1].run(case)
+
+    monkeypatch.setattr(policy, "WAYS", (ways[0], replace(ways[-1], run=interrupted)))
+    words = ["policy", *QUICK, "--json", str(path)]
+    words[words.index("--rounds") + 1] = "9"
+    assert main(words) == 130
+    found = json.loads(path.read_text())
+    assert not found["complete"] and found == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["samples"] for row in found["problems"][0]["rows"]] == [2, 2]
 
 
 def test_peak_memory_on_a_gpu_is_over_weights_without_earlier_gradients(monkeypatch):
@@ -174,7 +228,7 @@ def test_peak_memory_on_a_gpu_is_over_weights_without_earlier_gradients(monkeypa
 
 def test_peak_memory_of_a_step_holds_its_gradients():
     request = {"module": policy.__name__, "shape": "mini", "way": "ours (+ fused head)", "dtype": "float32"}
-    request |= {"recompute": False, "experts": None}
+    request |= {"recompute": False, "experts": None, "seed": 0}
     peak, outputs = processes.peak_memory(request)
     case = case_of(policy.BENCH)
     assert peak >= outputs >= sum(p.numel() * 4 for p in case.module.parameters())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -38,12 +39,24 @@ def test_dimensions_are_the_published_ones_and_lengths_the_recipes():
     assert recipe.policy_optimizer.offload and recipe.cluster.sharding == ZERO.sharding and ZERO.offload
     assert recipe.policy.activation_checkpointing
     assert lengths.tokens_per_pack == recipe.run.tokens_per_pack and lengths.prompt == recipe.data.max_prompt_tokens
-    assert max(lengths.responses()) == lengths.response == recipe.rollout.max_response_tokens
+    assert lengths.response == recipe.rollout.max_response_tokens
+    assert set(training.LENGTHS["4b-even"].responses(0)[:-1]) == {lengths.response}
+    ragged = [length for number in range(2) for length in lengths.responses(number)]
+    assert len(set(ragged)) > len(ragged) // 2 and max(ragged) <= lengths.response
 
 
-@pytest.mark.parametrize("size", ["4b", "tiny"])
+def test_a_gpu_trains_on_ragged_lengths_first(monkeypatch):
+    given = Namespace(dry_run=False, device="cuda", shape=None, form=None)
+    assert training.BENCH.options(given)["shapes"] == ("4b", "4b-even")
+    monkeypatch.setattr(training, "run_form", lambda form, size, options: iter([{"status": "failed", "steps": []}]))
+    found = list(training.BENCH.results(Options(device=CPU, shapes=("4b", "4b-even")), lambda result: None))
+    assert [(result["shape"]["model"], result["shape"]["sigma"]) for result in found] == [("4b", 0.45), ("4b", 0.0)]
+    assert found[0]["flops"] < found[1]["flops"]  # shorter responses have fewer pairs
+
+
+@pytest.mark.parametrize("size", training.LENGTHS)
 def test_packs_are_full(size):
-    lengths, shape = replace(training.LENGTHS[size], grid=(2, 2)), training.shape_of(training.MODELS[size])
+    lengths, shape = replace(training.LENGTHS[size], grid=(2, 2)), training.shape_of(training.model_of(size))
     rollout, advantages = training.made_up(shape, lengths)
     packs = pack(response_trees(rollout), lengths.tokens_per_pack, ImageTokens(shape.vocab - 5, MERGE))
     assert [part.input_ids.numel() for part in packs] == [lengths.tokens_per_pack] * lengths.packs

@@ -13,6 +13,7 @@ from prism_kernels import (
     DecodeLayout,
     PackCost,
     PolicyObjective,
+    QueryRows,
     TreeLayout,
     balance,
     find_tag_spans,
@@ -29,7 +30,9 @@ from prism_kernels import (
     qk_norm_rotate,
     rms_norm,
     sample_tokens,
+    segment_attention,
     shared_prompt_decode,
+    swiglu,
     tree_attention,
 )
 from prism_kernels.moe import plan_routing
@@ -88,7 +91,13 @@ VALID = {
         "q": random(2, 4, 8), "k": random(5, 2, 8), "v": random(5, 2, 8),
         "layout": TreeLayout.build([2, 2, 1], [-1, 0, 0]), "scale": 1.0, "query_row": torch.tensor([1, 4]),
     },
+    segment_attention: {
+        "q": random(5, 4, 8), "k": random(5, 2, 8), "v": random(5, 2, 8), "lengths": [3, 2], "causal": True,
+        "scale": 1.0,
+    },
     TreeLayout.build: {"lengths": [2, 2, 1], "prefix": [-1, 0, 0], "device": "cpu"},
+    QueryRows.build: {"row": torch.tensor([1, 4])},
+    DecodeLayout.build: {"group": torch.tensor([0, 1, 1]), "prompt_lengths": [3, 2]},
     DecodeLayout.build: {"rows": 3, "prompts": 2, "prompt_tokens": 5, "own_tokens": 70, "rows_per_tile": 4,
                          "device": "cpu"},
     shared_prompt_decode: {
@@ -103,6 +112,7 @@ VALID = {
     balance: {"costs": [5.0, 4.0, 3.0, 2.0], "num_ranks": 2, "groups": [0, 0, 1, 1], "equal_count": True},
     find_tag_spans: {"token_ids": [0, 1, 2, 3, 4, 5], "token_bytes": PIECES, "tags": ("a", "b")},
     rms_norm: {"x": random(5, 8), "weight": torch.ones(8), "eps": 1e-6, "residual": random(5, 8)},
+    swiglu: {"gate_up": random(5, 8), "up": random(5, 8)},
     qk_norm_rotate: {
         "q": random(5, 4, 8), "k": random(5, 2, 8), "q_weight": torch.ones(8), "k_weight": torch.ones(8),
         "cos": random(5, 8), "sin": random(5, 8), "eps": 1e-6,
@@ -173,8 +183,10 @@ def test_a_bad_argument_is_named_in_one_line(op, name):
             pytest.fail(f"{op.__qualname__} takes {name} = {bad!r}")
 
 
-@pytest.mark.parametrize("op", [op for op in VALID if op not in (PolicyObjective, TreeLayout.build, DecodeLayout.build,
-                                                                PackCost, load_balancing_loss)])  # fmt: skip
+WITHOUT = (PolicyObjective, TreeLayout.build, QueryRows.build, DecodeLayout.build, PackCost, load_balancing_loss)
+
+
+@pytest.mark.parametrize("op", [op for op in VALID if op not in WITHOUT])
 @pytest.mark.parametrize("impl", [None, 1, "fast", np.ones(2), ["cpu"]])
 def test_an_implementation_that_does_not_exist(op, impl):
     with pytest.raises(ValueError, match=r"impl of \w+: expected auto or one of [^\n]*$"):
@@ -260,7 +272,7 @@ def test_scores_that_require_grad_are_constants():
 
 TRANSFORMED = (
     group_normalize, multi_reward_advantage, linear_logprob, linear_cross_entropy, linear_objective, linear_policy_loss,
-    moe_route, moe_mlp, tree_attention, rms_norm, qk_norm_rotate,
+    moe_route, moe_mlp, tree_attention, segment_attention, rms_norm, swiglu, qk_norm_rotate,
 )  # fmt: skip
 
 

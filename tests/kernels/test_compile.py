@@ -1,10 +1,13 @@
 """Ops under torch.compile(fullgraph=True) on a CPU: forward and backward as without it. And what operators promise."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from prism_kernels import (
     PolicyObjective,
+    QueryRows,
     linear_cross_entropy,
     linear_logprob,
     linear_policy_loss,
@@ -13,6 +16,8 @@ from prism_kernels import (
     moe_route,
     qk_norm_rotate,
     rms_norm,
+    segment_attention,
+    swiglu,
     tree_attention,
 )
 from prism_kernels.moe import plan_routing
@@ -53,6 +58,8 @@ def experts(layout, impl="auto"):
 CASES = {  # sizes of the leaves, and what is compiled
     "rms_norm": (((5, 8), (8,)), lambda x, w: rms_norm(x, w, 1e-6)),
     "rms_norm, residual": (((5, 8), (8,), (5, 8)), lambda x, w, r: torch.cat(rms_norm(x, w, 1e-6, residual=r))),
+    "swiglu": (((5, 8),), swiglu),
+    "swiglu, up": (((5, 8), (5, 8)), lambda gate, up: swiglu(gate, up=up)),
     "qk_norm_rotate": (
         ((6, 4, 8), (6, 2, 8), (8,), (8,)),
         lambda q, k, qw, kw: torch.cat(qk_norm_rotate(q, k, qw, kw, torch.ones(6, 8), torch.zeros(6, 8), 1e-6), 1),
@@ -62,6 +69,11 @@ CASES = {  # sizes of the leaves, and what is compiled
     "tree_attention, no query_row": (((0, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS[:0])),
     "tree_attention, varlen": (((12, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(None, "varlen")),
     "tree_attention, varlen, query_row": (((4, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS, "varlen")),
+    "segment_attention": (((9, 4, 8), (9, 2, 8), (9, 2, 8)), lambda *qkv: segment_attention(*qkv, [4, 0, 5])),
+    "segment_attention, varlen": (
+        ((9, 4, 8), (9, 2, 8), (9, 2, 8)),
+        lambda *qkv: segment_attention(*qkv, [4, 0, 5], impl="varlen"),
+    ),
     "moe_route and moe_mlp": (((5, 8), (4, 8), *EXPERTS[1:3]), routed),
     "moe_route and moe_mlp, no tokens": (((0, 8), (4, 8), *EXPERTS[1:3]), routed),
     "moe_route, kinds": (((5, 8), (4, 8)), stats_of_kinds),
@@ -118,6 +130,29 @@ def test_compiled_code_checks_values_when_it_runs(op, tensors, said):
         torch.compile(op, fullgraph=True, backend="aot_eager")(*tensors)
 
 
+def test_one_graph_for_all_layouts_and_rows():
+    """No guard on what they hold: a pack is compiled for once."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @partial(torch.compile, fullgraph=True, backend=backend)
+    def run(q, k, v, layout, flat, rows):
+        out = tree_attention(q, k, v, layout, query_row=rows, impl="varlen")
+        return out + segment_attention(k, k, v, flat, impl="varlen").mean()
+
+    q, k, v = torch.randn(3, 4, 8), *torch.randn(2, 12, 2, 8)
+    for lengths, chosen in (([3, 4, 5], [2, 4, 11]), ([6, 1, 5], [0, 6, 7]), ([1, 10, 1], [5, 5, 5])):
+        layout, flat = (TreeLayout.build(lengths, prefix) for prefix in ([-1, 0, 0], [-1] * 3))
+        rows = QueryRows.build(torch.tensor(chosen))
+        want = tree_attention(q, k, v, layout, query_row=rows, impl="varlen")
+        want = want + segment_attention(k, k, v, flat, impl="varlen").mean()
+        assert torch.equal(run(q, k, v, layout, flat, rows), want)
+    assert len(graphs) == 1
+
+
 def test_nan_of_another_tree_stays_there():
     layout = TreeLayout.build([2, 2, 3], [-1, 0, -1])
     q, k, v = (torch.randn(n, 2, 8) for n in (2, 7, 7))
@@ -155,7 +190,7 @@ def test_every_operator_keeps_its_promises(monkeypatch):
     calls = calls_of_operators(monkeypatch)
     assert {overload.name().split("::")[1] for overload in calls} >= {
         "plan_routing", "moe_route", "moe_route_backward", "moe_mlp", "moe_mlp_backward", "tree_attention_rows",
-        "tree_attention_rows_backward", "tree_attention_varlen", "tree_attention_varlen_backward",
+        "tree_attention_rows_backward", "segments_attention", "segments_attention_backward",
         "linear_logprob", "linear_logprob_backward", "linear_cross_entropy",
         "linear_policy_loss",
     }  # fmt: skip

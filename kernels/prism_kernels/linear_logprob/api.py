@@ -31,7 +31,11 @@ def _table(name: str) -> Op:
         name,
         [
             Implementation(
-                Impl.TRITON, "prism_kernels.linear_logprob.triton_kernel:ROW_KERNELS", ("cuda",), need_triton
+                Impl.TRITON,
+                "prism_kernels.linear_logprob.triton_kernel:ROW_KERNELS",
+                ("cuda",),
+                need_triton,
+                fake=name != "linear_objective",  # a Function, which no operator's fake stands for
             ),
             Implementation(Impl.CPU, "prism_kernels.linear_logprob.cpu_kernel:ROW_KERNELS", ("cpu",)),
             Implementation(Impl.REFERENCE, f"prism_kernels.linear_logprob.reference:{name}", ("cpu", "cuda")),

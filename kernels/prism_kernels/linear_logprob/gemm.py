@@ -17,7 +17,7 @@ CAST_BLOCK_BYTES = 8 << 20  # a CPU's fp32 copy of a block of the weight
 
 
 def _mixed_gemm(x: Tensor) -> bool:
-    return x.is_cuda
+    return x.device.type != "cpu"
 
 
 def _vocab_blocks(weight: Tensor) -> Iterator[slice]:

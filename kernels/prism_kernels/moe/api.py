@@ -32,7 +32,7 @@ def _op(name: str, triton_module: str) -> Op:
     return Op(
         name,
         [
-            Implementation(Impl.TRITON, f"{_PACKAGE}.{triton_module}:{name}", ("cuda",), need_triton),
+            Implementation(Impl.TRITON, f"{_PACKAGE}.{triton_module}:{name}", ("cuda",), need_triton, fake=True),
             Implementation(Impl.CPU, f"{_PACKAGE}.cpu:{name}", ("cpu",)),
             Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:{name}", ("cpu", "cuda")),
         ],
@@ -106,7 +106,7 @@ def moe_route(
     )
     check_indices(experts, expert_index, arguments.segment_kind, num_kinds)
     chosen, run = ROUTE.select(impl, hidden.device, hidden, router_weight)
-    if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
+    if _by_operator(hidden) and chosen != Impl.REFERENCE:
         return operators.moe_route(hidden, router_weight, arguments, str(chosen))
     with on_device_of(hidden), _no_autocast(hidden.device):
         return run(hidden, router_weight, arguments)
@@ -137,7 +137,7 @@ def plan_routing(expert_index: Tensor, weight: Tensor, num_experts: int, *, impl
     check_count("expert_index", "slots T*k", expert_index.numel())
     check_indices(num_experts, expert_index)
     chosen, run = PLAN.select(impl, weight.device, expert_index)
-    if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
+    if _by_operator(weight) and chosen != Impl.REFERENCE:
         token_order, expert_offset = operators.plan(expert_index, num_experts, str(chosen))
         return Routing(expert_index.int(), weight, token_order, expert_offset, None)
     with on_device_of(weight):
@@ -193,10 +193,15 @@ def moe_mlp(
     _check_routing(routing, hidden, experts)
     chosen, run = MLP.select(impl, hidden.device, hidden, gate_up, down, routing.weight)
     plan = {"token_order": routing.token_order.int(), "expert_offset": routing.expert_offset.int()}
-    if torch.compiler.is_compiling() and chosen != Impl.REFERENCE:
+    if _by_operator(hidden) and chosen != Impl.REFERENCE:
         return operators.moe_mlp(Experts(hidden, gate_up, down, routing.weight, **plan), str(chosen)).to(result)
     with on_device_of(hidden), _no_autocast(hidden.device):
         return run(hidden, gate_up, down, routing._replace(**plan)).to(result)
+
+
+def _by_operator(tensor: Tensor) -> bool:
+    """torch.compile does not look into kernels, and tensors without storage have nothing to launch one on."""
+    return torch.compiler.is_compiling() or tensor.is_meta
 
 
 def _autocasts(device: torch.device) -> bool:

@@ -184,12 +184,15 @@ def _(
 def _setup_experts(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, _, ctx.impl = _experts.records(*inputs)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else autograd would make zeros of the products' size
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward_experts(ctx: Any, d_out: Tensor, _product: None) -> tuple[Tensor | None, ...]:
+def _backward_experts(ctx: Any, d_out: Tensor | None, _product: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("moe_mlp")
+    if d_out is None:
+        return (None,) * ctx.num_inputs
     *tensors, product = ctx.saved_tensors
     wanted = WantedOfExperts(*ctx.needs_input_grad[:3])
     gradients = _experts_backward(Experts(*tensors), product, d_out, wanted, ctx.impl)

@@ -1,6 +1,9 @@
-"""tree_attention and shared_prompt_decode: shapes, checks and dispatch."""
+"""tree_attention, segment_attention and shared_prompt_decode: shapes, checks and dispatch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,28 +14,44 @@ from prism_kernels.checks import (
     check_tensor,
     check_values,
     describe,
+    flag,
     is_transformed,
+    items,
     number,
     wrong,
 )
-from prism_kernels.dispatch import GRAD, VMAP, Impl, Implementation, Op, need_triton
+from prism_kernels.dispatch import GRAD, HALF, VMAP, Impl, Implementation, Op, need_triton
 from prism_kernels.native import need_native
 from prism_kernels.operators import check_first_derivative
-from prism_kernels.tree_attention import decode_operator, operators
+from prism_kernels.tree_attention import decode_operator, flash_library, operators
 from prism_kernels.tree_attention.decode_layout import PAGE, DecodeLayout
 from prism_kernels.tree_attention.decode_step import DecodeStep
-from prism_kernels.tree_attention.layout import TreeLayout
+from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
-_OP = Op(
-    "tree_attention",
-    [
-        Implementation(
-            Impl.SDPA, "prism_kernels.tree_attention.sdpa:tree_attention", ("cpu", "cuda"), transforms=(VMAP, GRAD)
-        ),
-        Implementation(Impl.VARLEN, "prism_kernels.tree_attention.varlen:tree_attention", ("cpu", "cuda")),
-        Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:tree_attention", ("cpu", "cuda")),
-    ],
-)
+
+def _no_flash() -> str | None:
+    return flash_library.unavailable() or need_triton()
+
+
+def _implementations(op: str) -> list[Implementation]:
+    """A GPU's fp32 and fp64 tensors go to varlen, which never builds more than a block of scores and is repeatable.
+
+    sdpa would, in fp32 with grouped heads and in fp64: none of torch's fused kernels takes those.
+    """
+
+    def row(name: Impl, devices: tuple[str, ...] = ("cpu", "cuda"), **options: Any) -> Implementation:
+        return Implementation(name, f"prism_kernels.tree_attention.{name}:{op}", devices, **options)
+
+    return [
+        row(Impl.FLASH, ("cuda",), unavailable=_no_flash, fake=True, dtypes=HALF, detail=flash_library.detail),
+        row(Impl.SDPA, transforms=(VMAP, GRAD), gpu_default=HALF),
+        row(Impl.VARLEN, fake=True),
+        row(Impl.REFERENCE),
+    ]
+
+
+_OP = Op("tree_attention", _implementations("tree_attention"))
+_SEGMENTS = Op("segment_attention", _implementations("segment_attention"))
 
 _DECODE = Op(
     "shared_prompt_decode",
@@ -63,7 +82,7 @@ def tree_attention(
     layout: TreeLayout,
     *,
     scale: float | None = None,
-    query_row: Tensor | None = None,
+    query_row: Tensor | QueryRows | None = None,
     impl: str | Impl = "auto",
 ) -> Tensor:
     """Attention of a packed tree: a token attends to the segments above its own and, causally, to its own segment.
@@ -72,7 +91,8 @@ def tree_attention(
 
     q (T, Hq, D); k, v (T, Hkv, D) with Hq a multiple of Hkv (grouped queries); same dtype and device; layout of T
     tokens, any depth. scale: default D ** -0.5. query_row (Q,) int64: only these rows are computed, and q is
-    (Q, Hq, D); the read-out of a last layer. Returns q's shape and dtype, differentiable in q, k and v.
+    (Q, Hq, D); the read-out of a last layer. They are planned on the host: a tensor there, or QueryRows, keeps the call
+    from waiting for a GPU that holds them. Returns q's shape and dtype, differentiable in q, k and v.
     Raises ValueError naming the argument; RuntimeError where an explicit ``impl`` cannot run.
     """
     if not isinstance(layout, TreeLayout):
@@ -82,30 +102,84 @@ def tree_attention(
         check_tensor("q", q, {"T": tokens, "Hq": None, "D": None}, FLOATING, "T is that of layout")
     else:
         check_tensor("q", q, {"Q": None, "Hq": None, "D": None}, FLOATING)
-        check_tensor("query_row", query_row, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
-        check_device("query_row", query_row, "q", q, host=True)
+        query_row = _on_host(query_row, q)
         check_values("query_row", query_row, "T", tokens)
+    factor = _check_heads(q, k, v, tokens, "layout", scale)
+    chosen, function = _OP.select(impl, q.device, q, k, v)
+    if torch.compiler.is_compiling() and query_row is not None and chosen == Impl.SDPA:
+        return operators.chosen_rows(q, k, v, layout, factor, query_row)
+    out = function(q, k, v, layout.to(q.device, non_blocking=True), factor, query_row)
+    return _once_differentiable("tree_attention", out, chosen)
+
+
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int] | Tensor | TreeLayout,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: str | Impl = "auto",
+) -> Tensor:
+    """Attention of every segment of a stream to itself alone, as a vision tower's over the images of a pack.
+
+    Equals ``softmax(q k^T * scale) v`` of every segment as a sequence of its own, with a causal mask if ``causal``.
+
+    q (T, Hq, D); k, v (T, Hkv, D) with Hq a multiple of Hkv (grouped queries); same dtype and device. lengths: tokens
+    of each segment, on the host, T in all; or a TreeLayout of roots alone, which keeps what the host derives from them
+    (``TreeLayout.build(lengths, [-1] * len(lengths))``). scale: default D ** -0.5. Returns q's shape and dtype,
+    differentiable in q, k and v. Raises ValueError naming the argument; RuntimeError where an explicit ``impl`` cannot
+    run.
+    """
+    layout = lengths if isinstance(lengths, TreeLayout) else _roots(lengths)
+    if not layout.flat:
+        raise wrong("lengths", "segments that continue none", "a layout of trees", "call tree_attention")
+    check_tensor("q", q, {"T": layout.num_tokens, "Hq": None, "D": None}, FLOATING, "T is the sum of lengths")
+    factor = _check_heads(q, k, v, layout.num_tokens, "lengths", scale)
+    causal = flag("causal", causal)
+    chosen, function = _SEGMENTS.select(impl, q.device, q, k, v)
+    out = function(q, k, v, layout.to(q.device, non_blocking=True), factor, causal)
+    return _once_differentiable("segment_attention", out, chosen)
+
+
+def _roots(lengths: Sequence[int] | Tensor) -> TreeLayout:
+    if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
+        raise wrong("lengths", "numbers on the host", describe(lengths))
+    numbers = items("lengths", lengths, "a sequence of integers")
+    return TreeLayout.build(numbers, [-1] * len(numbers))
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, tokens: int, whose: str, scale: float | None) -> float:
+    """k, v and scale beside q; returns the scale. T is that of the argument ``whose``."""
     _, heads, dim = q.shape
     if dim < 1:
         raise wrong("q", "D >= 1", describe(q))
-    check_tensor("k", k, {"T": tokens, "Hkv": None, "D": dim}, (q.dtype,), "T is that of layout, the rest as of q")
+    check_tensor("k", k, {"T": tokens, "Hkv": None, "D": dim}, (q.dtype,), f"T is that of {whose}, the rest as of q")
     check_tensor("v", v, {"T": tokens, "Hkv": k.shape[1], "D": dim}, (q.dtype,), "it is shaped as k")
     check_device("k", k, "q", q)
     check_device("v", v, "q", q)
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise wrong("q", f"a multiple of the Hkv = {k.shape[1]} heads of k and v", f"{heads} heads")
-    factor: float = dim**-0.5 if scale is None else number("scale", scale)
-    chosen, function = _OP.select(impl, q.device, q, k, v)
-    if torch.compiler.is_compiling() and query_row is not None and chosen == Impl.SDPA:
-        return operators.chosen_rows(q, k, v, layout, factor, query_row)
-    out = function(q, k, v, layout.to(q.device), factor, query_row)
+    return dim**-0.5 if scale is None else number("scale", scale)
+
+
+def _once_differentiable(op: str, out: Tensor, chosen: Impl) -> Tensor:
+    """Torch's own error names neither the op nor a way out."""
     if out.requires_grad and chosen != Impl.REFERENCE and not torch.compiler.is_compiling() and not is_transformed(out):
-        out.register_hook(_first_derivative)  # torch's own error names neither the op nor a way out
+        out.register_hook(lambda _: check_first_derivative(op))
     return out
 
 
-def _first_derivative(_: Tensor) -> None:
-    check_first_derivative("tree_attention")
+def _on_host(query_row: Tensor | QueryRows, q: Tensor) -> Tensor:
+    if isinstance(query_row, QueryRows):
+        check_tensor("query_row", query_row.host, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
+        return query_row.host
+    check_tensor("query_row", query_row, {"Q": q.shape[0]}, (torch.int64,), "one row per query")
+    check_device("query_row", query_row, "q", q, host=True)
+    if query_row.device.type == "meta":
+        raise wrong("query_row", "rows that the host knows", describe(query_row), "give QueryRows")
+    return query_row.cpu()
 
 
 def shared_prompt_decode(

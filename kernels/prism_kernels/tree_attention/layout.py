@@ -5,6 +5,7 @@ S segments, T tokens. A segment is a run of tokens; it continues an earlier segm
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,31 +15,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import items, shown, wrong
+from prism_kernels.checks import check_tensor, describe, items, shown, wrong
 
 Plan = TypeVar("Plan")
 
-# A group of segments is padded to its longest one while the padded area stays under this multiple of the exact area.
+# Segments of this many query-key pairs are a call of their own, which reads no padding.
+LARGE_AREA = 16_384
+# Smaller ones share a call, padded to the longest, while the padded area stays under this multiple of the exact one, or
+# under that of a large one: a call costs more than the padding.
 PADDING_LIMIT = 1.3
-# Below this many query-key pairs a group costs less than the launch it saves, whatever its padding.
-SMALL_AREA = 16_384
 
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """Segments of similar size, padded together for one dense attention call (n segments, Lq queries, Lk keys)."""
+    """Segments in one dense attention call: n segments, Lq queries, Lk keys, padded at their ends."""
 
-    query_row: Tensor  # (n * Lq,) int64, row of the stream; padding repeats the segment's last row
-    key_row: Tensor  # (n * Lk,) int64, rows of the ancestors, then of the segment itself
+    members: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]  # of every member the segments whose tokens are its keys: ancestors, then itself
     size: tuple[int, int, int]  # n, Lq, Lk
     mask: Tensor | None  # (n, 1, Lq, Lk) bool; None: plain causal
     aligned: bool  # nothing is padded: query i of every segment sees the first Lk - Lq + i + 1 keys
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    groups: tuple[SegmentGroup, ...]
-    output_row: Tensor  # (T,) int64: where the result of token t lies in the concatenated group outputs
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,31 @@ class RowPlan:
 
 
 @dataclass(frozen=True, eq=False)
+class QueryRows:
+    """Chosen rows of a stream, on a device and, for whoever plans, on the host: a plan then waits for no GPU.
+
+    >>> QueryRows.build(torch.tensor([4, 5, 9])).to("cuda")
+    """
+
+    row: Tensor  # (Q,) int64, on any device, "meta" too
+    host: Tensor  # (Q,) int64, the same on the host
+
+    @classmethod
+    def build(cls, row: Tensor) -> QueryRows:
+        """``row`` (Q,) int64, on the host. Raises ValueError naming it."""
+        check_tensor("row", row, {"Q": None}, (torch.int64,))
+        if row.device.type != "cpu":
+            raise wrong("row", "a tensor on the host, before it is moved", describe(row))
+        return cls(row, row)
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> QueryRows:
+        return QueryRows(self.row.to(device, non_blocking=non_blocking), self.host)
+
+
+@dataclass(frozen=True, eq=False)
 class TreeLayout:
     """Layout of a packed tree.
 
@@ -68,6 +89,9 @@ class TreeLayout:
     lengths: tuple[int, ...]
     prefix: tuple[int, ...]
     segment_start: Tensor  # (S + 1,) int32
+    segments: Tensor  # (2, S) int32, on the host: lengths and prefix, as operators take them
+    num_tokens: int
+    flat: bool  # no segment continues another
     _cache: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -87,17 +111,17 @@ class TreeLayout:
                 raise wrong(f"lengths[{i}]", "a number of tokens >= 0", str(length))
             if not -1 <= parent < i:
                 raise wrong(f"prefix[{i}]", f"-1 or the index of an earlier segment (< {i})", str(parent))
-        if sum(lengths) >= 1 << 31:
-            raise wrong("lengths", "fewer than 2^31 tokens", f"{sum(lengths)} in all")
+        total = sum(lengths)
+        if total >= 1 << 31:
+            raise wrong("lengths", "fewer than 2^31 tokens", f"{total} in all")
         try:
-            start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            where = torch.device("cpu" if device is None else device)
+            start = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+            start = start.to(where, non_blocking=True)
         except (TypeError, RuntimeError):
             raise wrong("device", "a device of this machine", shown(device)) from None
-        return cls(lengths=lengths, prefix=prefix, segment_start=start)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
+        segments = torch.tensor([lengths, prefix], dtype=torch.int32, device="cpu")
+        return cls(lengths, prefix, start, segments, total, max(prefix, default=-1) < 0)
 
     @property
     def num_segments(self) -> int:
@@ -106,7 +130,8 @@ class TreeLayout:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TreeLayout:
         if torch.device(device) == self.segment_start.device:
             return self
-        return TreeLayout(self.lengths, self.prefix, self.segment_start.to(device, non_blocking=non_blocking))
+        start = self.segment_start.to(device, non_blocking=non_blocking)
+        return TreeLayout(self.lengths, self.prefix, start, self.segments, self.num_tokens, self.flat)
 
     def ancestors(self, segment: int) -> list[int]:
         """Segments from the root down to the parent of ``segment``; empty for a root."""
@@ -135,14 +160,12 @@ class TreeLayout:
             mask[own.start : own.stop, own.start : own.stop] = torch.ones(len(own), len(own)).tril().bool()
         return mask.to(self.segment_start.device)
 
-    def group_plan(self) -> GroupPlan:
-        """Segments of similar size grouped for dense attention; computed once, used by every layer."""
-        if "plan" not in self._cache:
-            self._cache["plan"] = _group_plan(self)
-        return self._cache["plan"]
+    def groups(self) -> tuple[SegmentGroup, ...]:
+        """All segments that have tokens, for dense attention; computed once, used by every layer."""
+        return self.kept("groups", None, lambda: _groups(self))
 
     def row_plan(self, query_row: Tensor) -> RowPlan:
-        """Chosen query rows by tree, for attention at a few rows; the last one asked for is kept."""
+        """Chosen query rows, on the host, by tree, for attention at a few rows; the last one asked for is kept."""
         rows = tuple(query_row.tolist())
         return self.kept("row_plan", rows, lambda: _row_plan(self, rows))
 
@@ -153,10 +176,20 @@ class TreeLayout:
         return self._cache[name][1]
 
 
+def layout_of(segments: Tensor, device: torch.device) -> TreeLayout:
+    """The layout of these ``segments``, with plans on this device: for operators, which know no TreeLayout.
+
+    It keeps its plans, which every layer of a step asks for. Layouts are told apart by the bytes of ``segments``:
+    tuples of thousands of integers are no key that is cheap to make and to hash.
+    """
+    content = segments.contiguous()
+    return _layout_of(ctypes.string_at(content.data_ptr(), content.nbytes), segments.shape[1], device)
+
+
 @lru_cache(maxsize=8)
-def layout_of(lengths: tuple[int, ...], prefix: tuple[int, ...], device: torch.device) -> TreeLayout:
-    """For operators, which know no TreeLayout; it keeps its plans, which every layer of a step asks for."""
-    return TreeLayout.build(lengths, prefix, device)
+def _layout_of(content: bytes, count: int, device: torch.device) -> TreeLayout:
+    numbers = memoryview(content).cast("i").tolist()
+    return TreeLayout.build(numbers[:count], numbers[count:], device)
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
@@ -170,37 +203,23 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> tuple[int, ...]:
     return result
 
 
-def _group_plan(layout: TreeLayout) -> GroupPlan:
-    device = layout.segment_start.device
-    stream = torch.arange(layout.num_tokens)
-    keys: dict[int, Tensor] = {}
-    for segment in range(layout.num_segments):
-        if layout.lengths[segment]:
-            path = [*layout.ancestors(segment), segment]
-            keys[segment] = torch.cat([stream[slice(rows.start, rows.stop)] for rows in map(layout.rows, path)])
-    order = sorted(keys, key=lambda s: (len(keys[s]), layout.lengths[s]))
-    groups, output_row, offset = [], torch.empty(layout.num_tokens, dtype=torch.int64), 0
-    for members in _similar(order, [layout.lengths[s] for s in order], [len(keys[s]) for s in order]):
-        num_q, num_k = max(layout.lengths[s] for s in members), max(len(keys[s]) for s in members)
-        # Padding repeats a segment's own last row: a NaN of another tree must not come in as 0 * NaN.
-        query_row, key_row = (torch.empty(len(members), n, dtype=torch.int64) for n in (num_q, num_k))
-        before = []
-        for i, s in enumerate(members):
-            own, length = layout.rows(s).start, layout.lengths[s]
-            query_row[i, :length], query_row[i, length:] = stream[own : own + length], own + length - 1
-            key_row[i, : len(keys[s])], key_row[i, len(keys[s]) :] = keys[s], own + length - 1
-            output_row[own : own + length] = torch.arange(length) + offset + i * num_q
-            before.append(len(keys[s]) - length)
-        offset += query_row.numel()
-        mask = None
+def _groups(layout: TreeLayout) -> tuple[SegmentGroup, ...]:
+    device, found = layout.segment_start.device, []
+    num_q = layout.lengths
+    paths = [(*layout.ancestors(s), s) for s in range(layout.num_segments)]
+    num_k = [sum(num_q[s] for s in path) for path in paths]
+    order = sorted((s for s in range(layout.num_segments) if num_q[s]), key=lambda s: (num_k[s], num_q[s]))
+    for members in _similar(order, num_q, num_k):
+        longest_q, longest_k = max(num_q[s] for s in members), max(num_k[s] for s in members)
+        before, mask = [num_k[s] - num_q[s] for s in members], None
         if any(before):
             # Query i of a segment sees key j when j <= (tokens above the segment) + i; padded keys come later.
-            last = torch.tensor(before)[:, None] + torch.arange(num_q)
-            mask = (torch.arange(num_k) <= last[:, :, None])[:, None].to(device)
-        size = (len(members), num_q, num_k)
-        aligned = all((layout.lengths[s], len(keys[s])) == (num_q, num_k) for s in members)
-        groups.append(SegmentGroup(query_row.flatten().to(device), key_row.flatten().to(device), size, mask, aligned))
-    return GroupPlan(tuple(groups), output_row.to(device))
+            last = torch.tensor(before)[:, None] + torch.arange(longest_q)
+            mask = (torch.arange(longest_k) <= last[:, :, None])[:, None].to(device)
+        size = (len(members), longest_q, longest_k)
+        aligned = all((num_q[s], num_k[s]) == (longest_q, longest_k) for s in members)
+        found.append(SegmentGroup(tuple(members), tuple(paths[s] for s in members), size, mask, aligned))
+    return tuple(found)
 
 
 def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
@@ -233,18 +252,21 @@ def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
     return RowPlan(tuple(trees), torch.tensor(output_row, dtype=torch.int64, device=device))
 
 
-def _similar(order: list[int], num_q: list[int], num_k: list[int]) -> list[list[int]]:
-    """Cuts a list sorted by size into groups whose padded area stays near the exact one."""
+def _similar(order: list[int], num_q: Sequence[int], num_k: Sequence[int]) -> list[list[int]]:
+    """Cuts segments sorted by size into groups: large ones alone, small ones padded little, or to little."""
     groups: list[list[int]] = []
-    first, exact, longest_q = 0, 0, 0
-    for i in range(len(order)):
-        exact, longest_q = exact + num_q[i] * num_k[i], max(longest_q, num_q[i])
-        padded = (i + 1 - first) * longest_q * num_k[i]
+    exact, longest_q = 0, 0
+    for s in order:
+        area, longest_q = num_q[s] * num_k[s], max(longest_q, num_q[s])
+        group = groups[-1] if groups else []
+        padded = (len(group) + 1) * longest_q * num_k[s]
         # Roots (all keys are their own) and branches stay apart, so that roots keep the plain causal path.
-        mixed = i > first and (num_q[i] == num_k[i]) != (num_q[first] == num_k[first])
-        if i > first and (mixed or padded > max(PADDING_LIMIT * exact, SMALL_AREA)):
-            groups.append(order[first:i])
-            first, exact, longest_q = i, num_q[i] * num_k[i], num_q[i]
-    if order:
-        groups.append(order[first:])
+        mixed = bool(group) and (num_q[s] == num_k[s]) != (num_q[group[0]] == num_k[group[0]])
+        too_much = padded > max(PADDING_LIMIT * (exact + area), LARGE_AREA)
+        if not group or mixed or too_much or area >= LARGE_AREA:
+            groups.append([s])
+            exact, longest_q = area, num_q[s]
+        else:
+            group.append(s)
+            exact += area
     return groups

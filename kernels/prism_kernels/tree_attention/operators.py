@@ -23,20 +23,19 @@ class Rows(NamedTuple):
     q: Tensor  # (Q, Hq, D)
     k: Tensor  # (T, Hkv, D)
     v: Tensor
-    query_row: Tensor  # (Q,) int64
-    lengths: list[int]  # of the layout
-    prefix: list[int]
+    query_row: Tensor  # (Q,) int64, on the host
+    segments: Tensor  # TreeLayout.segments
     scale: float
 
 
 def chosen_rows(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout, scale: float, query_row: Tensor) -> Tensor:
-    return _attention(Rows(q, k, v, query_row, list(layout.lengths), list(layout.prefix), scale))[0]
+    return _attention(Rows(q, k, v, query_row, layout.segments, scale))[0]
 
 
 def _trees(rows: Rows):
     """Of every tree: its chosen rows, its slice of the stream, and the masked scores (Hkv, rep, n, m), wide."""
     check_values("query_row", rows.query_row, "T", rows.k.shape[0])
-    layout = layout_of(tuple(rows.lengths), tuple(rows.prefix), rows.q.device)
+    layout = layout_of(rows.segments, rows.q.device)
     wide = torch.promote_types(rows.q.dtype, torch.float32)
     for tree in layout.row_plan(rows.query_row).trees:
         keys = slice(tree.start, tree.stop)
@@ -86,14 +85,14 @@ def _(rows: Rows, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tens
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     (rows,) = _attention.records(*inputs)
     ctx.mark_non_differentiable(output[1])
-    ctx.constants = rows[4:]
-    ctx.save_for_backward(*rows[:4], *output)
+    ctx.scale = rows.scale
+    ctx.save_for_backward(*rows[:-1], *output)
 
 
 def _backward(ctx: Any, d_out: Tensor, _lse: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("tree_attention")
     *tensors, out, lse = ctx.saved_tensors
-    gradients = _attention_backward(Rows(*tensors, *ctx.constants), out, lse, d_out)
+    gradients = _attention_backward(Rows(*tensors, scale=ctx.scale), out, lse, d_out)
     return (*gradients, *[None] * (len(Rows._fields) - 3))
 
 

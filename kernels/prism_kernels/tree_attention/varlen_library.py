@@ -1,7 +1,4 @@
-"""What varlen.py asks of an attention library, and plain torch's answer, on any device.
-
-FlashAttention's contract: its variable-length calls take the same arguments, and its backward serves a part of a
-softmax when given the log-sum-exp and the output of the whole.
+"""Plain torch's answer to library.py, on any device: no more than a block of scores at once, and no waiting for a GPU.
 
 Dimensions: N queries, T keys, Hq = Hkv * rep heads of D.
 """
@@ -9,43 +6,15 @@ Dimensions: N queries, T keys, Hq = Hkv * rep heads of D.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from prism_kernels.tree_attention.call_plan import Sequences
 from prism_kernels.tree_attention.grouped_heads import as_rows, grouped, of_group
-from prism_kernels.tree_attention.varlen_plan import Sequences
 
 BLOCK = 1 << 22  # scores of all heads that are there at once
-
-
-class VarlenAttention(Protocol):
-    """A library's two calls. q (N, Hq, D); k, v (T, Hkv, D)."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        """out (N, Hq, D), any precision; natural log-sum-exp of the scores (Hq, N), at least fp32.
-
-        A query that meets no key: 0 and -inf.
-        """
-        ...
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this part, any precision; 0 where nothing is met.
-
-        dout, out (N, Hq, D), lse (Hq, N): of the whole softmax, of which these sequences are a part.
-        """
-        ...
 
 
 class TorchVarlen:
@@ -90,8 +59,7 @@ class TorchVarlen:
 def _blocks(q: Tensor, k: Tensor, sequences: Sequences, scale: float) -> Iterator[tuple[slice, slice, Tensor]]:
     """Rows of q, rows of k, and their scores (Hkv, rep, n, m), -inf where causality hides a key."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    cu_q, cu_k = sequences.cu_q.tolist(), sequences.cu_k.tolist()
-    for start, stop, first, last in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+    for (start, first), (stop, last) in pairwise(sequences.edges):
         size = max(1, BLOCK // max(1, q.shape[1] * (last - first)))
         for row in range(start, stop, size):
             rows = slice(row, min(row + size, stop))

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prism_kernels import TreeLayout, tree_attention
+from prism_kernels import QueryRows, TreeLayout, tree_attention
 from prism_kernels.tree_attention import sdpa
+from prism_kernels.tree_attention.layout import LARGE_AREA, PADDING_LIMIT
 from tests.oracle import assert_as_exact, assert_same
 
 TERMS = 8 + 8  # of a product of width 8, and the functions of a softmax; to which come the tokens that it is over
@@ -93,6 +94,25 @@ def test_chosen_rows_equal_the_full_computation(impl, layout, data):
     assert_same_gradients(got, want, 2 * (TERMS + total))
 
 
+def test_chosen_rows_that_the_host_knows_are_planned_there():
+    """On a device without values any look at them raises."""
+    layout, chosen = TreeLayout.build([4, 3, 2], [-1, 0, 0]), QueryRows.build(torch.tensor([6, 8]))
+    tensors = [torch.randn(n, heads, 8, requires_grad=True) for n, heads in ((2, 4), (9, 2), (9, 2))]
+    rows = chosen.to("meta")
+    for impl in IMPLS:
+        expected = tree_attention(*tensors, layout, query_row=chosen.row, impl=impl)
+        assert torch.equal(tree_attention(*tensors, layout, query_row=rows, impl=impl), expected)
+    away = [x.detach().to("meta").requires_grad_() for x in tensors]
+    for known in (rows, chosen, chosen.row):
+        out = tree_attention(*away, layout.to("meta"), query_row=known, impl="varlen")
+        for grad, x in zip(torch.autograd.grad(out.sum(), away), away):
+            assert (grad.device, grad.shape, grad.dtype) == (x.device, x.shape, x.dtype)
+    with pytest.raises(ValueError, match=r"query_row: expected rows that the host knows, .*; give QueryRows"):
+        tree_attention(*away, layout, query_row=rows.row, impl="varlen")
+    with pytest.raises(ValueError, match="row: expected a tensor on the host"):
+        QueryRows.build(rows.row)
+
+
 @pytest.mark.parametrize("impl", ["sdpa", "varlen"])
 def test_nan_stays_in_its_tree(impl):
     """Trees whose segments are padded together: padding must not read another tree's rows."""
@@ -111,6 +131,7 @@ def test_nan_stays_in_its_tree(impl):
 LAYOUTS = {
     "aligned": ([96, *[64] * 4], [-1, *[0] * 4]),
     "ragged": ([97, 40, 61, 3, 55, 50, 30], [-1, 0, 0, 0, -1, 4, 4]),
+    "large and small": ([130, 100, 140, 40, 35, 90], [-1, 0, 0, 0, 0, 2]),
 }
 
 
@@ -118,7 +139,7 @@ LAYOUTS = {
 def test_what_a_gpu_calls_equals_separate_sequences(monkeypatch, name):
     monkeypatch.setattr(sdpa, "_on_gpu", lambda tensor: True)
     layout = TreeLayout.build(*LAYOUTS[name])
-    assert all(group.aligned for group in layout.group_plan().groups) == (name == "aligned")
+    assert all(group.aligned for group in layout.groups()) == (name == "aligned")
     q, k, v = (torch.randn(layout.num_tokens, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     out, expected = tree_attention(q, k, v, layout), separate(q, k, v, layout, 8**-0.5)
     terms = TERMS + layout.num_tokens
@@ -126,6 +147,27 @@ def test_what_a_gpu_calls_equals_separate_sequences(monkeypatch, name):
     weight = torch.randn_like(out)
     got, want = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
     assert_same_gradients(got, want, 2 * terms)
+
+
+@given(layout=st.builds(
+    lambda lengths, data: TreeLayout.build(lengths, [-1, *[data % (i + 1) for i in range(len(lengths) - 1)]]),
+    st.lists(st.integers(0, 400), min_size=1, max_size=30), st.integers(0, 99)))  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_large_segments_are_not_padded_and_small_ones_to_little(layout):
+    groups = layout.groups()
+    members = sorted(s for group in groups for s in group.members)
+    assert members == [s for s in range(layout.num_segments) if layout.lengths[s]]
+    for group in groups:
+        n, num_q, num_k = group.size
+        exact = [
+            layout.lengths[s] * sum(layout.lengths[a] for a in path) for s, path in zip(group.members, group.paths)
+        ]
+        assert n == len(group.members) and (n == 1 or max(exact) < LARGE_AREA)
+        assert n * num_q * num_k <= max(PADDING_LIMIT * sum(exact), LARGE_AREA) or n == 1
+        assert group.aligned == (n * num_q * num_k == sum(exact))
+        assert (group.mask is None) == all(
+            len(path) == 1 or not sum(layout.lengths[a] for a in path[:-1]) for path in group.paths
+        )
 
 
 @pytest.mark.gpu

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_kernels import TreeLayout, tree_attention, which_impl
-from prism_kernels.tree_attention import varlen, varlen_library, varlen_plan
+from prism_kernels.tree_attention import call_plan, calls, merge, varlen_library
+from prism_kernels.tree_attention.call_plan import Sequences
 from prism_kernels.tree_attention.varlen_library import TorchVarlen
-from prism_kernels.tree_attention.varlen_plan import Sequences
 from tests.oracle import assert_as_exact, relative_error
 
 EXACT = 1e-12
@@ -58,6 +58,7 @@ class Visits(TorchVarlen):
         cu_q, cu_k = sequences.cu_q.tolist(), sequences.cu_k.tolist()
         assert (cu_q[0], cu_k[0], cu_q[-1], cu_k[-1]) == (0, 0, len(q), len(k))
         assert sequences.cu_q.dtype == sequences.cu_k.dtype == torch.int32
+        assert sequences.edges == list(zip(cu_q, cu_k))
         assert sequences.max_q == max(b - a for a, b in pairwise(cu_q))
         assert sequences.max_k == max(b - a for a, b in pairwise(cu_k))
         number = q[:, 0, 0].long().tolist()
@@ -77,7 +78,7 @@ def visits(layout, query_row=None):
     q = torch.arange(num_q).double()[:, None, None]
     k = torch.zeros(layout.num_tokens, 1, 1, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen, "library_of", lambda q: library)
+        patch.setattr(calls, "library_of", lambda name: library)
         tree_attention(q, k, k, layout, query_row=query_row, impl="varlen")
     return library
 
@@ -189,8 +190,8 @@ def test_a_roots_gradient_is_rounded_once():
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_query_without_keys_gives_nothing(causal):
     """Also a causal one before all of its keys: sequences end together."""
-    cu_q, cu_k = torch.tensor([[0, 3, 3, 8], [0, 0, 4, 6]], dtype=torch.int32)
-    sequences = Sequences(cu_q, cu_k, 5, 4, causal)
+    edges = [(0, 0), (3, 0), (3, 4), (8, 6)]
+    sequences = Sequences(edges, *torch.tensor(edges, dtype=torch.int32).T, causal)
     q, k, v = leaves(8, 6, (4, 2), 8)
     out, lse = TorchVarlen().forward(q.detach(), k.detach(), v.detach(), sequences, 0.5)
     empty = 6 if causal else 3
@@ -205,11 +206,11 @@ def test_a_query_without_keys_gives_nothing(causal):
 
 def test_nothing_merges_with_nothing():
     out, nothing = torch.zeros(2, 3, 4), torch.full((3, 2), float("-inf"))
-    merged, lse = varlen.merge(out, nothing, out, nothing)
+    merged, lse = merge.merge(out, nothing, out, nothing)
     assert (merged == 0).all() and torch.equal(lse, nothing)
     part, part_lse = torch.randn(2, 3, 4), torch.randn(3, 2)
     for pair in ((out, nothing, part, part_lse), (part, part_lse, out, nothing)):
-        merged, lse = varlen.merge(*pair)
+        merged, lse = merge.merge(*pair)
         assert torch.equal(merged, part) and torch.equal(lse, part_lse)
 
 
@@ -237,8 +238,8 @@ def test_no_chosen_rows():
 
 def test_all_layers_of_a_step_share_a_plan(monkeypatch):
     made = []
-    plan = varlen_plan._plan
-    monkeypatch.setattr(varlen_plan, "_plan", lambda *given: made.append(given[1]) or plan(*given))
+    plan = call_plan._plan
+    monkeypatch.setattr(call_plan, "_plan", lambda *given: made.append(given[1]) or plan(*given))
     lengths = [11, 3, 4]  # of no other test
     for _ in range(2):
         layout = TreeLayout.build(lengths, [-1, 0, 0])
@@ -249,7 +250,7 @@ def test_all_layers_of_a_step_share_a_plan(monkeypatch):
 
 
 def test_who_asks_gets_it_and_nobody_else(monkeypatch):
-    assert which_impl("cpu")["tree_attention"][0] == which_impl("cuda")["tree_attention"][0] == "sdpa"
+    assert which_impl("cpu")["tree_attention"][0] == "sdpa"
     monkeypatch.setenv("PRISM_IMPL", "tree_attention=varlen")
     assert which_impl("cpu")["tree_attention"] == ("varlen", "asked for by PRISM_IMPL")
     monkeypatch.delenv("PRISM_IMPL")

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import prism_fast.models.blocks as blocks
-from prism_fast.models.blocks import Norm, ReadOut, TreeLayer, attend_tree, own_layers, run_layers
+from prism_fast.models.blocks import Chosen, ReadOut, TreeLayer, attend_tree, own_layers, run_layers
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree
@@ -42,6 +44,45 @@ def test_the_policy_has_the_bits_of_a_stock_forward(tie, layers, checkpointing):
     for (name, a), (_, b) in zip(policy.model.named_parameters(), stock.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         assert a.grad is None or torch.equal(a.grad, b.grad), name
+
+
+@torch.no_grad()
+def test_transformers_is_left_as_it_is():
+    """Its registries, and the modules of a model that is nobody's here."""
+    stock, ids = qwen(), prompt(2).input_ids[None]
+    registries = [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS]
+    keys, want = [set(registry.keys()) for registry in registries], stock(input_ids=ids).logits
+    Policy(copy.deepcopy(stock))(pack_of(forest()))
+    assert [set(registry.keys()) for registry in registries] == keys
+    assert all(type(module).__module__.split(".")[0] != "prism_fast" for module in stock.modules())
+    assert torch.equal(stock(input_ids=ids).logits, want)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rotary_tables_are_made_once_a_pass_of_three_rows_of_positions(checkpointing):
+    policy, pack = Policy(qwen()).train(), pack_of(forest())
+    if checkpointing:
+        policy.checkpoint_activations()
+    seen = []
+    policy.text.rotary_emb.register_forward_hook(lambda _, given, made: seen.append((given[1], made)))
+    policy(pack).sum().backward()
+    ((positions, (cos, _)),) = seen
+    assert torch.equal(positions, pack.position_ids[:, None]) and positions.shape == (3, 1, pack.num_tokens)
+    assert cos.shape == (1, pack.num_tokens, 16)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recompute_keeps_no_generator(monkeypatch, reentrant):
+    """No layer and no vision block draws. Dropout on the read-out rows is outside of them."""
+    policy, mine = Policy(qwen()).train(), Discriminator(moe(), torch.randn(32), dropout=0.5).train()
+    policy.checkpoint_activations()
+    mine.checkpoint_activations(use_reentrant=reentrant)
+    state = torch.get_rng_state()
+    policy(pack_of(forest())).sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a generator is kept"))
+    policy(pack_of(forest())).sum().backward()
+    mine(pack_of(forest())).score.sum().backward()
 
 
 def test_weights_keep_their_names_and_ties():
@@ -149,7 +190,7 @@ def test_a_dense_last_layer_at_the_read_out_rows():
     whole, none = policy.hidden_states(pack)
     assert none == ()
     for balance in (False, True):  # a dense layer has no router to balance
-        read, _ = policy.hidden_states(pack, read=ReadOut(pack.readout_row, balance))
+        read, _ = policy.hidden_states(pack, read=ReadOut(pack.readout, balance))
         assert_same(read, whole[pack.readout_row], roundings(policy.model, 50) // 3)  # of one layer of three
 
 
@@ -158,9 +199,17 @@ def test_the_norms_implementations_agree():
     policy = Policy(model)
     want = policy(pack)
     truth = copy.deepcopy(policy).double()(pack)
-    own_layers(policy.model.model.language_model, norm="torch")
-    assert {m.impl for m in policy.modules() if isinstance(m, Norm)} == {"torch"}
+    own_layers(policy.model.model.language_model, on_cpu="torch")
+    assert {m.on_cpu for m in policy.modules() if isinstance(m, Chosen)} == {"torch"}
     assert_as_exact(policy(pack), truth, want, roundings(policy.model, 50))
+
+
+def test_the_bits_of_transformers_are_a_cpus_choice():
+    host, gpu = torch.empty(1), torch.empty(1, device="meta")
+    for model, on_cpu in ((Policy(qwen()), "reference"), (Discriminator(moe(), torch.randn(32)), "auto")):
+        chosen = [module for module in model.modules() if isinstance(module, Chosen)]
+        assert {module.impl(host) for module in chosen} == {on_cpu}
+        assert {module.impl(gpu) for module in chosen} == {"auto"}
 
 
 def test_the_head_is_inside_the_call():

@@ -188,6 +188,7 @@ CONFIGS = {
     "deepstack": (config(vision_config__deepstack_visual_indexes=[5]), r"deepstack_visual_indexes is \[5\]"),
     "rope": (config(text_config__rope_parameters__rope_type="rope9"), r"config\.json: .*rope9"),
     "sections": (config(text_config__rope_parameters__mrope_section=[6, 5, 6]), r"mrope_section is \[6, 5, 6\]"),
+    "activation": (config(text_config__hidden_act="gelu"), r"text_config\.hidden_act is 'gelu', expected 'silu'"),
     "no theta": (config(text_config__rope_parameters__rope_theta=None), r"no rope_theta"),
     "no text": (config(text_config=None), r"config\.json: no text_config"),
     "empty text": (config(text_config={}), r"config\.json: no text_config"),

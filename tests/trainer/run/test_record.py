@@ -63,7 +63,7 @@ def test_a_record_names_settings_with_defaults_inputs_and_versions(folder):
         ("optimizer.lr", 1e-2, "0.001 -> 0.01"),
         ("run.seed", 1, "0 -> 1"),
         ("run.tokens_per_pack", 512, "16384 -> 512"),
-        ("run.deterministic", False, "true -> false"),
+        ("run.deterministic", False, "null -> false"),
         ("batch_size", 2, "64 -> 2"),
         ("max_tokens", 99, "8192 -> 99"),
         ("optimizer.schedule", "cosine", "constant -> cosine"),

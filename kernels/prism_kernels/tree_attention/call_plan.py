@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from prism_kernels.tree_attention.layout import TreeLayout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sequences:
     """Sequence i: rows [cu_q[i], cu_q[i + 1]) of the queries meet rows [cu_k[i], cu_k[i + 1]) of the keys.
 
@@ -34,17 +35,25 @@ class Sequences:
     meets the first m - n + j + 1.
     """
 
+    edges: list[tuple[int, int]]  # n + 1 pairs of cu_q and cu_k, on the host
     cu_q: Tensor  # (n + 1,) int32, on the device of the queries
     cu_k: Tensor  # (n + 1,) int32
-    max_q: int  # rows of the longest
-    max_k: int
     causal: bool
+
+    @cached_property
+    def max_q(self) -> int:
+        """Queries of the longest."""
+        return max(b[0] - a[0] for a, b in pairwise(self.edges))
+
+    @cached_property
+    def max_k(self) -> int:
+        return max(b[1] - a[1] for a, b in pairwise(self.edges))
 
 
 @dataclass(frozen=True)
 class VarlenCall:
     sequences: Sequences
-    query: Tensor | None  # (n,) int64: the rows of q that it takes, each at most once; None: all, where they lie
+    query: Tensor | None  # (n,) int32: the rows of q that it takes, each at most once; None: all, where they lie
 
 
 class _Meeting(NamedTuple):
@@ -53,17 +62,20 @@ class _Meeting(NamedTuple):
     causal: bool = False
 
 
-def varlen_plan(layout: TreeLayout, query_row: Tensor | None = None) -> tuple[VarlenCall, ...]:
-    """Computed once, used by every layer; of chosen rows (Q,), the last ones asked for are kept."""
+def call_plan(layout: TreeLayout, query_row: Tensor | None, causal: bool) -> tuple[VarlenCall, ...]:
+    """Computed once, used by every layer; of chosen rows (Q,), on the host, the last ones asked for are kept.
+
+    Not ``causal``: every token sees all of its segment, and no segment continues another.
+    """
     if query_row is None:
-        return layout.kept("varlen", None, lambda: _plan(layout, None))
+        return layout.kept(f"calls, causal {causal}", None, lambda: _plan(layout, None, causal))
     rows = tuple(query_row.tolist())
-    return layout.kept("varlen_rows", rows, lambda: _plan(layout, rows))
+    return layout.kept("calls of rows", rows, lambda: _plan(layout, rows))
 
 
-def _plan(layout: TreeLayout, chosen: tuple[int, ...] | None) -> tuple[VarlenCall, ...]:
+def _plan(layout: TreeLayout, chosen: tuple[int, ...] | None, causal: bool = True) -> tuple[VarlenCall, ...]:
     """``chosen``: the row of the stream that each query is; None: query i is row i."""
-    own = _whole(layout) if chosen is None else _stretches(layout, chosen)
+    own = _whole(layout, causal) if chosen is None else _stretches(layout, chosen)
     num_q = layout.num_tokens if chosen is None else len(chosen)
     stretches = [stretch for found in own.values() for stretch in found]
     together = [
@@ -72,14 +84,21 @@ def _plan(layout: TreeLayout, chosen: tuple[int, ...] | None) -> tuple[VarlenCal
         *_halves(own),
         *_levels(layout, own),
     ]
-    device = layout.segment_start.device
-    return tuple(_call(met, num_q, layout.num_tokens, device) for met in together if met)
+    together = [met for met in together if met]
+    calls = [_call(met, num_q, layout.num_tokens) for met in together]
+    numbers = [row for edges, query in calls for row in (*map(list, zip(*edges)), query or [])]
+    placed = iter(_placed(numbers, layout.segment_start.device))
+    found = []
+    for met, (edges, query) in zip(together, calls):
+        cu_q, cu_k, rows = next(placed), next(placed), next(placed)
+        found.append(VarlenCall(Sequences(edges, cu_q, cu_k, met[0].causal), None if query is None else rows))
+    return tuple(found)
 
 
-def _whole(layout: TreeLayout) -> dict[int, list[_Meeting]]:
-    """{segment: itself, causal}, of those that have tokens."""
+def _whole(layout: TreeLayout, causal: bool) -> dict[int, list[_Meeting]]:
+    """{segment: itself}, of those that have tokens."""
     rows = {segment: layout.rows(segment) for segment in range(layout.num_segments)}
-    return {segment: [_Meeting(own, [own], causal=True)] for segment, own in rows.items() if own}
+    return {segment: [_Meeting(own, [own], causal=causal)] for segment, own in rows.items() if own}
 
 
 def _stretches(layout: TreeLayout, chosen: tuple[int, ...]) -> dict[int, list[_Meeting]]:
@@ -147,8 +166,11 @@ def _join(runs: list[range], run: range) -> list[range]:
     return runs
 
 
-def _call(met: list[_Meeting], num_q: int, num_k: int, device: torch.device) -> VarlenCall:
-    """Keys of a call lie apart. Queries stay where they lie if they lie apart too, in the order of their keys."""
+def _call(met: list[_Meeting], num_q: int, num_k: int) -> tuple[list[tuple[int, int]], list[int] | None]:
+    """Where sequences start and end, and the rows that are queries. Keys of a call lie apart.
+
+    Queries stay where they lie, rows None, if they lie apart too, in the order of their keys.
+    """
     met = sorted(met, key=lambda meeting: meeting.keys.start)
     runs = [meeting.queries[0] for meeting in met]
     in_place = all(len(meeting.queries) == 1 for meeting in met)
@@ -171,15 +193,13 @@ def _call(met: list[_Meeting], num_q: int, num_k: int, device: torch.device) -> 
         skip(start, meeting.keys.start)
         cut(start + sum(map(len, meeting.queries)), meeting.keys.stop)
     skip(num_q, num_k)
-    longest_q, longest_k = (max(b[i] - a[i] for a, b in pairwise(edges)) for i in (0, 1))
-    cu_q, cu_k = (_placed([edge[i] for edge in edges], torch.int32, device) for i in (0, 1))
-    query = None
-    if not in_place:
-        query = _placed([i for meeting in met for run in meeting.queries for i in run], torch.int64, device)
-    return VarlenCall(Sequences(cu_q, cu_k, longest_q, longest_k, met[0].causal), query)
+    return edges, None if in_place else [i for meeting in met for run in meeting.queries for i in run]
 
 
-def _placed(values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+def _placed(lists: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Each as int32 on the device: one copy, for which the host does not wait."""
+    if not lists:
+        return []
+    host = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int32, device="cpu")
+    host = host.pin_memory() if device.type == "cuda" else host
+    return list(host.to(device, non_blocking=True).split([len(numbers) for numbers in lists]))

@@ -1,0 +1,18 @@
+"""Numbers that a step leaves on its device, read at once: every read is a wait for all that was launched before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def read(numbers: Sequence[Tensor]) -> list[float]:
+    """0-d tensors of one device as Python's numbers, exactly (integers below 2^53), in one copy."""
+    return torch.stack([number.detach().double() for number in numbers]).tolist() if numbers else []
+
+
+def read_rows(rows: Sequence[Tensor]) -> list[Tensor]:
+    """1-D tensors of one device and dtype, on the host, in one copy."""
+    return list(torch.cat(list(rows)).detach().cpu().split([len(row) for row in rows])) if rows else []
