@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
         found[f"moe clear {label}"] = partial(_clear, **how)
         found[f"other sample_tokens {label}"] = partial(_sample, **how)
         found[f"other shared_prompt_decode {label}"] = partial(_decode, **how)
+        found[f"tree_attention merge {label}"] = partial(_merge, **how)
     for rule in RULES:
         found[f"advantage {rule}"] = partial(_advantage, rule=rule, device=device)
     found["advantage, group_normalize"] = partial(_normalize, device=device)
@@ -259,6 +261,30 @@ def _decode(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     )
     out = prism_kernels.shared_prompt_decode(q, k, v, *pages, layout, impl=impl)
     return [pages[0][1:], pages[1][1:], out]
+
+
+def _merge(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    """A part of some rows into a whole, then one of all; the rows of which there is nothing; gradients."""
+    merging = import_module(f"prism_kernels.tree_attention.{'triton_merge' if impl == 'triton' else 'merge'}")
+    rows, some = 67, torch.tensor([3, 66, 0], dtype=torch.int32, device=device)
+
+    def part(count: int, heads: int, seed: int) -> Tensor:
+        return _random(count, heads, 72, device=device, dtype=dtype, seed=seed)
+
+    found: Outputs = []
+    for last in (False, True):
+        out, lse = part(rows, 3, 1), _random(3, rows, device=device, seed=2)
+        merging.merge_(out, lse, part(3, 3, 3), _random(3, 3, device=device, seed=4), some)
+        merging.merge_(out, lse, part(rows, 3, 5), _random(3, rows, device=device, seed=6), None, last=last)
+        found += [out, lse]
+    out, lse = part(rows, 3, 7), _random(3, rows, device=device, seed=8)
+    lse[:, 5] = float("inf")
+    merging.settle_(out, lse)
+    found += [out.nan_to_num(9.0), lse.nan_to_num(neginf=9.0)]
+    sums = [part(rows, 3, 9), part(rows + 2, 1, 10), part(rows + 2, 1, 11)]
+    merging.add_(sums, [part(rows, 3, 12), part(rows + 2, 1, 13), part(rows + 2, 1, 14)], None)
+    merging.add_(sums, [part(3, 3, 15), part(rows + 2, 1, 16), part(rows + 2, 1, 17)], some)
+    return [*found, *sums]
 
 
 def run_all(device: torch.device, only: str = "", skip: str | None = None) -> int:
