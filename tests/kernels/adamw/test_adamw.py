@@ -22,7 +22,9 @@ KINDS = list(itertools.product((False, True), repeat=3))  # split weights, bf16 
 kinds = pytest.mark.parametrize(
     "kind", KINDS, ids=lambda kind: "-".join(n for n, on in zip(("split", "g16", "m16"), kind) if on) or "fp32"
 )
-OTHERS = ["native", pytest.param("cuda", marks=pytest.mark.gpu)]
+NOT_BUILT = native.need_cuda()
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))]
+OTHERS = ["native", pytest.param("cuda", marks=ON_A_GPU)]
 STRANGE = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, 3e38, -1e-30])
 
 
