@@ -33,12 +33,36 @@ class BuildExtension(build_ext):
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
         for source in sources:
             target = objects / (source.stem + ".cu.o")
-            command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", *codes, "-c", str(source), "-o", str(target)]
+            command = [
+                nvcc,
+                "-O3",
+                "-std=c++17",
+                "-DPRISM_WITH_CUDA=1",
+                "-Xcompiler",
+                "-fPIC",
+                *codes,
+                "-c",
+                str(source),
+                "-o",
+                str(target),
+            ]
             subprocess.check_call(command)
             ext.extra_objects.append(str(target))
         ext.define_macros.append(("PRISM_WITH_CUDA", "1"))
-        ext.library_dirs.append(str(Path(nvcc).resolve().parent.parent / "lib64"))
+        ext.library_dirs.append(str(cuda_runtime(nvcc, sources[0])))
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+
+def cuda_runtime(nvcc, source):
+    """The folder of the static CUDA runtime of an nvcc, which says itself where it is: on PATH may be a wrapper."""
+    said = subprocess.run([nvcc, "--dryrun", "-c", str(source)], capture_output=True, text=True, check=True).stderr
+    top = Path(next(line.partition("TOP=")[2] for line in said.splitlines() if "TOP=" in line))
+    for folder in (top / "lib64", top / "lib", *top.glob("targets/*/lib")):
+        if (folder / "libcudart_static.a").exists():
+            return folder.resolve()
+    raise RuntimeError(
+        f"{top}: no libcudart_static.a in lib64, lib or targets/*/lib: install the CUDA runtime's development files"
+    )
 
 
 ParallelCompile("PRISM_BUILD_JOBS").install()  # all cores, or as many as this variable says
@@ -59,11 +83,21 @@ setup(
         Pybind11Extension(
             "prism_kernels._C",
             sorted(str(p) for p in CSRC.glob("*.cpp")),
-            depends=sorted(str(p) for p in CSRC.glob("*.h")),
+            depends=sorted(str(p) for p in (*CSRC.glob("*.h"), *CSRC.glob("*.cu"))),
             include_dirs=[str(CSRC)],
             cxx_std=17,
-            # without fused multiply-add, so that sums of doubles equal those of the Python references to the last bit
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wno-psabi"],
+            # -ffp-contract=off: no fused multiply-add but those that are asked for, so that results equal those of the
+            # Python references to the last bit. The other two change no number: they let loops with square roots and
+            # choices in them be vectorised, for errno and floating-point traps that nobody reads.
+            extra_compile_args=[
+                "-O3",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wno-psabi",
+                "-pthread",
+            ],
+            extra_link_args=["-pthread"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

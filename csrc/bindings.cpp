@@ -4,9 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "adamw.h"
 #include "balance.h"
 #include "decode.h"
 #include "packing.h"
@@ -149,10 +153,41 @@ bool shared_prompt_decode(const std::array<int64_t, 5>& sizes, const std::array<
       static_cast<prism::Number>(number), threads);
 }
 
+prism::adamw::Kind kind_of(int bits) { return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}; }
+
+prism::adamw::Constants constants_of(const std::array<double, 4>& c) {
+  return {static_cast<float>(c[0]), static_cast<float>(c[1]), static_cast<float>(c[2]), static_cast<float>(c[3])};
+}
+
+void adamw_step(const py::buffer& rows, int kind, const std::array<double, 4>& constants, double clip, int threads,
+                int bits) {
+  const View<uint8_t> table(rows);
+  const int64_t num_rows = table.size() / static_cast<int64_t>(sizeof(prism::adamw::Row));
+  const std::vector<prism::adamw::Row> copied = [&] {  // bytes may lie anywhere
+    std::vector<prism::adamw::Row> found(num_rows);
+    std::memcpy(found.data(), table.data(), num_rows * sizeof(prism::adamw::Row));
+    return found;
+  }();
+  py::gil_scoped_release release;
+  prism::adamw::on_cpu(copied.data(), num_rows, kind_of(kind), constants_of(constants), static_cast<float>(clip),
+                       {threads, bits});
+}
+
+#ifdef PRISM_WITH_CUDA
+// Addresses on the device as integers; rows are those of adamw_step, copied there.
+void adamw_step_cuda(uintptr_t rows, int64_t num_rows, int64_t num_chunks, int kind,
+                     const std::array<double, 4>& constants, uintptr_t clip, uintptr_t stream) {
+  const char* said = prism::adamw::on_gpu(reinterpret_cast<const prism::adamw::Row*>(rows), num_rows, num_chunks,
+                                          kind_of(kind), constants_of(constants), reinterpret_cast<const float*>(clip),
+                                          reinterpret_cast<void*>(stream));
+  if (*said != '\0') throw std::runtime_error(std::string("adamw_step: ") + said);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("INTERFACE") = 3;  // kernels/prism_kernels/native.py expects this number
+  m.attr("INTERFACE") = 4;  // kernels/prism_kernels/native.py expects this number
   m.def("pack_trees", &pack_trees, "Packs as nested lists, or the index of a tree that does not fit.");
   m.def("balance", &balance, "Item indices per rank.");
   m.def("sample_tokens",
@@ -161,4 +196,13 @@ PYBIND11_MODULE(_C, m) {
         "Tokens and log-probs, written to their addresses.");
   m.def("shared_prompt_decode", &shared_prompt_decode, "False where a table leads out of the pages.");
   m.def("find_tag_spans", &find_tag_spans, "Token spans per element, or None where the format is invalid.");
+  m.def("adamw_step", &adamw_step, "Updates, on the host, the tensors that a table names.", py::arg("rows"),
+        py::arg("kind"), py::arg("constants"), py::arg("clip"), py::arg("threads"), py::arg("bits") = 512);
+  m.attr("ADAMW_CHUNK") = prism::adamw::kChunk;
+#ifdef PRISM_WITH_CUDA
+  m.attr("CUDA") = true;
+  m.def("adamw_step_cuda", &adamw_step_cuda, "The same on a GPU, in one launch.");
+#else
+  m.attr("CUDA") = false;
+#endif
 }

@@ -424,6 +424,10 @@ def doctor() -> None:
     for op, (impl, reason) in which_impl().items():
         table.add_row(op, impl, reason)
     console.print(table)
+    implementation, reason = which_impl()["adamw_step"]
+    if implementation == "reference" and "PRISM_IMPL" not in reason:
+        said = f"optimizer: torch.optim.AdamW, as only the definition of adamw_step runs here ({reason})"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     for line in build_locks(os.environ):
         console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
 

@@ -110,7 +110,10 @@ class OptimizerConfig(Node):
     beta1: Part = Field(0.9, description="decay of the first moment")
     beta2: Part = Field(0.999, description="decay of the second moment")
     clip_norm: Annotated[float, Field(gt=0, le=1e12), NUMBER] = Field(1.0, description="longest gradient")
-    offload: bool = Field(False, description="keep the optimizer's state in host memory; with cluster.sharding=zero*")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of both moments; bfloat16 is rounded at random; not with cluster.sharding=zero*"
+    )
+    offload: bool = Field(False, description="keep the optimizer's state in host memory, and update there")
 
 
 # Keys of DeepSpeed's configuration that follow from other settings, or that the trainer relies on.

@@ -211,35 +211,40 @@ def _gather(payload: bytes) -> list[bytes]:
     return [part[:size].numpy().tobytes() for part, size in zip(parts, sizes.tolist())]
 
 
-def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sums gradients over the processes, in fp32; one that no process has stays absent.
+def add_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """Sums gradients over the processes, in place, in at least fp32; one that no process has stays absent.
 
-    A few collectives whatever the number of parameters: which gradients there are, then buckets of them.
+    ``like``: the parameters they are of. A few collectives whatever their number: which gradients there are, then
+    buckets of them.
     """
     if world() == 1:
-        return
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        return list(gradients)
+    there = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.int32)
     dist.all_reduce(there)
-    shared = [p for p, count in zip(parameters, there.tolist()) if count]
-    for bucket in _buckets(shared):
-        wide = torch.promote_types(bucket[0].dtype, torch.float32)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = torch.cat([grad.flatten().to(wide) for grad in grads])
+    shared = [i for i, count in enumerate(there.tolist()) if count]
+    found: dict[int, Tensor] = {}
+    for bucket in _buckets([(i, like[i]) for i in shared]):
+        wide = torch.promote_types(like[bucket[0]].dtype, torch.float32)
+        for i in bucket:
+            own = gradients[i]
+            found[i] = torch.zeros_like(like[i], dtype=wide) if own is None else own.to(wide)
+        flat = torch.cat([found[i].flatten() for i in bucket])
         dist.all_reduce(flat)
-        for parameter, total in zip(bucket, flat.split([p.numel() for p in bucket])):
-            parameter.grad = total.view_as(parameter).to(parameter.dtype)
+        for i, total in zip(bucket, flat.split([found[i].numel() for i in bucket])):
+            found[i].copy_(total.view_as(found[i]))
+    return [found.get(i) for i in range(len(gradients))]
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Runs of parameters of one dtype, of at most BUCKET numbers where they are smaller than that."""
-    bucket: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        if bucket and (size + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):
+def _buckets(numbered: Iterable[tuple[int, Tensor]]) -> Iterator[list[int]]:
+    """Runs of tensors of one dtype, by number, of at most BUCKET elements where they are smaller than that."""
+    bucket: list[int] = []
+    size, dtype = 0, None
+    for number, tensor in numbered:
+        if bucket and (size + tensor.numel() > BUCKET or tensor.dtype != dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(parameter)
-        size += parameter.numel()
+        bucket.append(number)
+        size, dtype = size + tensor.numel(), tensor.dtype
     if bucket:
         yield bucket
 
@@ -263,8 +268,23 @@ def shard(module: nn.Module, units: tuple[type, ...], *, compute: torch.dtype) -
     fully_shard(module, **options)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process holds a shard: a collective; another tensor as it is."""
+def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """All of a tensor of which this process holds a shard: a collective; another tensor as it is.
+
+    ``like``: the parameter, where the tensor is what is held of something of its shape, without knowing it.
+    """
+    if like is not None and hasattr(like, "full_tensor") and not hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(like, DTensor)
+        tensor = DTensor.from_local(
+            tensor.to(like.device),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

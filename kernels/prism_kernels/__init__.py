@@ -1,5 +1,6 @@
 """Kernels of PRISM post-training. Importable with torch alone; ``which_impl()`` names every op's implementation."""
 
+from prism_kernels.adamw import adamw_step, join_master, split_master
 from prism_kernels.dispatch import Impl, which_impl
 from prism_kernels.group_advantage import group_normalize, multi_reward_advantage
 from prism_kernels.linear_logprob import (
@@ -32,9 +33,11 @@ __all__ = [
     "Routing",
     "RoutingStats",
     "TreeLayout",
+    "adamw_step",
     "balance",
     "find_tag_spans",
     "group_normalize",
+    "join_master",
     "linear_cross_entropy",
     "linear_logprob",
     "linear_objective",
@@ -49,6 +52,7 @@ __all__ = [
     "sample_tokens",
     "segment_attention",
     "shared_prompt_decode",
+    "split_master",
     "swiglu",
     "tree_attention",
     "which_impl",

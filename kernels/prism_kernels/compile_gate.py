@@ -3,7 +3,8 @@
     python -m prism_kernels.compile_gate [--all | --sample 40] [--op linear_logprob,moe] [--targets 80,90] [--json F]
 
 Fails on a spill to local memory, on more shared memory than the GPU has, on a missing ``wgmma`` where a kernel's own
-GEMM should use it (sm_90), and on anything that does not compile. Says nothing about speed or races.
+GEMM should use it (sm_90), and on anything that does not compile. Says nothing about speed or races. With --all, or
+--op csrc, the CUDA sources of csrc/ too, by nvcc where it is (cuda_gate.py).
 
 An op adds its kernels by a module ``compile_cases.py`` in its package with ``configurations() -> list[Configuration]``.
 Needs triton, whose wheel holds ptxas and cuobjdump; the interpreter must be off (a process of its own).
@@ -27,13 +28,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import prism_kernels
-from prism_kernels import tuned_options
+from prism_kernels import cuda_gate, tuned_options
 
 TARGETS = (80, 90, 100)
+CSRC = "csrc"  # stands for an op: the CUDA sources
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may take, CUDA C++ Programming Guide
 
 
@@ -172,6 +175,27 @@ def run(todo: Sequence[tuple[str, int, int]], workers: int) -> Iterator[Report]:
         yield from pool.map(compile_one, *zip(*todo), chunksize=1)
 
 
+def cuda_reports(targets: Sequence[int]) -> Iterator[Report]:
+    """The kernels of csrc/, each as it comes."""
+    for source in cuda_gate.sources():
+        for target in targets:
+            began = time.perf_counter()
+            try:
+                kernels = cuda_gate.compile_source(source, target)
+            except RuntimeError as error:
+                yield Report(CSRC, source.name, target, 0.0, failures=(f"does not compile: {error}",))
+                continue
+            seconds = round((time.perf_counter() - began) / max(1, len(kernels)), 2)
+            for found in kernels:
+                failures = []
+                if found.local_bytes:
+                    failures.append(f"spills {found.local_bytes} bytes a thread ({found.registers} registers)")
+                if found.shared_bytes > SHARED_LIMIT[target]:
+                    failures.append(f"takes {found.shared_bytes} bytes of shared memory")
+                sizes = {key: value for key, value in found._asdict().items() if key != "name"}
+                yield Report(CSRC, found.name, target, seconds, failures=tuple(failures), **sizes)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m prism_kernels.compile_gate", description=about)
@@ -184,17 +208,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
-    chosen = options.op.split(",") if options.op else ops()
-    if unknown := set(chosen) - set(ops()):
-        parser.error(f"--op: unknown {sorted(unknown)}; ops with compile_cases.py: {', '.join(ops())}")
+    chosen = options.op.split(",") if options.op else [*ops(), *([CSRC] if options.all else [])]
+    if unknown := set(chosen) - {*ops(), CSRC}:
+        parser.error(f"--op: unknown {sorted(unknown)}; there are {', '.join([*ops(), CSRC])}")
+    why_not = cuda_gate.need_nvcc() if CSRC in chosen else None
+    if why_not is not None and options.op:
+        parser.error(f"--op {CSRC}: {why_not}")
     targets = [int(target) for target in options.targets.split(",")]
-    todo = jobs(chosen, targets, None if options.all else options.sample)
+    todo = jobs([op for op in chosen if op != CSRC], targets, None if options.all else options.sample)
+    of_csrc = cuda_reports(targets) if CSRC in chosen and why_not is None else ()
     reports = []
-    for report in run(todo, options.jobs):
+    for report in chain(run(todo, options.jobs), of_csrc):
         reports.append(report)
         verdict = "; ".join(report.failures) or "ok"
         figures = f"{report.registers:>4} reg {report.shared_bytes:>7} B shared {report.seconds:>6.2f} s"
         print(f"sm_{report.target:<4}{report.op:<16}{report.name:<48}{figures}  {verdict}", flush=True)
+    if why_not is not None:
+        print(f"{CSRC}: not compiled: {why_not}")
     failed = sum(bool(report.failures) for report in reports)
     print(f"compile gate: {len(reports)} compiled, {failed} failed")
     if options.json:

@@ -39,6 +39,7 @@ class Impl(str, Enum):
     FLASH = "flash"  # a FlashAttention library's calls over sequences of any length, merged
     VARLEN = "varlen"  # the same calls in plain torch, any device
     NATIVE = "native"  # C++ on the host (prism_kernels._C)
+    CUDA = "cuda"  # CUDA C++ (prism_kernels._C built with PRISM_BUILD_CUDA=1)
     TRITON = "triton"
 
     def __str__(self) -> str:

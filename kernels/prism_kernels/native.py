@@ -13,9 +13,10 @@ import torch
 
 # csrc/bindings.cpp exports the same number. Both are raised whenever a signature changes, so that an extension left
 # over from older sources is named as such instead of failing with an AttributeError.
-INTERFACE = 3
+INTERFACE = 4
 
 HOW_TO_BUILD = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the repository root"
+HOW_TO_BUILD_CUDA = "with nvcc on PATH, `PRISM_BUILD_CUDA=1 pip install -e .` builds it"
 
 
 @lru_cache(maxsize=1)
@@ -36,6 +37,16 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def need_native() -> str | None:
     """Why the C++ implementations cannot run here, with the command that builds them, or None."""
     return _load()[1]
+
+
+def need_cuda() -> str | None:
+    """Why the CUDA part of the extension cannot run here, with the command that builds it, or None."""
+    module, why_not = _load()
+    if module is None:
+        return why_not
+    if not module.CUDA:
+        return f"prism_kernels._C was built without its CUDA part; {HOW_TO_BUILD_CUDA}"
+    return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
 PER_THREAD = 1 << 20  # numbers to work through: starting a thread costs as much as some 10,000

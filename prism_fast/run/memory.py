@@ -113,35 +113,39 @@ def need(
     """What each of ``gpus`` GPUs holds, for bf16 weights and AdamW, with activation checkpointing.
 
     P parameters in all, P_max of the larger model, N GPUs; per parameter bf16 weights and gradients take 2 bytes each,
-    fp32 master and moments 12. ``fp32_sums``: gradients add up in fp32, ``tokens``: of a pack.
+    fp32 master and moments 12. ``fp32_sums``: DeepSpeed's gradients add up in fp32, ``tokens``: of a pack.
 
-        none    2 P + 2 P + 16 P                     weight, gradient; master, its gradient, moments
+        none    2 P + 4 P + 12 P                     weight; sum of gradients; master, moments
         zero1   2 P + 2 P_max + 12 P / N + 1 GB      with fp32 sums + 4 P_max
         zero2   2 P + 2 P / N + 12 P / N + 2 GB      with fp32 sums + 2 P / N
         zero3   16 P / N + 4 GB                      with fp32 sums + 2 P / N
         fsdp2   16 P / N + 2 GB                      the shards are the masters, their gradients are fp32
 
-    zero1 holds a gradient of one model at a time. ``offload`` (zero1, 2, 3) takes 12 P / N away; the host then holds
-    18 P, whatever N: master, moments, fp32 gradient, and the new weights on their way back. Elsewhere AdamW takes
-    4 P_max / N for a moment, when no activations are there.
+    none takes 16 P where the CUDA part of prism_kernels is built: a remainder of 2 bytes stands for the master. zero1
+    holds a gradient of one model at a time. ``offload`` takes 12 P / N away (8 P / N of fsdp2, whose shards stay, 12 P
+    of none); the host then holds, of DeepSpeed, 18 P, whatever N: master, moments, fp32 gradient, and the new weights
+    on their way back; 12 P of fsdp2, and of none 12 P of each process. Without it DeepSpeed's AdamW takes 4 P_max / N
+    for a moment, when no activations are there.
     """
     count = [model.parameters for model in models]
     total, largest = sum(count), max(count)
     shard = total / gpus
     states = {
-        "none": 20 * total,
+        "none": 18 * total,
         "zero1": 2 * total + (6 if fp32_sums else 2) * largest + 12 * shard,
         "zero2": 2 * total + (4 if fp32_sums else 2) * shard + 12 * shard,
         "zero3": (18 if fp32_sums else 16) * shard,
         "fsdp2": 16 * shard,
     }[form]
     states += BUCKETS[form] + LIVE.get(form, 0.0)
-    if offload:
-        states -= 12 * shard
     more = max(model.text.activations(tokens) for model in models)
-    if not offload:
-        more = max(more, 4 * largest / (1 if form == "none" else gpus))
-    return Need(states, states + more + CONTEXT, 18.0 * total if offload else 0.0)
+    host = 0.0
+    if offload:
+        states -= {"none": 12 * total, "fsdp2": 8 * shard}.get(form, 12 * shard)
+        host = {"none": 12.0 * total * gpus, "fsdp2": 12.0 * total}.get(form, 18.0 * total)
+    elif form.startswith("zero"):
+        more = max(more, 4 * largest / gpus)
+    return Need(states, states + more + CONTEXT, host)
 
 
 def table(

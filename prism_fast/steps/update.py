@@ -1,16 +1,14 @@
-"""Gradients -> weights: AdamW with fp32 master weights, schedule and clipping; on one process or on many.
+"""The updater that a run's settings ask for, and DeepSpeed's; the only importer of deepspeed.
 
-The one place where a sharding engine plugs in, and the only importer of deepspeed; nothing else knows how weights are
-updated. Every form has the same calls: the updater itself is the way into a micro-step's forward, ``backward(loss)``
-adds gradients up, ``step()`` updates. Losses are shares of the whole batch's loss: gradients are summed, over packs and
-over processes.
+Nothing else knows how weights are updated. Every form has the same calls: the updater itself is the way into a
+micro-step's forward, ``backward(loss)`` adds gradients up, ``step()`` updates. Losses are shares of the whole batch's
+loss: gradients are summed, over packs and over processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,204 +22,9 @@ from prism_fast.config import ClusterConfig, OptimizerConfig
 from prism_fast.files import write_json
 from prism_fast.models.backbone import TreeModel
 from prism_fast.records import DataError
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
-
-
-class Backprop:
-    """A module whose losses' gradients add up, without an optimizer: as much of an updater as a gradient needs.
-
-    ``lockstep``: processes must call the module equally often, and each call must run every submodule.
-    """
-
-    lockstep = False
-    every_module = False  # in lockstep: also those that no process needs in this step
-
-    def __init__(self, module: Any):
-        self.module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A micro-step's forward: the loss must be made of its output alone."""
-        return self.module(*args, **kwargs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Weights are whole, and a submodule may be called by itself: sampling, evaluation, saving. No gradients.
-
-        Every forward outside a micro-step needs it. All processes enter and leave together; in between each may do
-        what it likes.
-        """
-        yield
-
-
-class Updater(Backprop):
-    """AdamW over the trainable parameters of a module, in one process or with gradients summed over several.
-
-    Parameters of less than fp32 have an fp32 master copy, which the optimizer updates and the parameter rounds. Weight
-    decay applies to matrices only (norms, biases and the scalar head have none).
-    """
-
-    def __init__(self, module: nn.Module, config: OptimizerConfig, total_steps: int):
-        super().__init__(module)
-        self.config, self.total_steps, self.steps = config, total_steps, 0
-        self.names, self.parameters = [], []
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                self.names.append(name)
-                self.parameters.append(parameter)
-        self.masters = [p if _is_wide(p) else p.detach().float() for p in self.parameters]
-        self.mastered = frozenset(name for name, p in zip(self.names, self.parameters) if not _is_wide(p))
-        self.adamw = _adamw(self.masters, config)
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        return self.config.lr * learning_rate_factor(self.steps, self.total_steps, self.config)
-
-    def step(self) -> float:
-        """One optimizer step from the gradients of the parameters, which it clears; returns their global norm (L2).
-
-        A norm that is not finite leaves the weights as they are; the caller sees it in the returned value.
-        """
-        self._reduce()
-        norm = self._norm([p.grad for p in self.parameters if p.grad is not None])
-        if math.isfinite(norm):
-            scale = min(1.0, self.config.clip_norm / (norm + 1e-6))
-            for parameter, master in zip(self.parameters, self.masters):
-                if parameter.grad is None:
-                    master.grad = None
-                else:
-                    master.grad = parameter.grad.to(master.dtype).mul_(scale)
-            for group in self.adamw.param_groups:
-                group["lr"] = self.lr
-            self.adamw.step()
-            with torch.no_grad():
-                for parameter, master in zip(self.parameters, self.masters):
-                    if master is not parameter:
-                        parameter.copy_(master)
-                        master.grad = None
-        self.next_step()
-        return norm
-
-    def _reduce(self) -> None:
-        """Gradients of this process -> those of all."""
-        ranks.add_gradients(self.parameters)
-
-    def _norm(self, grads: list[Tensor]) -> float:
-        return float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in grads]))) if grads else 0.0
-
-    def next_step(self) -> None:
-        """Clears the gradients and moves the schedule on; by itself it skips an update."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        self.steps += 1
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every weight, a tied one once; all processes take all of them, in the same order.
-
-        A tensor is the caller's: it stays as it is when the next is taken.
-        """
-        for name, parameter in self.module.named_parameters():
-            yield name, ranks.whole(parameter.detach())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters.
-
-        Whole tensors, whatever the form: a call of all processes, of which the first one gets them.
-        """
-        kept: dict[str, Tensor] = {}
-        for name, master in zip(self.names, self.masters):
-            if name in self.mastered:
-                _keep(kept, f"master.{name}", ranks.whole(master.detach()))
-            for key, value in self.adamw.state.get(master, {}).items():
-                _keep(kept, f"{key}.{name}", ranks.whole(value))
-        return kept
-
-    def load(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Restores what :meth:`tensors` gave; the module's weights are restored by their own checkpoint.
-
-        Raises ValueError where tensors are missing, or of another shape or dtype, or not finite.
-        """
-        self.steps = steps
-        self._check(tensors)
-        with torch.no_grad():
-            for name, master in zip(self.names, self.masters):
-                if name in self.mastered:
-                    master.copy_(ranks.shard_like(tensors[f"master.{name}"], master))
-                state = {
-                    key: tensors[f"{key}.{name}"].clone()
-                    if key == "step"
-                    else ranks.shard_like(tensors[f"{key}.{name}"].clone(), master)
-                    for key in MOMENTS
-                    if f"{key}.{name}" in tensors
-                }
-                if state:
-                    self.adamw.state[master] = state
-
-    def _check(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in zip(self.names, self.parameters):
-            keys = [f"{key}.{name}" for key in MOMENTS]
-            wanted = keys if any(key in tensors for key in keys) else []
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            for key in [*wanted, *([f"master.{name}"] if name in self.mastered else [])]:
-                shape = () if key.startswith("step.") else tuple(_shape(parameter))
-                held = tensors.get(key)
-                if held is None:
-                    raise ValueError(f"no {key}")
-                if tuple(held.shape) != shape or not (held.dtype == wide or key.startswith("step.")):
-                    raise ValueError(f"{key} is {tuple(held.shape)} in {held.dtype}, expected {shape} in {wide}")
-                if not held.isfinite().all():
-                    raise ValueError(f"{key} is not finite")
-
-
-class FSDPUpdater(Updater):
-    """Weights, gradients and optimizer sharded by torch's FSDP2; the shards are fp32, and are their own masters.
-
-    What it computes is what `Updater` does: a parameter without a gradient in any process is not updated.
-    """
-
-    lockstep = True
-
-    def __init__(self, module: TreeModel, config: OptimizerConfig, total_steps: int):
-        self.compute = module.dtype
-        ranks.shard(module.float(), module.gathered_at_once(), compute=self.compute)
-        super().__init__(module, config, total_steps)
-        if self.compute != torch.float32:  # what a model's directory keeps is rounded
-            self.mastered = frozenset(self.names) - module.always_fp32
-
-    def backward(self, loss: Tensor) -> None:
-        (loss * ranks.world()).backward()  # FSDP2 takes the mean over processes
-
-    def _reduce(self) -> None:
-        """Each backward has reduced them."""
-
-    def _norm(self, grads: list[Tensor]) -> float:
-        # In fp64 without a copy: a word embedding's would take gigabytes.
-        norms = [torch.linalg.vector_norm(ranks.local(grad), dtype=torch.float64) for grad in grads]
-        squares = torch.stack(norms).square().sum().cpu() if norms else torch.zeros((), dtype=torch.float64)
-        ranks.add(squares)
-        return float(squares.sqrt())
-
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        units = [m for m in self.module.modules() if hasattr(m, "unshard")]
-        self.module.set_reshard_after_forward(False)
-        for unit in units:
-            unit.unshard()
-        try:
-            yield
-        finally:
-            self.module.set_reshard_after_forward(True)
-            self.module.set_reshard_after_forward(False, recurse=False)  # FSDP2's own way with a root
-            for unit in units:
-                unit.reshard()
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in super().stream():
-            yield name, value.to(self.compute) if name not in self.module.always_fp32 else value
+from prism_fast.steps.adamw import torch_adamw
+from prism_fast.steps.backprop import Backprop
+from prism_fast.steps.updater import FSDPUpdater, Updater, keep, shape_of
 
 
 class DeepSpeedUpdater(Updater):
@@ -252,7 +55,10 @@ class DeepSpeedUpdater(Updater):
             deepspeed.utils.set_z3_leaf_modules(module, list(module.gathered_at_once()))
         try:
             self.engine, self.optimizer, *_ = deepspeed.initialize(
-                model=module, optimizer=_adamw(self.parameters, config), config=settings, dist_init_required=False
+                model=module,
+                optimizer=torch_adamw(self.parameters, config, fused=config.offload),
+                config=settings,
+                dist_init_required=False,
             )
         except (ValueError, TypeError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             if not cluster.deepspeed:
@@ -333,11 +139,11 @@ class DeepSpeedUpdater(Updater):
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
             if name in self.mastered:
-                _keep(kept, f"master.{name}", _whole("get_full_fp32_param", parameter))
+                keep(kept, f"master.{name}", _whole("get_full_fp32_param", parameter))
             if steps:
-                _keep(kept, f"step.{name}", steps[0].detach().clone())
+                keep(kept, f"step.{name}", steps[0].detach().clone())
                 for key in ("exp_avg", "exp_avg_sq"):
-                    _keep(kept, f"{key}.{name}", _whole("get_full_optimizer_state", parameter, key))
+                    keep(kept, f"{key}.{name}", _whole("get_full_optimizer_state", parameter, key))
         return kept
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
@@ -359,7 +165,7 @@ class DeepSpeedUpdater(Updater):
                 safe_set_full_fp32_param(parameter, tensors[f"master.{name}"].to(parameter.device))
             for key in ("exp_avg", "exp_avg_sq") if done else ():
                 value = tensors.get(f"{key}.{name}", torch.zeros(()))  # one that never had a gradient has none
-                safe_set_full_optimizer_state(parameter, value.expand(_shape(parameter)).contiguous(), key)
+                safe_set_full_optimizer_state(parameter, value.expand(shape_of(parameter)).contiguous(), key)
 
     def _flat(self) -> list[Tensor]:
         """This process's partitions, which AdamW updates; ZeRO 1 in bf16 is another class of DeepSpeed's."""
@@ -386,9 +192,10 @@ def open_updater(
     ``out``: the folder for deepspeed.json, or of a run's second model, NAME, for deepspeed_NAME.json.
     """
     sharding = "none" if cluster is None else cluster.sharding
-    if config.offload and not sharding.startswith("zero"):
+    if config.moments != "float32" and sharding.startswith("zero"):
         raise DataError(
-            f"optimizer.offload: cluster.sharding is {sharding}; set it to zero1, zero2 or zero3, or leave offload out"
+            f"optimizer.moments = {config.moments}: cluster.sharding = {sharding} is DeepSpeed's, which keeps them in "
+            "float32; set float32, or cluster.sharding to none or fsdp2"
         )
     if sharding == "none":
         return Updater(module, config, total_steps)
@@ -474,25 +281,6 @@ def _over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _adamw(parameters: list[Tensor] | list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay for matrices only.
-
-    On the host in one pass over weight, gradient and moments, 28 bytes a parameter; else in one per operation, some 80,
-    with 4 bytes a parameter held for a moment.
-    """
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        foreach=not config.offload,
-        fused=config.offload,
-    )
-
-
 def _whole(what: str, parameter: Tensor, *key: str) -> Tensor:
     """DeepSpeed's ``safe_get_full_...`` of a parameter that it trains: a call of all processes."""
     import deepspeed
@@ -501,26 +289,6 @@ def _whole(what: str, parameter: Tensor, *key: str) -> Tensor:
     if value is None:
         raise RuntimeError(f"deepspeed {deepspeed.__version__}: no {what} of a parameter; install the pinned version")
     return value
-
-
-def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """A whole tensor for a checkpoint: of several processes the first one's alone, on its host, one after another.
-
-    All of a sharded optimizer's state together is more than any of their devices holds.
-    """
-    if not ranks.grouped():
-        kept[name] = tensor
-    elif ranks.is_first():
-        kept[name] = tensor.cpu()
-
-
-def _is_wide(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float32, torch.float64)
-
-
-def _shape(parameter: Tensor) -> torch.Size:
-    """Of the whole parameter, also where ZeRO 3 has left nothing of it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _units(module: TreeModel) -> Iterator[list[tuple[str, nn.Parameter]]]:
@@ -534,13 +302,3 @@ def _units(module: TreeModel) -> Iterator[list[tuple[str, nn.Parameter]]]:
     for name, parameter in named:
         if id(parameter) not in seen:
             yield [(name, parameter)]
-
-
-def learning_rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
-    """Linear warm-up over ``warmup_ratio`` of the steps, then constant or a cosine to 0."""
-    warmup = config.warmup_ratio * total
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))

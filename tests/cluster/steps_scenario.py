@@ -69,6 +69,7 @@ class Case:
     sample: bool = False  # responses are sampled before each step
     resident: bool = False  # count weights that are there inside of a layer, and after a step
     offload: bool = False  # the optimizer's state is on the host
+    moments: str = "float32"
     break_lockstep: str = ""  # mutations: "blank", "spare", "module"
     options: dict[str, Any] = field(default_factory=dict)  # of cluster.deepspeed
 
@@ -212,7 +213,9 @@ def updater(case: Case, module: Any) -> Updater:
     if case.form.startswith("zero"):  # by default each engine's bucket takes 0.8 GB, whatever the model's size
         options = {"zero_optimization": {"reduce_bucket_size": 2_000_000, **options.get("zero_optimization", {})}}
     cluster = ClusterConfig(sharding=case.form, deepspeed=options)
-    made = open_updater(module, OPTIMIZER.model_copy(update={"offload": case.offload}), 10, cluster)
+    made = open_updater(
+        module, OPTIMIZER.model_copy(update={"offload": case.offload, "moments": case.moments}), 10, cluster
+    )
     if case.break_lockstep:
         _break(case.break_lockstep)
     return made

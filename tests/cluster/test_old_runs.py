@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from prism_fast import metric_names as names
 from prism_fast.run.monitor import read_metrics
+from prism_kernels import split_master
 from tests.cluster.launch import launch
 from tests.cluster.test_stages import run
 from tests.trainer.stages.test_old_runs import assert_went_on, moved
@@ -27,7 +28,7 @@ def test_a_run_of_earlier_code_goes_on_in_two_processes(name, form, tmp_path):
 def test_bfloat16_goes_on_in_zero1_and_in_one_process_again(tmp_path):
     """Masters and moments by name, in two processes after one, and in one after two.
 
-    The gradients of a step's two packs are summed in bf16 in one process: two roundings of 2^-8.
+    When it began, the gradients of a step's two packs were summed in bf16 in one process: two roundings of 2^-8.
     """
     out = tmp_path / "sft-bf16" / "run"
     stage, tree = moved("sft-bf16", tmp_path)
@@ -39,7 +40,8 @@ def test_bfloat16_goes_on_in_zero1_and_in_one_process_again(tmp_path):
         kept = load_file(out / "final/policy/model.safetensors")
         for name, value in kept.items():
             master = saved.get(f"master.{name}")
-            assert master is None or torch.equal(master.bfloat16(), value), (steps, name)
+            nearest = [] if master is None else [master.bfloat16(), split_master(master)[0]]  # ties: DeepSpeed's, ours
+            assert master is None or any(torch.equal(weight, value) for weight in nearest), (steps, name)
         assert sum(name.startswith("master.") for name in saved) >= len(kept) - 1  # a tied head is one
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl") if names.LOSS in line] == [*range(1, 7)]
 

@@ -113,10 +113,9 @@ def alone(tmp_path_factory):
 @pytest.mark.cluster
 @pytest.mark.parametrize("form", FORMS)
 def test_every_stage_objective_and_awkward_case(form, tmp_path, alone):
-    chosen = [(case, want) for case, want in zip(CASES, alone) if form.startswith("zero") or not case.get("offload")]
-    got = play(SCENARIO, [{"form": form, **case} for case, _ in chosen], 2, tmp_path)
+    got = play(SCENARIO, [{"form": form, **case} for case in CASES], 2, tmp_path)
     wrong = []
-    for (case, want), found in zip(chosen, got):
+    for case, want, found in zip(CASES, alone, got):
         try:
             assert_equal(found, want)
         except AssertionError as error:
@@ -136,10 +135,12 @@ def test_bfloat16_against_the_same_form_in_one_process(tmp_path):
     """The same packs, so the same gradient of each; summed in another order.
 
     A sum of n gradients in bf16 is within n units of 2^-8 of the sum of their sizes, and AdamW moves a weight by at
-    most lr a step, whatever the gradient: two steps of 1e-4, and a rounding of the weight. FSDP2 adds up in fp32;
-    DeepSpeed keeps fp32 sums of what it has sent in bf16.
+    most lr a step, whatever the gradient: two steps of 1e-4, and a rounding of the weight. Only DeepSpeed sums so: it
+    keeps fp32 sums of what it has sent in bf16. Bf16 moments are rounded at random, in FSDP2 by a shard's own elements:
+    by a unit of 2^-7 at most.
     """
     cases = [{"stage": "sft", "dtype": "bfloat16", "form": form} for form in FORMS]
+    cases += [{**case, "moments": "bfloat16"} for case in cases if not case["form"].startswith("zero")]
     packs = 6
     for case, one, two in zip(
         cases, play(SCENARIO, cases, 1, tmp_path / "one"), play(SCENARIO, cases, 2, tmp_path / "two")
@@ -148,7 +149,8 @@ def test_bfloat16_against_the_same_form_in_one_process(tmp_path):
             got, want = two[name].double(), want.double()
             if name.startswith("gradient"):
                 error = float((got - want).norm() / want.norm())
-                assert error <= (1e-4 if case["form"] == "fsdp2" else packs * 2**-8), f"{case}, {name}: {error:.1e}"
+                limit = packs * 2**-8 if case["form"].startswith("zero") else 2**-7 if "moments" in case else 1e-4
+                assert error <= limit, f"{case}, {name}: {error:.1e}"
             elif name.startswith("weight"):
                 assert float((got - want).abs().max()) <= 4e-4 + float(want.abs().max()) * 2**-8, (case, name)
             elif name.endswith("loss.0"):

@@ -15,6 +15,7 @@ from prism_kernels import (
     PolicyObjective,
     QueryRows,
     TreeLayout,
+    adamw_step,
     balance,
     find_tag_spans,
     group_normalize,
@@ -111,6 +112,11 @@ VALID = {
     PackCost: {"token": 1.0, "attention": 1.0},
     balance: {"costs": [5.0, 4.0, 3.0, 2.0], "num_ranks": 2, "groups": [0, 0, 1, 1], "equal_count": True},
     find_tag_spans: {"token_ids": [0, 1, 2, 3, 4, 5], "token_bytes": PIECES, "tags": ("a", "b")},
+    adamw_step: {
+        "parameters": [random(3), random(2)], "gradients": [random(3), random(2)], "remainders": [None, None],
+        "exp_avgs": [random(3), random(2)], "exp_avg_sqs": [torch.ones(3), torch.ones(2)], "lr": 0.1,
+        "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 1, "numbers": [0, 1],
+    },
     rms_norm: {"x": random(5, 8), "weight": torch.ones(8), "eps": 1e-6, "residual": random(5, 8)},
     swiglu: {"gate_up": random(5, 8), "up": random(5, 8)},
     qk_norm_rotate: {

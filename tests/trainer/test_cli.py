@@ -13,6 +13,7 @@ import types
 import pytest
 from typer.main import get_command
 
+import prism_kernels
 from prism_fast import cli
 from prism_fast.config import RECIPES
 
@@ -437,7 +438,12 @@ def test_eval_pairs_filter_upcycle_and_doctor(tiny_folder, tmp_path, capsys, mon
     status, _, err = run(capsys, monkeypatch, "upcycle", model, f"out={tmp_path / 'moe'}")
     assert status == 2 and "exists already" in err
     status, shown, _ = run(capsys, monkeypatch, "doctor")
-    assert status == 0 and "tree_attention" in shown and "torch" in shown
+    assert status == 0 and "tree_attention" in shown and "torch" in shown and "optimizer: " not in shown
+    monkeypatch.setattr(
+        prism_kernels, "which_impl", lambda: {"adamw_step": ("reference", "default on cuda; cuda: it is not built")}
+    )
+    status, shown, _ = run(capsys, monkeypatch, "doctor")
+    assert status == 0 and "optimizer: torch.optim.AdamW, as" in shown and "cuda: it is not built)" in shown
 
 
 SHORT = {  # over the recipes: a step or two of everything

@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from prism_fast.records import DataError
-from prism_fast.run.memory import DISCRIMINATOR, POLICIES, Text, Vision, need, table, trained
+from prism_fast.run.memory import BUCKETS, DISCRIMINATOR, LIVE, POLICIES, Text, Vision, need, table, trained
 
 TEXT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 VISION = {"hidden_size": 32, "depth": 4, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 48}
@@ -61,6 +61,16 @@ def test_the_formulas_give_the_table(gpus, form, offload, states, training):
     assert found.states / 1e9 == pytest.approx(states, abs=0.1)  # both are rounded
     assert found.training / 1e9 == pytest.approx(training, abs=0.1)
     assert found.host / 1e9 == pytest.approx(175.4 if offload else 0, abs=0.5)
+
+
+def test_without_deepspeed_the_host_takes_what_a_gpu_held():
+    """Bytes a parameter of one model on 4 GPUs: kept by each, and by the host for all of them."""
+    (model,) = trained("sft", "4b")
+    for form, kept, away, host in (("none", 18, 12, 48), ("fsdp2", 4, 2, 12)):
+        plain, offloaded = (need((model,), form, 4, 1, offload=offload) for offload in (False, True))
+        assert (plain.states - BUCKETS[form] - LIVE.get(form, 0.0)) / model.parameters == pytest.approx(kept)
+        assert (plain.states - offloaded.states) / model.parameters == pytest.approx(away)
+        assert offloaded.host / model.parameters == pytest.approx(host) and plain.host == 0
 
 
 def test_sums_in_fp32_cost_what_they_hold():

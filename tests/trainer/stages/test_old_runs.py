@@ -80,6 +80,7 @@ def test_a_run_of_earlier_code_goes_on_to_its_numbers(name, tmp_path):
     run_stage(stage, tree, resume=True)
     out = tmp_path / name / "run"
     same = assert_went_on(name, out, 2**-8 if "bf16" in name else LIMIT)
-    assert same or machine() != (OLD / "machine").read_text().strip()  # the bits, where the arithmetic is that one's
+    # The bits, where the arithmetic is that one's; gradients of bf16 were not yet summed in fp32.
+    assert same or "bf16" in name or machine() != (OLD / "machine").read_text().strip()
     record = json.loads((out / "run.json").read_text())
     assert record["starts"][-1]["step"] == 2 and "changed" not in record["starts"][-1]

@@ -1,0 +1,38 @@
+"""A micro-step's way through a module: its forward, and the gradients that its losses leave."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+class Backprop:
+    """A module whose losses' gradients add up, without an optimizer: as much of an updater as a gradient needs.
+
+    ``lockstep``: processes must call the module equally often, and each call must run every submodule.
+    """
+
+    lockstep = False
+    every_module = False  # in lockstep: also those that no process needs in this step
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A micro-step's forward: the loss must be made of its output alone."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Weights are whole, and a submodule may be called by itself: sampling, evaluation, saving. No gradients.
+
+        Every forward outside a micro-step needs it. All processes enter and leave together; in between each may do
+        what it likes.
+        """
+        yield
