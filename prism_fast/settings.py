@@ -304,7 +304,9 @@ def _faults(cls: type[BaseModel], error: ValidationError | RecursionError) -> st
     found: dict[str, None] = {}
     for fault in error.errors(include_url=False):
         path = tuple(part for part in fault["loc"] if isinstance(part, str))
-        for text in _fault(known, path, fault):
+        above = node_of(known[path[:-1]].field) if path[:-1] in known else cls
+        refused = getattr(above, "refused", {}).get(path[-1]) if fault["type"] == "extra_forbidden" else None
+        for text in [f"{'.'.join(path)} {refused}"] if refused else _fault(known, path, fault):
             found[text] = None
     return "; ".join(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 from prism_fast.config import EvaluateConfig
 from prism_fast.files import try_new
@@ -10,6 +11,8 @@ from prism_fast.models.load import open_policy
 from prism_fast.reward import started
 from prism_fast.run.record import own_reward
 from prism_fast.steps.evaluate import EvalSet, Evaluation, evaluate
+from prism_fast.steps.sampler import open_sampler
+from prism_fast.steps.update import Backprop
 
 Progress = Callable[[int, int], None]  # (responses done, responses in total)
 
@@ -23,16 +26,17 @@ def evaluate_policy(config: EvaluateConfig, progress: Progress) -> tuple[Evaluat
         held_out = EvalSet.read(config.data, config.data.files, config.eval.limit, chat)
         assert held_out is not None  # there is a file, or the configuration is refused
         total = len(held_out) * config.eval.samples
-        result = evaluate(
-            policy,
-            chat,
-            held_out,
-            config.eval,
-            name=config.model.path.name,
-            seed=config.seed,
-            progress=lambda done: progress(done, total),
-            own=config.reward,
-        )
+        sampler = open_sampler(config.engine, Backprop(policy), chat, say=print)
+        with closing(sampler):
+            result = evaluate(
+                sampler,
+                held_out,
+                config.eval,
+                name=config.model.path.name,
+                seed=config.seed,
+                progress=lambda done: progress(done, total),
+                own=config.reward,
+            )
     result.reward = own
     result.write(config.out)
     return result, held_out

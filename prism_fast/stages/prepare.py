@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from prism_fast.files import try_new, writing
 from prism_fast.models.load import open_policy
 from prism_fast.records import DataError, Rollout, Sample
 from prism_fast.reward import split_parts, verifiable_reward
-from prism_fast.steps.sampler import generate
+from prism_fast.steps.sampler import open_sampler
+from prism_fast.steps.update import Backprop
 
 Progress = Callable[[int, int], None]  # (responses done, responses in total)
 Say = Callable[[str], None]  # told of every bad record that was passed over
@@ -95,12 +97,11 @@ def _roll_out(
     if not prompts:
         raise DataError(f"{config.data.files[0]}: each of {len(picked)} records is bad ({data.bad.messages[0]})")
     total = len(prompts) * config.samples
-    rollout = generate(
-        policy,
-        chat,
-        prompts,
-        config,
-        seed=config.seed,
-        progress=None if progress is None else lambda done: progress(done, total),
-    )
+    with closing(open_sampler(config.engine, Backprop(policy), chat, say=print)) as sampler:
+        rollout = sampler.generate(
+            prompts,
+            config,
+            seed=config.seed,
+            progress=None if progress is None else lambda done: progress(done, total),
+        )
     return [data[index] for index in prompts.index], rollout

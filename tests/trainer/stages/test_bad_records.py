@@ -23,6 +23,7 @@ from prism_fast.records import DataError
 from prism_fast.run.monitor import read_metrics
 from prism_fast.stages import prepare
 from prism_fast.stages.prepare import filter_prompts, pairs
+from prism_fast.steps.sampler import BuiltinSampler
 from tests.tiny_run import run_stage, settings
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
@@ -129,10 +130,10 @@ def test_preparation_has_the_same_rule(stage, tiny_folder, tmp_path, monkeypatch
     with pytest.raises(DataError, match="each of 2 records is bad"):
         run(load_config(cls, None, base=tree))
     write(tiny_folder, stage, tmp_path, 1, 2)
-    generate, said = prepare.generate, []
+    generate, said = BuiltinSampler.generate, []
     text = "<caption>a</caption><think>b</think><answer>no</answer>"
     monkeypatch.setattr(
-        prepare, "generate", lambda *a, **k: replace(made := generate(*a, **k), text=[text] * len(made))
+        BuiltinSampler, "generate", lambda *a, **k: replace(made := generate(*a, **k), text=[text] * len(made))
     )
     tree |= {} if stage == "align" else {"low": 0.0}
     counts = run(load_config(cls, None, base=tree), say=said.append)

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-import prism_fast.steps.sampler as rollout_module
+import prism_fast.steps.sampler_builtin as rollout_module
 from prism_fast.config import Sampling
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
-from prism_fast.steps.sampler import draw, generate
+from prism_fast.steps.sampler_builtin import draw, generate
 from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, prompt, qwen, roundings
 from tests.oracle import assert_as_exact, assert_same
 
