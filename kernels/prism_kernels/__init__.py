@@ -14,6 +14,7 @@ from prism_kernels.linear_logprob import (
 from prism_kernels.moe import Routing, RoutingStats, load_balancing_loss, moe_mlp, moe_route
 from prism_kernels.packing import PackCost, balance, pack_trees
 from prism_kernels.rms_norm import qk_norm_rotate, rms_norm
+from prism_kernels.sample_tokens import sample_tokens
 from prism_kernels.spans import find_tag_spans
 from prism_kernels.tree_attention.api import shared_prompt_decode, tree_attention
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
@@ -43,6 +44,7 @@ __all__ = [
     "pack_trees",
     "qk_norm_rotate",
     "rms_norm",
+    "sample_tokens",
     "shared_prompt_decode",
     "tree_attention",
     "which_impl",
