@@ -17,7 +17,8 @@ from prism_fast.models.policy import Policy
 from prism_fast.pack import Tree, build_pack, merge_prompts, mrope_positions
 from prism_fast.records import Prompt, Rollout
 from prism_fast.steps.sampler_shares import Response, Share, deal, rollout_of
-from prism_kernels import DecodeLayout, TreeLayout, shared_prompt_decode, tree_attention
+from prism_kernels import TreeLayout, tree_attention
+from prism_kernels.tree_attention.dense_decode import DenseLayout, dense_decode
 
 CACHE_BLOCK = 64  # the cache of generated tokens grows by so many
 # Logits at a time, as numbers: 34 and 268 MB in fp32, and in draw up to ten times that.
@@ -43,7 +44,7 @@ class _Decode:
     """Attention of one new token per row: to its group's prompt, kept once per group, and to its own tokens."""
 
     def __init__(self, prefill: _Prefill, group: Tensor):
-        self.layout = DecodeLayout.build(group, prefill.layout.lengths)
+        self.layout = DenseLayout.build(group, prefill.layout.lengths)
         longest = self.layout.prompt_mask.shape[1]
         starts = prefill.layout.segment_start[:-1, None].long()
         rows = (starts + torch.arange(longest, device=starts.device)).clamp(max=prefill.layout.num_tokens - 1)
@@ -63,7 +64,7 @@ class _Decode:
     ) -> Tensor:
         prompt_k, prompt_v = self.prompt[layer]
         own_k, own_v = self._append(layer, k, v)
-        return shared_prompt_decode(q, prompt_k, prompt_v, own_k, own_v, self.layout, scale=scale)
+        return dense_decode(q, prompt_k, prompt_v, own_k, own_v, self.layout, scale)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (B, Hkv, D) behind the row's tokens so far -> (B, Hkv, L, D) each."""
