@@ -3,15 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 #include <string>
-#include <unordered_map>
 
 #include "balance.h"
-#include "decode.h"
 #include "packing.h"
-#include "sample.h"
 #include "spans.h"
 
 namespace py = pybind11;
@@ -114,52 +110,11 @@ std::optional<std::vector<std::pair<int64_t, int64_t>>> find_tag_spans(const py:
   return prism::find_tag_spans(text, token_end, {markers.begin(), markers.end()});
 }
 
-// Tensors come as the addresses of their first numbers (Tensor.data_ptr()).
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-bool shared_prompt_decode(const std::string& dtype, const std::array<int64_t, 6>& sizes,
-                          const std::array<uintptr_t, 5>& tables, const std::array<int64_t, 2>& widths,
-                          const std::array<uintptr_t, 6>& tensors, double scale) {
-  static const std::unordered_map<std::string, prism::Number> kNumbers = {{"float32", prism::Number::kFloat32},
-                                                                          {"float64", prism::Number::kFloat64},
-                                                                          {"bfloat16", prism::Number::kBFloat16},
-                                                                          {"float16", prism::Number::kFloat16}};
-  const auto number = kNumbers.find(dtype);
-  if (number == kNumbers.end()) throw py::value_error("expected a dtype of 16, 32 or 64 bits");
-  const py::gil_scoped_release release;
-  const auto table = [&](int i) { return at<const int32_t>(tables[i]); };
-  const prism::DecodeSizes shape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
-  const prism::DecodeTables where{table(0), table(1), table(2), table(3), table(4), widths[0], widths[1]};
-  if (!prism::within(shape, where)) return false;
-  prism::shared_prompt_decode(number->second, shape, where, at<const void>(tensors[0]), at<const void>(tensors[1]),
-                              at<const void>(tensors[2]), at<void>(tensors[3]), at<void>(tensors[4]), scale,
-                              at<void>(tensors[5]));
-  return true;
-}
-
-void sample_tokens(bool wide, uintptr_t logits, const std::array<int64_t, 3>& sizes, double inverse, bool greedy,
-                   const std::array<uintptr_t, 5>& tensors, const std::vector<int64_t>& forbidden,
-                   int64_t first_allowed) {
-  const py::gil_scoped_release release;
-  const prism::DrawArguments arguments{sizes[0], sizes[1], sizes[2], inverse, greedy, *at<const uint64_t>(tensors[0]),
-                                       at<const int64_t>(tensors[1]), at<const int64_t>(tensors[2]), forbidden.data(),
-                                       static_cast<int64_t>(forbidden.size()), first_allowed};
-  int64_t* token = at<int64_t>(tensors[3]);
-  float* logprob = at<float>(tensors[4]);
-  wide ? prism::sample_tokens(at<const double>(logits), arguments, token, logprob)
-       : prism::sample_tokens(at<const float>(logits), arguments, token, logprob);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("INTERFACE") = 2;  // kernels/prism_kernels/native.py expects this number
+  m.attr("INTERFACE") = 1;  // kernels/prism_kernels/native.py expects this number
   m.def("pack_trees", &pack_trees, "Packs as nested lists, or the index of a tree that does not fit.");
   m.def("balance", &balance, "Item indices per rank.");
   m.def("find_tag_spans", &find_tag_spans, "Token spans per element, or None where the format is invalid.");
-  m.def("shared_prompt_decode", &shared_prompt_decode, "False where tables lead out of the pages.");
-  m.def("sample_tokens", &sample_tokens, "wide, logits, sizes, inverse, greedy, tensors, forbidden, first allowed.");
 }

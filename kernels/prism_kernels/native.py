@@ -11,7 +11,7 @@ from types import ModuleType
 
 # csrc/bindings.cpp exports the same number. Both are raised whenever a signature changes, so that an extension left
 # over from older sources is named as such instead of failing with an AttributeError.
-INTERFACE = 2
+INTERFACE = 1
 
 HOW_TO_BUILD = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the repository root"
 

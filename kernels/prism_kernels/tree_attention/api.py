@@ -16,7 +16,6 @@ from prism_kernels.checks import (
     wrong,
 )
 from prism_kernels.dispatch import GRAD, VMAP, Impl, Implementation, Op
-from prism_kernels.native import need_native
 from prism_kernels.operators import check_first_derivative
 from prism_kernels.tree_attention import operators
 from prism_kernels.tree_attention.decode_layout import PAGE, DecodeLayout
@@ -37,9 +36,6 @@ _OP = Op(
 _DECODE = Op(
     "shared_prompt_decode",
     [
-        Implementation(
-            Impl.NATIVE, "prism_kernels.tree_attention.native:shared_prompt_decode", ("cpu",), unavailable=need_native
-        ),
         Implementation(
             Impl.TORCH,
             "prism_kernels.tree_attention.decode:shared_prompt_decode",
@@ -128,7 +124,7 @@ def shared_prompt_decode(
             nobody's, and may be written.
         layout: of B rows; tables and lengths that leave the pages are undefined on a GPU.
         scale: default D ** -0.5.
-        impl: "auto", "native" (a CPU, exact lengths), "torch" or "reference".
+        impl: "auto", "torch" or "reference".
 
     Returns:
         (B, Hq, D) in the dtype of ``q``; 0 for an idle row, whose length is 0.
