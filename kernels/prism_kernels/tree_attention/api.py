@@ -16,6 +16,7 @@ from prism_kernels.checks import (
     wrong,
 )
 from prism_kernels.dispatch import GRAD, VMAP, Impl, Implementation, Op
+from prism_kernels.native import need_native
 from prism_kernels.operators import check_first_derivative
 from prism_kernels.tree_attention import operators
 from prism_kernels.tree_attention.decode_layout import PAGE, DecodeLayout
@@ -36,6 +37,7 @@ _OP = Op(
 _DECODE = Op(
     "shared_prompt_decode",
     [
+        Implementation(Impl.NATIVE, "prism_kernels.tree_attention.native:shared_prompt_decode", ("cpu",), need_native),
         Implementation(
             Impl.TORCH,
             "prism_kernels.tree_attention.decode:shared_prompt_decode",
@@ -124,7 +126,7 @@ def shared_prompt_decode(
             nobody's, and may be written.
         layout: of B rows; tables and lengths that leave the pages are undefined on a GPU.
         scale: default D ** -0.5.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "native" (C++), "torch" or "reference".
 
     Returns:
         (B, Hq, D) in the dtype of ``q``; 0 for an idle row, whose length is 0.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import integer, items, shown, wrong
+from prism_kernels.checks import check_device, check_tensor, integer, items, shown, wrong
 
 PAGE = 64  # tokens
 MAX_TOKENS = 1 << 24  # of a prompt or a response: more than any model reads
@@ -41,6 +41,19 @@ class DecodeLayout:
     group: Tensor  # (B,) int32: which prompt a row continues
     tile_row: Tensor  # (tiles, width) int32: rows that read one prompt together; -1: none
     slot: Tensor  # (B,) int32: where a row stands in tile_row, flat
+
+    def __post_init__(self) -> None:
+        rows, prompts = len(self.own_length), len(self.prompt_length)
+        check_tensor("prompt_page", self.prompt_page, {"G": prompts, "pages": None}, [torch.int32])
+        check_tensor("own_page", self.own_page, {"B": rows, "pages": None}, [torch.int32])
+        check_tensor("tile_row", self.tile_row, {"tiles": None, "width": None}, [torch.int32])
+        check_tensor("prompt_length", self.prompt_length, {"G": prompts}, [torch.int32])
+        for name in ("own_length", "group", "slot"):
+            check_tensor(name, getattr(self, name), {"B": rows}, [torch.int32])
+        for name, tensor in vars(self).items():
+            check_device(name, tensor, "group", self.group)
+            if not tensor.is_contiguous():
+                raise wrong(name, "a contiguous table", f"strides {tensor.stride()}")
 
     @classmethod
     def build(
