@@ -53,6 +53,25 @@ PRISM_INLINE void rotate_rows(const T* x, int64_t stride, const T* weight, const
   }
 }
 
+template <typename T>
+PRISM_INLINE Vector<T> silu(Vector<T> gate) {
+  const Vector<T> small = exp_of(gate < 0 ? gate : -gate), whole = filled<T>(1) + small;
+  return gate * ((gate < 0 ? small : filled<T>(1)) / whole);
+}
+
+template <typename T>
+PRISM_INLINE void swiglu_rows(const T* gate, const T* up, int64_t stride, int64_t rows, int64_t width, T* y) {
+  for (int64_t row = 0; row < rows; ++row, gate += stride, up += stride, y += width) {
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes)
+      store(y + i, silu<T>(load<Vector<T>>(gate + i)) * load<Vector<T>>(up + i));
+    Vector<T> last = {};
+    for (int64_t j = i; j < width; ++j) last[j - i] = gate[j];
+    last = silu<T>(last);
+    for (int64_t j = i; j < width; ++j) y[j] = last[j - i] * up[j];
+  }
+}
+
 PRISM_BY_CPU void norm_floats(const float* x, const float* residual, const float* weight, int64_t rows, int64_t width,
                               float eps, float* y, float* total) {
   norm_rows(x, residual, weight, rows, width, eps, y, total);
@@ -68,6 +87,14 @@ PRISM_BY_CPU void rotate_floats(const float* x, int64_t stride, const float* wei
 PRISM_BY_CPU void rotate_doubles(const double* x, int64_t stride, const double* weight, const double* cos,
                                  const double* sin, int64_t rows, int64_t heads, int64_t dim, double eps, double* y) {
   rotate_rows(x, stride, weight, cos, sin, rows, heads, dim, eps, y);
+}
+
+PRISM_BY_CPU void swiglu_floats(const float* gate, const float* up, int64_t stride, int64_t rows, int64_t width, float* y) {
+  swiglu_rows(gate, up, stride, rows, width, y);
+}
+PRISM_BY_CPU void swiglu_doubles(const double* gate, const double* up, int64_t stride, int64_t rows, int64_t width,
+                                 double* y) {
+  swiglu_rows(gate, up, stride, rows, width, y);
 }
 
 }  // namespace
@@ -91,6 +118,15 @@ template <>
 void norm_rotate(const double* x, int64_t stride, const double* weight, const double* cos, const double* sin, int64_t rows,
                  int64_t heads, int64_t dim, double eps, double* y) {
   rotate_doubles(x, stride, weight, cos, sin, rows, heads, dim, eps, y);
+}
+
+template <>
+void swiglu(const float* gate, const float* up, int64_t stride, int64_t rows, int64_t width, float* y) {
+  swiglu_floats(gate, up, stride, rows, width, y);
+}
+template <>
+void swiglu(const double* gate, const double* up, int64_t stride, int64_t rows, int64_t width, double* y) {
+  swiglu_doubles(gate, up, stride, rows, width, y);
 }
 
 }  // namespace prism

@@ -1,5 +1,5 @@
-// RMSNorm, and RMSNorm of heads with their rotation: the native forms of kernels/prism_kernels/rms_norm/reference.py, forward
-// alone, fp32 and fp64.
+// RMSNorm, RMSNorm of heads with their rotation, and SwiGLU: the native forms of kernels/prism_kernels/rms_norm/reference.py
+// and swiglu/reference.py, forward alone, fp32 and fp64.
 #pragma once
 
 #include <cstdint>
@@ -15,5 +15,9 @@ void rms_norm(const T* x, const T* residual, const T* weight, int64_t rows, int6
 template <typename T>
 void norm_rotate(const T* x, int64_t stride, const T* weight, const T* cos, const T* sin, int64_t rows, int64_t heads,
                  int64_t dim, T eps, T* y);
+
+// y (rows, width) = silu(gate) * up, both (rows, width), their rows `stride` apart.
+template <typename T>
+void swiglu(const T* gate, const T* up, int64_t stride, int64_t rows, int64_t width, T* y);
 
 }  // namespace prism
