@@ -408,6 +408,7 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def doctor() -> None:
     """Hardware, versions, and which implementation each op uses and why."""
+    from prism_fast.models.captured import capture_of_decoding
     from prism_fast.run.environment import build_locks, environment, tools
     from prism_kernels import which_impl
 
@@ -428,6 +429,7 @@ def doctor() -> None:
     if implementation == "reference" and "PRISM_IMPL" not in reason:
         said = f"optimizer: torch.optim.AdamW, as only the definition of adamw_step runs here ({reason})"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"a token of sampling: {capture_of_decoding()}", highlight=False)
     for line in build_locks(os.environ):
         console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -77,6 +78,15 @@ Samples = Annotated[int, Field(ge=1, le=4096), NUMBER]
 Weight = Annotated[float, Field(ge=0, le=1000), NUMBER]
 Temperature = Annotated[float, Field(ge=0, le=100), NUMBER, AfterValidator(_temperature)]
 Positive = Annotated[float, Field(ge=MIN_TEMPERATURE, le=100), NUMBER]
+Engine = Literal["builtin", "vllm"]
+
+ENGINE = "who samples; builtin: the trainer's own sampler; vllm: needs that package"
+ENGINE_CAP = 2.0  # of importance weights where an engine samples, unless another is set
+# What serving engines take besides the temperature, and no sampling here does.
+OTHER_DISTRIBUTION = (
+    "is refused: it samples from another distribution than the policy's, so log-probabilities, ratios and gradients "
+    "would be those of another policy; leave it out"
+)
 
 
 class ModelConfig(Node):
@@ -196,10 +206,26 @@ class RunConfig(Node):
 class Sampling(Node):
     """How a policy answers a prompt: what steps/sampler.py reads, in every place that samples."""
 
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (
+            "top_p",
+            "top_k",
+            "min_p",
+            "typical_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "no_repeat_ngram_size",
+            "logit_bias",
+        ),
+        OTHER_DISTRIBUTION,
+    )
     samples: Samples = Field(1, description="responses per prompt")
     temperature: Temperature = Field(1.0, description="0: the most probable token")
     max_response_tokens: Tokens = Field(description="a longer response is cut")
-    rows_at_once: Batch = Field(512, description="responses that are sampled together; fewer take less memory")
+    rows_at_once: Batch | Literal["auto"] = Field(
+        "auto", description="responses that are sampled together; auto: as many as memory has room for"
+    )
 
 
 class EvalConfig(Sampling):
@@ -227,6 +253,7 @@ class RolloutConfig(Sampling):
     )
     temperature: Positive = Field(1.0, description="of sampling, and of the log-probabilities that are trained on")
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
+    engine: Engine = Field("builtin", description=f"{ENGINE}; evaluations during the run take it too")
 
     @field_validator("prompts_per_step")
     @classmethod
@@ -234,6 +261,11 @@ class RolloutConfig(Sampling):
         if prompts * info.data.get("samples", 1) > MAX_RESPONSES:
             raise ValueError(f"expected prompts_per_step times samples at most {MAX_RESPONSES} responses a step")
         return prompts
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Where no other is set: an engine rounds otherwise than the trainer."""
+        return None if self.engine == "builtin" else ENGINE_CAP
 
 
 class WatchConfig(Node):
@@ -377,6 +409,12 @@ class AlignConfig(DiscriminatorStep):
 
     _fits = field_validator("run")(_responses_fit)
 
+    @property
+    def objective(self) -> PolicyObjective:
+        from prism_kernels import PolicyObjective
+
+        return PolicyObjective.grpo(importance_cap=self.rollout.importance_cap)
+
 
 class ObjectiveConfig(Node):
     """The policy objective: a named one, and what differs from it. Its ranges are within PolicyObjective's."""
@@ -389,14 +427,18 @@ class ObjectiveConfig(Node):
     kl_coef: Annotated[float, Field(ge=0, le=100), NUMBER] = Field(0.0, description="needs reference.path")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="of the KL term")
     entropy_coef: Annotated[float, Field(ge=-100, le=100), NUMBER] = Field(0.0, description="of the entropy bonus")
-    importance_cap: Annotated[float, Field(gt=0, le=10**6), NUMBER] | None = Field(
-        None, description="largest weight between sampler and trainer; null: no such weight"
+    importance_cap: Annotated[float, Field(ge=0, le=10**6), NUMBER] | None = Field(
+        None,
+        description=f"largest weight between sampler and trainer; 0: no such weight; null: {ENGINE_CAP:g} where "
+        "rollout.engine is another than builtin, else 0",
     )
 
-    def build(self, max_length: int) -> PolicyObjective:
+    def build(self, max_length: int, cap: float | None = None) -> PolicyObjective:
+        """``cap``: the importance cap where none is set (`RolloutConfig.importance_cap`)."""
         from prism_kernels import PolicyObjective
 
         changes = {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
+        changes["importance_cap"] = changes.get("importance_cap", cap) or None
         if self.name == "dr_grpo":
             return PolicyObjective.dr_grpo(max_length, **changes)
         return getattr(PolicyObjective, self.name)(**changes)
@@ -494,6 +536,7 @@ class PairsConfig(Sampling):
     limit: Count | None = Field(None, description="prompts; null: all")
     temperature: Positive = Field(1.0, description="of sampling")
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
+    engine: Engine = Field("builtin", description=ENGINE)
     seed: Seed = Field(0, description="of sampling")
 
 
@@ -510,6 +553,7 @@ class FilterConfig(Sampling):
     limit: Count | None = Field(None, description="prompts tried; null: all")
     temperature: Positive = Field(1.0, description="of sampling")
     max_response_tokens: Tokens = Field(8192, description="a longer response is cut")
+    engine: Engine = Field("builtin", description=ENGINE)
     seed: Seed = Field(0, description="of sampling")
 
     @field_validator("high")
@@ -528,6 +572,7 @@ class EvaluateConfig(Node):
     data: DataConfig
     reward: OwnReward = Field(OwnReward(), description="a function of your own in place of the judge")
     eval: EvalConfig = EvalConfig()
+    engine: Engine = Field("builtin", description=ENGINE)
     out: Place = Field(description="the file of figures and responses to write")
     seed: Seed = Field(0, description="of sampling")
 

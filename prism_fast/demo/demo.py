@@ -58,6 +58,8 @@ from prism_fast.stages.sft import sft
 from prism_fast.stages.upcycle import upcycle_directory
 from prism_fast.stages.warmup import warmup
 from prism_fast.steps.evaluate import EvalSet, Evaluation, drift, evaluate, judge_teacher
+from prism_fast.steps.sampler import BuiltinSampler
+from prism_fast.steps.update import Backprop
 
 MARK = "demo.json"  # what the demo in this folder was started with
 
@@ -159,7 +161,7 @@ class Demo:
         if self.teacher is None:
             self.teacher = judge_teacher(data.files, settings.limit, chat)
             self.teacher.write(self.out / "evaluations" / "teacher.json")
-        result = evaluate(policy, chat, held_out, settings, name=name, seed=self.seed)
+        result = evaluate(BuiltinSampler(Backprop(policy), chat), held_out, settings, name=name, seed=self.seed)
         result.write(self.out / "evaluations" / f"{name}.json")
         self.evaluations[name] = result
         distance = drift(result, self.teacher)

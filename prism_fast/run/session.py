@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,13 @@ class Part(Protocol):
     def state(self) -> Any: ...
 
     def load(self, state: Any) -> None: ...
+
+
+class HasClose(Protocol):
+    def close(self) -> None: ...
+
+
+Closes = TypeVar("Closes", bound=HasClose)
 
 
 class Stopped(Exception):
@@ -350,6 +357,15 @@ class Session:
             if unsaved is not None:
                 raise DataError(f"stopped by {signal.Signals(signum).name} at step {step}; {unsaved}")
             raise Stopped(signum, Path(saved))
+
+    def warn(self, text: str) -> None:
+        """Prints and records a warning, as of the step that was recorded last."""
+        self._monitor.warn(text)
+
+    def closing(self, thing: Closes) -> Closes:
+        """The same; its ``close()`` is called when the session ends, however it does."""
+        self._lock.callback(thing.close)
+        return thing
 
     def _heed_others(self) -> dict[str, float]:
         """Says that this process gets on, hears of a signal that any was sent, and compares work."""

@@ -20,19 +20,13 @@ from prism_fast.models.load import ProductChoices, collected, load_discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.run.session import Clock, CollectModel, Session
 from prism_fast.steps.advantage import alignment_advantage
-from prism_fast.steps.discriminator_step import (
-    discriminator_gradient,
-    not_finite,
-    response_metrics,
-    student_parts,
-)
+from prism_fast.steps.discriminator_step import discriminator_gradient, not_finite, response_metrics, student_parts
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
-from prism_fast.steps.sampler import sample
+from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Updater, open_updater
-from prism_kernels import PolicyObjective
 from prism_kernels.group_advantage.rules import RULES
 
 
@@ -43,16 +37,17 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
         place = (config.steps, config.cluster, session.out)
         updater = open_updater(policy, config.policy_optimizer, *place)
         judge_updater = open_updater(discriminator, config.discriminator_optimizer, *place, name="discriminator")
+        sampler = session.closing(open_sampler(config.rollout.engine, updater, chat, say=session.warn))
         first = session.begin(
             config.steps,
             models=_collected(updater, judge_updater, chat),
             optimizers={"policy/": updater, "discriminator/": judge_updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=evaluator(updater, chat, config.data, config.eval, config.run.seed, bad=data.bad),
+            evaluate=evaluator(sampler, chat, config.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
         prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
-        objective, load, encode = PolicyObjective.grpo(), ExpertLoad(), partial(lesson, chat=chat, **_limits(config))
+        load, encode, objective = ExpertLoad(), partial(lesson, chat=chat, **_limits(config)), config.objective
         for step in range(first, config.steps):
             clock, metrics = Clock(), {names.LEARNING_RATE: updater.lr}
             with clock("data"):
@@ -64,7 +59,8 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                 continue
             with clock("rollout"):
                 seed = config.run.seed * 1_000_003 + step
-                rollout = sample(updater, chat, [item.prompt for item in lessons], config.rollout, seed=seed)
+                rollout = sampler.generate([item.prompt for item in lessons], config.rollout, seed=seed)
+                sampler.rest()
             tokens = {"rollout": rollout.num_tokens, "update_policy": 0}
             with clock("update_discriminator"):
                 parts = student_parts(rollout, chat, config)
@@ -77,7 +73,6 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                 else:
                     judge_updater.next_step()
             accuracy, judge_metrics = answer_accuracy(rollout, [item.sample for item in lessons])
-            metrics |= judged | judge_metrics
             if fault is None:
                 with clock("advantage"):
                     advantages = alignment_advantage(
@@ -88,11 +83,12 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                         updater, rollout, advantages, objective, temperature=config.rollout.temperature, **per_pack
                     )
                     metrics[names.POLICY_GRAD_NORM] = updater.step()
+                    sampler.update(updater.stream(), step + 1)
                 metrics |= learned
                 metrics[names.ADVANTAGE_STD] = float(advantages.std()) if len(advantages) > 1 else 0.0
             else:
                 updater.next_step()
-            metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions()
+            metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions() | judged | judge_metrics
             session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
         return session.finish(data.bad.messages)
 

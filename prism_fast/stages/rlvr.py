@@ -19,6 +19,7 @@ from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import experience, experience_metrics, mixed_groups, uniform_prompts
 from prism_fast.steps.policy_step import policy_gradient
+from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Backprop, open_updater
 
 
@@ -32,33 +33,34 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
         data = read_rlvr(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy)
         updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)
+        sampler = session.closing(open_sampler(config.rollout.engine, updater, chat, say=session.warn))
         first = session.begin(
             config.steps,
             models={"policy": collected(policy, chat, updater.stream)},
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
             evaluate=evaluator(
-                updater, chat, config.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
+                sampler, chat, config.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
             ),
             watch=config.watch,
         )
-        objective = config.objective.build(config.rollout.max_response_tokens)
+        objective = config.objective.build(config.rollout.max_response_tokens, config.rollout.importance_cap)
         settings = {"temperature": config.rollout.temperature, "tokens_per_pack": config.run.tokens_per_pack}
         encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
-        sampler = uniform_prompts
-        if config.dynamic_sampling is not None:
-            sampler = partial(mixed_groups, config=config.dynamic_sampling)
+        dapo = config.dynamic_sampling
+        take = uniform_prompts if dapo is None else partial(mixed_groups, config=dapo)
 
         def draw(step: int, start: int, number: int, attempt: int) -> Experience | None:
             seed = (config.run.seed * 1_000_003 + step) * 101 + attempt
             questions = encode_all(data, order(len(data), config.run.seed, start, number), encode)
-            return experience(updater, chat, questions, config.rollout, config, seed=seed) if questions else None
+            return experience(sampler, questions, config.rollout, config, seed=seed) if questions else None
 
         position = session.state.get("position", 0)
         for step in range(first, config.steps):
             clock, warnings, fault = Clock(), [], None
             with clock("rollout"):
-                batch, position, metrics = sampler(partial(draw, step), position, config.rollout.prompts_per_step)
+                batch, position, metrics = take(partial(draw, step), position, config.rollout.prompts_per_step)
+                sampler.rest()
             tokens = {"rollout": int(metrics.pop("sampled_tokens")), "update_policy": 0}
             metrics[names.LEARNING_RATE] = updater.lr
             if batch is None:
@@ -73,6 +75,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
                         updater, batch.rollout, advantages, objective, reference=reference, **settings
                     )
                     metrics[names.GRAD_NORM] = updater.step()
+                    sampler.update(updater.stream(), step + 1)
                 metrics |= learned | experience_metrics(batch)
                 if not tokens["update_policy"]:
                     warnings.append("every advantage is 0; no update was made")

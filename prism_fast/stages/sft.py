@@ -13,6 +13,7 @@ from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, collected, open_policy
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.evaluate import evaluator
+from prism_fast.steps.sampler import BuiltinSampler
 from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import open_updater
 
@@ -30,7 +31,9 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
             models={"policy": collected(policy, chat, updater.stream)},
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=evaluator(updater, chat, config.data, config.eval, config.run.seed, bad=data.bad),
+            evaluate=evaluator(
+                BuiltinSampler(updater, chat), chat, config.data, config.eval, config.run.seed, bad=data.bad
+            ),
         )
         encode = partial(
             demonstration, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens

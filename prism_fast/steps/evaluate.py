@@ -17,12 +17,10 @@ from prism_fast.data.encode import Held
 from prism_fast.data.formats import read_align, read_rlvr
 from prism_fast.data.images import image_uri
 from prism_fast.files import write_json
-from prism_fast.models.policy import Policy
 from prism_fast.records import DataError, Prompt, Sample
 from prism_fast.reward import count_caption_items, count_reasoning_steps
 from prism_fast.steps.experience import judged
-from prism_fast.steps.sampler import generate
-from prism_fast.steps.update import Updater
+from prism_fast.steps.sampler import Sampler
 
 SHOWN = 12  # responses kept with their images
 
@@ -95,8 +93,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy,
-    chat: Chat,
+    sampler: Sampler,
     held_out: EvalSet,
     sampling: Sampling,
     *,
@@ -106,14 +103,14 @@ def evaluate(
     own: OwnReward = BY_THE_JUDGE,
 ) -> Evaluation:
     """Samples ``sampling.samples`` responses per prompt and judges them."""
-    rollout = generate(policy, chat, held_out.prompts, sampling, seed=seed, progress=progress)
+    rollout = sampler.generate(held_out.prompts, sampling, seed=seed, progress=progress)
     samples = [held_out.samples[g] for g in rollout.group.tolist()]
     lengths = [len(ids) for ids in rollout.response_ids]
     return judge(name, samples, list(rollout.text), lengths, sampling.samples, own)
 
 
 def evaluator(
-    updater: Updater,
+    sampler: Sampler,
     chat: Chat,
     data: DataConfig,
     config: EvalConfig,
@@ -130,8 +127,7 @@ def evaluator(
         return None
 
     def measure() -> tuple[dict[str, float], float]:
-        with updater.gathered():
-            result = evaluate(updater.module, chat, held_out, config, seed=seed, own=own)
+        result = evaluate(sampler, held_out, config, seed=seed, own=own)
         return result.figures(), result.accuracy
 
     return measure

@@ -11,19 +11,16 @@ from torch import Tensor
 from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.config import BY_THE_JUDGE, DynamicSamplingConfig, OverlongConfig, OwnReward, RewardConfig, Sampling
-from prism_fast.data.chat import Chat
 from prism_fast.records import DataError, Experience, Prompt, Rollout, Sample
 from prism_fast.reward import Reward, reward_of
-from prism_fast.steps.sampler import sample
-from prism_fast.steps.update import Backprop
+from prism_fast.steps.sampler import Sampler
 
 # draw(first prompt, number of prompts, try) -> their Experience; None where every record among them is bad
 Draw = Callable[[int, int, int], Experience | None]
 
 
 def experience(
-    updater: Backprop,
-    chat: Chat,
+    sampler: Sampler,
     questions: Sequence[tuple[Sample, Prompt]],
     sampling: Sampling,
     config: RewardConfig,
@@ -31,7 +28,7 @@ def experience(
     seed: int,
 ) -> Experience:
     """Samples and rewards responses to some prompts."""
-    rollout = sample(updater, chat, [prompt for _, prompt in questions], sampling, seed=seed)
+    rollout = sampler.generate([prompt for _, prompt in questions], sampling, seed=seed)
     weights = {"accuracy_weight": config.accuracy_weight, "format_weight": config.format_weight}
     rewards = rewards_of(rollout, [sample for sample, _ in questions], config.reward, **weights)
     reward = torch.tensor([r.score for r in rewards])

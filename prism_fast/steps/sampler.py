@@ -1,267 +1,82 @@
-"""Prompts -> Rollout: the prompt and its images are prefilled once per group, N continuations are sampled together.
-
-B rows (responses), G distinct prompts, P prompt tokens, L generated tokens, Hq and Hkv heads of D.
-"""
+"""Who answers a step's prompts: the trainer's own sampler, or an engine behind the same four calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from prism_fast import ranks
-from prism_fast.balance import deal_groups
-from prism_fast.config import Sampling
+from prism_fast.config import Engine, Sampling
 from prism_fast.data.chat import Chat
-from prism_fast.models.policy import Policy
-from prism_fast.pack import Tree, build_pack, merge_prompts, mrope_positions
-from prism_fast.records import Prompt, Rollout
+from prism_fast.records import DataError, Prompt, Rollout
+from prism_fast.steps.sampler_builtin import generate as generate
 from prism_fast.steps.update import Backprop
-from prism_kernels import QueryRows, TreeLayout, tree_attention
-from prism_kernels.tree_attention.dense_decode import DenseLayout, dense_decode
-
-CACHE_BLOCK = 64  # the cache of generated tokens grows by so many
-# Logits at a time, as numbers: 34 and 268 MB in fp32, and in draw up to ten times that.
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
-COMPACT_AT = 8  # finished rows leave the batch as soon as they are one in so many
 
 
-class _Prefill:
-    """Attention of the prompts that keeps every layer's keys and values."""
+class Sampler(Protocol):
+    """Samples from the policy that an updater trains. Each is a call of all processes.
 
-    def __init__(self, layout: TreeLayout):
-        self.layout = layout
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, (Hkv, T, D)
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: QueryRows | None
-    ) -> Tensor:
-        self.kept[layer] = k.transpose(0, 1), v.transpose(0, 1)
-        return tree_attention(q, k, v, self.layout, scale=scale, query_row=query_row)
-
-
-class _Decode:
-    """Attention of one new token per row: to its group's prompt, kept once per group, and to its own tokens."""
-
-    def __init__(self, prefill: _Prefill, group: Tensor):
-        self.layout = DenseLayout.build(group, prefill.layout.lengths)
-        longest = self.layout.prompt_mask.shape[1]
-        starts = prefill.layout.segment_start[:-1, None].long()
-        rows = (starts + torch.arange(longest, device=starts.device)).clamp(max=prefill.layout.num_tokens - 1)
-        self.prompt = {
-            layer: (k[:, rows].transpose(0, 1), v[:, rows].transpose(0, 1)) for layer, (k, v) in prefill.kept.items()
-        }  # (G, Hkv, P, D)
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (B, Hkv, capacity, D)
-        self.length = 0
-
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows go on."""
-        self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
-        self.layout = self.layout.keep(rows)
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: QueryRows | None
-    ) -> Tensor:
-        prompt_k, prompt_v = self.prompt[layer]
-        own_k, own_v = self._append(layer, k, v)
-        return dense_decode(q, prompt_k, prompt_v, own_k, own_v, self.layout, scale)
-
-    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (B, Hkv, D) behind the row's tokens so far -> (B, Hkv, L, D) each."""
-        used = self.length
-        kept = self.own.get(layer)
-        if kept is None or kept[0].shape[2] == used:
-            self.own[layer] = _grown(k, kept and kept[0], used), _grown(v, kept and kept[1], used)
-        for cache, x in zip(self.own[layer], (k, v)):
-            cache[:, :, used] = x
-        keys, values = self.own[layer]
-        return keys[:, :, : used + 1], values[:, :, : used + 1]
-
-
-def _grown(like: Tensor, kept: Tensor | None, used: int) -> Tensor:
-    """Room for CACHE_BLOCK more tokens behind the ``used`` ones of ``kept``; ``like`` (B, Hkv, D)."""
-    rows, heads, dim = like.shape
-    new = like.new_zeros(rows, heads, used + CACHE_BLOCK, dim)
-    if kept is not None:
-        new[:, :, :used] = kept
-    return new
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row by inversion of the distribution function: (tokens (B,) int64, log-probs (B,) fp32).
-
-    logits (B, V); uniform (B,) in [0, 1). Temperature 0 takes the most probable token, its log-prob at temperature 1.
-    Tokens of probability 0 are never drawn.
+    ``Rollout.logprob`` is of the distribution that was sampled from: the policy's, over the words that it may say, at
+    the temperature. So there is no other knob: top-p and its like would sample from another distribution.
     """
-    logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
-        token = logprob.argmax(-1)
-    else:
-        cumulative = logprob.double().exp().cumsum(-1)
-        threshold = uniform.double()[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-        beyond = token >= logits.shape[1]  # uniform * total rounded up to total
-        token = torch.where(beyond, logprob.argmax(-1), token)
-    return token, logprob.gather(1, token[:, None])[:, 0]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """``sampling.samples`` responses for each prompt; B = len(prompts) * samples, by prompt.
+
+        ``progress`` is told the number of this process's finished responses.
+        """
+        ...
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """From here on ``generate`` samples from these weights, `Updater.stream` after ``step`` steps."""
+        ...
+
+    def rest(self) -> None:
+        """Gives an accelerator's memory back until the next ``update`` or ``generate``."""
+        ...
+
+    def close(self) -> None: ...
 
 
-@torch.no_grad()
-def generate(
-    policy: Policy,
-    chat: Chat,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
-) -> Rollout:
-    """Samples ``sampling.samples`` responses for each prompt; B = len(prompts) * samples.
+class BuiltinSampler:
+    """`generate` on the trainer's own weights, so that nothing is to be updated: exact, and needs no other package."""
 
-    The same seed gives the same responses whatever ``rows_at_once`` and the number of processes are, up to rounding:
-    each process samples a part of them and has all in the end. ``policy`` holds whole weights (`Updater.gathered`).
-    ``progress`` is told the number of this process's finished responses.
-    """
-    was_training = policy.training
-    policy.eval()
-    samples, limit = sampling.samples, sampling.max_response_tokens
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand((len(prompts) * samples, limit), generator=generator, dtype=torch.float64)
-    world = ranks.world()
-    shares = deal_groups([len(p) for p in prompts] if world > 1 else [1] * len(prompts), samples, world)
-    own = [Share(*share) for share in shares[ranks.rank()]]
-    index: list[int] = []  # of this process's responses
-    ids: list[Tensor] = []
-    logprobs: list[Tensor] = []
-    for batch in _batches(own, sampling.rows_at_once):
-        rows = [share.group * samples + share.first + i for share in batch for i in range(share.number)]
-        distinct, which = merge_prompts([prompts[share.group] for share in batch])
-        group = torch.tensor(which).repeat_interleave(torch.tensor([share.number for share in batch]))
-        batch_ids, batch_logprobs = _generate(policy, chat, distinct, group, uniform[rows], sampling.temperature)
-        index += rows
-        ids += batch_ids
-        logprobs += batch_logprobs
-        if progress is not None:
-            progress(len(ids))
-    policy.train(was_training)
-    ids, logprobs = _everywhere(index, ids, logprobs)
-    return Rollout(
-        prompts=prompts,
-        group=torch.arange(len(prompts)).repeat_interleave(samples),
-        response_ids=ids,
-        logprob=logprobs,
-        text=[chat.decode(x) for x in ids],
-        finished=torch.tensor([bool(len(x)) and int(x[-1]) == chat.end_of_turn_id for x in ids], dtype=torch.bool),
-        tokens_by_rank=tuple(
-            sum(len(ids[group * samples + first + i]) for group, first, number in share for i in range(number))
-            for share in shares
-        ),
-    )
+    def __init__(self, updater: Backprop, chat: Chat):
+        self.updater, self.chat = updater, chat
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seed: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        with self.updater.gathered():
+            return generate(self.updater.module, self.chat, prompts, sampling, seed=seed, progress=progress)
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
+        pass  # none is taken from the stream, in any process
+
+    def rest(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
-def sample(updater: Backprop, chat: Chat, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollout:
-    """`generate` by the policy that an updater trains: a call of all processes."""
-    with updater.gathered():
-        return generate(updater.module, chat, prompts, sampling, seed=seed)
-
-
-class Share(NamedTuple):
-    """Responses of one prompt that one process samples: ``number`` of them, from number ``first`` on."""
-
-    group: int
-    first: int
-    number: int
-
-
-def _batches(shares: Sequence[Share], rows_at_once: int) -> Iterator[list[Share]]:
-    """Shares of at most ``rows_at_once`` responses together, where one alone is not more."""
-    batch: list[Share] = []
-    for share in shares:
-        if batch and sum(s.number for s in batch) + share.number > rows_at_once:
-            yield batch
-            batch = []
-        batch.append(share)
-    if batch:
-        yield batch
-
-
-def _everywhere(
-    index: Sequence[int], ids: Sequence[Tensor], logprobs: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(token ids, log-probs) of all processes' responses, in order, from this one's and their numbers."""
-    if ranks.world() == 1:
-        return list(ids), list(logprobs)
-    empty = torch.zeros(0)
-    own = {
-        "index": torch.tensor(index, dtype=torch.int64),
-        "length": torch.tensor([len(x) for x in ids], dtype=torch.int64),
-        "ids": torch.cat([empty.long(), *ids]),
-        "logprob": torch.cat([empty, *logprobs]),
-    }
-    found = ranks.merge({f"{ranks.rank()}.{name}": value for name, value in own.items()})
-    responses: dict[int, tuple[Tensor, Tensor]] = {}
-    for number in range(ranks.world()):
-        lengths = found[f"{number}.length"].tolist()
-        parts = zip(found[f"{number}.ids"].split(lengths), found[f"{number}.logprob"].split(lengths))
-        responses |= dict(zip(found[f"{number}.index"].tolist(), parts))
-    in_order = [responses[i] for i in range(len(responses))]
-    return [x for x, _ in in_order], [p for _, p in in_order]
-
-
-def _generate(
-    policy: Policy, chat: Chat, prompts: Sequence[Prompt], group: Tensor, uniform: Tensor, temperature: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(token ids, log-probs) of every row, on the host; ``group`` (B,) into ``prompts``, which are distinct."""
-    device = policy.bias.device
-    pack = build_pack([Tree(p, (), ()) for p in prompts], [(i, ()) for i in range(len(prompts))], policy.image)
-    pack = pack.to(device)
-    prefill = _Prefill(pack.layout)
-    hidden = policy(pack, attend=prefill)
-    group = group.to(device)
-    last = pack.layout.segment_start[1:].long() - 1
-    state = hidden[last][group]  # (B, H)
-    position = torch.tensor([mrope_positions(p, policy.image)[1] for p in prompts], device=device)[group]
-    cache = _Decode(prefill, group)
-    total, limit = uniform.shape
-    tokens = torch.full((total, limit), -1, dtype=torch.int64, device=device)
-    logprob = torch.zeros((total, limit), dtype=torch.float32, device=device)
-    uniform = uniform.to(device)
-    row = torch.arange(total, device=device)  # which response each row of the batch is
-    done = torch.zeros(total, dtype=torch.bool, device=device)
-    for step in range(limit):
-        token, chosen_logprob = _next_token(policy, state, uniform[row, step], temperature)
-        going = ~done
-        tokens[row[going], step] = token[going]
-        logprob[row[going], step] = chosen_logprob[going]
-        done = done | (token == chat.end_of_turn_id)
-        finished = int(done.sum())
-        if finished == len(row) or step + 1 == limit:
-            break
-        if finished * COMPACT_AT >= len(row):
-            keep = (~done).nonzero().flatten()
-            row, token, position, done = row[keep], token[keep], position[keep], done[keep]
-            cache.keep(keep)
-        state = policy.decode(token, position + step, cache)
-        cache.length += 1
-    lengths = (tokens >= 0).sum(1).tolist()
-    tokens, logprob = tokens.cpu(), logprob.cpu()
-    return [t[:n] for t, n in zip(tokens, lengths)], [p[:n] for p, n in zip(logprob, lengths)]
-
-
-def _next_token(policy: Policy, state: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(tokens, log-probs) after hidden states (B, H), a block of rows at a time."""
-    rows = max(1, LOGITS[state.device.type] // policy.bias.numel())
-    parts = [
-        draw(_product(some, policy.head) + policy.bias, u, temperature)
-        for some, u in zip(state.split(rows), uniform.split(rows))
-    ]
-    token, logprob = map(torch.cat, zip(*parts))
-    return token, logprob
-
-
-def _product(state: Tensor, head: Tensor) -> Tensor:
-    """(B, V) fp32 logits. Rounding them to a lower precision would part the sampler's log-probs from the trainer's."""
-    if head.is_cuda and head.dtype != torch.float32:
-        return torch.mm(state, head.T, out_dtype=torch.float32)
-    return state.float() @ head.float().T
+def open_sampler(engine: Engine, updater: Backprop, chat: Chat, *, say: Callable[[str], None]) -> Sampler:
+    """The sampler that ``rollout.engine`` names; ``say`` is told its warnings. Raises DataError where it cannot run."""
+    if engine == "builtin":
+        return BuiltinSampler(updater, chat)
+    why = "is not installed" if find_spec(engine) is None else "cannot be driven yet"
+    raise DataError(f"engine = {engine}: needs the package {engine}, which {why}; set engine=builtin")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, is_tensor, number, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
+from prism_kernels.native import need_native
 from prism_kernels.rms_norm.heads import Heads
 
 _PACKAGE = "prism_kernels.rms_norm"
@@ -19,6 +20,8 @@ def _op(name: str, function: str) -> Op:
         [
             Implementation(Impl.TRITON, f"{_PACKAGE}.operators:{function}", ("cuda",), need_triton, fake=True),
             Implementation(Impl.TORCH, f"{_PACKAGE}.torch_autograd:{function}", ("cpu", "cuda"), fake=True),
+            # Behind the one that auto takes on a CPU, as it has no gradient: whoever decodes asks for it.
+            Implementation(Impl.NATIVE, f"{_PACKAGE}.native:{function}", ("cpu",), need_native),
             Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:{function}", ("cpu", "cuda")),
         ],
     )
@@ -53,7 +56,8 @@ def rms_norm(
         weight: (H,) floating.
         eps: > 0, added to the mean square.
         residual: None, or shape, dtype and device of ``x``.
-        impl: "auto", "triton" (one launch), "torch" (one step with a backward of its own) or "reference". The first two
+        impl: "auto", "triton" (one launch), "torch" (one step with a backward of its own), "native" (C++
+            on a CPU, forward alone) or "reference". The first two
             keep what was normalised and one number per row.
 
     Returns:
@@ -92,7 +96,7 @@ def qk_norm_rotate(
         q_weight, k_weight: (D,) floating.
         cos, sin: (T, D) floating, as :func:`rms_norm_rotate` takes them.
         eps: > 0, added to the mean squares.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "torch", "native" or "reference".
 
     Returns:
         (q, k), shaped and typed as given; differentiable in all but ``cos`` and ``sin``.

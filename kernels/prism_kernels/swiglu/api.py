@@ -6,6 +6,7 @@ from torch import Tensor
 
 from prism_kernels.checks import FLOATING, check_tensor, describe, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
+from prism_kernels.native import need_native
 
 _PACKAGE = "prism_kernels.swiglu"
 
@@ -14,6 +15,8 @@ SWIGLU = Op(
     [
         Implementation(Impl.TRITON, f"{_PACKAGE}.operators:swiglu", ("cuda",), need_triton, fake=True),
         Implementation(Impl.TORCH, f"{_PACKAGE}.torch_autograd:swiglu", ("cpu", "cuda"), fake=True),
+        # Behind the one that auto takes on a CPU, as it has no gradient: whoever decodes asks for it.
+        Implementation(Impl.NATIVE, f"{_PACKAGE}.native:swiglu", ("cpu",), need_native),
         Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:swiglu", ("cpu", "cuda")),
     ],
 )
@@ -30,7 +33,8 @@ def swiglu(gate_up: Tensor, *, up: Tensor | None = None, impl: str | Impl = "aut
     Args:
         gate_up: (T, 2I) floating, [gate | up]; with ``up``: the gate, (T, I). Strided views are read in place.
         up: None, or shape, dtype and device of the gate: of an MLP whose two products are apart.
-        impl: "auto", "triton", "torch" (one step with a backward of its own) or "reference".
+        impl: "auto", "triton", "torch" (one step with a backward of its own), "native"
+            (C++ on a CPU, forward alone) or "reference".
 
     Returns:
         (T, I) in the dtype of ``gate_up``.

@@ -14,6 +14,8 @@ from prism_fast.records import Message, Sample
 from prism_fast.run.monitor import read_metrics
 from prism_fast.stages import prepare
 from prism_fast.steps.evaluate import EvalSet, evaluate
+from prism_fast.steps.sampler import BuiltinSampler
+from prism_fast.steps.update import Backprop
 from tests.tiny_run import run_stage, settings
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
@@ -66,9 +68,11 @@ def test_every_stage(stage, mixed, tiny_folder, tmp_path):
 
 def test_preparation_and_evaluation(tiny_folder, tmp_path, monkeypatch):
     model = {"model": {"path": str(tiny_folder / "base")}, "max_response_tokens": 2}
-    generate = prepare.generate
+    generate = BuiltinSampler.generate
     monkeypatch.setattr(
-        prepare, "generate", lambda *a, **k: replace(made := generate(*a, **k), text=[CAPTION + REASONING] * len(made))
+        BuiltinSampler,
+        "generate",
+        lambda *a, **k: replace(made := generate(*a, **k), text=[CAPTION + REASONING] * len(made)),
     )
     teacher, golds = (text_only(tiny_folder, stage, tmp_path, False) for stage in ("align", "rlvr"))
     tree = {**model, "data": {"files": [str(teacher)]}, "out": str(tmp_path / "made.jsonl")}
@@ -79,5 +83,5 @@ def test_preparation_and_evaluation(tiny_folder, tmp_path, monkeypatch):
     config = load_config(FilterConfig, None, base=tree)
     policy, chat = open_policy(config.model)
     held_out = EvalSet.read(config.data, config.data.files, None, chat)
-    evaluate(policy, chat, held_out, config).write(tmp_path / "eval.json")
+    evaluate(BuiltinSampler(Backprop(policy), chat), held_out, config).write(tmp_path / "eval.json")
     assert json.loads((tmp_path / "eval.json").read_text())["responses"][0]["image"] is None

@@ -17,7 +17,6 @@ from prism_fast.steps.experience import (
     overlong_penalty,
     uniform_prompts,
 )
-from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective
 from tests.oracle import assert_same
 
@@ -95,17 +94,24 @@ def answers():
     )
 
 
-def test_experience_rewards_every_response_by_its_own_gold(monkeypatch):
+class Asked:
+    """As much of a sampler as an experience needs."""
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, sampling, *, seed):
+        self.calls.append((prompts, sampling, seed))
+        return answers()
+
+
+def test_experience_rewards_every_response_by_its_own_gold():
     """An experience needs what it reads: no paths, no optimizer."""
-    asked = []
-    monkeypatch.setattr(experience_module, "sample", lambda *args, seed: asked.append((args, seed)) or answers())
     sampling = Sampling(samples=2, max_response_tokens=10)
     config = RewardConfig(accuracy_weight=0.6, format_weight=0.4, overlong=OverlongConfig(buffer=4, factor=0.5))
-    questions = list(zip(SAMPLES, answers().prompts))
-    batch = experience(Backprop("policy"), "chat", questions, sampling, config, seed=5)
-    assert [((args[0].module, *args[1:]), seed) for args, seed in asked] == [
-        (("policy", "chat", [prompt for _, prompt in questions], sampling), 5)
-    ]
+    questions, sampler = list(zip(SAMPLES, answers().prompts)), Asked()
+    batch = experience(sampler, questions, sampling, config, seed=5)
+    assert sampler.calls == [([prompt for _, prompt in questions], sampling, 5)]
     assert batch.accuracy.tolist() == [1, 0, 0, 1] and batch.format_valid.tolist() == [True, False, True, True]
     assert_same(batch.reward, torch.tensor([1.0, 0.0, 0.4, 0.5]), 4)
 
