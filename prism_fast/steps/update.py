@@ -36,6 +36,7 @@ class Backprop:
 
     lockstep = False
     every_module = False  # in lockstep: also those that no process needs in this step
+    steps = 0  # of the optimizer so far
 
     def __init__(self, module: Any):
         self.module = module
@@ -55,6 +56,14 @@ class Backprop:
         what it likes.
         """
         yield
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every weight, a tied one once; all processes take all of them, in the same order.
+
+        A tensor is the caller's: it stays as it is when the next is taken.
+        """
+        for name, parameter in self.module.named_parameters():
+            yield name, ranks.whole(parameter.detach())
 
 
 class Updater(Backprop):
@@ -118,14 +127,6 @@ class Updater(Backprop):
         for parameter in self.parameters:
             parameter.grad = None
         self.steps += 1
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every weight, a tied one once; all processes take all of them, in the same order.
-
-        A tensor is the caller's: it stays as it is when the next is taken.
-        """
-        for name, parameter in self.module.named_parameters():
-            yield name, ranks.whole(parameter.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters.
