@@ -26,8 +26,7 @@ def evaluate_policy(config: EvaluateConfig, progress: Progress) -> tuple[Evaluat
         held_out = EvalSet.read(config.data, config.data.files, config.eval.limit, chat)
         assert held_out is not None  # there is a file, or the configuration is refused
         total = len(held_out) * config.eval.samples
-        sampler = open_sampler(config.engine, Backprop(policy), chat, say=print)
-        with closing(sampler):
+        with closing(open_sampler(config.sampler, Backprop(policy), chat)) as sampler:
             result = evaluate(
                 sampler,
                 held_out,

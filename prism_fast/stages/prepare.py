@@ -97,7 +97,7 @@ def _roll_out(
     if not prompts:
         raise DataError(f"{config.data.files[0]}: each of {len(picked)} records is bad ({data.bad.messages[0]})")
     total = len(prompts) * config.samples
-    with closing(open_sampler(config.engine, Backprop(policy), chat, say=print)) as sampler:
+    with closing(open_sampler(config.sampler, Backprop(policy), chat)) as sampler:
         rollout = sampler.generate(
             prompts,
             config,
