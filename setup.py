@@ -63,7 +63,7 @@ setup(
             include_dirs=[str(CSRC)],
             cxx_std=17,
             # without fused multiply-add, so that sums of doubles equal those of the Python references to the last bit
-            extra_compile_args=["-O3", "-ffp-contract=off"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wno-psabi"],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

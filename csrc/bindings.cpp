@@ -3,11 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <string>
 
 #include "balance.h"
+#include "decode.h"
 #include "packing.h"
+#include "sampling.h"
 #include "spans.h"
 
 namespace py = pybind11;
@@ -110,11 +113,52 @@ std::optional<std::vector<std::pair<int64_t, int64_t>>> find_tag_spans(const py:
   return prism::find_tag_spans(text, token_end, {markers.begin(), markers.end()});
 }
 
+// Addresses of tensors arrive as integers: their owners are held by the caller.
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+void sample_as(uintptr_t logits, int64_t rows, int64_t stride, int64_t words, double inverse, bool noisy,
+               uint64_t seed, uintptr_t response, uintptr_t step, uintptr_t forbidden, int64_t num_forbidden,
+               int64_t first_allowed, uintptr_t token, uintptr_t logprob, int64_t threads) {
+  prism::sample_tokens(prism::Draw<T>{at<const T>(logits), rows, stride, words, static_cast<T>(inverse), noisy, seed,
+                                      at<const int64_t>(response), at<const int64_t>(step),
+                                      at<const int64_t>(forbidden), num_forbidden, first_allowed,
+                                      at<int64_t>(token), at<float>(logprob)},
+                       threads);
+}
+
+template <typename... Arguments>
+void sample_tokens(bool wide, Arguments... arguments) {
+  py::gil_scoped_release release;
+  wide ? sample_as<double>(arguments...) : sample_as<float>(arguments...);
+}
+
+// sizes: rows, heads, kv_heads, dim, pages. tensors: q, k, v, k_pages, v_pages, prompt_page, prompt_length, own_page,
+// own_length, group, tile_row, out. tables: prompts, prompt_pages, own_pages, tiles, width.
+bool shared_prompt_decode(const std::array<int64_t, 5>& sizes, const std::array<uintptr_t, 12>& tensors,
+                          const std::array<int64_t, 5>& tables, double scale, int number, int64_t threads) {
+  py::gil_scoped_release release;
+  const auto table = [&](int i) { return at<const int32_t>(tensors[i]); };
+  return prism::shared_prompt_decode(
+      {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], at<void>(tensors[0]), at<void>(tensors[1]),
+       at<void>(tensors[2]), at<void>(tensors[3]), at<void>(tensors[4]), table(5), table(6), table(7), table(8),
+       table(9), table(10), tables[0], tables[1], tables[2], tables[3], tables[4], scale, at<void>(tensors[11])},
+      static_cast<prism::Number>(number), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("INTERFACE") = 1;  // kernels/prism_kernels/native.py expects this number
+  m.attr("INTERFACE") = 3;  // kernels/prism_kernels/native.py expects this number
   m.def("pack_trees", &pack_trees, "Packs as nested lists, or the index of a tree that does not fit.");
   m.def("balance", &balance, "Item indices per rank.");
+  m.def("sample_tokens",
+        &sample_tokens<uintptr_t, int64_t, int64_t, int64_t, double, bool, uint64_t, uintptr_t, uintptr_t, uintptr_t,
+                       int64_t, int64_t, uintptr_t, uintptr_t, int64_t>,
+        "Tokens and log-probs, written to their addresses.");
+  m.def("shared_prompt_decode", &shared_prompt_decode, "False where a table leads out of the pages.");
   m.def("find_tag_spans", &find_tag_spans, "Token spans per element, or None where the format is invalid.");
 }

@@ -408,6 +408,7 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def doctor() -> None:
     """Hardware, versions, and which implementation each op uses and why."""
+    from prism_fast.models.captured import capture_of_decoding
     from prism_fast.run.environment import build_locks, environment, tools
     from prism_kernels import which_impl
 
@@ -424,6 +425,7 @@ def doctor() -> None:
     for op, (impl, reason) in which_impl().items():
         table.add_row(op, impl, reason)
     console.print(table)
+    console.print(f"a token of sampling: {capture_of_decoding()}", highlight=False)
     for line in build_locks(os.environ):
         console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
 

@@ -236,7 +236,9 @@ class Sampling(Node):
     samples: Samples = Field(1, description="responses per prompt")
     temperature: Temperature = Field(1.0, description="0: the most probable token")
     max_response_tokens: Tokens = Field(description="a longer response is cut")
-    rows_at_once: Batch = Field(512, description="responses that are sampled together; fewer take less memory")
+    rows_at_once: Batch | Literal["auto"] = Field(
+        "auto", description="responses that are sampled together; auto: as many as memory has room for"
+    )
 
 
 class EvalConfig(Sampling):

@@ -304,6 +304,9 @@ def _faults(cls: type[BaseModel], error: ValidationError | RecursionError) -> st
     found: dict[str, None] = {}
     for fault in error.errors(include_url=False):
         path = tuple(part for part in fault["loc"] if isinstance(part, str))
+        if path[:-1] in known and path not in known and node_of(known[path[:-1]].field) is None:
+            found[_wants(known[path[:-1]], fault["input"])] = None  # one of several kinds that a key takes
+            continue
         above = node_of(known[path[:-1]].field) if path[:-1] in known else cls
         refused = getattr(above, "refused", {}).get(path[-1]) if fault["type"] == "extra_forbidden" else None
         for text in [f"{'.'.join(path)} {refused}"] if refused else _fault(known, path, fault):
@@ -328,9 +331,13 @@ def _fault(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...], fault: Any
     if node_of(leaf.field) is not None:
         below = next(other for other in known.values() if other.path[: len(path)] == path != other.path)
         return [f"{name}: expected keys below it, for example {below.name}, got {got(fault['input'])}"]
-    wants, value = allowed(leaf.schema), fault["input"]
+    return [_wants(leaf, fault["input"])]
+
+
+def _wants(leaf: Leaf, value: Any) -> str:
+    wants = allowed(leaf.schema)
     quoted = " (in quotes it is one)" if wants.startswith("a text") and isinstance(value, (int, float, dict)) else ""
-    return [f"{name}: expected {wants}, got {got(value)}{quoted}"]
+    return f"{leaf.name}: expected {wants}, got {got(value)}{quoted}"
 
 
 def _meant(known: dict[tuple[str, ...], Leaf], path: tuple[str, ...]) -> str:

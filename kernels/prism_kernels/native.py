@@ -9,9 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
+import torch
+
 # csrc/bindings.cpp exports the same number. Both are raised whenever a signature changes, so that an extension left
 # over from older sources is named as such instead of failing with an AttributeError.
-INTERFACE = 1
+INTERFACE = 3
 
 HOW_TO_BUILD = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the repository root"
 
@@ -34,6 +36,14 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def need_native() -> str | None:
     """Why the C++ implementations cannot run here, with the command that builds them, or None."""
     return _load()[1]
+
+
+PER_THREAD = 1 << 20  # numbers to work through: starting a thread costs as much as some 10,000
+
+
+def threads_for(numbers: int) -> int:
+    """How many threads a loop over so many numbers starts: at most torch's."""
+    return max(1, min(torch.get_num_threads(), numbers // PER_THREAD))
 
 
 def library() -> ModuleType:

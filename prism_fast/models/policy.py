@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 from prism_fast.models.backbone import TreeModel, load_model, save_model
-from prism_fast.models.blocks import Attend, Recompute, run_layers
+from prism_fast.models.blocks import Attend, Recompute
 from prism_fast.records import PackedTree
 
 
@@ -85,11 +85,6 @@ class Policy(TreeModel):
                 raise TypeError(f"Policy: got {', '.join(kwargs)} without an op that takes them; pass op=")
             return hidden
         return self.model.lm_head(hidden[pack.predict_row], op, pack.target_ids, **kwargs)
-
-    def decode(self, token: Tensor, position: Tensor, attend: Attend) -> Tensor:
-        """One more token (B,) of each of B responses at position (B,) -> hidden states behind the last norm, (B, H)."""
-        hidden, _ = run_layers(self.text, self.text.embed_tokens(token), position.expand(3, -1), attend)
-        return hidden
 
     def save(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """A Hugging Face directory; ``weights``: see `models.load.with_chat`."""

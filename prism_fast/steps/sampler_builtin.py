@@ -1,11 +1,15 @@
-"""Prompts -> Rollout: the prompt and its images are prefilled once per group, N continuations are sampled together.
+"""Prompts -> Rollout by the trainer's own weights: one stream of responses, whose rows are filled again as they end.
 
-B rows (responses), G distinct prompts, P prompt tokens, L generated tokens, Hq and Hkv heads of D.
+A prompt and its images are read once for all of its responses (prefill); then tokens are sampled, a token of every row
+at a time (decode). Keys and values lie in pages. The host looks at the device every few tokens: it takes what is
+finished, gives its row to the next response, and reads the next prompts when they are due.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,94 +18,17 @@ from prism_fast import ranks
 from prism_fast.config import Sampling
 from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
-from prism_fast.pack import Tree, build_pack, merge_prompts, mrope_positions
-from prism_fast.records import Prompt, Rollout
+from prism_fast.models.token_step import TokenStep
+from prism_fast.pack import Tree, build_pack, mrope_positions
+from prism_fast.records import DataError, Prompt, Rollout
+from prism_fast.steps.sampler_memory import size_of
+from prism_fast.steps.sampler_rows import Begun, Draws, Held, Rows
 from prism_fast.steps.sampler_shares import Response, Share, deal, rollout_of
-from prism_kernels import DecodeLayout, TreeLayout, shared_prompt_decode, tree_attention
+from prism_kernels import TreeLayout, tree_attention
+from prism_kernels.tree_attention.decode_layout import PAGE
 
-CACHE_BLOCK = 64  # the cache of generated tokens grows by so many
-# Logits at a time, as numbers: 34 and 268 MB in fp32, and in draw up to ten times that.
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
-COMPACT_AT = 8  # finished rows leave the batch as soon as they are one in so many
-
-
-class _Prefill:
-    """Attention of the prompts that keeps every layer's keys and values."""
-
-    def __init__(self, layout: TreeLayout):
-        self.layout = layout
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # of each layer, (Hkv, T, D)
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
-    ) -> Tensor:
-        self.kept[layer] = k.transpose(0, 1), v.transpose(0, 1)
-        return tree_attention(q, k, v, self.layout, scale=scale, query_row=query_row)
-
-
-class _Decode:
-    """Attention of one new token per row: to its group's prompt, kept once per group, and to its own tokens."""
-
-    def __init__(self, prefill: _Prefill, group: Tensor):
-        self.layout = DecodeLayout.build(group, prefill.layout.lengths)
-        longest = self.layout.prompt_mask.shape[1]
-        starts = prefill.layout.segment_start[:-1, None].long()
-        rows = (starts + torch.arange(longest, device=starts.device)).clamp(max=prefill.layout.num_tokens - 1)
-        self.prompt = {
-            layer: (k[:, rows].transpose(0, 1), v[:, rows].transpose(0, 1)) for layer, (k, v) in prefill.kept.items()
-        }  # (G, Hkv, P, D)
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (B, Hkv, capacity, D)
-        self.length = 0
-
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows go on."""
-        self.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
-        self.layout = self.layout.keep(rows)
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
-    ) -> Tensor:
-        prompt_k, prompt_v = self.prompt[layer]
-        own_k, own_v = self._append(layer, k, v)
-        return shared_prompt_decode(q, prompt_k, prompt_v, own_k, own_v, self.layout, scale=scale)
-
-    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (B, Hkv, D) behind the row's tokens so far -> (B, Hkv, L, D) each."""
-        used = self.length
-        kept = self.own.get(layer)
-        if kept is None or kept[0].shape[2] == used:
-            self.own[layer] = _grown(k, kept and kept[0], used), _grown(v, kept and kept[1], used)
-        for cache, x in zip(self.own[layer], (k, v)):
-            cache[:, :, used] = x
-        keys, values = self.own[layer]
-        return keys[:, :, : used + 1], values[:, :, : used + 1]
-
-
-def _grown(like: Tensor, kept: Tensor | None, used: int) -> Tensor:
-    """Room for CACHE_BLOCK more tokens behind the ``used`` ones of ``kept``; ``like`` (B, Hkv, D)."""
-    rows, heads, dim = like.shape
-    new = like.new_zeros(rows, heads, used + CACHE_BLOCK, dim)
-    if kept is not None:
-        new[:, :, :used] = kept
-    return new
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row by inversion of the distribution function: (tokens (B,) int64, log-probs (B,) fp32).
-
-    logits (B, V); uniform (B,) in [0, 1). Temperature 0 takes the most probable token, its log-prob at temperature 1.
-    Tokens of probability 0 are never drawn.
-    """
-    logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
-        token = logprob.argmax(-1)
-    else:
-        cumulative = logprob.double().exp().cumsum(-1)
-        threshold = uniform.double()[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-        beyond = token >= logits.shape[1]  # uniform * total rounded up to total
-        token = torch.where(beyond, logprob.argmax(-1), token)
-    return token, logprob.gather(1, token[:, None])[:, 0]
+LOOK = {"cpu": 4, "cuda": 16}  # tokens between two looks of the host; a CPU waits for nothing when it looks
+PREFILL_TOKENS = 1 << 14  # of the prompts that are read together, but one prompt may have more
 
 
 @torch.no_grad()
@@ -116,94 +43,229 @@ def generate(
 ) -> Rollout:
     """Samples ``sampling.samples`` responses for each prompt; B = len(prompts) * samples.
 
-    The same seed gives the same responses whatever ``rows_at_once`` and the number of processes are, up to rounding:
-    each process samples a part of them and has all in the end. ``policy`` holds whole weights (`Updater.gathered`).
-    ``progress`` is told the number of this process's finished responses.
+    A token's noise is a function of the seed, its response's number in [0, B), its index and the word. So the same seed
+    gives the same responses whatever ``rows_at_once`` and the number of processes are, up to near ties that rounding
+    parts: each process samples a share of them and has all in the end. ``policy`` holds whole weights
+    (`Updater.gathered`). ``progress`` is told the number of this process's finished responses.
     """
     was_training = policy.training
     policy.eval()
-    samples, limit = sampling.samples, sampling.max_response_tokens
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand((len(prompts) * samples, limit), generator=generator, dtype=torch.float64)
-    shares = deal(prompts, samples)
+    shares = deal(prompts, sampling.samples)
     mine: dict[int, Response] = {}
-    for batch in _batches(shares[ranks.rank()], sampling.rows_at_once):
-        rows = [number for share in batch for number in share.responses(samples)]
-        distinct, which = merge_prompts([prompts[share.group] for share in batch])
-        group = torch.tensor(which).repeat_interleave(torch.tensor([share.number for share in batch]))
-        parts = _generate(policy, chat, distinct, group, uniform[rows], sampling.temperature)
-        mine |= {number: Response(*part) for number, part in zip(rows, zip(*parts))}
-        if progress is not None:
-            progress(len(mine))
+    draws = Draws(sampling.temperature, seed, chat.end_of_turn_id, sampling.max_response_tokens)
+    own = shares[ranks.rank()]
+    if own:
+        for number, response in _Stream(policy, prompts, own, sampling, draws).run():
+            mine[number] = response
+            if progress is not None:
+                progress(len(mine))
     policy.train(was_training)
-    return rollout_of(prompts, shares, samples, mine, chat)
+    return rollout_of(prompts, shares, sampling.samples, mine, chat)
 
 
-def _batches(shares: Sequence[Share], rows_at_once: int) -> Iterator[list[Share]]:
-    """Shares of at most ``rows_at_once`` responses together, where one alone is not more."""
-    batch: list[Share] = []
-    for share in shares:
-        if batch and sum(s.number for s in batch) + share.number > rows_at_once:
-            yield batch
-            batch = []
-        batch.append(share)
-    if batch:
-        yield batch
+class _Prefill:
+    """Attention of the prompts, whose keys and values go to their pages."""
+
+    def __init__(self, layout: TreeLayout, rows: Rows, held: Held):
+        self.layout, self.rows, self.held = layout, rows, held
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, query_row: Tensor | None
+    ) -> Tensor:
+        self.rows.keep(self.held, layer, k, v)
+        return tree_attention(q, k, v, self.layout, scale=scale, query_row=query_row)
 
 
-def _generate(
-    policy: Policy, chat: Chat, prompts: Sequence[Prompt], group: Tensor, uniform: Tensor, temperature: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """(token ids, log-probs) of every row, on the host; ``group`` (B,) into ``prompts``, which are distinct."""
-    device = policy.bias.device
-    pack = build_pack([Tree(p, (), ()) for p in prompts], [(i, ()) for i in range(len(prompts))], policy.image)
-    pack = pack.to(device)
-    prefill = _Prefill(pack.layout)
-    hidden = policy(pack, attend=prefill)
-    group = group.to(device)
-    last = pack.layout.segment_start[1:].long() - 1
-    state = hidden[last][group]  # (B, H)
-    position = torch.tensor([mrope_positions(p, policy.image)[1] for p in prompts], device=device)[group]
-    cache = _Decode(prefill, group)
-    total, limit = uniform.shape
-    tokens = torch.full((total, limit), -1, dtype=torch.int64, device=device)
-    logprob = torch.zeros((total, limit), dtype=torch.float32, device=device)
-    uniform = uniform.to(device)
-    row = torch.arange(total, device=device)  # which response each row of the batch is
-    done = torch.zeros(total, dtype=torch.bool, device=device)
-    for step in range(limit):
-        token, chosen_logprob = _next_token(policy, state, uniform[row, step], temperature)
-        going = ~done
-        tokens[row[going], step] = token[going]
-        logprob[row[going], step] = chosen_logprob[going]
-        done = done | (token == chat.end_of_turn_id)
-        finished = int(done.sum())
-        if finished == len(row) or step + 1 == limit:
-            break
-        if finished * COMPACT_AT >= len(row):
-            keep = (~done).nonzero().flatten()
-            row, token, position, done = row[keep], token[keep], position[keep], done[keep]
-            cache.keep(keep)
-        state = policy.decode(token, position + step, cache)
-        cache.length += 1
-    lengths = (tokens >= 0).sum(1).tolist()
-    tokens, logprob = tokens.cpu(), logprob.cpu()
-    return [t[:n] for t, n in zip(tokens, lengths)], [p[:n] for p, n in zip(logprob, lengths)]
+@dataclass
+class _Read:
+    """A prompt whose keys and values are there, as long as ``left`` responses to it are not finished."""
+
+    key: bytes
+    slot: int
+    pages: list[int]
+    position: int  # of a response's first token
+    left: int = 0
 
 
-def _next_token(policy: Policy, state: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(tokens, log-probs) after hidden states (B, H), a block of rows at a time."""
-    rows = max(1, LOGITS[state.device.type] // policy.bias.numel())
-    parts = [
-        draw(_product(some, policy.head) + policy.bias, u, temperature)
-        for some, u in zip(state.split(rows), uniform.split(rows))
-    ]
-    token, logprob = map(torch.cat, zip(*parts))
-    return token, logprob
+@dataclass
+class _Row:
+    """A response that is being sampled."""
+
+    number: int
+    prompt: _Read
+    lane: int
+    pages: list[int]
+    length: int = 1  # tokens, when the host looked last
+    seat: int | None = None  # its row on the device; None: it begins
 
 
-def _product(state: Tensor, head: Tensor) -> Tensor:
-    """(B, V) fp32 logits. Rounding them to a lower precision would part the sampler's log-probs from the trainer's."""
-    if head.is_cuda and head.dtype != torch.float32:
-        return torch.mm(state, head.T, out_dtype=torch.float32)
-    return state.float() @ head.float().T
+@dataclass
+class _Stream:
+    policy: Policy
+    prompts: Sequence[Prompt]
+    shares: Sequence[Share]
+    sampling: Sampling
+    draws: Draws
+    seated: list[_Row] = field(default_factory=list)
+    read: dict[int, _Read] = field(default_factory=dict)  # by group
+    by_key: dict[bytes, _Read] = field(default_factory=dict)
+    leaving: list[tuple[list[_Row], list[Tensor]]] = field(default_factory=list)
+
+    def __post_init__(self):
+        samples = self.sampling.samples
+        self.waiting = deque(n for share in self.shares for n in share.responses(samples))
+        self.unread = deque(self.shares)
+        step = TokenStep(self.policy)
+        self.size = size_of(step, self.sampling, len(self.waiting))
+        self.rows = Rows(step, self.size, self.draws)
+        self.look = LOOK[step.device.type]
+        self.pages = list(range(self.size.pages - 1, 0, -1))  # the free ones; 0 is nobody's
+        self.lanes, self.slots = list(range(self.size.rows)), list(range(self.size.prompts))
+        self.positions = 1
+
+    def run(self) -> Iterator[tuple[int, Response]]:
+        while self.waiting or self.seated:
+            self._admit()
+            self._reserve()
+            self._seat()
+            self.rows.repeat(len(self.seated), self.look)
+            yield from self._look()
+        self.rows.wait()
+        yield from self._left()
+
+    # ---- rows to responses
+
+    def _admit(self) -> None:
+        """Free rows go to the responses that wait, in order, as far as their prompts can be held."""
+        while self.waiting and len(self.seated) < self.size.rows and self.pages:
+            number = self.waiting[0]
+            prompt = self._prompt_of(number // self.sampling.samples)
+            if prompt is None or not self.pages:
+                break
+            self.waiting.popleft()
+            self.seated.append(_Row(number, prompt, self.lanes.pop(), [self.pages.pop()]))
+        if not self.seated:
+            raise self._no_room(f"response {self.waiting[0]} and its prompt")
+
+    def _reserve(self) -> None:
+        """Pages for the tokens until the next look. Where there are none left, the youngest responses wait again: they
+        will be the same."""
+        at = 0
+        while at < len(self.seated):
+            row = self.seated[at]
+            needed = -(-min(row.length + self.look, self.draws.limit) // PAGE)
+            if len(row.pages) >= needed:
+                at += 1
+            elif self.pages:
+                row.pages.append(self.pages.pop())
+            elif len(self.seated) > 1:
+                youngest = self.seated.pop()
+                self._release(youngest)
+                self.waiting.appendleft(youngest.number)
+            else:
+                raise self._no_room(f"a response of {row.length + self.look} tokens and its prompt")
+
+    def _seat(self) -> None:
+        begun = [row for row in self.seated if row.seat is None]
+        kept = [row.seat for row in self.seated if row.seat is not None]
+        self.positions = max([self.positions, *(row.prompt.position + self.draws.limit for row in begun)])
+        if self.positions > len(self.rows.step.cos):
+            self.rows.rotate(2 * self.positions)
+        columns = [(row.prompt.slot, row.number, row.lane, row.prompt.position) for row in begun]
+        width = self.rows.own_page.shape[1]
+        pages = torch.tensor([row.pages + [0] * (width - len(row.pages)) for row in self.seated], dtype=torch.int32)
+        self.rows.seat(kept, Begun(*zip(*columns)) if begun else None, [r.prompt.slot for r in self.seated], pages)
+        for seat, row in enumerate(self.seated):
+            row.seat = seat
+
+    def _look(self) -> Iterator[tuple[int, Response]]:
+        """What was finished when the host looked last, and whose rows are free now."""
+        own, length = self.rows.fetched(self.rows.own_length, self.rows.length)
+        self.rows.wait()
+        yield from self._left()
+        going, lengths = own.tolist(), length.tolist()
+        gone: list[_Row] = []
+        for row in self.seated:
+            row.length = lengths[row.lane]
+            if going[row.seat] == 0:
+                gone.append(row)
+        if not gone:
+            return
+        self.seated = [row for row in self.seated if going[row.seat] > 0]
+        lanes, longest = self.rows.sent([row.lane for row in gone]), max(row.length for row in gone)
+        written = [x[lanes, :longest] for x in (self.rows.tokens, self.rows.logprob)]
+        self.leaving.append((gone, self.rows.fetched(*written)))
+        for row in gone:
+            self._release(row)
+            row.prompt.left -= 1
+            if row.prompt.left == 0:
+                self._forget(row.prompt)
+
+    def _left(self) -> Iterator[tuple[int, Response]]:
+        for rows, (tokens, logprob) in self.leaving:
+            for i, row in enumerate(rows):
+                yield row.number, Response(tokens[i, : row.length].clone(), logprob[i, : row.length].clone())
+        self.leaving.clear()
+
+    def _release(self, row: _Row) -> None:
+        self.pages += row.pages
+        self.lanes.append(row.lane)
+
+    def _no_room(self, what: str) -> DataError:
+        return DataError(
+            f"sampling: {what} need more than the {self.size.pages - 1} pages of {PAGE} tokens that fit the memory; "
+            "lower max_response_tokens or data.max_prompt_tokens, or take a smaller model"
+        )
+
+    # ---- prompts
+
+    def _prompt_of(self, group: int) -> _Read | None:
+        """None where there is no room for it now."""
+        while group not in self.read:
+            if not self._prefill():
+                return None
+        return self.read[group]
+
+    def _prefill(self) -> bool:
+        """Reads the next prompts: those that free rows wait for, and some more, as one call serves many. False where
+        the first of them finds no room."""
+        samples = self.sampling.samples
+        free = self.size.rows - len(self.seated)
+        number = max(-(-free // samples), self.size.rows // (8 * samples), 1)
+        taken: list[tuple[_Read, Prompt]] = []
+        tokens, added = 0, False
+        while self.unread and number > 0:
+            share = self.unread[0]
+            prompt = self.prompts[share.group]
+            found = self.by_key.get(prompt.key)
+            if found is None:
+                needed, reserve = -(-len(prompt) // PAGE), self.size.rows - len(self.seated) if added else 1
+                full = taken and tokens + len(prompt) > PREFILL_TOKENS
+                if full or not self.slots or len(self.pages) < needed + reserve:
+                    break
+                position = mrope_positions(prompt, self.policy.image)[1]
+                pages = [self.pages.pop() for _ in range(needed)]
+                found = self.by_key[prompt.key] = _Read(prompt.key, self.slots.pop(), pages, position)
+                taken.append((found, prompt))
+                tokens += len(prompt)
+            found.left += share.number
+            self.read[share.group] = found
+            self.unread.popleft()
+            number, added = number - 1, True
+        if taken:
+            self._run_prefill([read for read, _ in taken], [prompt for _, prompt in taken])
+        return added
+
+    def _run_prefill(self, read: list[_Read], prompts: list[Prompt]) -> None:
+        trees = [Tree(p, (), ()) for p in prompts]
+        pack = build_pack(trees, [(i, ()) for i in range(len(prompts))], self.policy.image).to(self.rows.device)
+        slots = [r.slot for r in read]
+        held = self.rows.hold(slots, [r.pages for r in read], [len(p) for p in prompts])
+        hidden = self.policy(pack, attend=_Prefill(pack.layout, self.rows, held))
+        self.rows.state[self.rows.sent(slots)] = hidden[pack.layout.segment_start[1:].long() - 1]
+
+    def _forget(self, prompt: _Read) -> None:
+        self.pages += prompt.pages
+        self.slots.append(prompt.slot)
+        del self.by_key[prompt.key]
+        self.read = {group: read for group, read in self.read.items() if read is not prompt}

@@ -53,7 +53,9 @@ SHAPED = {"bias": random(9), "softcap": 5.0, "chunk_bytes": 1000}
 ROUTING = moe_route(random(5, 4), random(4, 4), 2)
 GRPO = PolicyObjective.grpo()
 PIECES = [b"<a>", b"x", b"</a", b"> <b", b">y</b>", b""]
-DECODE = DecodeLayout.build(torch.tensor([0, 1, 1]), [3, 2])
+DECODE = DecodeLayout.build(rows=3, prompts=2, prompt_tokens=3, own_tokens=2)
+DECODE.prompt_length.copy_(torch.tensor([3, 2]))
+DECODE.own_length.fill_(2)
 
 VALID = {
     group_normalize: {"scores": random(5), "group_ids": IDS, "baseline": "mean", "scale": "std", "eps": 1e-6},
@@ -87,10 +89,11 @@ VALID = {
         "layout": TreeLayout.build([2, 2, 1], [-1, 0, 0]), "scale": 1.0, "query_row": torch.tensor([1, 4]),
     },
     TreeLayout.build: {"lengths": [2, 2, 1], "prefix": [-1, 0, 0], "device": "cpu"},
-    DecodeLayout.build: {"group": torch.tensor([0, 1, 1]), "prompt_lengths": [3, 2]},
+    DecodeLayout.build: {"rows": 3, "prompts": 2, "prompt_tokens": 5, "own_tokens": 70, "rows_per_tile": 4,
+                         "device": "cpu"},
     shared_prompt_decode: {
-        "q": random(3, 4, 8), "prompt_k": random(2, 2, 3, 8), "prompt_v": random(2, 2, 3, 8),
-        "own_k": random(3, 2, 2, 8), "own_v": random(3, 2, 2, 8), "layout": DECODE, "scale": 1.0,
+        "q": random(3, 4, 8), "k": random(3, 2, 8), "v": random(3, 2, 8), "k_pages": random(1, 2, 64, 8),
+        "v_pages": random(1, 2, 64, 8), "layout": DECODE, "scale": 1.0,
     },
     pack_trees: {
         "trees": [(3, [2, 2]), (1, [])], "capacity": 12, "cost": PackCost(vision=[1.0, 2.0]), "num_packs_multiple": 2,
@@ -228,7 +231,8 @@ def test_strides_change_nothing(op):
         return torch.stack([value, value + 1], -1)[..., 0] if isinstance(value, torch.Tensor) else value
 
     arguments = VALID[op]
-    given, plain = op(**{name: strided(value) for name, value in arguments.items()}), op(**arguments)
+    given = {name: value if name.endswith("_pages") else strided(value) for name, value in arguments.items()}
+    given, plain = op(**given), op(**arguments)
     for one, other in zip(tensors(given), tensors(plain)):
         torch.testing.assert_close(one, other, equal_nan=True)
     row = {n: v[:1].expand(v.shape) for n, v in arguments.items() if torch.is_tensor(v) and v.is_floating_point()}
@@ -256,7 +260,7 @@ def test_scores_that_require_grad_are_constants():
 
 TRANSFORMED = (
     group_normalize, multi_reward_advantage, linear_logprob, linear_cross_entropy, linear_objective, linear_policy_loss,
-    moe_route, moe_mlp, tree_attention, rms_norm, qk_norm_rotate, shared_prompt_decode,
+    moe_route, moe_mlp, tree_attention, rms_norm, qk_norm_rotate,
 )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from tests.kernels.linear_logprob.linear_cases import skip_interpreted
 
 pytestmark = skip_interpreted
 NAN, INF = math.nan, math.inf
-LAYOUT, DECODE = TreeLayout.build([3, 4, 5], [-1, 0, 0]), DecodeLayout.build(torch.tensor([0, 1, 1]), [3, 2])
+LAYOUT = TreeLayout.build([3, 4, 5], [-1, 0, 0])
+DECODE = DecodeLayout.build(rows=3, prompts=2, prompt_tokens=3, own_tokens=2)
 INDEX = torch.tensor([[0, 1], [1, 2], [3, 0]])
 PLAN = plan_routing(INDEX, torch.ones(3, 2), 4)
 EXPERTS = (torch.ones(3, 8), torch.ones(4, 6, 8), torch.ones(4, 8, 3))
@@ -47,14 +48,16 @@ REFUSED = [
         ),
         "routing.expert_index: .* fewer than 2^31",
     ),
-    (lambda: DecodeLayout.build(torch.tensor([0]), [1 << 31]), "prompt_lengths: .* in [1, 16777216]"),
+    (
+        lambda: DecodeLayout.build(rows=1, prompts=1, prompt_tokens=1 << 31, own_tokens=1),
+        "prompt_tokens: .* in [1, 16777216]",
+    ),
+    (lambda: DECODE.place([3, 0, 0]), "group: expected an integer in [0, 1], got 3"),
+    (lambda: DECODE.place([-1, 0, 0]), "group: expected an integer in [0, 1], got -1"),
+    (lambda: DECODE.place([True, False, True]), "group: expected an integer in [0, 1], got True"),
+    (lambda: DECODE.place([0]), "group: expected B = 3 numbers of prompts, got 1"),
     (lambda: plan_routing(INDEX[:, :0], torch.ones(3, 0), 4), "weight: .* k >= 1 experts per token"),
     (lambda: moe_mlp(*EXPERTS, PLAN._replace(expert_index=INDEX.flip(0))), "routing.expert_index: .* got others; make"),
-    (lambda: DECODE.keep(torch.tensor([3])), "rows: expected values in [0, B = 3), got 3 to 3"),
-    (lambda: DECODE.keep(torch.tensor([-1])), "rows: expected values in [0, B = 3), got -1 to -1"),
-    (lambda: DECODE.keep(torch.tensor([True, False, True])), "rows: expected int64 (n,), got (3,) torch.bool"),
-    (lambda: DECODE.keep([0]), "rows: expected int64 (n,), got no tensor but list"),
-    (lambda: DECODE.keep(torch.zeros(0, dtype=torch.int64)), "rows: expected n >= 1 rows"),
     (lambda: stats(ONES > 0, ONES), "stats_of_all_layers[0].counts: expected floating"),
     (lambda: stats(ONES, ONES * 1j), "stats_of_all_layers[0].prob_sum: expected floating"),
 ]  # fmt: skip

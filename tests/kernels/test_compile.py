@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from prism_kernels import (
-    DecodeLayout,
     PolicyObjective,
     linear_cross_entropy,
     linear_logprob,
@@ -14,7 +13,6 @@ from prism_kernels import (
     moe_route,
     qk_norm_rotate,
     rms_norm,
-    shared_prompt_decode,
     tree_attention,
 )
 from prism_kernels.moe import plan_routing
@@ -25,7 +23,6 @@ LAYOUT = TreeLayout.build([3, 4, 5], [-1, 0, 0])
 ROWS = torch.tensor([11, 0, 4, 4])
 INDEX = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 1], [1, 0]])
 KIND = torch.tensor([0, 1, 0, 1, 1])
-DECODE = DecodeLayout.build(torch.tensor([0, 1, 1]), [3, 2])
 TARGETS, STARTS = torch.tensor([0, -100, 2, 3, 8]), torch.tensor([0, 2, 5])
 EXPERTS = ((5, 8), (4, 6, 8), (4, 8, 3), (5, 2))
 
@@ -65,10 +62,6 @@ CASES = {  # sizes of the leaves, and what is compiled
     "tree_attention, no query_row": (((0, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS[:0])),
     "tree_attention, varlen": (((12, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(None, "varlen")),
     "tree_attention, varlen, query_row": (((4, 4, 8), (12, 2, 8), (12, 2, 8)), attention_at(ROWS, "varlen")),
-    "shared_prompt_decode": (
-        ((3, 4, 8), (2, 2, 3, 8), (2, 2, 3, 8), (3, 2, 2, 8), (3, 2, 2, 8)),
-        lambda *tensors: shared_prompt_decode(*tensors, DECODE),
-    ),
     "moe_route and moe_mlp": (((5, 8), (4, 8), *EXPERTS[1:3]), routed),
     "moe_route and moe_mlp, no tokens": (((0, 8), (4, 8), *EXPERTS[1:3]), routed),
     "moe_route, kinds": (((5, 8), (4, 8)), stats_of_kinds),

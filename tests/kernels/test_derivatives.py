@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from prism_kernels import (
-    DecodeLayout,
     PolicyObjective,
     RoutingStats,
     TreeLayout,
@@ -18,14 +17,13 @@ from prism_kernels import (
     moe_route,
     qk_norm_rotate,
     rms_norm,
-    shared_prompt_decode,
     tree_attention,
 )
 from prism_kernels.moe import plan_routing
 from tests.kernels.linear_logprob.linear_cases import skip_interpreted
 
 pytestmark = skip_interpreted
-LAYOUT, DECODE = TreeLayout.build([3, 2, 1], [-1, 0, 0]), DecodeLayout.build(torch.tensor([0, 1, 1]), [3, 2])
+LAYOUT = TreeLayout.build([3, 2, 1], [-1, 0, 0])
 INDEX, KIND, ROWS = torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.tensor([0, 1, 0]), torch.tensor([5, 0, 4, 4])
 TARGETS, STARTS, OLD = torch.tensor([0, -100, 2]), torch.tensor([0, 2, 3]), torch.full((3,), -2.0).double()
 ANGLE = torch.linspace(0, 1, 4).double().repeat(3, 2)
@@ -54,10 +52,6 @@ CASES = {  # sizes of the leaves, and a function of them and of impl
     "tree_attention, rows": (
         ((4, 2, 2), *ATTENTION[1:]), lambda q, k, v, i: tree_attention(q, k, v, LAYOUT, query_row=ROWS, impl=i)
     ),
-    "shared_prompt_decode": (
-        ((3, 2, 2), (2, 1, 3, 2), (2, 1, 3, 2), (3, 1, 2, 2), (3, 1, 2, 2)),
-        lambda q, a, b, c, d, i: shared_prompt_decode(q, a, b, c, d, DECODE, impl=i),
-    ),
     "moe_route": (((3, 4), (3, 4)), lambda x, w, i: differentiable(moe_route(x, w, 2, impl=i))),
     "moe_route, kinds": (
         ((3, 4), (3, 4)),
@@ -85,7 +79,7 @@ CASES = {  # sizes of the leaves, and a function of them and of impl
     ),
     "linear_objective": (HEAD, lambda h, w, b, i: linear_objective(h, w, TARGETS, slope, bias=b, impl=i)),
 }  # fmt: skip
-TWICE = ("shared_prompt_decode", "load_balancing_loss")  # plain torch
+TWICE = ("load_balancing_loss",)  # plain torch
 
 
 def case(name, impl="auto"):

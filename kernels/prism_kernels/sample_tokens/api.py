@@ -22,12 +22,14 @@ from prism_kernels.checks import (
     wrong,
 )
 from prism_kernels.dispatch import Impl, Implementation, Op
+from prism_kernels.native import need_native
 from prism_kernels.sample_tokens.records import Draw
 
 _PACKAGE = "prism_kernels.sample_tokens"
 _OP = Op(
     "sample_tokens",
     [
+        Implementation(Impl.NATIVE, f"{_PACKAGE}.native:sample_tokens", ("cpu",), need_native),
         Implementation(Impl.CPU, f"{_PACKAGE}.cpu:sample_tokens", ("cpu",)),
         Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:sample_tokens", ("cpu", "cuda")),
     ],
@@ -68,7 +70,7 @@ def sample_tokens(
         step: in [0, 2^32), or (B,) int64 of them: index of the token in its response.
         forbidden: ids in [0, V) that have probability 0; a few, as all are looked at for each block of words.
         vocab_size: ids from there on have probability 0 (an embedding may hold more rows than words). Default V.
-        impl: "auto", "cpu" (makes noise where it can matter) or "reference".
+        impl: "auto", "native" (C++), "cpu" (plain torch that makes noise where it can matter) or "reference".
 
     Returns:
         token (B,) int64; logprob (B,) fp32, of the distribution that is drawn from.

@@ -15,10 +15,12 @@ from prism_kernels.checks import (
     number,
     wrong,
 )
-from prism_kernels.dispatch import GRAD, TRANSFORMS, VMAP, Impl, Implementation, Op
+from prism_kernels.dispatch import GRAD, VMAP, Impl, Implementation, Op
+from prism_kernels.native import need_native
 from prism_kernels.operators import check_first_derivative
 from prism_kernels.tree_attention import operators
-from prism_kernels.tree_attention.decode_layout import DecodeLayout
+from prism_kernels.tree_attention.decode_layout import PAGE, DecodeLayout
+from prism_kernels.tree_attention.decode_step import DecodeStep
 from prism_kernels.tree_attention.layout import TreeLayout
 
 _OP = Op(
@@ -35,11 +37,12 @@ _OP = Op(
 _DECODE = Op(
     "shared_prompt_decode",
     [
+        Implementation(Impl.NATIVE, "prism_kernels.tree_attention.native:shared_prompt_decode", ("cpu",), need_native),
         Implementation(
             Impl.TORCH,
             "prism_kernels.tree_attention.decode:shared_prompt_decode",
             ("cpu", "cuda"),
-            transforms=TRANSFORMS,
+            fake=True,
         ),
         Implementation(Impl.REFERENCE, "prism_kernels.tree_attention.reference:shared_prompt_decode", ("cpu", "cuda")),
     ],
@@ -100,10 +103,10 @@ def _first_derivative(_: Tensor) -> None:
 
 def shared_prompt_decode(
     q: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
     layout: DecodeLayout,
     *,
     scale: float | None = None,
@@ -111,20 +114,22 @@ def shared_prompt_decode(
 ) -> Tensor:
     """Attention of one new token per row: to its group's prompt, which is stored once, and to the row's own tokens.
 
-    Equals, for every row b, ``softmax(q[b] k^T * scale) v`` with k and v the tokens of prompt ``layout.group[b]``
-    followed by the row's own. Forward alone is meant: sampling needs no gradient.
+    Writes ``k`` and ``v`` into the row's page, as token ``layout.own_length - 1``. Then equals, for every row b,
+    ``softmax(q[b] keys^T * scale) values`` with the tokens of prompt ``layout.group[b]`` followed by the row's own.
+    Shapes and launches do not depend on lengths, and nothing is read back: a CUDA graph can hold it. No gradient goes
+    through.
 
     Args:
         q: (B, Hq, D) floating, Hq a multiple of Hkv (grouped queries).
-        prompt_k, prompt_v: (G, Hkv, P, D), dtype and device of ``q``; what lies behind a prompt's end is not read as a
-            token but must be finite.
-        own_k, own_v: (B, Hkv, L, D), L >= 1: every row's tokens so far, the new one last.
-        layout: of these B rows, G groups and P.
+        k, v: (B, Hkv, D), dtype and device of ``q``.
+        k_pages, v_pages: (N, Hkv, 64, D) contiguous, of one layer. Tokens beyond a length may hold anything; page 0 is
+            nobody's, and may be written.
+        layout: of B rows; tables and lengths that leave the pages are undefined on a GPU.
         scale: default D ** -0.5.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "native" (C++), "torch" or "reference".
 
     Returns:
-        (B, Hq, D) in the dtype of ``q``.
+        (B, Hq, D) in the dtype of ``q``; 0 for an idle row, whose length is 0.
 
     Raises:
         ValueError: an argument of another shape, dtype or device; names it.
@@ -132,22 +137,24 @@ def shared_prompt_decode(
     """
     if not isinstance(layout, DecodeLayout):
         raise wrong("layout", "a DecodeLayout (DecodeLayout.build(...))", type(layout).__name__)
-    rows, (groups, longest) = len(layout.group), layout.prompt_mask.shape
-    check_tensor("q", q, {"B": rows, "Hq": None, "D": None}, FLOATING)
+    rows, _ = layout.shape
+    check_tensor("q", q, {"B": rows, "Hq": None, "D": None}, FLOATING, "B is that of layout")
     heads, dim = q.shape[1:]
     if dim < 1:
         raise wrong("q", "D >= 1", describe(q))
-    check_tensor("own_k", own_k, {"B": rows, "Hkv": None, "L": None, "D": dim}, [q.dtype])
-    kv_heads, length = own_k.shape[1:3]
-    if kv_heads < 1 or heads < 1 or heads % kv_heads or length < 1:
-        raise wrong("own_k", f"Hkv a divisor of Hq = {heads} and L >= 1", describe(own_k), "Hq is that of q, >= 1")
-    own = {"B": rows, "Hkv": kv_heads, "L": length, "D": dim}
-    prompt = {"G": groups, "Hkv": kv_heads, "P": longest, "D": dim}
-    for name, tensor, shape in (("own_v", own_v, own), ("prompt_k", prompt_k, prompt), ("prompt_v", prompt_v, prompt)):
-        check_tensor(name, tensor, shape, [q.dtype])
-    for name, tensor in (("own_k", own_k), ("own_v", own_v), ("prompt_k", prompt_k), ("prompt_v", prompt_v)):
+    check_tensor("k", k, {"B": rows, "Hkv": None, "D": dim}, [q.dtype])
+    kv_heads = k.shape[1]
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise wrong("k", f"Hkv a divisor of Hq = {heads}", describe(k), "Hq is that of q, >= 1")
+    check_tensor("v", v, {"B": rows, "Hkv": kv_heads, "D": dim}, [q.dtype], "it is shaped as k")
+    check_tensor("k_pages", k_pages, {"N": None, "Hkv": kv_heads, str(PAGE): PAGE, "D": dim}, [q.dtype])
+    check_tensor("v_pages", v_pages, {"N": len(k_pages), "Hkv": kv_heads, str(PAGE): PAGE, "D": dim}, [q.dtype])
+    for name, tensor in (("k", k), ("v", v), ("k_pages", k_pages), ("v_pages", v_pages), ("layout", layout.group)):
         check_device(name, tensor, "q", q)
-    check_device("layout", layout.group, "q", q)
+    for name, tensor in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if not tensor.is_contiguous() or len(tensor) < 1:
+            raise wrong(name, "contiguous pages, one at least", f"{describe(tensor)} with strides {tensor.stride()}")
     scale = dim**-0.5 if scale is None else number("scale", scale)
-    _, function = _DECODE.select(impl, q.device)
-    return function(q, prompt_k, prompt_v, own_k, own_v, layout, scale)
+    _, run = _DECODE.select(impl, q.device, q, k, v, k_pages, v_pages)
+    pages = (x.detach() for x in (q, k, v, k_pages, v_pages))
+    return run(DecodeStep(*pages, layout, scale))

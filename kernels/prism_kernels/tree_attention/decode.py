@@ -1,40 +1,55 @@
-"""Decoding in plain torch: one product per group against its prompt, one per row against its own tokens."""
+"""Decoding in plain torch: a group's queries against its prompt in one product, each row against its own pages, and
+both merged by log-sum-exp. Products are taken in at least fp32: scores of fp16 heads can overflow fp16.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from prism_kernels.tree_attention.decode_layout import DecodeLayout
+from prism_kernels.checks import host_sees
+from prism_kernels.tree_attention.decode_layout import PAGE
+from prism_kernels.tree_attention.decode_step import DecodeStep, append
 
 
-def shared_prompt_decode(
-    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, layout: DecodeLayout, scale: float
-) -> Tensor:
-    """Scores of both kinds go through one softmax, so the result is exact."""
-    batch, heads, dim = q.shape
-    kv_heads = own_k.shape[1]
-    queries = q.reshape(batch, kv_heads, heads // kv_heads, dim) * scale
-    on_prompt = _ungrid(_grid(queries, layout) @ prompt_k.transpose(2, 3), layout)  # (B, Hkv, rep, P)
-    on_prompt = on_prompt.masked_fill(~layout.prompt_mask[layout.group][:, None, None], float("-inf"))
-    on_own = queries @ own_k.transpose(2, 3)  # (B, Hkv, rep, L)
-    scores = torch.cat([on_prompt, on_own], dim=-1)
-    weight = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    prompt_weight, own_weight = weight.split([on_prompt.shape[-1], on_own.shape[-1]], dim=-1)
-    out = _ungrid(_grid(prompt_weight, layout) @ prompt_v, layout) + own_weight @ own_v
-    return out.reshape(batch, heads, dim)
+def shared_prompt_decode(step: DecodeStep) -> Tensor:
+    append(step)
+    layout, (rows, heads, dim) = step.layout, step.q.shape
+    kv_heads = step.k.shape[1]
+    wide = torch.promote_types(step.q.dtype, torch.float32)
+    queries = (step.q.to(wide) * step.scale).view(rows, kv_heads, heads // kv_heads, dim)
+    tiles = layout.tile_row.clamp(min=0).long()
+    of_tile = layout.group[tiles[:, 0]].long()
+    grid = queries[tiles].transpose(1, 2).flatten(2, 3)  # (tiles, Hkv, width * rep, D)
+    out, total = _attend(grid, step, layout.prompt_page[of_tile], layout.prompt_length[of_tile])
+    out, total = (_of_rows(x, step) for x in (out, total))
+    own, own_total = _attend(queries, step, layout.own_page, layout.own_length)
+    both = torch.logaddexp(total, own_total)
+    merged = out * (total - both).exp() + own * (own_total - both).exp()
+    idle = (layout.own_length == 0)[:, None, None, None]
+    return merged.masked_fill(idle, 0.0).view(rows, heads, dim).to(step.q.dtype)
 
 
-def _grid(x: Tensor, layout: DecodeLayout) -> Tensor:
-    """(B, Hkv, rep, n) -> (G, Hkv, width * rep, n); cells without a row are 0."""
-    _, kv_heads, rep, n = x.shape
-    width = layout.width
-    grid = x.new_zeros(len(layout.prompt_mask) * width, kv_heads, rep, n).index_copy(0, layout.slot, x)
-    return grid.view(-1, width, kv_heads, rep, n).transpose(1, 2).reshape(-1, kv_heads, width * rep, n)
+def _attend(queries: Tensor, step: DecodeStep, pages: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """queries (n, Hkv, m, D) against the tokens of n tables (n, pages) -> as queries, and log-sum-exps (n, Hkv, m, 1).
+
+    Without a token: 0 and -inf.
+    """
+    if host_sees(length):
+        pages = pages[:, : -(-int(length.max()) // PAGE)]
+    beyond = torch.arange(pages.shape[1] * PAGE, device=length.device) >= length[:, None]
+    keys, values = (
+        x[pages.long()].transpose(1, 2).flatten(2, 3).to(queries.dtype).masked_fill(beyond[:, None, :, None], 0.0)
+        for x in (step.k_pages, step.v_pages)
+    )  # (n, Hkv, tokens, D)
+    scores = (queries @ keys.mT).masked_fill(beyond[:, None, None], float("-inf"))
+    total = scores.logsumexp(-1, keepdim=True)
+    return (scores - total).exp().nan_to_num(nan=0.0) @ values, total
 
 
-def _ungrid(grid: Tensor, layout: DecodeLayout) -> Tensor:
-    groups, kv_heads, both, n = grid.shape
-    width = layout.width
-    grid = grid.view(groups, kv_heads, width, both // width, n).transpose(1, 2)
-    return grid.reshape(groups * width, kv_heads, both // width, n)[layout.slot]
+def _of_rows(grid: Tensor, step: DecodeStep) -> Tensor:
+    """(tiles, Hkv, width * rep, n) -> (B, Hkv, rep, n)."""
+    tiles, kv_heads, both, n = grid.shape
+    width = step.layout.tile_row.shape[1]
+    rows = grid.view(tiles, kv_heads, width, both // width, n).transpose(1, 2)
+    return rows.reshape(tiles * width, kv_heads, both // width, n)[step.layout.slot.long()]

@@ -1,6 +1,7 @@
-"""DecodeLayout: which prompt each row of a decoding step continues.
+"""DecodeLayout: where the keys and values lie that each row of a decoding step sees.
 
-B rows (one new token each), G groups (one prompt each), P tokens of the longest prompt.
+B rows (one new token each), G prompts, PAGE tokens a page. All tensors keep their places and sizes, so that a captured
+graph reads them anew: a sampler writes into them.
 """
 
 from __future__ import annotations
@@ -11,56 +12,122 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import check_device, check_tensor, check_values, describe, integer, items, wrong
+from prism_kernels.checks import check_device, check_tensor, integer, items, shown, wrong
 
-MAX_TOKENS = 1 << 24  # of a prompt: more than any model reads, and a mask of them fits a memory
+PAGE = 64  # tokens
+MAX_TOKENS = 1 << 24  # of a prompt or a response: more than any model reads
 
 
 @dataclass(frozen=True, eq=False)
 class DecodeLayout:
-    """Rows of a group stand together in a (G, width) grid, so that they share each read of their prompt.
+    """Tokens lie in pages that prompts and rows share, `PAGE` tokens each: token i of a row is token i % PAGE of page
+    ``own_page[row, i // PAGE]``. Page 0 is nobody's: it stands wherever a table names none.
 
-    >>> DecodeLayout.build(group=torch.tensor([0, 1, 1, 0]), prompt_lengths=[3, 2]).slot.tolist()
-    [0, 2, 3, 1]
+    Who samples writes tables and lengths, by `copy_` or under a captured graph; only `place` must be called by hand,
+    where rows go to other prompts, as it computes which rows share a read of their prompt.
+
+    >>> layout = DecodeLayout.build(rows=3, prompts=2, prompt_tokens=100, own_tokens=64)
+    >>> layout.prompt_page.copy_(torch.tensor([[1, 2], [3, 0]]))     # 100 tokens in pages 1 and 2, 7 in page 3
+    >>> layout.prompt_length.copy_(torch.tensor([100, 7]))
+    >>> layout.own_page.copy_(torch.tensor([[4], [5], [6]]))
+    >>> layout.place([1, 0, 1])
+    >>> layout.own_length += 1                                       # each row has its first token
     """
 
-    group: Tensor  # (B,) int64
-    prompt_mask: Tensor  # (G, P) bool: the prompt has a token there
-    slot: Tensor  # (B,) int64: cell of the grid, flat
-    width: int  # rows of the largest group
+    prompt_page: Tensor  # (G, pages) int32
+    prompt_length: Tensor  # (G,) int32
+    own_page: Tensor  # (B, pages) int32
+    own_length: Tensor  # (B,) int32, the new token included; 0: the row is idle
+    group: Tensor  # (B,) int32: which prompt a row continues
+    tile_row: Tensor  # (tiles, width) int32: rows that read one prompt together; -1: none
+    slot: Tensor  # (B,) int32: where a row stands in tile_row, flat
+
+    def __post_init__(self) -> None:
+        rows, prompts = len(self.own_length), len(self.prompt_length)
+        check_tensor("prompt_page", self.prompt_page, {"G": prompts, "pages": None}, [torch.int32])
+        check_tensor("own_page", self.own_page, {"B": rows, "pages": None}, [torch.int32])
+        check_tensor("tile_row", self.tile_row, {"tiles": None, "width": None}, [torch.int32])
+        check_tensor("prompt_length", self.prompt_length, {"G": prompts}, [torch.int32])
+        for name in ("own_length", "group", "slot"):
+            check_tensor(name, getattr(self, name), {"B": rows}, [torch.int32])
+        for name, tensor in vars(self).items():
+            check_device(name, tensor, "group", self.group)
+            if not tensor.is_contiguous():
+                raise wrong(name, "a contiguous table", f"strides {tensor.stride()}")
 
     @classmethod
-    def build(cls, group: Tensor, prompt_lengths: Sequence[int]) -> DecodeLayout:
-        """``group`` (B,) int64 in [0, G), in any order, on the device of the keys; ``prompt_lengths``: G, >= 1 each.
+    def build(
+        cls,
+        *,
+        rows: int,
+        prompts: int,
+        prompt_tokens: int,
+        own_tokens: int,
+        rows_per_tile: int = 16,
+        device: torch.device | str = "cpu",
+    ) -> DecodeLayout:
+        """All rows idle, at prompt 0, whose length is 0 as the others' are.
 
-        Raises ValueError naming the argument; values of ``group`` outside are undefined on a GPU.
+        Args:
+            rows, prompts: B and G, >= 1.
+            prompt_tokens, own_tokens: what the longest prompt and the longest response may have, >= 1.
+            rows_per_tile: rows of a group that read their prompt together; times the query heads of a key-value head,
+                64 fill a GPU's tile.
+
+        Raises ValueError naming the argument.
         """
-        numbers = items("prompt_lengths", prompt_lengths, "a list of numbers of tokens")
-        lengths = torch.tensor([integer("prompt_lengths", n, 1, MAX_TOKENS) for n in numbers], dtype=torch.int64)
-        if not lengths.numel():
-            raise wrong("prompt_lengths", "one number of tokens per group", "none")
-        check_tensor("group", group, {"B": None}, [torch.int64])
-        if not group.numel() or group.device.type == "meta":  # the grid is laid out by values
-            raise wrong("group", "B >= 1 rows", describe(group))
-        check_values("group", group, "G", len(lengths))
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return cls._placed(group, mask.to(group.device))
+        rows = integer("rows", rows, 1, MAX_TOKENS)
+        prompts = integer("prompts", prompts, 1, MAX_TOKENS)
+        pages = [
+            -(-integer(name, n, 1, MAX_TOKENS) // PAGE)
+            for name, n in (("prompt_tokens", prompt_tokens), ("own_tokens", own_tokens))
+        ]
+        width = integer("rows_per_tile", rows_per_tile, 1, 128)
+        tiles = min(rows, min(rows, prompts) + rows // width)
+        try:
+            place = torch.device(device)
+        except (TypeError, RuntimeError):
+            raise wrong("device", "a device of this machine", shown(device)) from None
 
-    def keep(self, rows: Tensor) -> DecodeLayout:
-        """Of these rows (n,) int64 in [0, B) alone, in this order; n >= 1. Raises ValueError, as :meth:`build`."""
-        check_tensor("rows", rows, {"n": None}, [torch.int64])
-        check_device("rows", rows, "group", self.group)
-        if not rows.numel():
-            raise wrong("rows", "n >= 1 rows", describe(rows))
-        check_values("rows", rows, "B", len(self.group))
-        return self._placed(self.group[rows], self.prompt_mask)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=place)
 
-    @classmethod
-    def _placed(cls, group: Tensor, prompt_mask: Tensor) -> DecodeLayout:
-        order = torch.argsort(group, stable=True)
-        counts = torch.bincount(group, minlength=len(prompt_mask))
-        first = torch.cumsum(counts, 0) - counts
-        within = torch.empty_like(group)
-        within[order] = torch.arange(len(group), device=group.device) - first[group[order]]
-        width = int(counts.max())
-        return cls(group, prompt_mask, group * width + within, width)
+        layout = cls(
+            zeros(prompts, pages[0]), zeros(prompts), zeros(rows, pages[1]), zeros(rows), zeros(rows),
+            zeros(tiles, width), zeros(rows),
+        )  # fmt: skip
+        if layout.group.device.type != "meta":
+            layout.place([0] * rows)
+        return layout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, G)."""
+        return len(self.group), len(self.prompt_length)
+
+    def place(self, group: Sequence[int]) -> None:
+        """Row i continues prompt ``group[i]`` from now on. Raises ValueError naming ``group``."""
+        rows, prompts = self.shape
+        numbers = [integer("group", g, 0, prompts - 1) for g in items("group", group, "a list of prompts' numbers")]
+        if len(numbers) != rows:
+            raise wrong("group", f"B = {rows} numbers of prompts", str(len(numbers)))
+        width = self.tile_row.shape[1]
+        tiles: list[list[int]] = []
+        slot = [0] * rows
+        open_tile: dict[int, int] = {}  # of each prompt, the one with room
+        for row, g in enumerate(numbers):
+            if g not in open_tile or len(tiles[open_tile[g]]) == width:
+                open_tile[g] = len(tiles)
+                tiles.append([])
+            tile = open_tile[g]
+            slot[row] = tile * width + len(tiles[tile])
+            tiles[tile].append(row)
+        filled = [tile + [-1] * (width - len(tile)) for tile in tiles]
+        filled += [[-1] * width] * (len(self.tile_row) - len(tiles))
+        for tensor, values in ((self.group, numbers), (self.tile_row, filled), (self.slot, slot)):
+            tensor.copy_(_staged(values, tensor))
+
+
+def _staged(values: list, like: Tensor) -> Tensor:
+    host = torch.tensor(values, dtype=torch.int32)
+    return host.pin_memory() if like.is_cuda else host

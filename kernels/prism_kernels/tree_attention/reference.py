@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.tree_attention.decode_layout import DecodeLayout
+from prism_kernels.tree_attention.decode_layout import PAGE
+from prism_kernels.tree_attention.decode_step import DecodeStep, append
 from prism_kernels.tree_attention.layout import TreeLayout
 
 
@@ -24,17 +25,23 @@ def tree_attention(
     return (torch.softmax(logits, dim=-1) @ values).transpose(0, 1).to(q.dtype)
 
 
-def shared_prompt_decode(
-    q: Tensor, prompt_k: Tensor, prompt_v: Tensor, own_k: Tensor, own_v: Tensor, layout: DecodeLayout, scale: float
-) -> Tensor:
+def shared_prompt_decode(step: DecodeStep) -> Tensor:
     """Every row with its own copy of its group's prompt; at least fp32 inside."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    repeat = q.shape[1] // own_k.shape[1]
+    append(step)
+    layout, wide = step.layout, torch.promote_types(step.q.dtype, torch.float32)
+    group = layout.group.long()
+    pages = torch.cat([layout.prompt_page[group], layout.own_page], 1).long()  # (B, pages)
+    ends = ((layout.prompt_page, layout.prompt_length[group]), (layout.own_page, layout.own_length))
+    beyond = torch.cat(
+        [torch.arange(table.shape[1] * PAGE, device=length.device) >= length[:, None] for table, length in ends], 1
+    )  # (B, n)
+    repeat = step.q.shape[1] // step.k.shape[1]
     keys, values = (
-        torch.cat([prompt[layout.group], own], dim=2).to(wide).repeat_interleave(repeat, dim=1)
-        for prompt, own in ((prompt_k, own_k), (prompt_v, own_v))
-    )  # (B, Hq, P + L, D)
-    logits = (keys @ q.to(wide)[..., None])[..., 0] * scale  # (B, Hq, P + L)
-    hidden = torch.nn.functional.pad(~layout.prompt_mask[layout.group], (0, own_k.shape[2]))  # own tokens are all there
-    weight = logits.masked_fill(hidden[:, None], float("-inf")).softmax(-1)
-    return (weight[:, :, None] @ values)[:, :, 0].to(q.dtype)
+        x[pages].transpose(1, 2).flatten(2, 3).to(wide).masked_fill(beyond[:, None, :, None], 0.0)
+        for x in (step.k_pages, step.v_pages)
+    )  # (B, Hkv, n, D)
+    keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
+    logits = (keys @ step.q.to(wide)[..., None])[..., 0] * step.scale  # (B, Hq, n)
+    weight = logits.masked_fill(beyond[:, None], float("-inf")).softmax(-1)
+    out = (weight[:, :, None] @ values)[:, :, 0]
+    return out.masked_fill((layout.own_length == 0)[:, None, None], 0.0).to(step.q.dtype)

@@ -105,16 +105,6 @@ def test_weights_are_read_inside_their_modules_call(model, units):
     assert all(parameter.numel() == 0 for parameter in root.parameters())
 
 
-@torch.no_grad()
-def test_a_token_is_decoded_with_weights_inside_their_modules_call():
-    policy = Policy(qwen())
-    token, position = torch.tensor([3, 4, 5]), torch.tensor([7, 9, 7])
-    see = lambda layer, q, k, v, *, scale, query_row: q * scale + v.repeat_interleave(2, dim=1)  # noqa: E731
-    want = policy.decode(token, position, see)
-    Gathered(policy)
-    assert torch.equal(policy.decode(token, position, see), want)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("balance", [False, True])
 def test_a_recompute_takes_the_experts_of_the_first_run(monkeypatch, balance, reentrant):
