@@ -1,4 +1,4 @@
-# Targets: make setup | demo | test | test-portable | test-cluster | lint | fuzz | bench | gate | gpu | clean
+# Targets: make setup | demo | test | test-portable | test-cluster | test-vllm | lint | fuzz | bench | gate | gpu | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable test-cluster lint fuzz bench gate gpu clean
+.PHONY: setup demo test test-portable test-cluster test-vllm lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,17 @@ test-portable: setup
 test-cluster: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster --timeout 1800 tests/cluster
 
+# Rollouts by vLLM on a CPU, in an environment of their own beside the other (dev/vllm_environment.py): some 5 minutes
+# to build and 3.5 GB, then 10 minutes. The figures go into REPORT too.
+VLLM_VENV ?= .venv-vllm
+REPORT    ?= runs/test-vllm.md
+test-vllm: $(VLLM_VENV)/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(REPORT) $(VLLM_VENV)/bin/python -m pytest -m vllm --timeout 1800 tests/vllm
+
+$(VLLM_VENV)/.ready: pyproject.toml dev/vllm_environment.py dev/torchvision_schemas.py
+	$(PYTHON) dev/vllm_environment.py $(VLLM_VENV)
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,6 +76,6 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f kernels/prism_kernels/_C*.so

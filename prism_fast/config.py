@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -203,6 +203,24 @@ class RunConfig(Node):
     )
 
 
+class VLLMConfig(Node):
+    """Where engine is vllm: one engine for each process, on the device that it trains on."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of its weights; auto: the policy's")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(
+        0.4, description="share of a GPU's memory, on a CPU of the host's, for its weights and caches"
+    )
+    max_model_len: Tokens | None = Field(
+        None, description="longest prompt and response together; null: the longest that other settings allow"
+    )
+    enforce_eager: bool = Field(False, description="no compilation and no CUDA graphs: starts sooner, samples slower")
+    weights: Literal["auto", "shared", "ipc", "folder"] = Field(
+        "auto",
+        description="how new weights go over; shared: through host memory; ipc: through the GPU's, which both compute "
+        "on; folder: by files; auto: ipc on a GPU, else shared",
+    )
+
+
 class Sampling(Node):
     """How a policy answers a prompt: what steps/sampler.py reads, in every place that samples."""
 
@@ -254,6 +272,7 @@ class RolloutConfig(Sampling):
     temperature: Positive = Field(1.0, description="of sampling, and of the log-probabilities that are trained on")
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
     engine: Engine = Field("builtin", description=f"{ENGINE}; evaluations during the run take it too")
+    vllm: VLLMConfig = VLLMConfig()
 
     @field_validator("prompts_per_step")
     @classmethod
@@ -266,6 +285,21 @@ class RolloutConfig(Sampling):
     def importance_cap(self) -> float | None:
         """Where no other is set: an engine rounds otherwise than the trainer."""
         return None if self.engine == "builtin" else ENGINE_CAP
+
+
+class SamplerStart(NamedTuple):
+    """What starts the sampler of a command."""
+
+    engine: Engine
+    vllm: VLLMConfig
+    folder: Path  # of the model
+    longest: int  # tokens of a prompt and its response
+
+    @classmethod
+    def of(cls, chosen: Any, model: ModelConfig, data: DataConfig, *answered: Sampling) -> SamplerStart:
+        """``chosen`` has engine and vllm; ``answered``: how prompts of ``data`` are."""
+        longest = data.max_prompt_tokens + max(each.max_response_tokens for each in answered)
+        return cls(chosen.engine, chosen.vllm, model.path, longest)
 
 
 class WatchConfig(Node):
@@ -410,6 +444,10 @@ class AlignConfig(DiscriminatorStep):
     _fits = field_validator("run")(_responses_fit)
 
     @property
+    def sampler(self) -> SamplerStart:
+        return SamplerStart.of(self.rollout, self.policy, self.data, self.rollout, self.eval)
+
+    @property
     def objective(self) -> PolicyObjective:
         from prism_kernels import PolicyObjective
 
@@ -508,6 +546,10 @@ class RLVRConfig(RewardConfig):
 
     _fits = field_validator("run")(_responses_fit)
 
+    @property
+    def sampler(self) -> SamplerStart:
+        return SamplerStart.of(self.rollout, self.policy, self.data, self.rollout, self.eval)
+
     @field_validator("rollout")
     @classmethod
     def _buffer(cls, rollout: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
@@ -537,7 +579,12 @@ class PairsConfig(Sampling):
     temperature: Positive = Field(1.0, description="of sampling")
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
     engine: Engine = Field("builtin", description=ENGINE)
+    vllm: VLLMConfig = VLLMConfig()
     seed: Seed = Field(0, description="of sampling")
+
+    @property
+    def sampler(self) -> SamplerStart:
+        return SamplerStart.of(self, self.model, self.data, self)
 
 
 class FilterConfig(Sampling):
@@ -554,7 +601,12 @@ class FilterConfig(Sampling):
     temperature: Positive = Field(1.0, description="of sampling")
     max_response_tokens: Tokens = Field(8192, description="a longer response is cut")
     engine: Engine = Field("builtin", description=ENGINE)
+    vllm: VLLMConfig = VLLMConfig()
     seed: Seed = Field(0, description="of sampling")
+
+    @property
+    def sampler(self) -> SamplerStart:
+        return SamplerStart.of(self, self.model, self.data, self)
 
     @field_validator("high")
     @classmethod
@@ -573,8 +625,13 @@ class EvaluateConfig(Node):
     reward: OwnReward = Field(OwnReward(), description="a function of your own in place of the judge")
     eval: EvalConfig = EvalConfig()
     engine: Engine = Field("builtin", description=ENGINE)
+    vllm: VLLMConfig = VLLMConfig()
     out: Place = Field(description="the file of figures and responses to write")
     seed: Seed = Field(0, description="of sampling")
+
+    @property
+    def sampler(self) -> SamplerStart:
+        return SamplerStart.of(self, self.model, self.data, self.eval)
 
 
 CONFIGS: dict[str, type[Node]] = {

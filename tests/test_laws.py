@@ -143,7 +143,7 @@ def test_names_that_shadow_other_packages_do_not_exist():
     assert [str(path) for path in [*KERNELS, *TRAINER] if path.stem in taken or path.parent.name in taken] == []
 
 
-def test_only_the_named_files_touch_transformers_insides_and_deepspeed():
+def test_only_the_named_files_touch_transformers_insides_deepspeed_and_vllm():
     insides = {
         str(path.relative_to(ROOT)) for path in SOURCES if any(INSIDES.fullmatch(name) for name in imported(path))
     }
@@ -152,6 +152,8 @@ def test_only_the_named_files_touch_transformers_insides_and_deepspeed():
         "kernels/prism_kernels/integrations/transformers.py",
     }
     assert importers(SOURCES, "deepspeed") == {"prism_fast/steps/update.py"}
+    assert importers(SOURCES, "vllm") == {f"prism_fast/steps/{name}.py" for name in ("sampler_vllm", "vllm_worker")}
+    assert importers(SOURCES, "prism_fast.steps.vllm_worker") == set()  # it is for vLLM's processes
     assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
     assert importers(KERNELS, "transformers") <= {"kernels/prism_kernels/integrations/transformers.py"}
 

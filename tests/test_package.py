@@ -48,7 +48,8 @@ def test_what_is_imported_is_declared(declared):
     integrations = packages(KERNELS / "integrations")
     assert packages(KERNELS) - integrations <= declared[""] | declared["flash"]
     assert integrations <= declared[""] | declared["train"]
-    assert packages(TRAINER) <= declared[""] | declared["train"] | declared["trackers"] | declared["cluster"]
+    optional = declared["trackers"] | declared["cluster"] | declared["vllm"]
+    assert packages(TRAINER) <= declared[""] | declared["train"] | optional
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | {"tomli"}
 
 
@@ -58,9 +59,9 @@ def test_what_is_declared_is_imported(declared):
     assert declared["flash"] <= packages(KERNELS)
     assert declared["train"] <= packages(TRAINER)
     assert declared["trackers"] <= packages(TRAINER) | THROUGH_TORCH
-    assert declared["cluster"] <= packages(TRAINER)
+    assert declared["cluster"] | declared["vllm"] <= packages(TRAINER)
     assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS | declared["cluster"]
-    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "peers", "dev"}
+    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "peers", "dev"}
 
 
 def test_doctor_names_what_is_declared(declared):

@@ -37,7 +37,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
         place = (config.steps, config.cluster, session.out)
         updater = open_updater(policy, config.policy_optimizer, *place)
         judge_updater = open_updater(discriminator, config.discriminator_optimizer, *place, name="discriminator")
-        sampler = session.closing(open_sampler(config.rollout.engine, updater, chat, say=session.warn))
+        sampler = session.closing(open_sampler(config.sampler, updater, chat, session.saved("policy"), session.warn))
         first = session.begin(
             config.steps,
             models=_collected(updater, judge_updater, chat),

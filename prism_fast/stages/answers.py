@@ -61,7 +61,7 @@ def answers(
     if numbers and len(found) != limit:
         policy, chat = open_policy(config.model)
         encode = partial(chat.encode_prompt, max_tokens=config.data.max_prompt_tokens)
-        with closing(open_sampler(config.engine, Backprop(policy), chat, say=say)) as sampler:
+        with closing(open_sampler(config.sampler, Backprop(policy), chat, say=say)) as sampler:
             for number in numbers:
                 left = None if limit is None else limit - len(found)
                 if left == 0:

@@ -33,7 +33,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
         data = read_rlvr(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy)
         updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)
-        sampler = session.closing(open_sampler(config.rollout.engine, updater, chat, say=session.warn))
+        sampler = session.closing(open_sampler(config.sampler, updater, chat, session.saved("policy"), session.warn))
         first = session.begin(
             config.steps,
             models={"policy": collected(policy, chat, updater.stream)},

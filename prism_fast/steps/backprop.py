@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from prism_fast import ranks
+
 
 class Backprop:
     """A module whose losses' gradients add up, without an optimizer: as much of an updater as a gradient needs.
@@ -17,6 +19,7 @@ class Backprop:
 
     lockstep = False
     every_module = False  # in lockstep: also those that no process needs in this step
+    steps = 0  # of the optimizer so far
 
     def __init__(self, module: Any):
         self.module = module
@@ -36,3 +39,11 @@ class Backprop:
         what it likes.
         """
         yield
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every weight, a tied one once; all processes take all of them, in the same order.
+
+        A tensor is the caller's: it stays as it is when the next is taken.
+        """
+        for name, parameter in self.module.named_parameters():
+            yield name, ranks.whole(parameter.detach())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from prism_fast.config import Engine, Sampling
+from prism_fast.config import SamplerStart, Sampling
 from prism_fast.data.chat import Chat
+from prism_fast.models.backbone import local_directory
 from prism_fast.records import DataError, Prompt, Rollout
 from prism_fast.steps.sampler_builtin import generate as generate
+from prism_fast.steps.sampler_engine import EngineSampler
 from prism_fast.steps.update import Backprop
 
 
@@ -74,9 +77,23 @@ class BuiltinSampler:
         pass
 
 
-def open_sampler(engine: Engine, updater: Backprop, chat: Chat, *, say: Callable[[str], None]) -> Sampler:
-    """The sampler that ``rollout.engine`` names; ``say`` is told its warnings. Raises DataError where it cannot run."""
-    if engine == "builtin":
+def open_sampler(
+    start: SamplerStart, updater: Backprop, chat: Chat, saved: Path | None = None, say: Callable[[str], None] = print
+) -> Sampler:
+    """The sampler that a configuration names. Raises DataError where it cannot run.
+
+    ``saved``: a checkpoint's folder of the model, where ``updater`` has its weights; ``say`` is told warnings.
+    """
+    if start.engine == "builtin":
         return BuiltinSampler(updater, chat)
-    why = "is not installed" if find_spec(engine) is None else "cannot be driven yet"
-    raise DataError(f"engine = {engine}: needs the package {engine}, which {why}; set engine=builtin")
+    if find_spec(start.engine) is None:
+        raise DataError(
+            f"engine = {start.engine}: needs the package {start.engine}, which is not installed; "
+            f"pip install 'prism-fast[{start.engine}]', or set engine=builtin"
+        )
+    from prism_fast.steps.sampler_vllm import VLLMEngine
+
+    folder = local_directory(saved or start.folder)
+    return EngineSampler(
+        VLLMEngine(folder, updater.module, chat, start.vllm, longest=start.longest), updater, chat, say
+    )

@@ -23,6 +23,7 @@ from prism_fast.data.chat import Chat
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
 from prism_fast.records import DataError, Prompt, Rollout
+from prism_fast.steps.canary import TOKENS, Canary
 from prism_fast.steps.sampler_shares import Response, deal, rollout_of
 from prism_fast.steps.update import Backprop
 from prism_kernels import linear_logprob
@@ -31,6 +32,7 @@ CHECKED_TOKENS = 256  # of one group, that the trainer computes again
 # Nats a token, in the mean. In fp32 two exact samplers differ by 2e-7, and the smallest known fault, a forbidden word
 # left in the denominator, is 1.6e-4; in bf16 rounding alone is 1.4e-3.
 FP32_LIMIT, BF16_LIMIT, BF16_WARNING = 1e-4, 1e-1, 5e-3
+OTHER_POLICY = 2**31 - 1  # as a step of weights: those of the check at the start
 CHANCE = 1e-9  # of a false alarm that two responses share their random numbers, in one call
 TRAPS = (
     "seen causes: a prefix or encoder cache that was not emptied after an update, the old copy of a tied LM head, "
@@ -84,6 +86,10 @@ class EngineSampler:
         self.engine, self.updater, self.chat, self.say = engine, updater, chat, say
         self.step: int | None = None  # of the weights that it was given last
         self.unchecked = True
+        self.trained = False  # whether it was given weights of a step
+        self.follows = False
+        policy: Policy = updater.module
+        self.wide = all(torch.finfo(t).bits >= 32 for t in (policy.head.dtype, engine.dtype))
 
     def generate(
         self,
@@ -96,6 +102,9 @@ class EngineSampler:
         samples, shares = sampling.samples, deal(prompts, sampling.samples)
         own, first = shares[ranks.rank()], _first_seed(seed)
         requests = [Request(prompts[s.group], s.number, first + s.responses(samples)[0]) for s in own]
+        if self.unchecked and not self.wide and not self.follows:
+            self._check_that_it_follows(requests, sampling)
+            self.follows = True
         with ranks.together():
             answers = self._answers(requests, sampling, progress)
         mine = {
@@ -113,7 +122,7 @@ class EngineSampler:
 
     def update(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
         """The stream is taken to its end in every process, whatever the engine takes of it."""
-        self.unchecked = self.unchecked or self.step is None
+        self.unchecked, self.trained = self.unchecked or not self.trained, True
         named = ((name.removeprefix("model."), value) for name, value in weights)
         with ranks.together():
             try:
@@ -216,21 +225,48 @@ class EngineSampler:
     def _check_log_probs(self, requests: Sequence[Request], answers: Sequence[Answer], temperature: float) -> None:
         """One group of this process is computed again by the trainer. A call of all processes."""
         with self.updater.gathered(), ranks.together():
-            chosen = next((i for i, r in enumerate(requests) if r.prompt.image_grid_thw is not None), 0)
             if not requests:
                 return
             policy: Policy = self.updater.module
+            chosen = _with_image(requests)
             gap = log_prob_gap(policy, requests[chosen].prompt, answers[chosen].responses, temperature)
-            wide = min(torch.finfo(t).bits for t in (policy.head.dtype, self.engine.dtype)) >= 32
-            limit = FP32_LIMIT if wide else BF16_LIMIT
+            limit = FP32_LIMIT if self.wide else BF16_LIMIT
             mean, largest, when = float(gap.mean()), float(gap.max()), "the first call"
             if self.step is not None:
                 when = f"the first call after an update (step {self.step})"
             found = f"{mean:.2g} nats a token in the mean, {largest:.2g} at most, over {len(gap)} tokens of {when}"
             if not mean <= limit:
                 self._refuse(f"its log-probs are not the trainer's: {found}; expected {limit:g} or less; {TRAPS}")
-            if not wide and mean > BF16_WARNING:
+            if not self.wide and mean > BF16_WARNING:
                 self.say(f"engine {self.engine.name}: log-probs differ by {found}; rounding to bf16 explains 2e-3")
+
+    def _check_that_it_follows(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """The engine becomes another policy and then this one again: see `canary`. A call of all processes."""
+        policy: Policy = self.updater.module
+        canary, step = Canary(policy, self.chat.end_of_turn_id), self.updater.steps if self.step is None else self.step
+        short = sampling.model_copy(update={"max_response_tokens": min(TOKENS, sampling.max_response_tokens)})
+        chosen = requests[_with_image(requests) :][:1]
+        with ranks.together():
+            self._answers(chosen, short, None)  # fills its caches
+        self.update(((name, canary.changed(name, value)) for name, value in self.updater.stream()), OTHER_POLICY)
+        with ranks.together():
+            answers = self._answers(chosen, short, None)
+        with self.updater.gathered(), ranks.together():
+            for request, answer in zip(chosen, answers):
+
+                def gap(request: Request = request, answer: Answer = answer) -> float:
+                    return float(log_prob_gap(policy, request.prompt, answer.responses, sampling.temperature).mean())
+
+                fault = canary.fault(gap, image=request.prompt.image_grid_thw is not None)
+                if fault is not None:
+                    self._refuse(f"it does not become the policy that it is given: {fault}; {TRAPS}")
+        self.update(self.updater.stream(), step)
+        self.trained = False
+
+
+def _with_image(requests: Sequence[Request]) -> int:
+    """The first request with an image, or the first."""
+    return next((i for i, request in enumerate(requests) if request.prompt.image_grid_thw is not None), 0)
 
 
 def _first_seed(seed: int) -> int:

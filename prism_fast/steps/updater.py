@@ -70,14 +70,6 @@ class Updater(Backprop):
             setattr(parameter, MAIN_GRAD, None)
         self.steps += 1
 
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every weight, a tied one once; all processes take all of them, in the same order.
-
-        A tensor is the caller's: it stays as it is when the next is taken.
-        """
-        for name, parameter in self.module.named_parameters():
-            yield name, ranks.whole(parameter.detach())
-
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters, in fp32.
 

@@ -24,7 +24,7 @@ def engines(monkeypatch):
     class Opened(list):
         fault = None
 
-        def open(self, engine, updater, chat, *, say):
+        def open(self, start, updater, chat, saved=None, say=print):
             self.append(FakeEngine(updater.module, chat, self.fault))
             return EngineSampler(self[-1], updater, chat, say)
 
@@ -77,7 +77,7 @@ def test_an_engine_that_is_not_there_is_refused_before_a_step(tiny_folder, tmp_p
     tree = settings(tiny_folder, "align", tmp_path / "run", steps=3)
     tree["rollout"] = {**tree["rollout"], "engine": "vllm"}
     monkeypatch.setattr("prism_fast.steps.sampler.find_spec", lambda name: None)
-    with pytest.raises(DataError, match="engine = vllm: needs the package vllm, which is not installed; set engine=bu"):
+    with pytest.raises(DataError, match=r"engine = vllm: needs the package vllm.*\[vllm\]', or set engine=builtin"):
         run_stage("align", tree)
     tree["rollout"]["engine"] = "sglang"
     with pytest.raises(DataError, match=r"rollout\.engine: expected 'builtin' or 'vllm', got 'sglang'"):
