@@ -22,8 +22,8 @@ PRISM_INLINE T scale_of(const T* x, int64_t width, T eps) {
 }
 
 template <typename T>
-PRISM_INLINE void norm_rows(const T* x, const T* residual, const T* weight, int64_t rows, int64_t width, T eps, T* y,
-                            T* total) {
+PRISM_INLINE void norm_rows(const T* x, const T* residual, const T* weight, int64_t rows, int64_t width, T eps, T* __restrict y,
+                            T* __restrict total) {
   for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
     const T* of = x;
     if (residual != nullptr) {
@@ -38,7 +38,7 @@ PRISM_INLINE void norm_rows(const T* x, const T* residual, const T* weight, int6
 
 template <typename T>
 PRISM_INLINE void rotate_rows(const T* x, int64_t stride, const T* weight, const T* cos, const T* sin, int64_t rows,
-                              int64_t heads, int64_t dim, T eps, T* y) {
+                              int64_t heads, int64_t dim, T eps, T* __restrict y) {
   const int64_t half = dim / 2;
   for (int64_t row = 0; row < rows; ++row, cos += dim, sin += dim) {
     for (int64_t head = 0; head < heads; ++head, y += dim) {
