@@ -213,3 +213,12 @@ def test_greedy_is_the_argmax_of_the_full_forward():
     with torch.no_grad():
         logits, _ = trainer_logits(p, rollout)
     assert torch.equal(logits.argmax(-1), rollout.response_ids[0])
+
+
+@pytest.mark.gpu
+def test_captured_on_a_gpu_responses_are_a_cpu_s_in_float64():
+    p, drawn = policy(eos_bias=-1.0).double(), sampling(4, 70)
+    want = generate(p, Chat, PROMPTS, drawn, seed=7)
+    for rows in ("auto", 5):
+        made = generate(p.cuda(), Chat, PROMPTS, drawn.model_copy(update={"rows_at_once": rows}), seed=7)
+        assert made.text == want.text
