@@ -39,12 +39,19 @@ CATALOG = {
         ("--seconds", "4"), tests="tests/kernels/linear_logprob",
     ),
     "moe": Entry(
-        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 110, ("--seconds", "3"),
+        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 100, ("--seconds", "3"),
         tests="tests/kernels/moe",
+    ),
+    "rms_norm": Entry(
+        "ops.rms_norm.bench", "norms of a layer: behind a residual, of heads with their rotation", "rms_norm", 15,
+        ("--seconds", "1"), tests="tests/kernels/rms_norm",
+    ),
+    "swiglu": Entry(
+        "ops.swiglu.bench", "SwiGLU, packed and apart", "swiglu", 10, ("--seconds", "1"), tests="tests/kernels/swiglu",
     ),
     "discriminator": Entry(
         "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",
-        "discriminator", 110, ("--rounds", "2"), group="moe",
+        "discriminator", 95, ("--rounds", "2"), group="moe",
     ),
     "policy": Entry(
         "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,

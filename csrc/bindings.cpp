@@ -9,6 +9,7 @@
 
 #include "balance.h"
 #include "decode.h"
+#include "elementwise.h"
 #include "packing.h"
 #include "sampling.h"
 #include "spans.h"
@@ -138,6 +139,38 @@ void sample_tokens(bool wide, Arguments... arguments) {
 
 // sizes: rows, heads, kv_heads, dim, pages. tensors: q, k, v, k_pages, v_pages, prompt_page, prompt_length, own_page,
 // own_length, group, tile_row, out. tables: prompts, prompt_pages, own_pages, tiles, width.
+template <typename T>
+void norm_of(const std::array<uintptr_t, 5>& tensors, int64_t rows, int64_t width, double eps) {
+  prism::rms_norm(at<const T>(tensors[0]), at<const T>(tensors[1]), at<const T>(tensors[2]), rows, width,
+                  static_cast<T>(eps), at<T>(tensors[3]), at<T>(tensors[4]));
+}
+
+void rms_norm(bool wide, const std::array<uintptr_t, 5>& tensors, int64_t rows, int64_t width, double eps) {
+  py::gil_scoped_release release;
+  wide ? norm_of<double>(tensors, rows, width, eps) : norm_of<float>(tensors, rows, width, eps);
+}
+
+template <typename T>
+void rotate_of(const std::array<uintptr_t, 5>& tensors, const std::array<int64_t, 4>& sizes, double eps) {
+  prism::norm_rotate(at<const T>(tensors[0]), sizes[0], at<const T>(tensors[1]), at<const T>(tensors[2]),
+                     at<const T>(tensors[3]), sizes[1], sizes[2], sizes[3], static_cast<T>(eps), at<T>(tensors[4]));
+}
+
+void norm_rotate(bool wide, const std::array<uintptr_t, 5>& tensors, const std::array<int64_t, 4>& sizes, double eps) {
+  py::gil_scoped_release release;
+  wide ? rotate_of<double>(tensors, sizes, eps) : rotate_of<float>(tensors, sizes, eps);
+}
+
+void swiglu(bool wide, const std::array<uintptr_t, 3>& tensors, const std::array<int64_t, 3>& sizes) {
+  py::gil_scoped_release release;
+  const auto [stride, rows, width] = sizes;
+  if (wide) {
+    prism::swiglu(at<const double>(tensors[0]), at<const double>(tensors[1]), stride, rows, width, at<double>(tensors[2]));
+  } else {
+    prism::swiglu(at<const float>(tensors[0]), at<const float>(tensors[1]), stride, rows, width, at<float>(tensors[2]));
+  }
+}
+
 bool shared_prompt_decode(const std::array<int64_t, 5>& sizes, const std::array<uintptr_t, 12>& tensors,
                           const std::array<int64_t, 5>& tables, double scale, int number, int64_t threads) {
   py::gil_scoped_release release;
@@ -152,7 +185,7 @@ bool shared_prompt_decode(const std::array<int64_t, 5>& sizes, const std::array<
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("INTERFACE") = 3;  // kernels/prism_kernels/native.py expects this number
+  m.attr("INTERFACE") = 4;  // kernels/prism_kernels/native.py expects this number
   m.def("pack_trees", &pack_trees, "Packs as nested lists, or the index of a tree that does not fit.");
   m.def("balance", &balance, "Item indices per rank.");
   m.def("sample_tokens",
@@ -160,5 +193,8 @@ PYBIND11_MODULE(_C, m) {
                        int64_t, int64_t, uintptr_t, uintptr_t, int64_t>,
         "Tokens and log-probs, written to their addresses.");
   m.def("shared_prompt_decode", &shared_prompt_decode, "False where a table leads out of the pages.");
+  m.def("rms_norm", &rms_norm, "wide; x, residual or 0, weight, y, total or 0; rows, width, eps.");
+  m.def("norm_rotate", &norm_rotate, "wide; x, weight, cos, sin, y; row stride of x, rows, heads, dim; eps.");
+  m.def("swiglu", &swiglu, "wide; gate, up, y; row stride of gate and up, rows, width.");
   m.def("find_tag_spans", &find_tag_spans, "Token spans per element, or None where the format is invalid.");
 }

@@ -49,6 +49,10 @@ def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
         for backend in _backends(dtype, device):
             found[f"moe routed {label} {backend}"] = partial(_routed, **how, backend=backend)
             found[f"moe planned {label} {backend}"] = partial(_planned, **how, backend=backend)
+        found[f"rms_norm {label}"] = partial(_norm, **how)
+        found[f"rms_norm, wide {label}"] = partial(_norm, **how, width=9001)  # more than a program holds
+        found[f"rms_norm, heads {label}"] = partial(_rotate, **how)
+        found[f"swiglu {label}"] = partial(_swiglu, **how)
         found[f"moe clear {label}"] = partial(_clear, **how)
     for rule in RULES:
         found[f"advantage {rule}"] = partial(_advantage, rule=rule, device=device)
@@ -163,6 +167,40 @@ def _clear(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
 
         clear_empty(out, torch.tensor([0, 0, 2, 7, 7], dtype=torch.int32, device=device))
     return [out]
+
+
+def _norm(impl: str, dtype: torch.dtype, device: torch.device, width: int = 63) -> Outputs:
+    """Alone, and behind a sum whose gradient is asked for too."""
+    x, residual = (_random(7, width, device=device, dtype=dtype, seed=seed).requires_grad_() for seed in (1, 2))
+    weight = _random(width, device=device, dtype=dtype, seed=3).requires_grad_()
+    found = []
+    for given in ((x,), (x, residual)):
+        out = prism_kernels.rms_norm(x, weight, 1e-6, residual=residual if len(given) == 2 else None, impl=impl)
+        out = out if isinstance(out, tuple) else (out,)
+        upstream = [_random(7, width, device=device, dtype=dtype, seed=4 + i) for i in range(len(out))]
+        found += [*out, *torch.autograd.grad(out, [*given, weight], upstream)]
+    return found
+
+
+def _rotate(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    """Views of one projection, heads of 6."""
+    packed = _random(7, 9 * 6, device=device, dtype=dtype, seed=1).requires_grad_()
+    weight = _random(6, device=device, dtype=dtype, seed=2).requires_grad_()
+    angle = _random(7, 3, device=device, seed=3).repeat(1, 2)
+    q, k = packed[:, :30].view(7, 5, 6), packed[:, 30:42].view(7, 2, 6)
+    out = prism_kernels.qk_norm_rotate(q, k, weight, weight, angle.cos(), angle.sin(), 1e-6, impl=impl)
+    upstream = [_random(*x.shape, device=device, dtype=dtype, seed=4) for x in out]
+    return [*out, *torch.autograd.grad(out, [packed, weight], upstream)]
+
+
+def _swiglu(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+    """Packed and apart, in a full and a partial program a row."""
+    gate_up, up = (_random(3, 4106, device=device, dtype=dtype, seed=seed).requires_grad_() for seed in (1, 2))
+    found = []
+    for given in ((gate_up,), (gate_up, up)):
+        out = prism_kernels.swiglu(gate_up, up=up if len(given) == 2 else None, impl=impl)
+        found += [out, *torch.autograd.grad(out, given, _random(*out.shape, device=device, dtype=dtype, seed=3))]
+    return found
 
 
 def _groups(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

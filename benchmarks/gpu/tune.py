@@ -55,6 +55,11 @@ TOY_HEAD = {"T": 6, "H": 16, "V": 1000, "dtype": "fp32"}
 EXPERTS = {"T": 16384, "H": 2048, "I": 6144, "E": 4, "k": 2, "skew": 0.5, "dtype": "bf16"}
 TOY_EXPERTS = {**EXPERTS, "T": 24, "H": 32, "I": 48, "dtype": "fp16"}
 
+NORM = {"T": 16384, "H": 2560, "Hq": 32, "Hkv": 8, "D": 128, "dtype": "bf16"}
+TOY_NORM = {**NORM, "T": 6, "dtype": "fp32"}
+INNER = {"T": 16384, "I": 9728, "dtype": "bf16"}
+TOY_INNER = {"T": 3, "I": 3000, "dtype": "fp32"}
+
 
 def cases() -> Iterator[Case]:
     blocks = grid(BLOCK=[1024, 2048, 4096, 8192, 16384], num_warps=[4, 8, 16])
@@ -66,6 +71,25 @@ def cases() -> Iterator[Case]:
     yield Case("moe", "route 2 E16", routes, _of("moe", "route", EXPERTS, TOY_EXPERTS))
     columns = grid(BLOCK=[512, 1024, 2048], num_warps=[2, 4, 8])
     yield Case("moe", "columns 1024", columns, _of("moe", "experts", EXPERTS, {**TOY_EXPERTS, "H": 1024}))
+    yield from _norms()
+    pieces = grid(BLOCK=[1024, 2048, 4096], num_warps=[4, 8])
+    for direction in ("forward", "backward"):
+        yield Case("swiglu", direction, pieces, _of("swiglu", "packed", INNER, TOY_INNER))
+
+
+def _norms() -> Iterator[Case]:
+    """Of H 2048 < H <= 4096 and D 128. ``PROGRAMS`` are those that so many registers leave room for."""
+    norm, rotate = _of("rms_norm", "residual", NORM, TOY_NORM), _of("rms_norm", "rotate", NORM, TOY_NORM)
+    yield Case("rms_norm", "forward 4096", grid(num_warps=[4, 8, 16]), norm)
+    yield Case("rms_norm", "rotate forward 64 x 32", grid(HEADS=[8, 16, 32], num_warps=[2, 4, 8]), rotate)
+    for key, call, warps in (("backward 4096", norm, (8, 16)), ("rotate backward 64 x 8", rotate, (2, 4))):
+        resident = [
+            {"num_warps": count, "maxnreg": registers, "PROGRAMS": times * 2048 // registers // count}
+            for count in warps
+            for registers in (64, 96, 128)
+            for times in (1, 2)
+        ]
+        yield Case("rms_norm", key, resident, call)
 
 
 def _of(op: str, problem: str, shape: dict[str, Any], toy_shape: dict[str, Any]) -> Callable[..., Call]:

@@ -16,6 +16,7 @@ from prism_kernels.packing import PackCost, balance, pack_trees
 from prism_kernels.rms_norm import qk_norm_rotate, rms_norm
 from prism_kernels.sample_tokens import sample_tokens
 from prism_kernels.spans import find_tag_spans
+from prism_kernels.swiglu import swiglu
 from prism_kernels.tree_attention.api import shared_prompt_decode, tree_attention
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
 from prism_kernels.tree_attention.layout import TreeLayout
@@ -46,6 +47,7 @@ __all__ = [
     "rms_norm",
     "sample_tokens",
     "shared_prompt_decode",
+    "swiglu",
     "tree_attention",
     "which_impl",
 ]

@@ -50,6 +50,7 @@ class Configuration:
     constexprs: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers of a thread, where the launch bounds them
     divisible_by_16: tuple[str, ...] = ()  # integers that production lengths and strides make so; pointers always are
     wgmma: bool = False  # a matrix kernel: its sm_90 code must hold wgmma
     targets: tuple[int, ...] = TARGETS
@@ -129,7 +130,9 @@ def compile_one(op: str, index: int, target: int) -> Report:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(row.kernel, signature, {(names.index(k),): v for k, v in row.constexprs.items()}, attributes)
     try:
-        options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+        options: dict[str, Any] = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+        if row.maxnreg is not None:
+            options["maxnreg"] = row.maxnreg
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except (triton.CompilationError, RuntimeError) as error:
         return report(failures=(f"does not compile: {' '.join(str(error).split())[-300:]}",))

@@ -128,7 +128,7 @@ class Op:
     def check_transforms(self, chosen: str, *tensors: Tensor | None) -> None:
         """Torch's own errors there name neither the op nor a way out, and some of its results would be wrong: it takes
         the tangent of an operator without a forward-mode rule for 0."""
-        if chosen == Impl.REFERENCE or torch.compiler.is_compiling():
+        if chosen == Impl.REFERENCE or torch.compiler.is_compiling() or not _any_transform():
             return
         for tensor in tensors:
             for transform in _transforms_of(tensor):
@@ -168,10 +168,10 @@ class Op:
         raise RuntimeError(f"{self.name}: no implementation runs on {kind}: {'; '.join(passed)}")
 
     def _must(self, impl: str | Impl, kind: str, how: str) -> Impl:
-        names = ", ".join(str(name) for name in self.table)
         try:
             row = self.table[Impl(impl)]
         except (ValueError, KeyError):
+            names = ", ".join(str(name) for name in self.table)
             raise wrong(f"impl of {self.name}", f"auto or one of {names}", f"{shown(str(impl))} ({how})") from None
         why_not = self._why_not(row, kind)
         if why_not is not None:
@@ -195,6 +195,12 @@ class Op:
         if kind not in devices:
             return f"it takes {' or '.join(devices)} tensors"
         return row.unavailable()
+
+
+def _any_transform() -> bool:
+    """Whether some transform of torch.func, or forward-mode derivative, is under way at all."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # has no stubs
+    return forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
 
 
 def _transforms_of(tensor: Tensor | None) -> list[str]:

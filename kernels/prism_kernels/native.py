@@ -10,10 +10,11 @@ from functools import lru_cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 # csrc/bindings.cpp exports the same number. Both are raised whenever a signature changes, so that an extension left
 # over from older sources is named as such instead of failing with an AttributeError.
-INTERFACE = 3
+INTERFACE = 4
 
 HOW_TO_BUILD = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the repository root"
 
@@ -52,3 +53,12 @@ def library() -> ModuleType:
     if module is None:
         raise RuntimeError(why_not)
     return module
+
+
+def forward_alone(op: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError for what a C++ form without a backward, of fp32 and fp64, does not take."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        raise RuntimeError(f"{op}: implementation 'native' has no gradient; use impl='torch', or torch.no_grad()")
+    if given[0].dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"{op}: implementation 'native' takes fp32 and fp64, got {given[0].dtype}; use impl='torch'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Captured:
     run at once.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device, pool: tuple[int, int] | None = None):
+    def __init__(self, function: Callable[[], None], device: torch.device, pool: Any = None):
         self.function, self.on_gpu, self.pool = function, device.type == "cuda", pool
         self.graph: torch.cuda.CUDAGraph | None = None
 

@@ -9,13 +9,15 @@ B rows, H hidden, Hq and Hkv heads of D, I intermediate, V words.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from prism_fast.models.policy import Policy
-from prism_kernels import qk_norm_rotate, rms_norm
+from prism_kernels import qk_norm_rotate, rms_norm, swiglu
+from prism_kernels.native import need_native
 
 
 class AttendToken(Protocol):
@@ -55,6 +57,9 @@ class TokenStep:
         head = policy.head.detach()
         self.head = head.T if head.is_cuda else head.to(self.wide).T.contiguous()
         self.bias = policy.bias.to(self.wide)
+        plain = self.embedding.dtype in (torch.float32, torch.float64) and not os.environ.get("PRISM_IMPL")
+        native = plain and self.device.type == "cpu" and need_native() is None
+        self.impl = "native" if native else "auto"  # of ops whose fastest form on a CPU has no gradient
         self._rotary = text.rotary_emb
         self.rotation(1)
 
@@ -92,18 +97,17 @@ class TokenStep:
         added = None  # what the last half of a layer adds to hidden
         for number, layer in enumerate(self.layers):
             if added is None:
-                normed = rms_norm(hidden, layer.before_attention, self.eps)
+                normed = rms_norm(hidden, layer.before_attention, self.eps, impl=self.impl)
             else:
-                normed, hidden = rms_norm(added, layer.before_attention, self.eps, residual=hidden)
+                normed, hidden = rms_norm(added, layer.before_attention, self.eps, residual=hidden, impl=self.impl)
             heads = torch.mm(normed, layer.qkv).view(len(token), -1, self.dim)
             q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-            q, k = qk_norm_rotate(q, k, layer.q_norm, layer.k_norm, cos, sin, self.eps)
+            q, k = qk_norm_rotate(q, k, layer.q_norm, layer.k_norm, cos, sin, self.eps, impl=self.impl)
             added = torch.mm(attend(number, q, k, v).flatten(1), layer.out)
-            normed, hidden = rms_norm(added, layer.before_mlp, self.eps, residual=hidden)
-            gate, up = torch.mm(normed, layer.gate_up).chunk(2, 1)
-            added = torch.mm(torch.nn.functional.silu(gate).mul_(up), layer.down)
+            normed, hidden = rms_norm(added, layer.before_mlp, self.eps, residual=hidden, impl=self.impl)
+            added = torch.mm(swiglu(torch.mm(normed, layer.gate_up), impl=self.impl), layer.down)
         assert added is not None  # a model has layers
-        return rms_norm(added, self.norm, self.eps, residual=hidden)[0]
+        return rms_norm(added, self.norm, self.eps, residual=hidden, impl=self.impl)[0]
 
     def logits(self, state: Tensor) -> Tensor:
         """(B, H) -> (B, V) fp32: rounding them to less would part the sampler's log-probs from the trainer's."""

@@ -28,6 +28,7 @@ from prism_kernels import TreeLayout, tree_attention
 from prism_kernels.tree_attention.decode_layout import PAGE
 
 LOOK = {"cpu": 4, "cuda": 16}  # tokens between two looks of the host; a CPU waits for nothing when it looks
+BEGINS = -1  # in place of a row on the device
 PREFILL_TOKENS = 1 << 14  # of the prompts that are read together, but one prompt may have more
 
 
@@ -96,7 +97,7 @@ class _Row:
     lane: int
     pages: list[int]
     length: int = 1  # tokens, when the host looked last
-    seat: int | None = None  # its row on the device; None: it begins
+    seat: int = BEGINS  # its row on the device
 
 
 @dataclass
@@ -122,6 +123,7 @@ class _Stream:
         self.pages = list(range(self.size.pages - 1, 0, -1))  # the free ones; 0 is nobody's
         self.lanes, self.slots = list(range(self.size.rows)), list(range(self.size.prompts))
         self.positions = 1
+        self.places: list[tuple[int, int]] = []  # of the rows, as the device has them
 
     def run(self) -> Iterator[tuple[int, Response]]:
         while self.waiting or self.seated:
@@ -166,8 +168,11 @@ class _Stream:
                 raise self._no_room(f"a response of {row.length + self.look} tokens and its prompt")
 
     def _seat(self) -> None:
-        begun = [row for row in self.seated if row.seat is None]
-        kept = [row.seat for row in self.seated if row.seat is not None]
+        places = [(row.seat, len(row.pages)) for row in self.seated]
+        if places == self.places:  # all go on as they are
+            return
+        begun = [row for row in self.seated if row.seat == BEGINS]
+        kept = [row.seat for row in self.seated if row.seat != BEGINS]
         self.positions = max([self.positions, *(row.prompt.position + self.draws.limit for row in begun)])
         if self.positions > len(self.rows.step.cos):
             self.rows.rotate(2 * self.positions)
@@ -177,6 +182,7 @@ class _Stream:
         self.rows.seat(kept, Begun(*zip(*columns)) if begun else None, [r.prompt.slot for r in self.seated], pages)
         for seat, row in enumerate(self.seated):
             row.seat = seat
+        self.places = [(row.seat, len(row.pages)) for row in self.seated]
 
     def _look(self) -> Iterator[tuple[int, Response]]:
         """What was finished when the host looked last, and whose rows are free now."""

@@ -34,7 +34,7 @@ def test_gpu_parts_fit_the_time():
     build, checks, *benchmarks = batches
     assert [part.name for part in build] == ["build"]
     assert {part.name.partition("-")[0] for part in checks} == {"tests", "memcheck", "racecheck"}
-    assert all(len(batch) == 1 and batch[0].writes for batch in benchmarks) and len(benchmarks) == 5
+    assert all(len(batch) == 1 and batch[0].writes for batch in benchmarks) and len(benchmarks) == 7
 
 
 def test_gpu_parts_by_name_and_group():
@@ -46,7 +46,7 @@ def test_gpu_parts_by_name_and_group():
     checks = {f"{check}-{op}" for check in ("tests", "memcheck", "racecheck") for op in ("moe", "advantage")}
     assert names("moe") == checks | {"bench-moe", "bench-advantage", "bench-discriminator"}
     assert names("linear") == {"tests-linear", "memcheck-linear", "racecheck-linear", "bench-linear", "bench-policy"}
-    assert names("sanitizer") == names("memcheck", "racecheck") and len(names("memcheck")) == 3
+    assert names("sanitizer") == names("memcheck", "racecheck") and len(names("memcheck")) == 5
     assert [(part.name, part.seconds) for part in chosen(every, ["bench-moe=300"])] == [("bench-moe", 300.0)]
     seconds = {part.name: part.seconds for part in chosen(every, ["benchmarks=200", "bench-moe=300"])}
     assert seconds["bench-moe"] == 300 and seconds["bench-linear"] == 200
@@ -57,7 +57,7 @@ def test_gpu_parts_by_name_and_group():
 def test_every_test_of_the_gpu_is_in_one_part():
     """An op's folder in its own part, the rest in "tests-other"."""
     every = {part.name: part.command for part in parts(dry_run=False)}
-    folders = [every[f"tests-{op}"][-1] for op in ("advantage", "linear", "moe")]
+    folders = [every[f"tests-{op}"][-1] for op in ("advantage", "linear", "moe", "rms_norm", "swiglu")]
     assert folders == [word for word in every["tests-other"] if word.startswith("tests/")]
     for folder in folders:
         assert list((ROOT / folder).glob("test_*.py"))

@@ -30,6 +30,7 @@ from prism_kernels import (
     rms_norm,
     sample_tokens,
     shared_prompt_decode,
+    swiglu,
     tree_attention,
 )
 from prism_kernels.moe import plan_routing
@@ -103,6 +104,7 @@ VALID = {
     balance: {"costs": [5.0, 4.0, 3.0, 2.0], "num_ranks": 2, "groups": [0, 0, 1, 1], "equal_count": True},
     find_tag_spans: {"token_ids": [0, 1, 2, 3, 4, 5], "token_bytes": PIECES, "tags": ("a", "b")},
     rms_norm: {"x": random(5, 8), "weight": torch.ones(8), "eps": 1e-6, "residual": random(5, 8)},
+    swiglu: {"gate_up": random(5, 8), "up": random(5, 8)},
     qk_norm_rotate: {
         "q": random(5, 4, 8), "k": random(5, 2, 8), "q_weight": torch.ones(8), "k_weight": torch.ones(8),
         "cos": random(5, 8), "sin": random(5, 8), "eps": 1e-6,
@@ -260,7 +262,7 @@ def test_scores_that_require_grad_are_constants():
 
 TRANSFORMED = (
     group_normalize, multi_reward_advantage, linear_logprob, linear_cross_entropy, linear_objective, linear_policy_loss,
-    moe_route, moe_mlp, tree_attention, rms_norm, qk_norm_rotate,
+    moe_route, moe_mlp, tree_attention, rms_norm, swiglu, qk_norm_rotate,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from prism_kernels import (
     moe_route,
     qk_norm_rotate,
     rms_norm,
+    swiglu,
     tree_attention,
 )
 from prism_kernels.moe import plan_routing
@@ -53,6 +54,8 @@ def experts(layout, impl="auto"):
 CASES = {  # sizes of the leaves, and what is compiled
     "rms_norm": (((5, 8), (8,)), lambda x, w: rms_norm(x, w, 1e-6)),
     "rms_norm, residual": (((5, 8), (8,), (5, 8)), lambda x, w, r: torch.cat(rms_norm(x, w, 1e-6, residual=r))),
+    "swiglu": (((5, 8),), swiglu),
+    "swiglu, up": (((5, 8), (5, 8)), lambda gate, up: swiglu(gate, up=up)),
     "qk_norm_rotate": (
         ((6, 4, 8), (6, 2, 8), (8,), (8,)),
         lambda q, k, qw, kw: torch.cat(qk_norm_rotate(q, k, qw, kw, torch.ones(6, 8), torch.zeros(6, 8), 1e-6), 1),

@@ -17,6 +17,7 @@ from prism_kernels import (
     moe_route,
     qk_norm_rotate,
     rms_norm,
+    swiglu,
     tree_attention,
 )
 from prism_kernels.moe import plan_routing
@@ -45,6 +46,8 @@ ATTENTION = ((6, 2, 2), (6, 1, 2), (6, 1, 2))
 CASES = {  # sizes of the leaves, and a function of them and of impl
     "rms_norm": (((3, 4), (4,)), lambda x, w, i: rms_norm(x, w, 1e-6, impl=i)),
     "rms_norm, residual": (((3, 4), (4,), (3, 4)), lambda x, w, r, i: rms_norm(x, w, 1e-6, residual=r, impl=i)),
+    "swiglu": (((3, 4),), lambda x, i: swiglu(x, impl=i)),
+    "swiglu, up": (((3, 4), (3, 4)), lambda x, up, i: swiglu(x, up=up, impl=i)),
     "qk_norm_rotate": (
         ((3, 2, 8), (3, 1, 8), (8,), (8,)), lambda q, k, a, b, i: qk_norm_rotate(q, k, a, b, *ROTATION, 1e-6, impl=i)
     ),
@@ -138,7 +141,7 @@ def test_torch_func_names_the_way_out_of_a_second_derivative(name):
 
 
 def test_a_batch_of_gradients():
-    for name in ("moe_route", "rms_norm", "linear_cross_entropy"):
+    for name in ("moe_route", "rms_norm", "swiglu", "swiglu, up", "linear_cross_entropy"):
         leaves, op = case(name)
         out = outputs(op(*leaves))[0]
         batch = torch.stack([torch.ones_like(out), 2 * torch.ones_like(out)])

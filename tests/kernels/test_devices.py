@@ -87,15 +87,36 @@ def objective(device, impl="auto"):
     return [loss, *torch.autograd.grad(loss, (hidden, weight))]
 
 
+def norms(device, impl="auto"):
+    x, residual = (random(T, H, seed=i).to(device).requires_grad_() for i in range(2))
+    weight = random(H, seed=2).to(device).requires_grad_()
+    out = prism_kernels.rms_norm(x, weight, 1e-6, residual=residual, impl=impl)
+    return [*out, *torch.autograd.grad(out[0].square().sum() + out[1].sum(), (x, residual, weight))]
+
+
+def rotated(device, impl="auto"):
+    q, k = (random(T, heads, 8, seed=heads).to(device).requires_grad_() for heads in (4, 2))
+    weight, angle = random(8, seed=1).to(device).requires_grad_(), random(T, 4, seed=2).to(device).repeat(1, 2)
+    out = prism_kernels.qk_norm_rotate(q, k, weight, weight, angle.cos(), angle.sin(), 1e-6, impl=impl)
+    return [*out, *torch.autograd.grad(out[0].square().sum() + out[1].square().sum(), (q, k, weight))]
+
+
+def activation(device, impl="auto"):
+    gate_up = random(T, 2 * I, seed=0).to(device).requires_grad_()
+    out = prism_kernels.swiglu(gate_up, impl=impl)
+    return [out, *torch.autograd.grad(out.square().sum(), gate_up)]
+
+
 MOE = [(route, moe_api.ROUTE), (plan, moe_api.PLAN), (experts, moe_api.MLP)]
 ADVANTAGE = [(normalize, advantage_api.NORMALIZE), (advantage, advantage_api.ADVANTAGE)]
 HEAD = [logprob, cross_entropy, policy_loss, objective]
+ELEMENTWISE = [norms, rotated, activation]
 GUARDED = [(moe_api, *row) for row in MOE] + [(advantage_api, *row) for row in ADVANTAGE]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("op", [op for op, _ in MOE + ADVANTAGE] + HEAD)
+@pytest.mark.parametrize("op", [op for op, _ in MOE + ADVANTAGE] + HEAD + ELEMENTWISE)
 def test_on_a_gpu_that_is_not_the_current_one(op):
     torch.cuda.set_device(0)
     expected, got = op("cpu", "reference"), op("cuda:1")

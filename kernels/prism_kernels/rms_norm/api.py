@@ -7,7 +7,9 @@ from typing import overload
 from torch import Tensor
 
 from prism_kernels.checks import FLOATING, check_device, check_tensor, describe, is_tensor, number, wrong
-from prism_kernels.dispatch import Impl, Implementation, Op
+from prism_kernels.dispatch import Impl, Implementation, Op, need_triton
+from prism_kernels.native import need_native
+from prism_kernels.rms_norm.heads import Heads
 
 _PACKAGE = "prism_kernels.rms_norm"
 
@@ -16,14 +18,17 @@ def _op(name: str, function: str) -> Op:
     return Op(
         name,
         [
-            Implementation(Impl.TORCH, f"{_PACKAGE}.torch_autograd:{function}", ("cpu", "cuda")),
+            Implementation(Impl.TRITON, f"{_PACKAGE}.operators:{function}", ("cuda",), need_triton, fake=True),
+            Implementation(Impl.TORCH, f"{_PACKAGE}.torch_autograd:{function}", ("cpu", "cuda"), fake=True),
+            # Behind the one that auto takes on a CPU, as it has no gradient: whoever decodes asks for it.
+            Implementation(Impl.NATIVE, f"{_PACKAGE}.native:{function}", ("cpu",), need_native),
             Implementation(Impl.REFERENCE, f"{_PACKAGE}.reference:{function}", ("cpu", "cuda")),
         ],
     )
 
 
 NORM = _op("rms_norm", "rms_norm")
-ROTATE = _op("qk_norm_rotate", "rms_norm_rotate")  # one tensor at a time: queries and keys may be of different rows
+ROTATE = _op("qk_norm_rotate", "norm_rotate")
 
 
 @overload
@@ -51,7 +56,9 @@ def rms_norm(
         weight: (H,) floating.
         eps: > 0, added to the mean square.
         residual: None, or shape, dtype and device of ``x``.
-        impl: "auto", "torch" (one step with a backward of its own: keeps x and one number per row) or "reference".
+        impl: "auto", "triton" (one launch), "torch" (one step with a backward of its own), "native" (C++
+            on a CPU, forward alone) or "reference". The first two
+            keep what was normalised and one number per row.
 
     Returns:
         y (..., H) in the dtype of ``x``; with ``residual``: (y, x + residual).
@@ -81,14 +88,15 @@ def qk_norm_rotate(
     *,
     impl: str | Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of every head of queries and keys, then their rotary embedding: :func:`rms_norm_rotate` of each.
+    """RMSNorm of every head of queries and keys, then their rotary embedding: :func:`rms_norm_rotate` of each, on a GPU
+    both in one launch.
 
     Args:
-        q, k: (T, Hq, D) and (T, Hkv, D) floating, D even.
+        q, k: (T, Hq, D) and (T, Hkv, D) floating, D even. Views of a packed projection are read in place.
         q_weight, k_weight: (D,) floating.
         cos, sin: (T, D) floating, as :func:`rms_norm_rotate` takes them.
         eps: > 0, added to the mean squares.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch", "native" or "reference".
 
     Returns:
         (q, k), shaped and typed as given; differentiable in all but ``cos`` and ``sin``.
@@ -106,14 +114,14 @@ def qk_norm_rotate(
     _check_rotation(cos, sin, "q", q)
     eps = number("eps", eps, above=0)
     _, run = ROTATE.select(impl, q.device, q, k, q_weight, k_weight, cos, sin)
-    cos, sin = cos.detach(), sin.detach()
-    return run(q, q_weight, cos, sin, eps), run(k, k_weight, cos, sin, eps)
+    return run(Heads(q, k, q_weight, k_weight, cos.detach(), sin.detach(), eps))
 
 
 def rms_norm_rotate(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, *, impl: str | Impl = "auto"
 ) -> Tensor:
-    """One tensor of :func:`qk_norm_rotate`. Equals, in at least fp32 and rounded once::
+    """One tensor of :func:`qk_norm_rotate`, as where queries are of
+    other rows than keys. Equals, in at least fp32 and rounded once::
 
         y = rms_norm(x, weight, eps)
         first, second = y.chunk(2, -1)
@@ -127,7 +135,7 @@ def rms_norm_rotate(
     _check_rotation(cos, sin, "x", x)
     eps = number("eps", eps, above=0)
     _, run = ROTATE.select(impl, x.device, x, weight, cos, sin)
-    return run(x, weight, cos.detach(), sin.detach(), eps)
+    return run(Heads(x, None, weight, None, cos.detach(), sin.detach(), eps))[0]
 
 
 def _check_heads(name: str, x: Tensor) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prism_kernels.rms_norm.heads import Heads, one_by_one
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     if residual is None:
@@ -23,6 +25,10 @@ def rms_norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: fl
     first, second = y.chunk(2, dim=-1)
     rotated = (y * cos[None, None]) + (torch.cat((-second, first), dim=-1) * sin[None, None])
     return rotated[0].transpose(0, 1).to(x.dtype)
+
+
+def norm_rotate(heads: Heads) -> tuple[Tensor, Tensor | None]:
+    return one_by_one(rms_norm_rotate, heads)
 
 
 def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.operators import first_derivative
+from prism_kernels.rms_norm.heads import Heads, one_by_one
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -22,6 +23,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 def rms_norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps, cos, sin)
+
+
+def norm_rotate(heads: Heads) -> tuple[Tensor, Tensor | None]:
+    return one_by_one(rms_norm_rotate, heads)
 
 
 class _Norm(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from prism_fast.data.formats import (
 from prism_fast.records import DataError
 from prism_fast.run.monitor import read_metrics
 from prism_fast.stages import prepare
+from prism_fast.stages.answers import Answered
 from prism_fast.stages.prepare import filter_prompts, pairs
 from prism_fast.steps.sampler import BuiltinSampler
 from tests.tiny_run import run_stage, settings
@@ -156,12 +156,12 @@ def test_a_rule_that_reads_answers_needs_them(tiny_folder, tmp_path):
     [(8, 10, 0.2, 0.8), (2, 10, 0.2, 0.8), (17, 20, 0.15, 0.85), (1, 3, 1 / 3, 0.9)],
 )
 def test_a_pass_rate_on_the_bound_is_within(right, samples, low, high, tiny_folder, tmp_path, monkeypatch):
-    def rolled(config, data, progress):
+    def answered(config, data, *_, **__):
         said = [f"<caption>c</caption><think>t</think><answer>{data[0].gold if i < right else 'no'}</answer>"
                 for i in range(samples)]  # fmt: skip
-        return [data[0]], SimpleNamespace(text=said, group=torch.zeros(samples, dtype=torch.long))
+        return [Answered(0, said, [9] * samples)]
 
-    monkeypatch.setattr(prepare, "_roll_out", rolled)
+    monkeypatch.setattr(prepare, "answers", answered)
     file = write(tiny_folder, "rlvr", tmp_path, 1, 0)
     tree = {"model": {"path": "m"}, "data": {"files": [str(file)]}, "out": str(tmp_path / "kept.parquet")}
     counts = filter_prompts(load_config(FilterConfig, None, base=tree | {"samples": samples, "low": low, "high": high}))

@@ -29,7 +29,7 @@ def engines(monkeypatch):
             return EngineSampler(self[-1], updater, chat, say)
 
     opened = Opened()
-    for stage in ("align", "rlvr", "prepare"):
+    for stage in ("align", "rlvr", "answers"):
         monkeypatch.setattr(importlib.import_module(f"prism_fast.stages.{stage}"), "open_sampler", opened.open)
     return opened
 

@@ -1,12 +1,10 @@
 """Prompts kept by pass rate: rates on the bounds are within them."""
 
-import types
-
 import pytest
-import torch
 
 from prism_fast.config import FilterConfig, load_config
 from prism_fast.stages import prepare
+from prism_fast.stages.answers import Answered
 
 RESPONSE = "<caption>c</caption><think>t</think><answer>{}</answer>".format
 
@@ -17,8 +15,7 @@ RESPONSE = "<caption>c</caption><think>t</think><answer>{}</answer>".format
 def test_a_pass_rate_on_the_bound_is_kept(right, samples, low, high, tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"prompt": "x", "reward_model": {"ground_truth": "10"}}')
     text = [RESPONSE(10)] * right + [RESPONSE(11)] * (samples - right)
-    rolled = types.SimpleNamespace(text=text, group=torch.zeros(samples, dtype=torch.long))
-    monkeypatch.setattr(prepare, "_roll_out", lambda config, data, progress: ([data[0]], rolled))
+    monkeypatch.setattr(prepare, "answers", lambda *_, **__: [Answered(0, text, [9] * samples)])
     tree = {"model": {"path": "m"}, "data": {"files": tmp_path / "p.jsonl"}, "out": tmp_path / "kept.parquet"}
     config = load_config(FilterConfig, None, base={**tree, "samples": samples, "low": low, "high": high})
     assert prepare.filter_prompts(config)["kept"] == 1
