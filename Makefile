@@ -43,7 +43,7 @@ test-cluster: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster --timeout 1800 tests/cluster
 
 # Rollouts by vLLM on a CPU, in an environment of their own beside the other (dev/vllm_environment.py): some 5 minutes
-# to build and 3.5 GB, then 10 minutes. The figures go into REPORT too.
+# to build and 3.5 GB, then 5 to 25. The figures go into REPORT too.
 VLLM_VENV ?= .venv-vllm
 REPORT    ?= runs/test-vllm.md
 test-vllm: $(VLLM_VENV)/.ready
