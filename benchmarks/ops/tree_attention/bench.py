@@ -83,9 +83,10 @@ def tolerance(pack: Pack) -> Tolerance:
 
 def _ours(pack: Pack, impl: str, backward: bool) -> Call:
     try:
-        chosen = choose(OP, impl, pack.device.type)
+        chosen = choose(OP, impl, pack.device.type, pack.q.dtype)
     except RuntimeError as error:
-        raise Unavailable(str(error)) from error
+        where = "" if pack.device.type == "cuda" else "needs a GPU: "
+        raise Unavailable(f"{where}{error}") from error
     scores = 4 * len(pack.q) * len(pack.k) * pack.q.shape[1]
     if chosen == "reference" and scores > REFERENCE_BYTES:
         raise Unavailable(f"too large: it builds all scores, {scores / 1e9:.1f} GB")

@@ -255,7 +255,7 @@ def _row_plan(layout: TreeLayout, chosen: tuple[int, ...]) -> RowPlan:
 def _similar(order: list[int], num_q: Sequence[int], num_k: Sequence[int]) -> list[list[int]]:
     """Cuts segments sorted by size into groups: large ones alone, small ones padded little, or to little."""
     groups: list[list[int]] = []
-    exact, longest_q = 0, 0
+    exact, longest_q, alone = 0, 0, False
     for s in order:
         area, longest_q = num_q[s] * num_k[s], max(longest_q, num_q[s])
         group = groups[-1] if groups else []
@@ -263,9 +263,9 @@ def _similar(order: list[int], num_q: Sequence[int], num_k: Sequence[int]) -> li
         # Roots (all keys are their own) and branches stay apart, so that roots keep the plain causal path.
         mixed = bool(group) and (num_q[s] == num_k[s]) != (num_q[group[0]] == num_k[group[0]])
         too_much = padded > max(PADDING_LIMIT * (exact + area), LARGE_AREA)
-        if not group or mixed or too_much or area >= LARGE_AREA:
+        if not group or mixed or too_much or alone or area >= LARGE_AREA:
             groups.append([s])
-            exact, longest_q = area, num_q[s]
+            exact, longest_q, alone = area, num_q[s], area >= LARGE_AREA
         else:
             group.append(s)
             exact += area

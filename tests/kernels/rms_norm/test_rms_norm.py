@@ -58,10 +58,12 @@ def with_gradients(outputs, leaves, upstream):
 @pytest.fixture
 def poisoned():
     """Memory that nobody wrote holds NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory  # torch's default, in this mode:
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @every
@@ -314,5 +316,7 @@ def test_arguments_are_checked():
         qk_norm_rotate(x[..., :7], x, weight, weight, cos, sin, 1e-6)
     with pytest.raises(ValueError, match=r"sin: expected floating \(T = 13, D = 8\), got \(4, 8\)"):
         rms_norm_rotate(x, weight, cos, sin[:4], 1e-6)
-    with pytest.raises(ValueError, match="impl of rms_norm: expected auto or one of triton, torch, reference, got"):
+    with pytest.raises(
+        ValueError, match="impl of rms_norm: expected auto or one of triton, torch, native, reference, got"
+    ):
         rms_norm(x, weight, 1e-6, impl="cpu")

@@ -51,10 +51,12 @@ def with_gradients(out, leaves, upstream):
 @pytest.fixture
 def poisoned():
     """Memory that nobody wrote holds NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory  # torch's default, in this mode:
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @every
@@ -181,5 +183,7 @@ def test_arguments_are_checked():
         swiglu(gate[:, :0], up=gate[:, :0])
     with pytest.raises(ValueError, match=r"up: expected \(5, 6\) torch.float32 on cpu, as the gate is, got \(5, 3\)"):
         swiglu(gate, up=gate[:, :3])
-    with pytest.raises(ValueError, match="impl of swiglu: expected auto or one of triton, torch, reference, got"):
+    with pytest.raises(
+        ValueError, match="impl of swiglu: expected auto or one of triton, torch, native, reference, got"
+    ):
         swiglu(gate, impl="cpu")
