@@ -316,7 +316,5 @@ def test_arguments_are_checked():
         qk_norm_rotate(x[..., :7], x, weight, weight, cos, sin, 1e-6)
     with pytest.raises(ValueError, match=r"sin: expected floating \(T = 13, D = 8\), got \(4, 8\)"):
         rms_norm_rotate(x, weight, cos, sin[:4], 1e-6)
-    with pytest.raises(
-        ValueError, match="impl of rms_norm: expected auto or one of triton, torch, native, reference, got"
-    ):
+    with pytest.raises(ValueError, match="impl of rms_norm: expected auto or one of triton, torch, native, "):
         rms_norm(x, weight, 1e-6, impl="cpu")

@@ -183,7 +183,5 @@ def test_arguments_are_checked():
         swiglu(gate[:, :0], up=gate[:, :0])
     with pytest.raises(ValueError, match=r"up: expected \(5, 6\) torch.float32 on cpu, as the gate is, got \(5, 3\)"):
         swiglu(gate, up=gate[:, :3])
-    with pytest.raises(
-        ValueError, match="impl of swiglu: expected auto or one of triton, torch, native, reference, got"
-    ):
+    with pytest.raises(ValueError, match="impl of swiglu: expected auto or one of triton, torch, native, "):
         swiglu(gate, impl="cpu")
