@@ -1,6 +1,7 @@
 """The optimizer's state: exact masters in less memory, wherever it lies; sums of gradients in fp32; what is refused."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -187,6 +188,30 @@ def test_two_updaters_of_one_module_share_its_gradients():
     second.backward(forward(m, torch.randn(4, 6)).sum())
     assert all(main_grad(p) is not None for p in m.parameters())
     assert second.step() > 0 and first.step() == 0
+
+
+def pickled(m):
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changed"),
+    [(torch.float32, nn.Module.bfloat16), (torch.bfloat16, nn.Module.float), (torch.bfloat16, pickled)],
+    ids=["fp32 to bf16", "bf16 to fp32", "pickled"],
+)
+def test_a_module_that_was_trained_and_changed_is_trained_as_a_new_one(dtype, changed):
+    first, _, _ = made(dtype, steps=1)
+    copied = copy.deepcopy(first)  # copies know of no updater
+    trained = []
+    for m in (changed(first), changed(copied)):
+        norms = train(m, Updater(m, CONFIG, 8), 2)
+        assert min(norms) > 0
+        trained.append(m)
+    for mine, want in zip(*(m.parameters() for m in trained)):
+        assert torch.equal(mine, want)
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
