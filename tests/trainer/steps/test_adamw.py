@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -378,3 +379,31 @@ def test_without_the_kernel_bf16_moments_are_refused_and_the_rest_is_torchs(monk
     assert on_host.optimizer.adamw.defaults["fused"]
     double = Updater(model(torch.float64, head=False), CONFIG, 8)
     assert isinstance(double.optimizer, adamw.TorchAdamW)
+
+
+def test_pinned_memory_is_unpinned_with_what_it_was_pinned_for(monkeypatch):
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda place, room, flags: calls.append(("pin", place)) or 0,
+        cudaHostUnregister=lambda place: calls.append(("unpin", place)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("wait", device.type)))
+    arena = adamw._Arena(256, torch.device("cuda"))
+    place = arena.memory.data_ptr()
+    assert calls == [("pin", place)]
+    del arena
+    assert calls == [("pin", place), ("wait", "cuda"), ("unpin", place)]
+
+
+def test_a_gradient_is_awaited_on_the_stream_of_its_own_gpu(monkeypatch):
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append, synchronize=lambda: None))
+    state = adamw.HostAdamW([nn.Parameter(torch.zeros(3))], CONFIG)
+    gradient = torch.ones(3).as_subclass(OnGPU)
+    ((_, arrived),) = state._fetched({0: gradient})
+    assert torch.equal(arrived, torch.ones(3)) and recorded == [gradient.device]
