@@ -202,8 +202,11 @@ class HostAdamW(KernelAdamW):
             yield _arrived(*waiting)
 
     def load(self, i: int, master: Tensor | None, moments: dict[str, Tensor]) -> None:
+        weight = ranks.local(self.parameters[i].detach())
+        if master is None:  # the weight is its own, and may have been restored since it was copied here
+            self.weights[i].copy_(weight)
         super().load(i, master, moments)
-        ranks.local(self.parameters[i].detach()).copy_(self.weights[i])
+        weight.copy_(self.weights[i])
 
 
 def _arrived(i: int, staged: Tensor, event: Any) -> tuple[int, Tensor]:

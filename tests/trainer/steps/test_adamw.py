@@ -407,3 +407,17 @@ def test_a_gradient_is_awaited_on_the_stream_of_its_own_gpu(monkeypatch):
     gradient = torch.ones(3).as_subclass(OnGPU)
     ((_, arrived),) = state._fetched({0: gradient})
     assert torch.equal(arrived, torch.ones(3)) and recorded == [gradient.device]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_may_be_restored_before_the_updater_or_after(dtype):
+    trained, updater, _ = made(dtype, offload=True)
+    resumed = model(dtype)
+    with torch.no_grad():
+        for parameter in resumed.parameters():
+            parameter.zero_()
+    other = Updater(resumed, CONFIG.model_copy(update={"offload": True}), 8)
+    resumed.load_state_dict(trained.state_dict())
+    other.load(updater.tensors(), updater.steps)
+    assert train(trained, updater, 2, first=4) == train(resumed, other, 2, first=4)
+    assert all(map(torch.equal, trained.parameters(), resumed.parameters()))
