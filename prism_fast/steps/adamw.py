@@ -5,6 +5,7 @@ State is told and restored in one form, whoever holds it: whole fp32 tensors, th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -192,8 +193,8 @@ class HostAdamW(KernelAdamW):
             staged = self.staged[number % 2][: gradient.numel()].view(gradient.shape)
             staged.copy_(gradient, non_blocking=True)
             arrived = torch.cuda.Event() if gradient.is_cuda else None
-            if arrived is not None:
-                arrived.record()
+            if arrived is not None:  # on the stream of the copy: another GPU may be the current one
+                arrived.record(torch.cuda.current_stream(gradient.device))
             if waiting is not None:
                 yield _arrived(*waiting)
             waiting = (i, staged, arrived)
@@ -201,8 +202,11 @@ class HostAdamW(KernelAdamW):
             yield _arrived(*waiting)
 
     def load(self, i: int, master: Tensor | None, moments: dict[str, Tensor]) -> None:
+        weight = ranks.local(self.parameters[i].detach())
+        if master is None:  # the weight is its own, and may have been restored since it was copied here
+            self.weights[i].copy_(weight)
         super().load(i, master, moments)
-        ranks.local(self.parameters[i].detach()).copy_(self.weights[i])
+        weight.copy_(self.weights[i])
 
 
 def _arrived(i: int, staged: Tensor, event: Any) -> tuple[int, Tensor]:
@@ -224,6 +228,9 @@ class _Arena:
                     f"optimizer.offload: {room / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {error}); "
                     "raise the limit of locked memory (ulimit -l), or leave offload out"
                 )
+            # Else its pages would stay locked, and a later arena at this address could not be pinned. When the process
+            # ends, the driver sees to it.
+            weakref.finalize(self, _unpin, runtime, self.memory, device).atexit = False
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = 1
@@ -232,6 +239,11 @@ class _Arena:
         begin = -(-self.used // ALIGNMENT) * ALIGNMENT
         self.used = begin + count * dtype.itemsize
         return self.memory[begin : self.used].view(dtype).view(*shape)
+
+
+def _unpin(runtime: Any, memory: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # weights may still be on their way
+    runtime.cudaHostUnregister(memory.data_ptr())
 
 
 class TorchAdamW:

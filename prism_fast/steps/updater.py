@@ -67,7 +67,8 @@ class Updater(Backprop):
         """Clears the gradients and moves the schedule on; by itself it skips an update."""
         for parameter in self.parameters:
             parameter.grad = None
-            setattr(parameter, MAIN_GRAD, None)
+            if not is_wide(parameter):  # or one that becomes bf16 later would count as hooked
+                setattr(parameter, MAIN_GRAD, None)
         self.steps += 1
 
     def tensors(self) -> dict[str, Tensor]:
@@ -168,22 +169,23 @@ def add_up_in_fp32(parameter: nn.Parameter) -> None:
     Sums of 46 packs in bf16 err 3 to 4 times more than the gradients themselves. The sum is the parameter's, as
     ``grad`` is: two updaters of one module share it.
     """
-    if is_wide(parameter) or hasattr(parameter, MAIN_GRAD):
-        return
-
-    def take(held: Tensor) -> None:
-        if held.grad is not None:
-            total = getattr(held, MAIN_GRAD)
-            setattr(held, MAIN_GRAD, held.grad.float() if total is None else total.add_(held.grad))
-            held.grad = None
-
-    setattr(parameter, MAIN_GRAD, None)
-    parameter.register_post_accumulate_grad_hook(take)
+    if not is_wide(parameter) and not hasattr(parameter, MAIN_GRAD):
+        setattr(parameter, MAIN_GRAD, None)
+        parameter.register_post_accumulate_grad_hook(_take)
 
 
 def main_grad(parameter: nn.Parameter) -> Tensor | None:
     """The sum of a parameter's gradients since the last step, at least fp32."""
+    _take(parameter)  # a module that was pickled or copied may have lost the hook
     return parameter.grad if is_wide(parameter) else getattr(parameter, MAIN_GRAD)
+
+
+def _take(held: Tensor) -> None:
+    if held.grad is None or is_wide(held):  # a module may have become fp32 since
+        return
+    total = getattr(held, MAIN_GRAD)
+    setattr(held, MAIN_GRAD, held.grad.float() if total is None else total.add_(held.grad))
+    held.grad = None
 
 
 def clip_factor(norm: Tensor, longest: float) -> Tensor:

@@ -1,6 +1,8 @@
 """The optimizer's state: exact masters in less memory, wherever it lies; sums of gradients in fp32; what is refused."""
 
 import copy
+import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +191,30 @@ def test_two_updaters_of_one_module_share_its_gradients():
     assert second.step() > 0 and first.step() == 0
 
 
+def pickled(m):
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changed"),
+    [(torch.float32, nn.Module.bfloat16), (torch.bfloat16, nn.Module.float), (torch.bfloat16, pickled)],
+    ids=["fp32 to bf16", "bf16 to fp32", "pickled"],
+)
+def test_a_module_that_was_trained_and_changed_is_trained_as_a_new_one(dtype, changed):
+    first, _, _ = made(dtype, steps=1)
+    copied = copy.deepcopy(first)  # copies know of no updater
+    trained = []
+    for m in (changed(first), changed(copied)):
+        norms = train(m, Updater(m, CONFIG, 8), 2)
+        assert min(norms) > 0
+        trained.append(m)
+    for mine, want in zip(*(m.parameters() for m in trained)):
+        assert torch.equal(mine, want)
+
+
 @pytest.mark.parametrize("impl", ["reference", "native"])
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_counts_nowhere(impl, fault, monkeypatch):
@@ -353,3 +379,45 @@ def test_without_the_kernel_bf16_moments_are_refused_and_the_rest_is_torchs(monk
     assert on_host.optimizer.adamw.defaults["fused"]
     double = Updater(model(torch.float64, head=False), CONFIG, 8)
     assert isinstance(double.optimizer, adamw.TorchAdamW)
+
+
+def test_pinned_memory_is_unpinned_with_what_it_was_pinned_for(monkeypatch):
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda place, room, flags: calls.append(("pin", place)) or 0,
+        cudaHostUnregister=lambda place: calls.append(("unpin", place)),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("wait", device.type)))
+    arena = adamw._Arena(256, torch.device("cuda"))
+    place = arena.memory.data_ptr()
+    assert calls == [("pin", place)]
+    del arena
+    assert calls == [("pin", place), ("wait", "cuda"), ("unpin", place)]
+
+
+def test_a_gradient_is_awaited_on_the_stream_of_its_own_gpu(monkeypatch):
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append, synchronize=lambda: None))
+    state = adamw.HostAdamW([nn.Parameter(torch.zeros(3))], CONFIG)
+    gradient = torch.ones(3).as_subclass(OnGPU)
+    ((_, arrived),) = state._fetched({0: gradient})
+    assert torch.equal(arrived, torch.ones(3)) and recorded == [gradient.device]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_may_be_restored_before_the_updater_or_after(dtype):
+    trained, updater, _ = made(dtype, offload=True)
+    resumed = model(dtype)
+    with torch.no_grad():
+        for parameter in resumed.parameters():
+            parameter.zero_()
+    other = Updater(resumed, CONFIG.model_copy(update={"offload": True}), 8)
+    resumed.load_state_dict(trained.state_dict())
+    other.load(updater.tensors(), updater.steps)
+    assert train(trained, updater, 2, first=4) == train(resumed, other, 2, first=4)
+    assert all(map(torch.equal, trained.parameters(), resumed.parameters()))
