@@ -26,6 +26,7 @@ from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Backprop
 
 BLOCK = 1024  # responses
+FIRST = b'{"stage": '  # what OUT.partial begins with
 AFTER = ("out", "low", "high", "keep", "reward")  # settings that responses do not depend on
 
 Progress = Callable[[int, int], None]  # (responses done, responses in total)
@@ -112,8 +113,8 @@ def _kept(file: Path, begun: dict[str, Any], config: Any, data: Dataset) -> list
         return []
     with writing(file):
         *lines, torn = file.read_bytes().split(b"\n")
-        if torn:
-            os.truncate(file, file.stat().st_size - len(torn))
+    if not lines and torn[: len(FIRST)] == FIRST[: len(torn)]:
+        return []  # it ended before a block was there
     try:
         before, *blocks = map(json.loads, lines)
         changed = record.changes(before, begun, config)
@@ -122,4 +123,7 @@ def _kept(file: Path, begun: dict[str, Any], config: Any, data: Dataset) -> list
         raise DataError(f"{file}: not a command's kept responses ({error}); remove it") from None
     if changed and blocks:
         raise DataError(f"{file}: was begun with other settings: {'; '.join(changed)}; set them back, or remove it")
+    if torn:
+        with writing(file):
+            os.truncate(file, file.stat().st_size - len(torn))
     return [] if changed else blocks

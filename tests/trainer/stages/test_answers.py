@@ -124,3 +124,20 @@ def test_bad_records_are_counted_once_and_blocks_keep_their_records(tiny_folder,
     cut(0)
     counts = run("pairs", config)
     assert (counts["prompts"], counts["skipped_records"], counts["responses"]) == (10, 2, 20)
+
+
+@pytest.mark.parametrize("written", ["", '{"sta', '{"stage": "PairsConfig", "conf'])
+def test_a_command_that_was_killed_at_its_first_block_begins_again(written, tiny_folder, tmp_path):
+    config = settings_of("pairs", tiny_folder, tmp_path / "made.jsonl")
+    partial_file(config.out).write_text(written)
+    assert run("pairs", config)["responses"] == 24
+    assert not partial_file(config.out).exists()
+
+
+def test_a_file_that_is_not_ours_stays_as_it_is(tiny_folder, tmp_path):
+    config = settings_of("pairs", tiny_folder, tmp_path / "made.jsonl")
+    for theirs in ("notes without an end of line", "two\nlines"):
+        partial_file(config.out).write_text(theirs)
+        with pytest.raises(DataError, match=r"not a command's kept responses"):
+            run("pairs", config)
+        assert partial_file(config.out).read_text() == theirs
