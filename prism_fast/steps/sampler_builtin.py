@@ -7,7 +7,7 @@ finished, gives its row to the next response, and reads the next prompts when th
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -164,7 +164,7 @@ class _Stream:
                 youngest = self.seated.pop()
                 self._release(youngest)
                 self.waiting.appendleft(youngest.number)
-            else:
+            elif not self._give_up_idle():
                 raise self._no_room(f"a response of {row.length + self.look} tokens and its prompt")
 
     def _seat(self) -> None:
@@ -275,3 +275,13 @@ class _Stream:
         self.slots.append(prompt.slot)
         del self.by_key[prompt.key]
         self.read = {group: read for group, read in self.read.items() if read is not prompt}
+
+    def _give_up_idle(self) -> bool:
+        """Prompts of which no response is being sampled give up their pages, and are read again when they are due."""
+        used = {row.prompt.key for row in self.seated}
+        idle = [read for read in self.by_key.values() if read.key not in used]
+        for prompt in idle:
+            self._forget(prompt)
+        left = Counter(number // self.sampling.samples for number in self.waiting)  # in order, as they wait
+        self.unread = deque(Share(group, 0, n) for group, n in left.items() if group not in self.read)
+        return bool(idle)

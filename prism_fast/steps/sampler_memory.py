@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,7 @@ from prism_kernels.tree_attention.decode_layout import PAGE
 MOST_ROWS = {"cpu": 256, "cuda": 512}  # of auto: more rows win little, as products are large enough by then
 PART = {"cpu": 0.5, "cuda": 0.85}  # of the free memory; the rest is for prefill and logits
 PROMPT_PAGES = 32  # that a prompt is expected to take at most: 2,048 tokens
+MEMINFO = Path("/proc/meminfo")
 LONG_PROMPT = 256  # pages that are there in any case, if memory has room
 
 
@@ -41,4 +44,15 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_bytes(MEMINFO)
+
+
+def available_bytes(meminfo: Path) -> int:
+    """Of the host: what its cache of files would give back is counted, which is most of what a running host has."""
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -222,3 +222,18 @@ def test_captured_on_a_gpu_responses_are_a_cpu_s_in_float64():
     for rows in ("auto", 5):
         made = generate(p.cuda(), Chat, PROMPTS, drawn.model_copy(update={"rows_at_once": rows}), seed=7)
         assert made.text == want.text
+
+
+def test_prompts_that_were_read_ahead_give_way_to_the_last_response_that_goes_on(monkeypatch):
+    p, drawn = policy(eos_bias=-1e9).double(), sampling(2, 200)
+    prompts = [prompt(i) for i in (2, 4, 6, 2)]  # of a page each
+    whole = generate(p, Chat, prompts, drawn, seed=2)
+    monkeypatch.setattr(stream_module, "size_of", lambda *_: Size(6, 4, 1 + 1 + 4))  # nobody's, a prompt, a response
+    assert generate(p, Chat, prompts, drawn, seed=2).text == whole.text
+
+
+def test_a_hosts_cache_of_files_counts_as_free(tmp_path):
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:       24000000 kB\nMemFree:          300000 kB\nMemAvailable:   19000000 kB\n")
+    assert memory_module.available_bytes(file) == 19_000_000 * 1024
+    assert memory_module.available_bytes(tmp_path / "none") > 1 << 20  # another system
