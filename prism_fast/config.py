@@ -495,7 +495,7 @@ class DynamicSamplingConfig(Node):
     generation_factor: Annotated[int, Field(ge=1, le=100), NUMBER] = Field(
         3, description="prompts generated at once, in training batches"
     )
-    max_tries: Annotated[int, Field(ge=1, le=1000), NUMBER] = Field(10, description="generations for one step")
+    max_tries: Annotated[int, Field(ge=1, le=100), NUMBER] = Field(10, description="generations for one step")
 
 
 class OwnReward(Node):
