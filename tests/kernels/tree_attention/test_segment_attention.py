@@ -70,9 +70,7 @@ def test_a_cpu_gives_the_bits_of_a_call_for_each(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_exact_as_torch(impl, dtype):
     if (impl, dtype) == ("sdpa", torch.bfloat16) and "ATEN_CPU_CAPABILITY" in os.environ:
-        pytest.skip(
-            "torch packs bf16 keys for the CPU that is there, and its narrower code refuses them (seen in 2.13)"
-        )
+        pytest.skip("torch packs bf16 keys for the CPU that is there; its narrower code then refuses (seen in 2.13)")
     lengths = (64, 9, 100)
     tensors = leaves(sum(lengths), (4, 4), 72, dtype)
     eager = alone(*tensors, lengths, False, 72**-0.5)
