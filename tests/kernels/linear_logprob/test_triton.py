@@ -3,20 +3,12 @@
 Both need processes of their own: the interpreter is chosen when triton is imported, and compiles nothing.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy
 import pytest
 import torch
 
 from prism_kernels.linear_logprob import plan
+from tests.kernels.interpreter import assert_passes_interpreted, assert_passes_the_gate, needs_interpreter
 from tests.kernels.linear_logprob.linear_cases import skip_interpreted
-
-triton = pytest.importorskip("triton")
-ROOT = Path(__file__).parents[3]
 
 # All that launches the row kernels in a way of its own; the objectives' arithmetic is the same on every device.
 LAUNCHES = (
@@ -25,41 +17,22 @@ LAUNCHES = (
 )
 
 
-def version(text):
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
-def run(*command, **environment):
-    result = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    return result.returncode, result.stdout[-6000:] + result.stderr[-2000:]
-
-
 @pytest.mark.numerical
 @pytest.mark.slow
 @skip_interpreted
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the same tests")
-@pytest.mark.skipif(
-    version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4),
-    reason="triton 3.6's interpreter takes int() of an array of one element, which numpy 2.4 refuses",
-)
+@needs_interpreter
 def test_interpreter():
     files = [
         "tests/kernels/linear_logprob/test_linear_logprob.py",
         "tests/kernels/linear_logprob/test_linear_policy_loss.py",
     ]
-    code, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", LAUNCHES, TRITON_INTERPRET="1")
-    assert code == 0, output
-    assert " passed" in output, output
+    assert_passes_interpreted(*files, only=LAUNCHES)
 
 
 @skip_interpreted
 def test_compile_gate():
-    command = ["-m", "prism_kernels.compile_gate", "--op", "linear_logprob", "--sample", "8", "--jobs", "1"]
-    code, output = run(*command, TRITON_INTERPRET="0")
-    assert code == 0, output
-    assert "8 compiled, 0 failed" in output, output
+    assert_passes_the_gate("linear_logprob", 8, said="8 compiled, 0 failed")
 
 
 @skip_interpreted

@@ -1,12 +1,10 @@
 """The Triton kernels of sample_tokens without a GPU, as tests/kernels/moe/test_triton.py has them."""
 
-import numpy
 import pytest
 
+from tests.kernels.interpreter import assert_passes_interpreted, assert_passes_the_gate, needs_interpreter, run
 from tests.kernels.linear_logprob.linear_cases import skip_interpreted
-from tests.kernels.linear_logprob.test_triton import run, version
 
-triton = pytest.importorskip("triton")
 pytestmark = skip_interpreted
 
 # The kernel's ways: types and cuts, noise and none, forbidden words, what is no number.
@@ -15,22 +13,14 @@ WAYS = "(definitions and 1003) or no_number or beside or minus_infinity"
 
 @pytest.mark.numerical
 @pytest.mark.slow
-@pytest.mark.skipif(
-    version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4),
-    reason="triton 3.6's interpreter takes int() of an array of one element, which numpy 2.4 refuses",
-)
+@needs_interpreter
 def test_interpreter():
     file = "tests/kernels/sample_tokens/test_sample_tokens.py"
-    code, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", WAYS, file, TRITON_INTERPRET="1")
-    assert code == 0, output
-    assert " passed" in output, output
+    assert_passes_interpreted(file, only=WAYS)
 
 
 def test_compile_gate():
-    command = ["-m", "prism_kernels.compile_gate", "--op", "sample_tokens", "--sample", "3", "--jobs", "1"]
-    code, output = run(*command, TRITON_INTERPRET="0")
-    assert code == 0, output
-    assert ", 0 failed" in output, output
+    assert_passes_the_gate("sample_tokens", 3)
 
 
 # The PTX of the kernel as it is launched: with a fused multiply-add its noise would have other bits than a CPU's.

@@ -2,10 +2,9 @@
 
 import pytest
 
+from tests.kernels.interpreter import assert_passes_interpreted, assert_passes_the_gate
 from tests.kernels.linear_logprob.linear_cases import skip_interpreted
-from tests.kernels.linear_logprob.test_triton import run
 
-pytest.importorskip("triton")
 pytestmark = skip_interpreted
 
 
@@ -13,13 +12,8 @@ pytestmark = skip_interpreted
 @pytest.mark.slow
 def test_interpreter():
     files = [f"tests/kernels/tree_attention/{name}.py" for name in ("test_triton_merge", "test_flash")]
-    code, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
-    assert code == 0, output
-    assert " passed" in output, output
+    assert_passes_interpreted(*files)
 
 
 def test_compile_gate():
-    command = ["-m", "prism_kernels.compile_gate", "--op", "tree_attention", "--sample", "4", "--jobs", "1"]
-    code, output = run(*command, TRITON_INTERPRET="0")
-    assert code == 0, output
-    assert ", 0 failed" in output, output
+    assert_passes_the_gate("tree_attention", 4)
