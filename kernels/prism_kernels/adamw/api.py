@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.adamw.remainder import sizes
-from prism_kernels.adamw.table import Factors, Operands, constants, factors, key
+from prism_kernels.adamw.table import Operands, constants, factors, key
 from prism_kernels.checks import check_device, check_tensor, describe, integer, is_tensor, number, shown, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op
 from prism_kernels.native import need_cuda, need_native
@@ -25,7 +25,8 @@ ADAMW_STEP = Op(
 FLOATS = (torch.float32, torch.bfloat16)
 LARGEST = 2**63 - 1
 NAMES = ("parameters", "gradients", "remainders", "exp_avgs", "exp_avg_sqs")
-_WEIGHTS = ((torch.float32, True), (torch.bfloat16, False))  # dtype, and whether there is no remainder
+_FLOATS = set(FLOATS)
+_WEIGHTS = {(torch.float32, True), (torch.bfloat16, False)}  # dtype, and whether there is no remainder
 
 
 @torch.no_grad()
@@ -80,8 +81,9 @@ def adamw_step(
     steps = _each("step", step, count, lambda value: integer("step", value, 1, LARGEST))
     if numbers is not None and not isinstance(numbers, (list, tuple)):
         raise wrong("numbers", "a list of integers", shown(numbers))
-    places = list(range(count)) if numbers is None else numbers
-    own = _each("numbers", places, count, lambda value: integer("numbers", value, 0, LARGEST))
+    own = range(count)
+    if numbers is not None:
+        own = _each("numbers", numbers, count, lambda value: integer("numbers", value, 0, LARGEST))
     seed = integer("seed", seed, 0, LARGEST)
     if clip is not None:
         check_tensor("clip", clip, {}, (torch.float32,))
@@ -91,15 +93,11 @@ def adamw_step(
     if clip is not None:
         check_device("clip", clip, "parameters[0]", first)
     _, run = ADAMW_STEP.select(impl, first.device)
-    each: list[Factors] = []
-    made: dict[tuple[float, int], Factors] = {}  # most tensors share them
-    for exp_avg, weight, at, place in zip(operands.exp_avg, weights, steps, own):
-        if (weight, at) not in made:
-            made[weight, at] = factors(rate, decays, weight, at, 0)
-        found = made[weight, at]
+    made = {pair: factors(rate, decays, *pair, 0) for pair in set(zip(weights, steps))}  # most tensors share them
+    each = [made[pair] for pair in zip(weights, steps)]
+    for i, exp_avg in enumerate(operands.exp_avg):
         if exp_avg.dtype == torch.bfloat16:
-            found = found._replace(key=key(seed, at, place))
-        each.append(found)
+            each[i] = each[i]._replace(key=key(seed, steps[i], own[i]))
     run(operands, each, shared, clip)
     torch.autograd.graph.increment_version([*operands.parameter, *operands.exp_avg, *operands.exp_avg_sq])
 
@@ -113,24 +111,33 @@ def _operands(parameters: Any, gradients: Any, remainders: Any, exp_avgs: Any, e
         held.append(_tensors(name, values))
         if len(held[-1]) != count:
             raise wrong(name, f"{count} entries, as parameters has", str(len(held[-1])))
-    for i, five in enumerate(zip(*held)):
-        if not _is_sound(held[0][0], *five):
+    if not _are_sound(*held):
+        for i, five in enumerate(zip(*held)):
             _check(i, held[0][0], five)
     return Operands(*held)
 
 
-def _is_sound(first: Any, parameter: Any, gradient: Any, remainder: Any, exp_avg: Any, exp_avg_sq: Any) -> bool:
-    """Whether `_check` has nothing to say: a step checks a thousand tensors, and this is ten times as quick."""
-    tensors = [parameter, gradient, exp_avg, exp_avg_sq, *([] if remainder is None else [remainder])]
-    if not all(isinstance(tensor, Tensor) and tensor.layout is torch.strided for tensor in tensors):
+def _are_sound(parameters: Any, gradients: Any, remainders: Any, exp_avgs: Any, exp_avg_sqs: Any) -> bool:
+    """Whether `_check` has nothing to say of any. List by list, since a step checks a thousand tensors: of many small
+    ones the checks would take longer than the step."""
+    split = [tensor for tensor in remainders if tensor is not None]
+    every = [*parameters, *gradients, *split, *exp_avgs, *exp_avg_sqs]
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, every))):
         return False
-    moments = exp_avg.dtype
-    if (parameter.dtype, remainder is None) not in _WEIGHTS or gradient.dtype not in FLOATS or moments not in FLOATS:
+    if {tensor.layout for tensor in every} - {torch.strided} or len({tensor.device for tensor in every}) > 1:
         return False
-    if exp_avg_sq.dtype is not moments or (remainder is not None and remainder.dtype is not torch.int16):
+    weights, moments = [tensor.dtype for tensor in parameters], [tensor.dtype for tensor in exp_avgs]
+    if set(zip(weights, (tensor is None for tensor in remainders))) - _WEIGHTS:
         return False
-    shape, device = parameter.shape, first.device
-    return all(tensor.shape == shape and tensor.device == device and tensor.is_contiguous() for tensor in tensors)
+    if {tensor.dtype for tensor in gradients} - _FLOATS or set(moments) - _FLOATS:
+        return False
+    if moments != [tensor.dtype for tensor in exp_avg_sqs] or {tensor.dtype for tensor in split} - {torch.int16}:
+        return False
+    shapes = [tensor.shape for tensor in parameters]
+    halves = [shape for shape, tensor in zip(shapes, remainders) if tensor is not None]
+    if [tensor.shape for tensor in every] != [*shapes, *shapes, *halves, *shapes, *shapes]:
+        return False
+    return all(map(Tensor.is_contiguous, every))
 
 
 def _check(i: int, first: Tensor, five: tuple[Any, ...]) -> None:

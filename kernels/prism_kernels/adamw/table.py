@@ -79,17 +79,16 @@ def key(seed: int, step: int, number: int) -> int:
 
 def tables(operands: Operands, numbers: list[Factors], chunk: int) -> Iterator[Table]:
     """One table per kind of tensors. ``chunk``: elements that a block updates."""
-    kinds: dict[int, list[int]] = {}
-    for i, (gradient, remainder, exp_avg) in enumerate(zip(operands.gradient, operands.remainder, operands.exp_avg)):
-        bf16 = [remainder is not None, gradient.dtype == torch.bfloat16, exp_avg.dtype == torch.bfloat16]
-        kinds.setdefault(sum(flag << bit for bit, flag in enumerate(bf16)), []).append(i)
-    for kind, indices in kinds.items():
+    split = [tensor is not None for tensor in operands.remainder]
+    gradients = [tensor.dtype is torch.bfloat16 for tensor in operands.gradient]
+    moments = [tensor.dtype is torch.bfloat16 for tensor in operands.exp_avg]
+    kinds = [a + 2 * b + 4 * c for a, b, c in zip(split, gradients, moments)]
+    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in held] for held in operands]
+    sizes = [tensor.numel() for tensor in operands.parameter]
+    for kind in dict.fromkeys(kinds):
         rows, chunks = [], 0
-        for i in indices:
-            five = (held[i] for held in operands)
-            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in five]
-            decay, step_size, correction, own_key = numbers[i]
-            size = operands.parameter[i].numel()
-            rows.append(_ROW.pack(*addresses, size, chunks, own_key, decay, step_size, correction))
-            chunks += -(-size // chunk)
-        yield Table(kind, b"".join(rows), len(indices), chunks)
+        for own_kind, five, size, own in zip(kinds, zip(*addresses), sizes, numbers):
+            if own_kind == kind:
+                rows.append(_ROW.pack(*five, size, chunks, own.key, own.decay, own.step_size, own.correction))
+                chunks += -(-size // chunk)
+        yield Table(kind, b"".join(rows), len(rows), chunks)

@@ -15,7 +15,6 @@ from prism_kernels import adamw_step, cuda_gate, dispatch, join_master, native, 
 from prism_kernels.adamw import reference
 from prism_kernels.adamw.table import Constants, Factors, Operands, constants, factors, key, tables
 from tests.oracle import assert_as_exact, assert_same
-from tests.timing import assert_faster
 
 SIZES = (1, 0, 7, 63, 1003, 33_000)  # 33,000: two chunks
 KINDS = list(itertools.product((False, True), repeat=3))  # split weights, bf16 gradients, bf16 moments
@@ -152,21 +151,6 @@ def test_the_gpus_kernel_gives_the_bits_of_the_definition_as_plain_code(cuda_on_
         cuda_on_host.run(rows, table.num_rows, table.num_chunks, table.kind, pack, (ctypes.c_float * 1)(scale))
     for ours, theirs in zip(got, want):
         assert_same_bits(ours, theirs)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("torch_settings")
-@pytest.mark.parametrize("sizes", [(1 << 20,) * 8, (4096,) * 256])
-def test_is_no_slower_than_torchs_fused(sizes):
-    """Wide of what is measured (dev/LOG.md): 0.9 of its time."""
-    torch.set_num_threads(1)
-    leaves = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
-    for leaf in leaves:
-        leaf.grad = torch.randn_like(leaf)
-    fused = torch.optim.AdamW(leaves, lr=1e-3, fused=True)
-    gradients, moments = [leaf.grad for leaf in leaves], [[torch.zeros_like(leaf) for leaf in leaves] for _ in "mv"]
-    own = [leaf.detach().clone() for leaf in leaves]
-    assert_faster(lambda: adamw_step(own, gradients, None, *moments, lr=1e-3, step=1), fused.step, 0.75)
 
 
 # ---- what is computed
