@@ -103,11 +103,27 @@ class DataConfig(Node):
     skip_bad_records: Annotated[int, Field(ge=0, le=10**9), NUMBER] = Field(0, description="bad records to pass over")
     max_prompt_tokens: Tokens = Field(2048, description="a longer prompt, its images included, is an error")
     system_prompt: str | None = Field(None, description="put before prompts that have none; null: nothing")
+    columns: dict[str, str] = Field(
+        {},
+        description="our name of a field: the files' name, as {images: picture, reward_model.ground_truth: answer}",
+    )
+    cache: Place | None = Field(
+        None, description="folder for what is made once of large files; null: run.out/cache, outside training none"
+    )
 
     @property
     def reading(self) -> dict[str, Any]:
         """Options of data/formats.py's readers."""
-        return {"skip_bad": self.skip_bad_records, "system_prompt": self.system_prompt}
+        return {
+            "skip_bad": self.skip_bad_records,
+            "system_prompt": self.system_prompt,
+            "columns": self.columns,
+            "cache": self.cache,
+        }
+
+    def beside(self, out: Path) -> DataConfig:
+        """The same with the cache of a run in ``out``, where no other is given."""
+        return self if self.cache is not None else self.model_copy(update={"cache": out / "cache"})
 
 
 class OptimizerConfig(Node):

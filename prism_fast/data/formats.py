@@ -14,16 +14,11 @@ Perception and reasoning parts always carry their tags in a Sample. Where a file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from prism_fast.data.bad_records import BadRecords
-from prism_fast.data.fields import IMAGE, Fields, is_read, missing
+from prism_fast.data.dataset import Convert, Dataset, Paths
+from prism_fast.data.fields import IMAGE, Fields, missing
 from prism_fast.data.images import open_image
-from prism_fast.data.source import Source, open_source
 from prism_fast.data.writers import write_align, write_rlvr, write_sft, write_warmup
 from prism_fast.records import DataError, Message, Sample
 from prism_fast.response_format import Parts, split_parts
@@ -41,79 +36,6 @@ __all__ = [
     "write_sft",
     "write_warmup",
 ]
-
-PROGRESS_EVERY = 256  # records
-Paths = str | Path | Sequence[str | Path]
-Skip = int | BadRecords  # how many bad records are allowed, or the account of a command that reads other files too
-Convert = Callable[["Fields"], Sample]
-
-
-class Dataset(Sequence[Sample]):
-    """Validated records of one or more files, parsed when indexed.
-
-    ``bad`` is the account of the bad records that were passed over; more than ``skip_bad`` of them raise. A stage that
-    finds a bad record later (an image that does not open) reports it through ``skip`` to the same account. ``progress``
-    is told (good records, records) while the files are read.
-    """
-
-    def __init__(
-        self,
-        paths: Paths,
-        convert: Convert,
-        skip_bad: Skip = 0,
-        system_prompt: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ):
-        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        if not paths:
-            raise DataError("no data file given; name at least one")
-        self.bad = skip_bad if isinstance(skip_bad, BadRecords) else BadRecords(skip_bad)
-        self._skipped: set[int] = set()
-        self._convert = convert
-        self._system_prompt = system_prompt
-        self._sources: list[Source] = [open_source(path, is_read) for path in paths]
-        good = []
-        total = sum(map(len, self._sources))
-        for file, source in enumerate(self._sources):
-            for record in range(len(source)):
-                if progress is not None and record % PROGRESS_EVERY == 0:
-                    progress(len(good), total)
-                try:
-                    self._read(file, record)
-                except DataError as error:
-                    self.bad.add(source.place(record), error)
-                else:
-                    good.append((file, record))
-        self._index = np.array(good, dtype=np.int64).reshape(-1, 2)
-        if not good:
-            raise DataError(
-                f"{paths[0]}: no valid record is left, {total} are bad; correct the file ({self.bad.messages[-1]})"
-            )
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside a dataset of {len(self)} records")
-        file, record = self._index[index]
-        return self._read(int(file), int(record))
-
-    def _read(self, file: int, record: int) -> Sample:
-        source = self._sources[file]
-        fields = Fields(source[record], source.place(record), source.path.parent, self._system_prompt)
-        sample = self._convert(fields)
-        fields.refuse_dropped(sample)
-        return sample
-
-    def skip(self, index: int, error: DataError) -> None:
-        """Count record ``index`` as bad; raises once there are more than are allowed (at once by default), or no other
-        record is left."""
-        file, record = self._index[index]
-        self.bad.add(self._sources[file].place(int(record)), error)
-        self._skipped.add(index % len(self))
-        if len(self._skipped) == len(self):
-            raise DataError(f"{self._sources[0].path}: each of {len(self)} records is bad ({error}); correct the file")
 
 
 def require_parts(response: str, place: str, field: str) -> Parts:
@@ -226,26 +148,25 @@ def _rlvr(fields: Fields) -> Sample:
 FORMATS: dict[str, Convert] = {"sft": _sft, "warm-up": _warmup, "alignment": _align, "rlvr": _rlvr}
 
 
-def read_sft(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
+def read_sft(paths: Paths, **options: Any) -> Dataset:
     """LLaMA-Factory sharegpt demonstrations: ``messages`` and ``images``; the last assistant turn is the response.
 
-    skip_bad: how many bad records may be passed over, or the account that counts them. system_prompt: for records
-    without one.
+    Options are `Dataset`'s: skip_bad, system_prompt, columns, cache, progress.
     """
-    return Dataset(paths, _sft, skip_bad, system_prompt)
+    return Dataset(paths, _sft, **options)
 
 
-def read_warmup(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
+def read_warmup(paths: Paths, **options: Any) -> Dataset:
     """Teacher/student pairs: ``prompt`` or ``question``, ``image`` (a path, null, or a list), captions and cots or
     whole responses. A question without a placeholder gets its image in front. Options as in ``read_sft``."""
-    return Dataset(paths, _warmup, skip_bad, system_prompt)
+    return Dataset(paths, _warmup, **options)
 
 
-def read_align(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
+def read_align(paths: Paths, **options: Any) -> Dataset:
     """Prompts with a teacher's response; the gold answer may be absent. Options as in ``read_sft``."""
-    return Dataset(paths, _align, skip_bad, system_prompt)
+    return Dataset(paths, _align, **options)
 
 
-def read_rlvr(paths: Paths, *, skip_bad: Skip = 0, system_prompt: str | None = None) -> Dataset:
+def read_rlvr(paths: Paths, **options: Any) -> Dataset:
     """Prompts with a gold answer; teacher fields, if any, are ignored. Options as in ``read_sft``."""
-    return Dataset(paths, _rlvr, skip_bad, system_prompt)
+    return Dataset(paths, _rlvr, **options)

@@ -1,6 +1,7 @@
 """Raw records of a JSON list, a JSON-lines file or a parquet file, indexed once and read on demand.
 
 Only offsets stay in memory; a record is parsed when it is asked for. Records are numbered from 1, as a person counts.
+The offsets of a large file are kept in a cache, so that the next start does not read it through.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ import codecs
 import json
 import mmap
 import re
-from collections import OrderedDict
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from prism_fast.data.cache import Cache
+from prism_fast.data.parquet import Parquet, Wanted
+from prism_fast.data.row_groups import reason
 from prism_fast.records import DataError
 
-ROW_GROUP_CACHE_BYTES = 2 << 30
+INDEXED_BYTES = 64 << 20  # of a file: smaller ones are read through at every start
 
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
@@ -28,17 +30,9 @@ _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 class JsonLines:
     """One JSON object per line; blank lines are allowed and not counted as records."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, cache: Cache):
         self.path = path
-        starts, lines, position = [], [], 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    starts.append((position, position + len(line)))
-                    lines.append(number)
-                position += len(line)
-        self._span = np.array(starts, dtype=np.int64).reshape(-1, 2)
-        self._line = np.array(lines, dtype=np.int64)
+        self._span, self._line = _index(path, cache, _lines).values()
         self._bytes = _map(path)
 
     def __len__(self) -> int:
@@ -58,10 +52,10 @@ class JsonLines:
 class JsonList:
     """A JSON file that holds one list of objects (LLaMA-Factory's layout), whatever its size."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, cache: Cache):
         self.path = path
+        (self._span,) = _index(path, cache, _elements).values()
         self._bytes = _map(path)
-        self._span = np.array(list(_list_spans(self._bytes, path)), dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._span)
@@ -74,69 +68,17 @@ class JsonList:
         return _parse(self._bytes[start:end], self.place(index))
 
 
-class Parquet:
-    """Rows of a parquet file; row groups are decoded when needed and kept while they fit in a budget."""
-
-    def __init__(self, path: Path, cache_bytes: int = ROW_GROUP_CACHE_BYTES, wanted: Wanted | None = None):
-        self.path = path
-        try:
-            self._file = pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{path}: not a readable parquet file, perhaps truncated; copy it again ({_line(error)})"
-            ) from error
-        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
-        self._columns = _columns(self._file.schema_arrow, wanted or (lambda name: True), path)
-        self._start = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        self._cache_bytes = cache_bytes
-
-    def __len__(self) -> int:
-        return int(self._start[-1])
-
-    def place(self, index: int) -> str:
-        return f"{self.path}:{index + 1}"
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        group = int(np.searchsorted(self._start, index, side="right")) - 1
-        table = self._group(group)
-        try:
-            row = table.slice(index - int(self._start[group]), 1).to_pylist()[0]
-            return {name: _shortest(value, table.schema.field(name).type) for name, value in row.items()}
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.place(index)}: a text is not valid UTF-8; write the file again ({error})"
-            ) from error
-        except Exception as error:  # dates outside Python's, time zones nobody knows, ...
-            detail = f"{type(error).__name__}: {_line(error)}"
-            raise DataError(f"{self.place(index)}: a value cannot be read; write it as a text ({detail})") from error
-
-    def _group(self, group: int) -> pa.Table:
-        if group in self._cache:
-            self._cache.move_to_end(group)
-            return self._cache[group]
-        try:
-            table = self._file.read_row_group(group, columns=self._columns)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{self.path}: row group {group + 1} cannot be read; copy the file again ({_line(error)})"
-            ) from error
-        self._cache[group] = table
-        while len(self._cache) > 1 and sum(t.nbytes for t in self._cache.values()) > self._cache_bytes:
-            self._cache.popitem(last=False)
-        return table
-
-
 Source = JsonLines | JsonList | Parquet
-Wanted = Callable[[str], bool]  # whether a field of this name is looked at
+Index = dict[str, "np.ndarray[Any, Any]"]
 
 
-def open_source(path: str | Path, wanted: Wanted | None = None) -> Source:
+def open_source(path: str | Path, wanted: Wanted | None = None, cache: Cache | None = None) -> Source:
     """The records of one file; the layout is told by the first bytes, not by the name.
 
-    Of a parquet file only ``wanted`` columns are read. Raises DataError for a missing, empty or unreadable file.
+    Of a parquet file only ``wanted`` columns are read. ``cache``: where what is made of a large file stays. Raises
+    DataError for a missing, empty or unreadable file.
     """
-    path = Path(path)
+    path, cache = Path(path), cache or Cache()
     if not path.exists():
         remote = re.match(r"(https?|s3|gs|hf|file):", str(path))
         raise DataError(f"{path}: " + ("a URL; download it first" if remote else "no such file; check the path"))
@@ -156,12 +98,12 @@ def open_source(path: str | Path, wanted: Wanted | None = None) -> Source:
         raise DataError(f"{path}: the file is empty; write at least one record")
     begins = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if head.startswith(b"PAR1") or (path.suffix == ".parquet" and begins not in (b"{", b"[")):
-        source: Source = Parquet(path, wanted=wanted)
+        source: Source = Parquet(path, cache, wanted)
     elif begins == b"[":
-        source = JsonList(path)
+        source = JsonList(path, cache)
     else:
         _refuse_other_layouts(head, path)
-        source = JsonLines(path)
+        source = JsonLines(path, cache)
         _refuse_one_object(source)
     if not len(source):
         raise DataError(f"{path}: holds no record; write at least one")
@@ -219,48 +161,42 @@ def _refuse_one_object(source: JsonLines) -> None:
             ) from error
 
 
-def _shortest(value: Any, kind: pa.DataType) -> Any:
-    """A value with its floats of 16 and 32 bits as the shortest decimal that is theirs: 0.1, not 0.10000000149."""
-    if pa.types.is_float16(kind) or pa.types.is_float32(kind):
-        return None if value is None else float(str(np.dtype(kind.to_pandas_dtype()).type(value)))
-    if pa.types.is_struct(kind) and value is not None:
-        return {field.name: _shortest(value[field.name], field.type) for field in kind}
-    if isinstance(value, list) and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return [_shortest(entry, kind.value_type) for entry in value]
-    return value
+def _index(path: Path, cache: Cache, scan: Callable[[Path], Index]) -> Index:
+    """``scan(path)``, or what it once was."""
+    if path.stat().st_size < INDEXED_BYTES or not cache.is_kept:
+        return scan(path)
+
+    def make(target: Path) -> None:
+        with open(target, "wb") as file:
+            np.savez(file, allow_pickle=False, **scan(path))
+
+    with np.load(cache.file(path, "offsets.npz", scan.__name__, make), allow_pickle=False) as found:
+        return dict(found)
 
 
-def _columns(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
-    """The wanted columns, and images of any name; of extra_info, which may hold anything, only what is read."""
-    twice = {name for name in schema.names if wanted(name) and schema.names.count(name) > 1}
-    if twice:
-        raise DataError(f"{path}: {min(twice)}: two columns have this name; rename one of them")
-    columns = []
-    for name in schema.names:
-        if schema.names.count(name) > 1 or not (wanted(name) or _holds_images(schema.field(name).type)):
-            continue
-        kind = schema.field(name).type
-        if name != "extra_info" or not pa.types.is_struct(kind):
-            columns.append(name)
-        elif kind.get_field_index("question_type") >= 0:
-            columns.append("extra_info.question_type")
-    return columns
+def _lines(path: Path) -> Index:
+    """Byte spans and numbers of the lines that are not blank."""
+    spans, numbers, position = array("q"), array("q"), 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                spans.extend((position, position + len(line)))
+                numbers.append(number)
+            position += len(line)
+    return {"span": np.array(spans, dtype=np.int64).reshape(-1, 2), "line": np.array(numbers, dtype=np.int64)}
 
 
-def _holds_images(kind: pa.DataType) -> bool:
-    """Whether a column has the type in which data sets hold an image, or a list of them."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_images(kind.value_type)
-    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+def _elements(path: Path) -> Index:
+    """Byte spans of the elements of a list."""
+    spans = array("q")
+    for span in _list_spans(_map(path), path):
+        spans.extend(span)
+    return {"span": np.array(spans, dtype=np.int64).reshape(-1, 2)}
 
 
 def _map(path: Path) -> mmap.mmap:
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 class _Twice(Exception):
@@ -291,7 +227,7 @@ def _parse(data: bytes, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: {error}: the field stands twice in one object; keep one of them") from error
     except (ValueError, RecursionError) as error:
         remedy = "write one record a line" if str(error).startswith("Extra data") else "correct or remove the record"
-        raise DataError(f"{place}: the JSON does not parse ({_line(error)}); {remedy}") from error
+        raise DataError(f"{place}: the JSON does not parse ({reason(error)}); {remedy}") from error
     if not isinstance(record, dict):
         raise DataError(f"{place}: expected a JSON object with named fields, got {type(record).__name__}; correct it")
     return record

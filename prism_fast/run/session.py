@@ -131,6 +131,7 @@ class Session:
         self.stage, self.config, self.resume, self.accept_changes = stage, config.run, resume, accept_changes
         self.settings = config
         self.out = self.config.out
+        self.data = config.data.beside(self.out)  # what is made of large files stays with the run
         self.folder = self.out / "checkpoints"
         self.final = self.out / "final"
         self.state: dict[str, Any] = {}  # of the checkpoint: what ``end_of_step`` was given, among others

@@ -43,7 +43,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             models=_collected(updater, judge_updater, chat),
             optimizers={"policy/": updater, "discriminator/": judge_updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=evaluator(sampler, chat, config.data, config.eval, config.run.seed, bad=data.bad),
+            evaluate=evaluator(sampler, chat, session.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
         prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
@@ -96,7 +96,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
 def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Dataset]:
     policy, chat = open_policy(config.policy, session.saved("policy"))
     discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
-    data = read_align(config.data.files, **config.data.reading)
+    data = read_align(session.data.files, **session.data.reading)
     session.loaded(len(data), policy=policy, discriminator=discriminator)
     return policy, chat, discriminator, data
 

@@ -30,7 +30,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
         reference = None
         if config.reference is not None:
             reference = Backprop(load_policy(config.reference, chat).requires_grad_(False))
-        data = read_rlvr(config.data.files, **config.data.reading)
+        data = read_rlvr(session.data.files, **session.data.reading)
         session.loaded(len(data), policy=policy)
         updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)
         sampler = session.closing(open_sampler(config.sampler, updater, chat, session.saved("policy"), session.warn))
@@ -40,7 +40,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
             evaluate=evaluator(
-                sampler, chat, config.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
+                sampler, chat, session.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
             ),
             watch=config.watch,
         )

@@ -22,7 +22,7 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
     """Trains config.model on config.data; writes config.run.out/final. Returns the last evaluation's figures."""
     with Session("sft", config, resume, accept_changes) as session:
         policy, chat = open_policy(config.model, session.saved("policy"))
-        data = read_sft(config.data.files, **config.data.reading)
+        data = read_sft(session.data.files, **session.data.reading)
         session.loaded(len(data), policy=policy)
         total = config.steps or math.ceil(config.epochs * len(data) / config.batch_size)
         updater = open_updater(policy, config.optimizer, total, config.cluster, session.out)
@@ -32,7 +32,7 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
             evaluate=evaluator(
-                BuiltinSampler(updater, chat), chat, config.data, config.eval, config.run.seed, bad=data.bad
+                BuiltinSampler(updater, chat), chat, session.data, config.eval, config.run.seed, bad=data.bad
             ),
         )
         encode = partial(

@@ -25,7 +25,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
     with Session("warmup", config, resume, accept_changes) as session:
         saved = session.saved("discriminator")
         discriminator, chat = open_discriminator(config.discriminator, saved, config.head_dropout)
-        data = read_warmup(config.data.files, **config.data.reading)
+        data = read_warmup(session.data.files, **session.data.reading)
         session.loaded(len(data), discriminator=discriminator)
         encode = partial(
             pair_record, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
@@ -72,7 +72,8 @@ def _held_out(
 ) -> tuple[int, Sequence[PairRecord]]:
     """(records to train on, held-out records): those of data.eval_files, or the last eval_fraction of ``data``."""
     if config.data.eval_files:
-        other = read_warmup(config.data.eval_files, skip_bad=data.bad, system_prompt=config.data.system_prompt)
+        source = config.data.beside(config.run.out)
+        other = read_warmup(source.eval_files, **{**source.reading, "skip_bad": data.bad})
         count, held_out = len(data), Held(other, range(len(other)), encode)
     else:
         count = len(data) - max(1, round(config.eval_fraction * len(data)))

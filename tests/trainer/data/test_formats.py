@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prism_fast.data import formats, source
+from prism_fast.data.cache import Cache
 from prism_fast.data.formats import open_image, read_align, read_rlvr, read_sft, read_warmup
 from prism_fast.records import DataError, ImageRef, Message, Sample
 
@@ -329,10 +330,10 @@ def test_a_data_set_of_which_nothing_is_left(tmp_path):
 
 def test_row_groups_leave_the_cache(tmp_path):
     path = write(tmp_path, "align", *[record("align", data_source=str(i)) for i in range(9)])
-    rows = source.Parquet(path, cache_bytes=1)
+    rows = source.Parquet(path, Cache(), held_bytes=1)
     order = [8, 0, 3, 8, 1, 5]
     assert [rows[i]["data_source"] for i in order] == [str(i) for i in order]
-    assert len(rows._cache) == 1
+    assert len(rows._held) == 1
 
 
 @pytest.mark.parametrize("stored", ["bytes", "path"])

@@ -1,0 +1,67 @@
+"""Files that are made once from a data file and kept beside the run: pieces of row groups, and which records are good.
+
+A file is told by where its source lies, its size, its time of change and what was asked of it; where any of them is
+another, it is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from prism_fast import ranks
+from prism_fast.files import replacing, writing
+
+
+class Cache:
+    """A folder for what is made from data files; without one, a temporary folder that goes with this object.
+
+    Several processes: the first makes a file, the others wait for it; who does not see it then (another host's disk)
+    makes its own.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self._folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        if self._folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="prism-fast-")
+            self._folder = Path(self._temporary.name)
+        return self._folder
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether files are there at the next start."""
+        return self._folder is not None and self._temporary is None
+
+    def file(self, source: Path, name: str, asked: Any, make: Callable[[Path], None], said: str | None = None) -> Path:
+        """The file that ``make(path)`` writes from ``source``. ``asked``: what else it depends on, as JSON; ``said``:
+        a line for a person where it has to be made. All processes call this for the same files."""
+        found = self.folder / f"{source.stem[:40]}-{_digest(source, asked)}.{name}"
+        with ranks.together():
+            if ranks.is_first() or not self.is_kept:
+                self._made(found, make, said)
+        with ranks.together():
+            self._made(found, make, None)
+        return found
+
+    def _made(self, found: Path, make: Callable[[Path], None], said: str | None) -> None:
+        if found.exists():
+            return
+        if said is not None and ranks.is_first():
+            print(f"{said}: {found}", file=sys.stderr, flush=True)
+        with writing(found, "data.cache"), replacing(found) as aside:
+            make(aside)
+
+
+def _digest(source: Path, asked: Any) -> str:
+    about = source.stat()
+    told = [str(source.resolve()), about.st_size, about.st_mtime_ns, asked]
+    return blake2b(json.dumps(told).encode(), digest_size=10).hexdigest()

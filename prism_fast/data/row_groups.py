@@ -1,0 +1,81 @@
+"""Row groups of a parquet file cut into small ones. As a program, which loads nothing but pyarrow:
+
+    python -m prism_fast.data.row_groups '{"source": "a.parquet", "target": "b.parquet", "columns": ["prompt"]}'
+
+A page is unpacked whole, and writers that count rows make pages as large as their row groups, so that it may take twice
+the bytes of a row group: its process gives them back.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prism_fast import DataError
+
+PIECE_BYTES = 4 << 20  # of a row group of the copy: what it costs to look at one record
+MOST_ROWS = 4096  # that are unpacked at once: a column of equal texts takes far more than a file says
+UNREADABLE = 3  # exit status: the line says what is wrong with the source
+
+
+def opened(path: Path, source: Path) -> pq.ParquetFile:
+    """For reading by and by: a mapped file's pages would count as this process's memory."""
+    try:
+        return pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{source}: not a readable parquet file, perhaps truncated; copy it again ({reason(error)})"
+        ) from error
+
+
+def unreadable(path: Path, group: int, error: Exception) -> DataError:
+    return DataError(f"{path}: row group {group + 1} cannot be read; copy the file again ({reason(error)})")
+
+
+def cut(source: Path, target: Path, columns: list[str]) -> None:
+    """Copies ``columns`` into row groups of about PIECE_BYTES. Raises DataError for what cannot be read."""
+    file = opened(source, source)
+    writer: pq.ParquetWriter | None = None
+    try:
+        for batch in _batches(file, source, columns):
+            if writer is None:
+                writer = pq.ParquetWriter(target, batch.schema, compression="lz4", use_dictionary=False)
+            rows = PIECE_BYTES * batch.num_rows // max(1, batch.nbytes)
+            writer.write_batch(batch, row_group_size=max(1, rows))
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _batches(file: pq.ParquetFile, source: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        rows = PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
+        try:
+            yield from file.iter_batches(
+                max(1, min(rows, MOST_ROWS)), row_groups=[number], columns=columns, use_threads=False
+            )
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise unreadable(source, number, error) from error
+
+
+def reason(error: Exception | str) -> str:
+    """An exception's words on one line."""
+    return " ".join(str(error).split())[:200]
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    try:
+        cut(Path(request["source"]), Path(request["target"]), request["columns"])
+    except DataError as error:
+        print(error)
+        sys.exit(UNREADABLE)
+    except (OSError, MemoryError, pa.ArrowException) as error:
+        print(reason(error))
+        sys.exit(1)

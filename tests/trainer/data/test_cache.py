@@ -1,0 +1,205 @@
+"""What is made once of large data files (pieces of row groups, offsets, verdicts), anew where a file has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prism_fast.data import dataset, parquet, row_groups, source
+from prism_fast.data.cache import Cache
+from prism_fast.data.formats import read_align, read_sft
+from prism_fast.records import DataError
+from tests.trainer.data.test_formats import png, record, write
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Limits that a file of a test is over."""
+    monkeypatch.setattr(parquet, "GROUP_BYTES", 100)
+    monkeypatch.setattr(source, "INDEXED_BYTES", 100)
+    monkeypatch.setattr(dataset, "JUDGED_ONCE", 2)
+
+
+def numbered(folder, count: int = 40, rows: int = 40, **changes):
+    """An alignment file whose records are numbered, ``rows`` to a row group."""
+    (folder / "a.png").write_bytes(png())
+    path = folder / "align.parquet"
+    records = [{**record("align", data_source=str(i), **changes), "junk": "x" * 99} for i in range(count)]
+    pq.write_table(pa.Table.from_pylist(records), path, row_group_size=rows)
+    return path
+
+
+def numbers(data) -> list[str]:
+    return [sample.data_source for sample in data]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("rows", [7, 40])
+def test_large_row_groups_are_cut_once(tmp_path, capsys, kept, rows):
+    path, folder = numbered(tmp_path, rows=rows), tmp_path / "cache" if kept else None
+    want = [str(i) for i in range(40)]
+    assert numbers(read_align(path, cache=folder)) == want
+    assert "are cut into pieces" in capsys.readouterr().err
+    if kept:
+        (copy,) = folder.glob("*.rows.parquet")
+        assert "junk" not in pq.read_schema(copy).names  # only what is read
+        before = copy.stat().st_mtime_ns
+        assert numbers(read_align(path, cache=folder)) == want
+        assert copy.stat().st_mtime_ns == before
+        assert not capsys.readouterr().err
+    else:
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "align.parquet"]
+
+
+def test_pieces_have_few_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_groups, "PIECE_BYTES", 4000)
+    path = numbered(tmp_path, count=400, rows=400)
+    row_groups.cut(path, tmp_path / "cut.parquet", ["data_source", "prompt", "extra_info.question_type"])
+    meta = pq.read_metadata(tmp_path / "cut.parquet")
+    assert meta.num_rows == 400
+    assert all(meta.row_group(i).total_byte_size < 8000 for i in range(meta.num_row_groups))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = numbered(tmp_path)
+    read_align(path, cache=tmp_path / "cache")
+    assert numbers(read_align(numbered(tmp_path, count=30), cache=tmp_path / "cache")) == [str(i) for i in range(30)]
+    path = write(tmp_path, "sft", *[record("sft")] * 3)
+    assert len(read_sft(path, cache=tmp_path / "cache")) == 3
+    path.unlink()
+    path = write(tmp_path, "sft", *[record("sft")] * 5)
+    assert len(read_sft(path, cache=tmp_path / "cache")) == 5
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["sft.json", "sft.jsonl"])
+def test_offsets_are_found_once(tmp_path, monkeypatch, name):
+    path = write(tmp_path, "sft", *[record("sft")] * 4, name=name)
+    first = read_sft(path, cache=tmp_path / "cache")
+    monkeypatch.setattr(source, "_list_spans", None)
+    monkeypatch.setattr(source, "array", None)
+    again = read_sft(path, cache=tmp_path / "cache")
+    assert list(again) == list(first)
+    assert again[3].place == f"{path}:4"
+    with pytest.raises(TypeError):
+        read_sft(path)
+
+
+@pytest.mark.usefixtures("small")
+def test_records_are_judged_once(tmp_path, monkeypatch):
+    good, bad = record("sft"), record("sft", messages=[])
+    path = write(tmp_path, "sft", good, bad, good, record("sft", images=["late.png"]))
+    with pytest.raises(DataError, match=r"sft.json:2: messages"):
+        read_sft(path, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.bad.json"))  # nothing is known of the others
+    first = read_sft(path, skip_bad=2, cache=tmp_path / "cache")
+    read: list[int] = []
+    judge = dataset.Dataset._read
+    monkeypatch.setattr(
+        dataset.Dataset, "_read", lambda self, file, number: read.append(number) or judge(self, file, number)
+    )
+    again = read_sft(path, skip_bad=2, cache=tmp_path / "cache")
+    assert read == [1, 3]  # the bad ones, which may have been mended
+    assert (list(again), again.bad.found) == (list(first), first.bad.found)
+    with pytest.raises(DataError, match="skip_bad_records=1"):
+        read_sft(path, skip_bad=1, cache=tmp_path / "cache")
+    (tmp_path / "late.png").write_bytes(png())
+    assert [sample.place for sample in read_sft(path, skip_bad=1, cache=tmp_path / "cache")] == [
+        f"{path}:{number}" for number in (1, 3, 4)
+    ]
+    # Other options are other verdicts.
+    read.clear()
+    read_sft(path, skip_bad=1, system_prompt="Think.", cache=tmp_path / "cache")
+    assert read == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("small")
+def test_what_cannot_be_cut_is_said_in_one_line(tmp_path, monkeypatch):
+    path = numbered(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(200) + whole[400:])
+    with pytest.raises(DataError, match=r"align.parquet: row group 1 cannot be read; copy the file again \(") as caught:
+        read_align(path, cache=tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(row_groups, "__name__", "prism_fast.data.nothing")
+    with pytest.raises(DataError, match=r"align.parquet: row groups of .* could not be cut \(exit status 1,"):
+        read_align(numbered(tmp_path), cache=tmp_path / "cache")
+    monkeypatch.undo()
+    monkeypatch.setattr(parquet, "GROUP_ROWS", 39)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data.cache"):
+        read_align(numbered(tmp_path), cache=tmp_path / "file")
+
+
+def test_cutting_loads_no_torch():
+    told = "import sys, prism_fast.data.row_groups; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_temporary_folder_goes_with_its_cache(tmp_path):
+    cache = Cache()
+    (tmp_path / "a.txt").write_text("x")
+    made = cache.file(tmp_path / "a.txt", "copy", None, lambda target: target.write_text("y"))
+    assert made.read_text() == "y"
+    del cache
+    assert not made.exists()
+
+
+# ---- names of columns
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_fields_are_read_by_other_names(tmp_path, name):
+    raw = record("align")
+    other = {
+        "dialogue": raw["prompt"],
+        "picture": raw["images"],
+        "solution": "7",
+        "kind": "sum",
+        "shown": raw["teacher_response"],
+    }
+    path = write(tmp_path, "align", other, other, name=name)
+    columns = {
+        "prompt": "dialogue",
+        "images": "picture",
+        "reward_model.ground_truth": "solution",
+        "extra_info.question_type": "kind",
+        "teacher_response": "shown",
+    }
+    for sample in read_align(path, columns=columns):
+        assert (sample.gold, sample.question_type, len(sample.images)) == ("7", "sum", 1)
+    with pytest.raises(DataError, match="the field is missing"):
+        read_align(path, columns={})
+
+
+def test_a_renamed_field_takes_the_place_of_its_name(tmp_path):
+    path = write(tmp_path, "align", {**record("align"), "answer_text": "8"}, name="data.jsonl")
+    (sample,) = read_align(path, columns={"reward_model.ground_truth": "answer_text", "extra_info.x": "nowhere"})
+    assert (sample.gold, sample.equivalents) == ("8", ("7.0",))
+
+
+def test_a_place_without_fields_is_refused(tmp_path):
+    path = write(tmp_path, "align", {**record("align"), "answer_text": "8"}, name="data.jsonl")
+    with pytest.raises(DataError, match="data_source: holds no fields"):
+        read_align(path, columns={"data_source.x": "answer_text"})
+
+
+def test_columns_of_the_command_line(tmp_path):
+    from prism_fast.config import DataConfig
+
+    told = DataConfig.model_validate({"files": ["a.json"], "columns": {"images": "picture"}})
+    assert told.reading["columns"] == {"images": "picture"}
+    assert told.beside(tmp_path).cache == tmp_path / "cache"
+    assert json.loads(told.model_dump_json())["cache"] is None
