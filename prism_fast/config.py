@@ -111,6 +111,10 @@ class DataConfig(Node):
         None, description="folder for what is made once of large files; null: run.out/cache, outside training none"
     )
 
+    image_cache: Annotated[int, Field(ge=0, le=2**24), NUMBER] = Field(
+        512, description="MiB of processed images that each process of a training run keeps, to use them again"
+    )
+
     @property
     def reading(self) -> dict[str, Any]:
         """Options of data/formats.py's readers."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from prism_fast.data.chat_files import (
@@ -27,7 +28,7 @@ from prism_fast.data.chat_files import (
     quiet,
     render,
 )
-from prism_fast.data.images import open_image
+from prism_fast.data.processed import Patches, ProcessedImages
 from prism_fast.records import DataError, Message, Prompt, Sample
 
 IMAGE = "<image>"
@@ -50,6 +51,7 @@ class Chat:
     def __init__(self, tokenizer: Any, image_processor: Any):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.images = ProcessedImages(self._patches)
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         missing = [token for token in (END_OF_TURN, *VISION_TOKENS.values()) if token not in added]
         if missing:
@@ -120,7 +122,7 @@ class Chat:
             ) from error
         pixels = grid = decode = None
         if sample.images and sample.seen is not None:
-            grid, decode = torch.tensor(sample.seen.grid), lambda: self._pixels(sample)[0]
+            grid, decode = torch.tensor(sample.seen.grid), lambda: self._pixels(sample).pixels
         elif sample.images:
             pixels, grid = self._pixels(sample)
         if grid is not None:
@@ -191,14 +193,18 @@ class Chat:
                 parts.append({"type": "text", "text": text})
         return {"role": message.role, "content": parts}
 
-    def _pixels(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        images = [open_image(ref, sample.place) for ref in sample.images]
+    def _pixels(self, sample: Sample) -> Patches:
         try:
-            output = self.image_processor(images=images, return_tensors="pt")
+            return self.images(sample.images, sample.place)
+        except DataError:
+            raise
         except ValueError as error:  # a size that the processor refuses and open_image takes
             detail = " ".join(str(error).split())[:160]
             raise DataError(f"{sample.place}: images: cannot be preprocessed ({detail}); resize the image") from error
-        return output["pixel_values"].to(torch.float32), output["image_grid_thw"].to(torch.int64)
+
+    def _patches(self, image: Image) -> Patches:
+        made = self.image_processor(images=[image], return_tensors="pt")
+        return Patches(made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64))
 
     def _expand(self, text: str, grid: Tensor, place: str) -> str:
         placeholder = VISION_TOKENS["image"]

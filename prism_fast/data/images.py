@@ -127,6 +127,17 @@ def open_image(ref: ImageRef, place: str) -> Image.Image:
         raise DataError(f"{place}: images: {name} does not open ({detail}); replace the image or remove it") from error
 
 
+def content(ref: ImageRef) -> bytes | None:
+    """The encoded image; None for what `open_image` refuses before it reads it."""
+    if ref.data is not None:
+        return ref.data
+    try:
+        with _open(ref) as file:
+            return file.read()
+    except (_Refusal, OSError, ValueError):
+        return None
+
+
 def _kind(mode: int) -> str:
     names = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return names.get(stat.S_IFMT(mode), "a device")

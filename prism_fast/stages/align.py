@@ -96,6 +96,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
 def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Dataset]:
     policy, chat = open_policy(config.policy, session.saved("policy"))
     discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
+    chat.images.keep(session.data.image_cache)
     data = read_align(session.data.files, **session.data.reading)
     session.loaded(len(data), policy=policy, discriminator=discriminator)
     return policy, chat, discriminator, data

@@ -27,9 +27,8 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
     """Trains config.policy on verifiable rewards; writes config.run.out/final/policy."""
     with Session("rlvr", config, resume, accept_changes) as session, started(config.reward):
         policy, chat = open_policy(config.policy, session.saved("policy"))
-        reference = None
-        if config.reference is not None:
-            reference = Backprop(load_policy(config.reference, chat).requires_grad_(False))
+        reference = Backprop(load_policy(config.reference, chat).requires_grad_(False)) if config.reference else None
+        chat.images.keep(session.data.image_cache)
         data = read_rlvr(session.data.files, **session.data.reading)
         session.loaded(len(data), policy=policy)
         updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)

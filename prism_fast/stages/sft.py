@@ -22,6 +22,7 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
     """Trains config.model on config.data; writes config.run.out/final. Returns the last evaluation's figures."""
     with Session("sft", config, resume, accept_changes) as session:
         policy, chat = open_policy(config.model, session.saved("policy"))
+        chat.images.keep(session.data.image_cache)
         data = read_sft(session.data.files, **session.data.reading)
         session.loaded(len(data), policy=policy)
         total = config.steps or math.ceil(config.epochs * len(data) / config.batch_size)

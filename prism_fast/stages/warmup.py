@@ -25,6 +25,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
     with Session("warmup", config, resume, accept_changes) as session:
         saved = session.saved("discriminator")
         discriminator, chat = open_discriminator(config.discriminator, saved, config.head_dropout)
+        chat.images.keep(session.data.image_cache)
         data = read_warmup(session.data.files, **session.data.reading)
         session.loaded(len(data), discriminator=discriminator)
         encode = partial(
