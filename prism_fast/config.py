@@ -115,6 +115,10 @@ class DataConfig(Node):
         512, description="MiB of processed images that each process of a training run keeps, to use them again"
     )
 
+    workers: Annotated[int, Field(ge=0, le=256), NUMBER] | Literal["auto"] = Field(
+        "auto", description="processes that encode the next batch; 0: none; auto: a quarter of the cores, at most 8"
+    )
+
     @property
     def reading(self) -> dict[str, Any]:
         """Options of data/formats.py's readers."""

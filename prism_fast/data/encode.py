@@ -22,35 +22,35 @@ HELD_BYTES = 1 << 30  # pixels of encoded records that a set for evaluation keep
 NO_RECORDS = "every record of the step is bad; no update was made"  # what a stage says of such a step
 
 
-def encode_all(data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T]) -> list[T]:
-    """``encode`` of the picked records; empty where all are bad. A bad one raises, or is counted where
-    skip_bad_records allows it.
+def encoded(
+    data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T], take: Callable[[int], T] | None = None
+) -> list[tuple[int, T]]:
+    """(index, what it was encoded to) of the good records among those picked. A bad one raises, or is counted where
+    skip_bad_records allows it. ``take(i)``: gives what picked[i] was encoded to, where somebody else does it.
 
     Several processes look at a part of the records' images each, and tell the others what they need for the plan of a
     batch: sizes, keys and faults. Who then needs an image decodes it (`Prompt.pixels`).
     """
-    return [made for _, made in _encoded(data, picked, encode)]
-
-
-def _encoded(data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T]) -> list[tuple[int, T]]:
-    """(index, what it was encoded to) of the good records among those picked."""
+    take = take or (lambda i: encode(data[picked[i]]))
     if ranks.world() > 1:
-        return _encoded_apart(data, picked, encode)
+        return _encoded_apart(data, picked, encode, take)
     made = []
-    for index in picked:
+    for i, index in enumerate(picked):
         try:
-            made.append((index, encode(data[index])))
+            made.append((index, take(i)))
         except DataError as error:
             data.skip(index, error)
     return made
 
 
-def _encoded_apart(data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T]) -> list[tuple[int, T]]:
+def _encoded_apart(
+    data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T], take: Callable[[int], T]
+) -> list[tuple[int, T]]:
     mine: dict[int, T] = {}
     told: dict[int, Any] = {}  # by position: a fault, or what there is to see of a prompt's images
-    for position in range(ranks.rank(), len(picked), ranks.world()):
+    for position in own_positions(len(picked)):
         try:
-            mine[position] = encode(data[picked[position]])
+            mine[position] = take(position)
             prompt = _prompt(mine[position])
             grid = None if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
             told[position] = {"grid": grid, "key": prompt.key.hex()}
@@ -68,6 +68,11 @@ def _encoded_apart(data: Dataset, picked: Sequence[int], encode: Callable[[Sampl
             seen = None if what["grid"] is None else Seen(what["grid"], bytes.fromhex(what["key"]))
             made.append((index, encode(replace(data[index], seen=seen))))
     return made
+
+
+def own_positions(number: int) -> range:
+    """Which of a batch's records this process looks at."""
+    return range(ranks.rank(), number, ranks.world())
 
 
 def _prompt(made: Any) -> Prompt:
@@ -91,7 +96,7 @@ class Held(Sequence[E]):
         room, rest = HELD_BYTES, list(picked)
         while rest and len(self.index) != limit:
             several = min(ranks.world(), len(rest) if limit is None else limit - len(self.index))
-            for index, made in _encoded(data, rest[:several], encode):
+            for index, made in encoded(data, rest[:several], encode):
                 pixels = _prompt(made).pixel_values
                 room -= 0 if pixels is None else pixels.nbytes
                 if room >= 0:

@@ -40,6 +40,7 @@ FREE = (
     "run.max_skipped_updates",
     "run.threads",  # the number of threads that torch has is compared, on a CPU
     "data.cache",
+    "data.workers",
     "data.image_cache",
     "data.skip_bad_records",  # a record that is passed over would have ended the run
     "watch.*",

@@ -11,13 +11,14 @@ from typing import Any
 
 from prism_fast import metric_names as names
 from prism_fast.config import AlignConfig
+from prism_fast.data.batches import Batches
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import NO_RECORDS, encode_all, lesson
-from prism_fast.data.formats import Dataset, read_align
-from prism_fast.data.order import order
+from prism_fast.data.encode import NO_RECORDS, lesson
+from prism_fast.data.formats import read_align
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.load import ProductChoices, collected, load_discriminator, open_policy
 from prism_fast.models.policy import Policy
+from prism_fast.records import Lesson
 from prism_fast.run.session import Clock, CollectModel, Session
 from prism_fast.steps.advantage import alignment_advantage
 from prism_fast.steps.discriminator_step import discriminator_gradient, not_finite, response_metrics, student_parts
@@ -33,7 +34,7 @@ from prism_kernels.group_advantage.rules import RULES
 def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Moves config.policy towards the teacher; writes config.run.out/final/{policy,discriminator}."""
     with Session("align", config, resume, accept_changes) as session:
-        policy, chat, discriminator, data = _open(config, session)
+        policy, chat, discriminator, batches = _open(config, session)
         place = (config.steps, config.cluster, session.out)
         updater = open_updater(policy, config.policy_optimizer, *place)
         judge_updater = open_updater(discriminator, config.discriminator_optimizer, *place, name="discriminator")
@@ -42,16 +43,16 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             config.steps,
             models=_collected(updater, judge_updater, chat),
             optimizers={"policy/": updater, "discriminator/": judge_updater},
-            parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=evaluator(sampler, chat, session.data, config.eval, config.run.seed, bad=data.bad),
+            parts={"product_choices": ProductChoices(), "bad_records": batches.bad},
+            evaluate=evaluator(sampler, chat, session.data, config.eval, config.run.seed, bad=batches.bad),
             watch=config.watch,
         )
         prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
-        load, encode, objective = ExpertLoad(), partial(lesson, chat=chat, **_limits(config)), config.objective
+        load, objective = ExpertLoad(), config.objective
         for step in range(first, config.steps):
             clock, metrics = Clock(), {names.LEARNING_RATE: updater.lr}
             with clock("data"):
-                lessons = encode_all(data, order(len(data), config.run.seed, step * prompts, prompts), encode)
+                lessons = batches.take(step * prompts, prompts)
             if not lessons:
                 judge_updater.next_step()
                 updater.next_step()
@@ -90,16 +91,18 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                 updater.next_step()
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions() | judged | judge_metrics
             session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
-        return session.finish(data.bad.messages)
+        return session.finish(batches.bad.messages)
 
 
-def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Dataset]:
+def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Batches[Lesson]]:
     policy, chat = open_policy(config.policy, session.saved("policy"))
     discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
     chat.images.keep(session.data.image_cache)
     data = read_align(session.data.files, **session.data.reading)
     session.loaded(len(data), policy=policy, discriminator=discriminator)
-    return policy, chat, discriminator, data
+    encode = partial(lesson, chat=chat, **_limits(config))
+    batches = session.closing(Batches(data, len(data), encode, config.run.seed, session.data.workers))
+    return policy, chat, discriminator, batches
 
 
 def _collected(updater: Updater, judge_updater: Updater, chat: Chat) -> dict[str, CollectModel]:

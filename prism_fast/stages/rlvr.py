@@ -8,9 +8,9 @@ from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import RLVRConfig
-from prism_fast.data.encode import NO_RECORDS, encode_all, question
+from prism_fast.data.batches import Batches
+from prism_fast.data.encode import NO_RECORDS, question
 from prism_fast.data.formats import read_rlvr
-from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, collected, load_policy, open_policy
 from prism_fast.records import Experience
 from prism_fast.reward import started
@@ -46,12 +46,13 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
         objective = config.objective.build(config.rollout.max_response_tokens, config.rollout.importance_cap)
         settings = {"temperature": config.rollout.temperature, "tokens_per_pack": config.run.tokens_per_pack}
         encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
+        batches = session.closing(Batches(data, len(data), encode, config.run.seed, session.data.workers))
         dapo = config.dynamic_sampling
         take = uniform_prompts if dapo is None else partial(mixed_groups, config=dapo)
 
         def draw(step: int, start: int, number: int, attempt: int) -> Experience | None:
             seed = (config.run.seed * 1_000_003 + step) * 101 + attempt
-            questions = encode_all(data, order(len(data), config.run.seed, start, number), encode)
+            questions = batches.take(start, number)
             return experience(sampler, questions, config.rollout, config, seed=seed) if questions else None
 
         position = session.state.get("position", 0)

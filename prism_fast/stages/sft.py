@@ -7,9 +7,9 @@ from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import SFTConfig
-from prism_fast.data.encode import NO_RECORDS, demonstration, encode_all
+from prism_fast.data.batches import Batches
+from prism_fast.data.encode import NO_RECORDS, demonstration
 from prism_fast.data.formats import read_sft
-from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, collected, open_policy
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.evaluate import evaluator
@@ -39,11 +39,12 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
         encode = partial(
             demonstration, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )
+        batches = session.closing(Batches(data, len(data), encode, config.run.seed, session.data.workers))
         for step in range(first, total):
             clock, warnings, fault = Clock(), [], None
             with clock("data"):
-                picked = order(len(data), config.run.seed, step * config.batch_size, config.batch_size)
-                packs = demonstration_packs(encode_all(data, picked, encode), config.run.tokens_per_pack, policy.image)
+                records = batches.take(step * config.batch_size, config.batch_size)
+                packs = demonstration_packs(records, config.run.tokens_per_pack, policy.image)
             metrics: dict[str, float] = {names.LEARNING_RATE: updater.lr}
             if not packs:
                 warnings.append(NO_RECORDS)

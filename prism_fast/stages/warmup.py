@@ -8,9 +8,9 @@ from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import WarmupConfig
-from prism_fast.data.encode import NO_RECORDS, Held, encode_all, pair_record
+from prism_fast.data.batches import Batches
+from prism_fast.data.encode import NO_RECORDS, Held, pair_record
 from prism_fast.data.formats import Dataset, read_warmup
-from prism_fast.data.order import order
 from prism_fast.models.load import ProductChoices, collected, open_discriminator
 from prism_fast.pack import pack
 from prism_fast.records import DataError, PairRecord, Sample
@@ -32,6 +32,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
             pair_record, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )
         count, held_out = _held_out(data, config, encode)
+        batches = session.closing(Batches(data, count, encode, config.run.seed, session.data.workers))
         total = config.steps or math.ceil(config.epochs * count / config.batch_size)
         updater = open_updater(discriminator, config.optimizer, total, config.cluster, session.out)
         load = ExpertLoad()
@@ -46,8 +47,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
         for step in range(first, total):
             clock, warnings, fault, lr = Clock(), [], None, updater.lr
             with clock("data"):
-                picked = order(count, config.run.seed, step * config.batch_size, config.batch_size)
-                records = encode_all(data, picked, encode)
+                records = batches.take(step * config.batch_size, config.batch_size)
             if not records:
                 updater.next_step()
                 session.end_of_step(step + 1, clock, {"update": 0}, {names.LEARNING_RATE: lr}, [NO_RECORDS])

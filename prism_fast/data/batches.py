@@ -1,0 +1,215 @@
+"""Batches of a stage, encoded by processes of their own while the one before is trained on.
+
+A worker is forked, so that it has data and tokenizer as they are; it reads, decodes and tokenises with one thread, and
+touches neither a GPU nor another process of the run. Which worker encodes a record is told by the record, so that the
+images it has processed serve the next epoch. What comes out is the same, in the same order, whatever the number of
+workers.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from prism_fast import ranks
+from prism_fast.data.dataset import Dataset
+from prism_fast.data.encode import encoded, own_positions
+from prism_fast.data.order import order
+from prism_fast.records import DataError, Sample
+
+T = TypeVar("T")
+
+MOST_WORKERS = 8
+
+
+def number_of_workers(asked: int | str) -> int:
+    """``auto``: a quarter of the cores that this process of the run has to itself, at most MOST_WORKERS."""
+    if asked != "auto":
+        return int(asked)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) // here // 4)
+
+
+class Batches(Generic[T]):
+    """Entries of the endless shuffled sequence `order` over the first ``count`` records, encoded.
+
+    With ``workers`` the next as many entries are being encoded when a batch is handed out: at most two batches are in
+    memory. Close it; a worker also ends when this process does.
+    """
+
+    def __init__(self, data: Dataset, count: int, encode: Callable[[Sample], T], seed: int, workers: int | str = 0):
+        self.bad = data.bad
+        self._data, self._count, self._encode, self._seed = data, count, encode, seed
+        self._asked: dict[int, _Worker] = {}  # by position in the sequence
+        self._workers = [_Worker(data, encode) for _ in range(number_of_workers(workers))]
+
+    def take(self, start: int, number: int) -> list[T]:
+        """Entries [start, start + number); fewer where some are bad, none where all are.
+
+        A bad record raises, or is counted where skip_bad_records allows it.
+        """
+        picked = order(self._count, self._seed, start, number)
+        if not self._workers:
+            return [made for _, made in encoded(self._data, picked, self._encode)]
+        self._ask(start, number, picked)
+        self._ask(start + number, number, order(self._count, self._seed, start + number, number))
+        for position in [at for at in self._asked if not start <= at < start + 2 * number]:
+            self._asked.pop(position).forget(position)
+
+        def take(i: int) -> T:
+            return self._asked.pop(start + i).result(start + i)
+
+        return [made for _, made in encoded(self._data, picked, self._encode, take)]
+
+    def _ask(self, start: int, number: int, picked: list[int]) -> None:
+        wanted: dict[_Worker, list[tuple[int, int]]] = {}
+        for i in own_positions(number):
+            if start + i not in self._asked:
+                worker = self._workers[picked[i] % len(self._workers)]
+                self._asked[start + i] = worker
+                wanted.setdefault(worker, []).append((start + i, picked[i]))
+        for worker, entries in wanted.items():
+            worker.ask(entries)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """A process, and the thread that receives what it makes."""
+
+    def __init__(self, data: Dataset, encode: Callable[[Sample], Any]):
+        forked = multiprocessing.get_context("fork")
+        self._pipe, theirs = forked.Pipe()
+        self._process = forked.Process(target=_work, args=(theirs, self._pipe, data, encode), daemon=True)
+        gc.freeze()  # else the child's collector writes to every page that it shares with this process
+        try:
+            self._process.start()
+        finally:
+            gc.unfreeze()
+        theirs.close()
+        self._done: dict[int, Any] = {}
+        self._unwanted: set[int] = set()
+        self._fault: str | None = None
+        self._news = threading.Condition()
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def ask(self, entries: list[tuple[int, int]]) -> None:
+        """[(position, number of its record)], to be encoded in this order."""
+        try:
+            self._pipe.send(entries)
+        except OSError:
+            self._ended()
+
+    def result(self, position: int) -> Any:
+        with self._news:
+            self._news.wait_for(lambda: position in self._done or self._fault is not None)
+            if position not in self._done:
+                raise DataError(str(self._fault))
+            found = self._done.pop(position)
+        if isinstance(found, _Failure):
+            raise found.error()
+        return found
+
+    def forget(self, position: int) -> None:
+        """What was asked for and is not wanted after all."""
+        with self._news:
+            if self._done.pop(position, None) is None:
+                self._unwanted.add(position)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                # Made by a fork of this process, and sent over a pipe that no other has.
+                position, made = pickle.loads(self._pipe.recv_bytes())  # noqa: S301
+            except (EOFError, OSError):
+                return self._ended()
+            with self._news:
+                if position in self._unwanted:
+                    self._unwanted.remove(position)
+                else:
+                    self._done[position] = made
+                self._news.notify_all()
+
+    def _ended(self) -> None:
+        self._process.join(1.0)
+        status = self._process.exitcode
+        how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
+        why = " (out of memory?)" if status == -signal.SIGKILL else ""
+        with self._news:
+            self._fault = (
+                f"a data worker (process {self._process.pid}) ended with {how}{why}; lower data.workers, or go on"
+            )
+            self._fault += " with --resume"
+            self._news.notify_all()
+
+
+class _Failure:
+    """What a worker could not encode."""
+
+    def __init__(self, error: Exception):
+        self.is_data = isinstance(error, DataError)
+        self.text = str(error) if self.is_data else "".join(traceback.format_exception(error))
+
+    def error(self) -> Exception:
+        return DataError(self.text) if self.is_data else RuntimeError(f"in a data worker:\n{self.text}")
+
+
+def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable[[Sample], Any]) -> None:
+    """Encodes what is asked for until the parent is gone."""
+    parents.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # they reach the whole group; the parent decides
+    torch.set_num_threads(1)  # threads of before the fork are not there
+    asked: queue.SimpleQueue[list[tuple[int, int]]] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while True:
+            try:
+                asked.put(pipe.recv())
+            except (EOFError, OSError):
+                os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()  # so that the parent never waits to be heard
+    while True:
+        for position, index in asked.get():
+            try:
+                made: Any = encode(data[index])
+            except Exception as error:  # noqa: BLE001  the parent raises it
+                made = _Failure(error)
+            try:
+                pipe.send_bytes(_packed((position, made)))
+            except OSError:
+                os._exit(0)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: torch's own way would put each in shared memory, of which containers have little."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getvalue()

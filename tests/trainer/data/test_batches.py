@@ -1,0 +1,173 @@
+"""Batches that other processes encode: the same whatever their number, and a clear end where one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from prism_fast.data.batches import MOST_WORKERS, Batches, number_of_workers
+from prism_fast.data.chat import Chat
+from prism_fast.data.encode import question
+from prism_fast.data.formats import read_rlvr
+from prism_fast.data.order import order
+from prism_fast.records import DataError
+from tests.trainer.data.test_formats import png, record, write
+
+ALL = pytest.mark.parametrize("workers", [0, 1, 3])
+
+
+def files(folder, count: int = 12, bad: tuple[int, ...] = ()):
+    """An RLVR file of numbered records, some of whose images are cut."""
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(png(i)[: 40 if i in bad else None])
+    return write(
+        folder, "rlvr", *[record("rlvr", images=[f"{i}.png"], data_source=str(i)) for i in range(count)], name="d.jsonl"
+    )
+
+
+def opened(data, encode, workers, seed: int = 3):
+    return Batches(data, len(data), encode, seed, workers)
+
+
+@ALL
+def test_entries_are_those_of_the_order(tmp_path, tiny_folder, workers):
+    chat = Chat.load(tiny_folder / "base")
+    data = read_rlvr(files(tmp_path))
+    encode = partial(question, chat=chat, max_prompt_tokens=512)
+    batches = opened(data, encode, workers)
+    try:
+        # Batches of several sizes, over an epoch's end, and again.
+        for start, number in ((0, 4), (4, 4), (8, 7), (15, 2), (4, 4), (8, 4), (40, 1)):
+            taken = batches.take(start, number)
+            picked = order(12, 3, start, number)
+            assert [sample.data_source for sample, _ in taken] == [str(i) for i in picked]
+            for i, (sample, prompt) in zip(picked, taken):
+                own_sample, own = encode(data[i])
+                assert sample == own_sample and prompt.key == own.key and prompt.place == own.place
+                assert torch.equal(prompt.pixel_values, own.pixel_values)
+                assert torch.equal(prompt.input_ids, own.input_ids)
+    finally:
+        batches.close()
+
+
+@ALL
+def test_bad_records_are_counted_alike(tmp_path, tiny_folder, workers):
+    chat = Chat.load(tiny_folder / "base")
+    path = files(tmp_path, bad=(2, 5))
+    encode = partial(question, chat=chat, max_prompt_tokens=512)
+    batches = opened(read_rlvr(path, skip_bad=2), encode, workers)
+    try:
+        taken = [sample.data_source for step in range(3) for sample, _ in batches.take(4 * step, 4)]
+    finally:
+        batches.close()
+    assert taken == [str(i) for i in order(12, 3, 0, 12) if i not in (2, 5)]
+    assert sorted(batches.bad.found) == [f"{path}:3", f"{path}:6"]
+    batches = opened(read_rlvr(path), encode, workers)
+    try:
+        with pytest.raises(DataError, match=r"d.jsonl:\d: images: .* does not open"):
+            [batches.take(4 * step, 4) for step in range(3)]
+    finally:
+        batches.close()
+
+
+@ALL
+def test_a_fault_of_the_program_is_raised_with_its_place(tmp_path, workers):
+    def encode(sample):
+        return {}["nothing"]
+
+    batches = opened(read_rlvr(files(tmp_path)), encode, workers)
+    try:
+        with pytest.raises((KeyError, RuntimeError), match="nothing"):
+            batches.take(0, 2)
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path, workers, busy):
+    def encode(sample):
+        if busy:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample.data_source
+
+    batches = opened(read_rlvr(files(tmp_path)), encode, workers)
+    if not busy:
+        batches.take(0, 2)
+        for worker in batches._workers:
+            os.kill(worker._process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"data worker .*signal 9 \(out of memory\?\); lower data.workers") as caught:
+        [batches.take(2 * step, 2) for step in range(4)]
+    assert "\n" not in str(caught.value)
+    batches.close()
+
+
+def test_no_more_than_the_next_batch_is_encoded_ahead(tmp_path):
+    def encode(sample):
+        (tmp_path / f"seen-{sample.data_source}").touch()
+        return sample.data_source
+
+    data = read_rlvr(files(tmp_path))
+    batches = opened(data, encode, 2)
+    try:
+        for step in range(3):
+            batches.take(2 * step, 2)
+            seen = lambda: {entry.name for entry in tmp_path.glob("seen-*")}  # noqa: E731
+            want = {f"seen-{i}" for i in order(12, 3, 0, 2 * step + 4)}
+            until = time.monotonic() + 60
+            while seen() != want and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(0.05)
+            assert seen() == want
+    finally:
+        batches.close()
+    assert all(not worker._process.is_alive() for worker in batches._workers)
+
+
+def test_workers_end_with_their_process(tmp_path):
+    program = f"""
+        import os, signal
+        from prism_fast.data.batches import Batches
+        from prism_fast.data.formats import read_rlvr
+        data = read_rlvr({str(files(tmp_path))!r})
+        batches = Batches(data, len(data), lambda sample: sample.place, 0, 2)
+        batches.take(0, 2)
+        print(*[worker._process.pid for worker in batches._workers], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [int(pid) for pid in done.stdout.split()]
+    assert len(left) == 2
+    until = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}/status") and not _is_over(pid) for pid in left):
+        assert time.monotonic() < until, "a worker outlived its process"
+        time.sleep(0.05)
+
+
+def _is_over(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def test_workers_by_the_number_of_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert (number_of_workers("auto"), number_of_workers(5), number_of_workers(0)) == (MOST_WORKERS, 5, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert number_of_workers("auto") == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert number_of_workers("auto") == 0
