@@ -93,15 +93,19 @@ class _Worker:
     """A process, and the thread that receives what it makes."""
 
     def __init__(self, data: Dataset, encode: Callable[[Sample], Any]):
-        forked = multiprocessing.get_context("fork")
-        self._pipe, theirs = forked.Pipe()
-        self._process = forked.Process(target=_work, args=(theirs, self._pipe, data, encode), daemon=True)
+        self._pipe, theirs = multiprocessing.Pipe()
         gc.freeze()  # else the child's collector writes to every page that it shares with this process
         try:
-            self._process.start()
+            self.pid = os.fork()  # multiprocessing's processes may not be had by its daemons
         finally:
             gc.unfreeze()
+        if self.pid == 0:
+            try:
+                _work(theirs, self._pipe, data, encode)
+            finally:
+                os._exit(1)  # nothing of the parent's is to be cleaned up here
         theirs.close()
+        self._exit: int | None = None
         self._done: dict[int, Any] = {}
         self._unwanted: set[int] = set()
         self._fault: str | None = None
@@ -132,8 +136,17 @@ class _Worker:
                 self._unwanted.add(position)
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.join()
+        with self._news:
+            if self._exit is None:
+                os.kill(self.pid, signal.SIGTERM)
+        self._wait()
+
+    def _wait(self) -> int:
+        """Its exit status, once it has ended."""
+        with self._news:
+            if self._exit is None:
+                self._exit = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return self._exit
 
     def _receive(self) -> None:
         while True:
@@ -150,15 +163,11 @@ class _Worker:
                 self._news.notify_all()
 
     def _ended(self) -> None:
-        self._process.join(1.0)
-        status = self._process.exitcode
-        how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
+        status = self._wait()
+        how = f"signal {-status}" if status < 0 else f"status {status}"
         why = " (out of memory?)" if status == -signal.SIGKILL else ""
         with self._news:
-            self._fault = (
-                f"a data worker (process {self._process.pid}) ended with {how}{why}; lower data.workers, or go on"
-            )
-            self._fault += " with --resume"
+            self._fault = f"a data worker (process {self.pid}) ended with {how}{why}; lower data.workers and --resume"
             self._news.notify_all()
 
 
