@@ -283,6 +283,42 @@ def data_check(
         raise DataError(f"{len(bad)} bad records, {allowed}; correct them, the first: {bad.messages[0]}")
 
 
+@data_app.command("convert")
+def data_convert(
+    files: Annotated[list[Path], typer.Argument(callback=home, help="Files of one of the formats.")],
+    out: Annotated[Path, typer.Option(callback=home, help="The .json, .jsonl or .parquet file to write.")],
+    to: Annotated[str, typer.Option(help="sft, warm-up, alignment or rlvr; default: as the first file is.")] = "",
+    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for a field of another name.")] = None,
+    skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are left out.")] = 0,
+) -> None:
+    """Rewrites files as one of another format or container; images are copied where they are bytes."""
+    from rich.progress import Progress
+
+    from prism_fast.data.check import kind_of
+    from prism_fast.data.convert import KINDS, convert
+    from prism_fast.data.formats import FORMATS, Dataset
+    from prism_fast.files import try_new
+
+    columns = dict(_pair(text, "--column") for text in column or ())
+    if to and to not in KINDS:
+        raise DataError(f"--to: expected one of {', '.join(KINDS)}, got {to}")
+    try_new(out, "--out")
+    interruptible()
+    kind = kind_of(files[0], columns)
+    data = Dataset(files, FORMATS[kind], skip_bad_records, columns=columns)
+    with Progress(console=Console(), transient=True) as progress:
+        task = progress.add_task("records", total=len(data))
+        count = convert(data, to or kind, out, lambda done: progress.update(task, completed=done))
+    print(f"{count} records, {to or kind}, {len(data.bad)} left out -> {out}")
+
+
+def _pair(text: str, key: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise DataError(f"{key}: expected ours=theirs, got {text!r}")
+    return ours, theirs
+
+
 @data_app.command("pairs")
 def data_pairs(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Rolls out a policy on the teacher's prompts and writes warm-up pairs."""

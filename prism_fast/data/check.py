@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prism_fast import printable
 from prism_fast.data.bad_records import BadRecords
+from prism_fast.data.dataset import Dataset, renamed
 from prism_fast.data.fields import is_read, missing
-from prism_fast.data.formats import FORMATS, Dataset
+from prism_fast.data.formats import FORMATS
 from prism_fast.data.images import open_image
 from prism_fast.data.source import open_source
 from prism_fast.records import DataError, Sample
@@ -60,12 +61,13 @@ class Counts:
         self.first = self.first or sample
 
 
-def kind_of(path: Path) -> str:
-    """Which of the four formats a file has, from the fields of its first record that parses."""
-    source, fault = open_source(path, is_read), None
+def kind_of(path: Path, columns: Mapping[str, str] | None = None) -> str:
+    """Which of the four formats a file has, from the fields of its first record that parses, by our names."""
+    columns = columns or {}
+    source, fault = open_source(path, lambda name: name in columns.values() or is_read(name)), None
     for index in range(len(source)):
         try:
-            record = source[index]
+            record = renamed(source[index], columns, source.place(index))
         except DataError as error:
             fault = fault or error
             continue

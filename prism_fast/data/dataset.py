@@ -76,28 +76,11 @@ class Dataset(Sequence[Sample]):
 
     def _read(self, file: int, record: int) -> Sample:
         source = self._sources[file]
-        held = self._renamed(source[record], source.place(record))
+        held = renamed(source[record], self._columns, source.place(record))
         fields = Fields(held, source.place(record), source.path.parent, self._system_prompt)
         sample = self._convert(fields)
         fields.refuse_dropped(sample)
         return sample
-
-    def _renamed(self, record: dict[str, Any], place: str) -> dict[str, Any]:
-        """The record by our names."""
-        if not self._columns:
-            return record
-        values = {ours: record[theirs] for ours, theirs in self._columns.items() if theirs in record}
-        made = {name: value for name, value in record.items() if name not in self._columns.values()}
-        for ours, value in values.items():
-            outer, dot, inner = ours.partition(".")
-            if dot:
-                held = made.get(outer)
-                if held is not None and not isinstance(held, dict):
-                    raise DataError(f"{place}: {outer}: holds no fields to put {inner} in; correct data.columns")
-                made[outer] = {**(held or {}), inner: value}
-            else:
-                made[ours] = value
-        return made
 
     def _good(self, file: int, cache: Cache, progress: Progress | None) -> np.ndarray[Any, Any]:
         """Numbers of a file's good records; the others are in the account of bad ones."""
@@ -141,6 +124,24 @@ class Dataset(Sequence[Sample]):
         self._skipped.add(index % len(self))
         if len(self._skipped) == len(self):
             raise DataError(f"{self._sources[0].path}: each of {len(self)} records is bad ({error}); correct the file")
+
+
+def renamed(record: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
+    """The record by our names. ``columns``: as of `Dataset`."""
+    if not columns:
+        return record
+    values = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+    made = {name: value for name, value in record.items() if name not in columns.values()}
+    for ours, value in values.items():
+        outer, dot, inner = ours.partition(".")
+        if dot:
+            held = made.get(outer)
+            if held is not None and not isinstance(held, dict):
+                raise DataError(f"{place}: {outer}: holds no fields to put {inner} in; correct data.columns")
+            made[outer] = {**(held or {}), inner: value}
+        else:
+            made[ours] = value
+    return made
 
 
 @once

@@ -36,7 +36,7 @@ class Parquet:
     def __init__(self, path: Path, cache: Cache, wanted: Wanted | None = None, held_bytes: int = HELD_BYTES):
         self.path = path
         self._file = opened(path, path)
-        self._columns = _columns(self._file.schema_arrow, wanted or (lambda name: True), path)
+        self._columns = columns_of(self._file.schema_arrow, wanted or (lambda name: True), path)
         size, rows = _largest_group(self._file, self._columns)
         if size > GROUP_BYTES or rows > GROUP_ROWS:
             self._file = opened(
@@ -55,17 +55,7 @@ class Parquet:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._start, index, side="right")) - 1
-        table = self._group(group)
-        try:
-            row = table.slice(index - int(self._start[group]), 1).to_pylist()[0]
-            return {name: _shortest(value, table.schema.field(name).type) for name, value in row.items()}
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.place(index)}: a text is not valid UTF-8; write the file again ({error})"
-            ) from error
-        except Exception as error:  # dates outside Python's, time zones nobody knows, ...
-            detail = f"{type(error).__name__}: {reason(error)}"
-            raise DataError(f"{self.place(index)}: a value cannot be read; write it as a text ({detail})") from error
+        return row(self._group(group), index - int(self._start[group]), self.place(index))
 
     def _group(self, group: int) -> pa.Table:
         if group in self._held:
@@ -101,6 +91,18 @@ class Parquet:
         return cache.file(self.path, "rows.parquet", self._columns, make, said)
 
 
+def row(table: pa.Table, index: int, place: str) -> dict[str, Any]:
+    """One row's values by column."""
+    try:
+        values = table.slice(index, 1).to_pylist()[0]
+        return {name: _shortest(value, table.schema.field(name).type) for name, value in values.items()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: a text is not valid UTF-8; write the file again ({error})") from error
+    except Exception as error:  # dates outside Python's, time zones nobody knows, ...
+        detail = f"{type(error).__name__}: {reason(error)}"
+        raise DataError(f"{place}: a value cannot be read; write it as a text ({detail})") from error
+
+
 def _largest_group(file: pq.ParquetFile, columns: list[str]) -> tuple[int, int]:
     """(bytes of the wanted columns of the row group that has the most, as the file says; most rows of one)."""
     meta, size, rows = file.metadata, 0, 0
@@ -124,7 +126,7 @@ def _shortest(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def _columns(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
+def columns_of(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
     """The wanted columns, and images of any name; of extra_info, which may hold anything, only what is read."""
     twice = {name for name in schema.names if wanted(name) and schema.names.count(name) > 1}
     if twice:

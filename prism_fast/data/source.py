@@ -1,4 +1,4 @@
-"""Raw records of a JSON list, a JSON-lines file or a parquet file, indexed once and read on demand.
+"""Raw records of a JSON list, a JSON-lines file, a parquet file or a saved data set, indexed once and read on demand.
 
 Only offsets stay in memory; a record is parsed when it is asked for. Records are numbered from 1, as a person counts.
 The offsets of a large file are kept in a cache, so that the next start does not read it through.
@@ -20,6 +20,7 @@ import numpy as np
 from prism_fast.data.cache import Cache
 from prism_fast.data.parquet import Parquet, Wanted
 from prism_fast.data.row_groups import reason
+from prism_fast.data.saved import Saved, is_saved
 from prism_fast.records import DataError
 
 INDEXED_BYTES = 64 << 20  # of a file: smaller ones are read through at every start
@@ -68,7 +69,7 @@ class JsonList:
         return _parse(self._bytes[start:end], self.place(index))
 
 
-Source = JsonLines | JsonList | Parquet
+Source = JsonLines | JsonList | Parquet | Saved
 Index = dict[str, "np.ndarray[Any, Any]"]
 
 
@@ -82,8 +83,8 @@ def open_source(path: str | Path, wanted: Wanted | None = None, cache: Cache | N
     if not path.exists():
         remote = re.match(r"(https?|s3|gs|hf|file):", str(path))
         raise DataError(f"{path}: " + ("a URL; download it first" if remote else "no such file; check the path"))
-    if path.is_dir() and _inside(path, "arrow"):
-        raise DataError(f"{path}: a saved data set; write a file of it (datasets: load_from_disk(...).to_parquet(...))")
+    if path.is_dir() and is_saved(path):
+        return _filled(Saved(path, wanted))
     if not path.is_file():
         example = "".join(f", as {found}" for found in _inside(path, "parquet", "jsonl", "json")[:1])
         raise DataError(f"{path}: not a file; name the data file itself{example}")
@@ -105,8 +106,12 @@ def open_source(path: str | Path, wanted: Wanted | None = None, cache: Cache | N
         _refuse_other_layouts(head, path)
         source = JsonLines(path, cache)
         _refuse_one_object(source)
+    return _filled(source)
+
+
+def _filled(source: Source) -> Source:
     if not len(source):
-        raise DataError(f"{path}: holds no record; write at least one")
+        raise DataError(f"{source.path}: holds no record; write at least one")
     return source
 
 

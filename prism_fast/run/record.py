@@ -152,6 +152,9 @@ def _inputs(node: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _file(path: Path) -> dict[str, Any]:
     try:
+        if path.is_dir():  # a saved data set
+            inside = sorted(file for file in path.iterdir() if file.is_file())
+            return {"path": str(path), "files": {file.name: fingerprint(file) for file in inside}}
         return {"path": str(path), **fingerprint(path)}
     except (OSError, ValueError):  # reading the data says what is wrong
         return {"path": str(path)}

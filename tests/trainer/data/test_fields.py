@@ -328,7 +328,7 @@ def test_the_layout_is_told_by_the_first_bytes_that_say_something(tmp_path):
 def test_places_that_are_no_data_files(tmp_path):
     (tmp_path / "saved" / "train").mkdir(parents=True)
     (tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").touch()
-    refuse(read_sft, tmp_path / "saved", "a saved data set", "to_parquet")
+    refuse(read_sft, tmp_path / "saved", "not a file")
     (tmp_path / "hub" / "data").mkdir(parents=True)
     (tmp_path / "hub" / "data" / "train.parquet").touch()
     refuse(read_sft, tmp_path / "hub", f"name the data file itself, as {tmp_path}/hub/data/train.parquet")

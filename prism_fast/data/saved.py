@@ -1,0 +1,64 @@
+"""Records of a data set that the library datasets saved in a folder (`save_to_disk`): Arrow streams, mapped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from prism_fast.data.parquet import Wanted, columns_of, row
+from prism_fast.data.row_groups import reason
+from prism_fast.records import DataError
+
+STATE = "state.json"
+SPLITS = "dataset_dict.json"
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is a saved data set, or several of them."""
+    return (path / STATE).is_file() or (path / SPLITS).is_file()
+
+
+class Saved:
+    """Rows of the files that ``state.json`` lists; a row is read when it is asked for, wherever it lies."""
+
+    def __init__(self, path: Path, wanted: Wanted | None = None):
+        self.path = path / STATE  # paths of images are relative to the folder
+        if not self.path.is_file():
+            splits = sorted(entry.name for entry in path.iterdir() if (entry / STATE).is_file())
+            raise DataError(f"{path}: holds the data sets {', '.join(splits)}; name one of them")
+        try:
+            state = json.loads(self.path.read_text())
+            files = [path / entry["filename"] for entry in state["_data_files"]]
+            picked = state.get("_indices_data_files")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.path}: not a data set's state ({reason(error)}); save it again") from error
+        if picked:
+            raise DataError(f"{path}: is a selection of another data set; save flatten_indices() of it")
+        self._tables = [_table(file) for file in files]
+        self._columns = columns_of(self._tables[0].schema, wanted or (lambda name: True), path) if files else []
+        self._start = np.cumsum([0, *(table.num_rows for table in self._tables)])
+
+    def __len__(self) -> int:
+        return int(self._start[-1])
+
+    def place(self, index: int) -> str:
+        return f"{self.path.parent}:{index + 1}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file = int(np.searchsorted(self._start, index, side="right")) - 1
+        table = self._tables[file].select(sorted({name.split(".")[0] for name in self._columns}))
+        return row(table, index - int(self._start[file]), self.place(index))
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+            return stream.read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: not a readable Arrow stream, perhaps truncated ({reason(error)}); save it again"
+        ) from error
