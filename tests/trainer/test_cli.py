@@ -54,6 +54,7 @@ def test_the_command_line_is_frozen():
         "plan": ["--gpus", "--memory", "--policy", "--tokens"],
         "bench": [],
         "doctor": [],
+        "data convert": ["--column", "--out", "--skip-bad-records", "--to"],
         "data check": ["--max-prompt-tokens", "--model", "--skip-bad-records"],
         "data pairs": ["--config"],
         "data filter": ["--config"],
