@@ -262,10 +262,15 @@ def data_check(
         Path | None, typer.Option(callback=home, help="A stage's model: also its tokens, pixels and limits.")
     ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="With --model: data.max_prompt_tokens.")] = 2048,
+    tokens_per_pack: Annotated[int, typer.Option(min=1, help="With --model: run.tokens_per_pack.")] = 16384,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --model: records of a step.")] = 16,
+    histogram: Annotated[
+        Path | None, typer.Option(callback=home, help="With --model: a PNG of the lengths, of one file.")
+    ] = None,
 ) -> None:
-    """The stages' verdicts on every record (images opened), counts, and one rendered sample."""
+    """The stages' verdicts on every record (images opened), counts, lengths, and one rendered sample."""
     from prism_fast.data.bad_records import BadRecords
-    from prism_fast.data.check import check
+    from prism_fast.data.check import Packing, check
 
     chat = None
     if model is not None:
@@ -276,8 +281,11 @@ def data_check(
         chat = Chat.load(local_directory(model, weights=False))
     interruptible()
     console, bad = Console(), BadRecords(sys.maxsize)
+    if histogram is not None and (chat is None or len(files) > 1):
+        raise DataError("--histogram: shows lengths of one file by a model's tokens; give one file, and --model")
+    packing = Packing(max_prompt_tokens, tokens_per_pack, batch_size, histogram)
     for file in files:
-        check(file, console, bad, chat, max_prompt_tokens)
+        check(file, console, bad, chat, packing)
     if len(bad) > skip_bad_records:
         allowed = f"more than --skip-bad-records={skip_bad_records}"
         raise DataError(f"{len(bad)} bad records, {allowed}; correct them, the first: {bad.messages[0]}")

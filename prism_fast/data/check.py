@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,7 +24,8 @@ from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.dataset import Dataset, renamed
 from prism_fast.data.fields import is_read, missing
 from prism_fast.data.formats import FORMATS
-from prism_fast.data.images import open_image
+from prism_fast.data.images import content, open_image
+from prism_fast.data.lengths import Lengths, Tree, duplicates, tree_of
 from prism_fast.data.source import open_source
 from prism_fast.records import DataError, Sample
 from prism_fast.response_format import is_valid
@@ -40,7 +42,28 @@ _CONTROL = re.compile(
     r"|fim_(prefix|middle|suffix)|repo_name|file_sep)\|>"
 )
 
-Verdict = Callable[[Sample], list[tuple[int, int]]]  # -> sizes of the record's images; DataError where it is bad
+
+class Judged(NamedTuple):
+    """Of a good record."""
+
+    sizes: list[tuple[int, int]]  # of its images
+    digest: bytes  # of its texts and the files of its images
+    tree: Tree | None = None  # with a model
+
+
+Verdict = Callable[[Sample], Judged]  # DataError where the record is bad
+
+
+class Packing(NamedTuple):
+    """What a stage would pack by."""
+
+    max_prompt_tokens: int = 2048
+    tokens_per_pack: int = 16384
+    batch_size: int = 16
+    histogram: Path | None = None
+
+
+PACKING = Packing()
 
 
 @dataclass
@@ -52,10 +75,15 @@ class Counts:
     types: Counter[str] = field(default_factory=Counter)
     unformatted: int = 0  # demonstrations without the three tags, which the SFT stage takes
     first: Sample | None = None
+    digests: list[bytes] = field(default_factory=list)
+    lengths: Lengths = field(default_factory=Lengths)
 
-    def add(self, sample: Sample, sizes: list[tuple[int, int]]) -> None:
+    def add(self, sample: Sample, judged: Judged) -> None:
         self.records += 1
-        self.sizes.update(sizes)
+        self.sizes.update(judged.sizes)
+        self.digests.append(judged.digest)
+        if judged.tree is not None:
+            self.lengths.trees.append(judged.tree)
         self.types[sample.question_type] += 1
         self.unformatted += sample.response is not None and not is_valid(sample.response)
         self.first = self.first or sample
@@ -87,13 +115,19 @@ def kind_of(path: Path, columns: Mapping[str, str] | None = None) -> str:
     raise fault or DataError(f"{path}: holds no record; write at least one")
 
 
-def image_sizes(sample: Sample) -> list[tuple[int, int]]:
+def opened(sample: Sample) -> Judged:
     """Opens the images. Raises DataError for what every stage refuses, whatever its model."""
     for number, message in enumerate(sample.messages):
         if found := _CONTROL.search(message.content):
             problem = f"holds the control token {found.group()}; remove it or write it differently"
             raise DataError(f"{sample.place}: messages[{number}].content: {problem}")
-    return [open_image(ref, sample.place).size for ref in sample.images]
+    told = [(m.role, m.content) for m in sample.messages]
+    told += [sample.response, sample.teacher_caption, sample.teacher_reasoning, sample.student_caption, sample.gold]
+    digest, sizes = blake2b(repr(told).encode(), digest_size=16), []
+    for ref in sample.images:
+        sizes.append(open_image(ref, sample.place).size)
+        digest.update(blake2b(content(ref) or b"", digest_size=16).digest())
+    return Judged(sizes, digest.digest())
 
 
 def verdict_of(kind: str, chat: Chat, max_prompt_tokens: int) -> tuple[Verdict, str]:
@@ -110,26 +144,23 @@ def verdict_of(kind: str, chat: Chat, max_prompt_tokens: int) -> tuple[Verdict, 
     }[kind]
     one_at_a_time = threading.Lock()  # a tokenizer has one state
 
-    def verdict(sample: Sample) -> list[tuple[int, int]]:
-        sizes = image_sizes(sample)
+    def verdict(sample: Sample) -> Judged:
+        judged = opened(sample)
         with one_at_a_time:
-            encode(sample, chat, max_prompt_tokens=max_prompt_tokens)
-        return sizes
+            return judged._replace(tree=tree_of(encode(sample, chat, max_prompt_tokens=max_prompt_tokens)))
 
     return verdict, f"lengths by the stage's defaults: max_prompt_tokens = {max_prompt_tokens}{limit}"
 
 
-def check(
-    path: Path, console: Console, bad: BadRecords, chat: Chat | None = None, max_prompt_tokens: int = 2048
-) -> None:
+def check(path: Path, console: Console, bad: BadRecords, chat: Chat | None = None, packing: Packing = PACKING) -> None:
     """Reads every record and opens every image; with a model's ``chat``, also encodes it as its stage would.
 
-    Prints counts, the bad records and the first good one; ``bad`` counts on over several files.
+    Prints counts, lengths, the bad records and the first good one; ``bad`` counts on over several files.
     """
     kind, before = kind_of(path), len(bad)
-    verdict, limits = image_sizes, "lengths were not looked at: they need a stage's --model"
+    verdict, limits = opened, "lengths were not looked at: they need a stage's --model"
     if chat is not None:
-        verdict, limits = verdict_of(kind, chat, max_prompt_tokens)
+        verdict, limits = verdict_of(kind, chat, packing.max_prompt_tokens)
     counts = Counts()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -138,17 +169,22 @@ def check(
         data = Dataset(
             path, FORMATS[kind], bad, progress=lambda done, total: progress.update(reading, completed=done, total=total)
         )
-        for sample, sizes in progress.track(_judged(data, verdict), len(data), description=f"opening {name}"):
-            if sizes is not None:
-                counts.add(sample, sizes)
+        for sample, judged in progress.track(_judged(data, verdict), len(data), description=f"opening {name}"):
+            if judged is not None:
+                counts.add(sample, judged)
     _show(path, kind, counts, bad.messages[before:], console)
+    if counts.lengths.trees:
+        for line in counts.lengths.lines(packing.tokens_per_pack, packing.batch_size):
+            console.print(line, highlight=False, soft_wrap=True)
+        if packing.histogram is not None:
+            counts.lengths.plot(packing.histogram, printable(path.name))
     console.print(limits, highlight=False, soft_wrap=True)
 
 
-def _judged(data: Dataset, verdict: Verdict) -> Iterator[tuple[Sample, list[tuple[int, int]] | None]]:
-    """(sample, sizes of its images) of every record, sizes None where it is bad; images are opened side by side."""
+def _judged(data: Dataset, verdict: Verdict) -> Iterator[tuple[Sample, Judged | None]]:
+    """(sample, what was found) of every record, None where it is bad; images are opened side by side."""
 
-    def judge(sample: Sample) -> list[tuple[int, int]] | DataError:
+    def judge(sample: Sample) -> Judged | DataError:
         try:
             return verdict(sample)
         except DataError as error:
@@ -172,6 +208,8 @@ def _show(path: Path, kind: str, counts: Counts, bad: list[str], console: Consol
     if counts.sizes:
         widths, heights = zip(*counts.sizes)
         say(f"image sizes: {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)} pixels")
+    if repeated := duplicates(counts.digests):
+        say(f"[yellow]{repeated} records repeat an earlier one,[/] texts and images alike")
     if kind in ("alignment", "rlvr"):
         types = (f"{escape(printable(name))} {count}" for name, count in counts.types.most_common(12))
         say("question types: " + ", ".join(types))

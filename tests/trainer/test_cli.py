@@ -55,7 +55,10 @@ def test_the_command_line_is_frozen():
         "bench": [],
         "doctor": [],
         "data convert": ["--column", "--out", "--skip-bad-records", "--to"],
-        "data check": ["--max-prompt-tokens", "--model", "--skip-bad-records"],
+        "data check": [
+            *("--batch-size", "--histogram", "--max-prompt-tokens", "--model", "--skip-bad-records"),
+            "--tokens-per-pack",
+        ],
         "data pairs": ["--config"],
         "data filter": ["--config"],
     }

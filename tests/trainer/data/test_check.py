@@ -12,7 +12,8 @@ from rich.console import Console
 
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.chat import Chat
-from prism_fast.data.check import check, kind_of
+from prism_fast.data.check import Packing, check, kind_of
+from prism_fast.data.formats import read_sft
 from prism_fast.records import DataError
 from tests.trainer.data.test_formats import RESPONSE, png, record, write
 
@@ -66,7 +67,7 @@ def test_limits_are_those_of_the_stage(kind, changes, says, tmp_path, chat):
     path = write(tmp_path, kind, record(kind), record(kind, **changes), name="d.jsonl")
     shown, bad = checked(path)
     assert len(bad) == 0 and "lengths were not looked at: they need a stage's --model" in shown
-    shown, bad = checked(path, chat, max_prompt_tokens=64)
+    shown, bad = checked(path, chat, packing=Packing(max_prompt_tokens=64))
     assert len(bad) == 1 and says in bad.messages[0] and "by the stage's defaults: max_prompt_tokens = 64" in shown
     assert kind == "rlvr" or says in shown
 
@@ -116,3 +117,47 @@ def test_large_images_are_measured(tmp_path):
     Image.new("RGB", (640, 480)).save(tmp_path / "big.png")
     path = write(tmp_path, "rlvr", record("rlvr", images=["big.png"]), record("rlvr"), name="d.jsonl")
     assert "image sizes: 4x3 to 640x480 pixels" in checked(path)[0]
+
+
+# ---- lengths and repetitions
+
+
+def test_lengths_and_packing_are_those_of_the_stage(tmp_path, chat):
+    records = [record("sft", images=["a.png"], messages=[*user("<image>Sum?"), answer(i)]) for i in (1, 40)]
+    path = write(tmp_path, "sft", *records * 2, name="d.jsonl")
+    shown, bad = checked(path, chat, packing=Packing(tokens_per_pack=4096, batch_size=2, histogram=tmp_path / "h.png"))
+    assert not bad.found
+    samples = [chat.encode_prompt(sample) for sample in read_sft(path)]
+    roots = [len(prompt) for prompt in samples]
+    whole = [
+        root + len(chat.encode_response(sample.response)) for root, sample in zip(roots, read_sft(path), strict=True)
+    ]
+    assert f"prompt tokens: {min(roots):,} to {max(roots):,}" in shown
+    assert f"whole tokens: {min(whole):,} to {max(whole):,}, mean {sum(whole) / 4:,.0f}" in shown
+    assert "packing, 2 records a step into packs of 4,096 tokens: 1.00 packs a step" in shown
+    assert f"{sum(whole) / (2 * 4096):.1%} full" in shown
+    assert "2 records repeat an earlier one" in shown
+    with Image.open(tmp_path / "h.png") as image:
+        assert image.size[0] > 100
+    assert "over --tokens-per-pack=50" in checked(path, chat, packing=Packing(tokens_per_pack=50))[0]
+
+
+def answer(steps):
+    thought = " ".join(["3 + 4 = 7"] * steps)
+    return {"role": "assistant", "content": f"<caption>3; 4</caption><think>{thought}</think><answer>7</answer>"}
+
+
+@pytest.mark.parametrize("kind", ["warmup", "align", "rlvr"])
+def test_every_format_has_lengths(kind, tmp_path, chat):
+    path = write(tmp_path, kind, *[record(kind)] * 3, name="d.jsonl")
+    shown, _ = checked(path, chat)
+    assert "prompt tokens: " in shown and ("packing, " in shown) == (kind != "rlvr")
+    assert "2 records repeat an earlier one" in shown
+
+
+def test_other_images_are_no_repetition(tmp_path):
+    path = write(tmp_path, "rlvr", record("rlvr"), record("rlvr", images=["b.png"]), name="d.jsonl")
+    (tmp_path / "b.png").write_bytes(png(99))
+    assert "repeat" not in checked(path)[0]
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    assert "1 records repeat an earlier one" in checked(path)[0]
