@@ -189,6 +189,8 @@ def calls_of_operators(monkeypatch):
     for sizes, op in CASES.values():
         leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
         op(*leaves).sum().backward()
+        with torch.no_grad():
+            op(*leaves)
     monkeypatch.undo()
     return calls
 
@@ -197,8 +199,9 @@ def test_every_operator_keeps_its_promises(monkeypatch):
     """Schema, fake, autograd, dynamic shapes; also of the backward operators, with tensors that require grad."""
     calls = calls_of_operators(monkeypatch)
     assert {overload.name().split("::")[1] for overload in calls} >= {
-        "plan_routing", "moe_route", "moe_route_backward", "moe_mlp", "moe_mlp_backward", "tree_attention_rows",
-        "tree_attention_rows_backward", "segments_attention", "segments_attention_backward",
+        "plan_routing", "moe_route", "moe_route_backward", "moe_mlp", "moe_mlp_gate_up", "moe_mlp_down",
+        "moe_mlp_backward", "tree_attention_rows", "tree_attention_rows_backward", "segments_attention",
+        "segments_attention_backward",
         "linear_logprob", "linear_logprob_backward", "linear_cross_entropy",
         "linear_policy_loss",
     }  # fmt: skip
