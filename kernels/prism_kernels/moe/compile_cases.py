@@ -102,24 +102,28 @@ def _plan() -> list[Configuration]:
     rows = []
     for experts, k in EXPERTS:
         blocks, launch = _split(triton_plan.order_options(experts))
-        common = {"K": k, "E_PAD": triton_plan.padded(experts), **blocks}
+        common = {"K": k, "E_PAD": triton_plan.padded(experts)}
         launch["divisible_by_16"] = _aligned(experts)
-        lengths = dict.fromkeys(("num_tokens", "num_experts", "num_blocks"), "i32")
-        pointers = dict.fromkeys(("index_ptr", "before_ptr", "total_ptr", "order_ptr", "offset_ptr"), "*i32")
         name = f"E{experts} k{k}"
-        rows.append(
-            Configuration(f"order {name}", triton_plan.moe_plan_fwd_order_kernel, pointers | lengths, common, **launch)
-        )
-        pointers = dict.fromkeys(("index_ptr", "block_count_ptr"), "*i32")
-        rows.append(
-            Configuration(f"count {name}", triton_plan.moe_plan_fwd_count_kernel, pointers | lengths, common, **launch)
-        )
-    for wide in ("*fp32", "*fp64"):
-        signature = dict.fromkeys(("block_count_ptr", "total_ptr", "kind_count_ptr"), "*i32")
-        signature |= {"kind_probability_ptr": wide, "counts_ptr": "*fp32", "prob_sum_ptr": wide}
-        signature |= dict.fromkeys(("num_experts", "num_kinds", "num_blocks"), "i32")
-        block = {"SCAN_BLOCK": triton_plan.SCAN_BLOCK}
-        rows.append(Configuration(f"scan {wide[1:]}", triton_plan.moe_plan_fwd_scan_kernel, signature, block))
+        for wide, kind in product(("fp32", "fp64"), (False, True)):
+            signature = dict.fromkeys(("index_ptr", "block_count_ptr", "kind_count_ptr"), "*i32")
+            signature |= {"kind_probability_ptr": f"*{wide}", "order_ptr": "*i32", "offset_ptr": "*i32"}
+            signature |= {"counts_ptr": "*fp32", "prob_sum_ptr": f"*{wide}"}
+            lengths = ("num_tokens", "num_experts", "num_kinds", "num_blocks", "blocks_per_program")
+            signature |= {length: "i32" for length in lengths if kind or length != "num_kinds"}
+            rows.append(
+                Configuration(
+                    f"order {name} {wide}{' kinds' if kind else ''}",
+                    triton_plan.moe_plan_fwd_order_kernel,
+                    signature,
+                    {**common, **blocks, **({} if kind else {"num_kinds": 1})},
+                    **launch,
+                )
+            )
+        signature = dict.fromkeys(("index_ptr", "block_count_ptr"), "*i32")
+        signature |= dict.fromkeys(("num_tokens", "num_experts", "num_blocks"), "i32")
+        common["BLOCK_T"] = blocks["BLOCK_T"]
+        rows.append(Configuration(f"count {name}", triton_plan.moe_plan_fwd_count_kernel, signature, common, **launch))
     return rows
 
 
