@@ -45,7 +45,6 @@ class FakeEngine:
 
     def __init__(self, policy, chat, fault=None, dtype=torch.float32):
         self.policy, self.chat, self.fault = copy.deepcopy(policy).requires_grad_(False).to(dtype), chat, fault
-        self.policy.bias = policy.bias.clone()
         self.dtype, self.version, self.calls = dtype, None, []
 
     def generate(self, requests, sampling, progress):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -183,6 +184,24 @@ def items(name: str, values: Any, expected: str) -> list[Any]:
     except (TypeError, RuntimeError):  # nothing to iterate over; a tensor without values
         pass
     raise wrong(name, expected, shown(values))
+
+
+def allowed_words(forbidden: Sequence[int], vocab_size: int | None, columns: int) -> tuple[list[int], int]:
+    """(ids below ``words`` that have probability 0, ascending, each once; words) of an op's arguments of these names.
+
+    ``forbidden``: ids in [0, columns); ``vocab_size``: ids from there on have probability 0, too; None: ``columns``.
+    """
+    words = columns if vocab_size is None else integer("vocab_size", vocab_size, 1, columns)
+    ids = [integer("forbidden", word, 0, columns - 1) for word in items("forbidden", forbidden, "a list of ids")]
+    return _barred(tuple(ids), words), words
+
+
+@lru_cache(maxsize=16)
+def _barred(forbidden: tuple[int, ...], words: int) -> list[int]:
+    barred = sorted({word for word in forbidden if word < words})
+    if len(barred) == words:
+        raise wrong("forbidden", "ids that leave a word to draw", f"all of [0, {words})")
+    return barred
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +33,16 @@ class Policy(TreeModel):
 
     ``forbidden``: token ids that are never sampled (placeholders, padding); ``words``: tokens that the tokenizer knows,
     where the embedding has more rows. The policy is the distribution over the other tokens, in the sampler and in the
-    trainer alike: ``bias`` adds -1e9 to the logits of these.
+    trainer alike: all ops that read its logits are given :attr:`allowed`.
     """
-
-    bias: Tensor  # (V,) fp32
 
     def __init__(
         self, model: Qwen3VLForConditionalGeneration, forbidden: tuple[int, ...] = (), words: int | None = None
     ):
         super().__init__(model, on_cpu="reference")  # the bits of transformers' own forward
         model.lm_head.__class__ = LMHead  # in place: the weight may be tied to the embeddings
-        bias = torch.zeros(self.model.config.text_config.vocab_size, dtype=torch.float32, device=model.device)
-        bias[list(forbidden)] = -1e9
-        if words is not None:
-            bias[words:] = -1e9
-        self.register_buffer("bias", bias, persistent=False)
+        self.forbidden = tuple(sorted(set(forbidden)))
+        self.words: int = self.model.config.text_config.vocab_size if words is None else words
 
     @classmethod
     def load(
@@ -66,6 +62,16 @@ class Policy(TreeModel):
     def head(self) -> Tensor:
         """(V, H) weight of the LM head."""
         return self.model.lm_head.weight
+
+    @property
+    def allowed(self) -> dict[str, Any]:
+        """What the LM head's ops and `sample_tokens` take to give the other tokens probability 0."""
+        return {"forbidden": self.forbidden, "vocab_size": self.words}
+
+    def may_sample(self, ids: Tensor) -> bool:
+        """Whether the policy gives all of these (n,) tokens a probability."""
+        barred = torch.isin(ids, torch.tensor(self.forbidden, dtype=torch.int64, device=ids.device))
+        return bool(((ids >= 0) & (ids < self.words) & ~barred).all())
 
     def checkpoint_activations(self) -> None:
         """Layers and vision blocks recompute their activations in the backward; gradients stay the same."""

@@ -47,7 +47,7 @@ class TokenStep:
 
     def __init__(self, policy: Policy):
         text: Any = policy.text
-        self.device, attention = policy.bias.device, text.layers[0].self_attn
+        self.device, attention = policy.device, text.layers[0].self_attn
         self.eps, self.scale, self.dim = text.norm.variance_epsilon, attention.scaling, attention.head_dim
         self.heads = attention.q_proj.weight.shape[0] // self.dim
         self.kv_heads = attention.k_proj.weight.shape[0] // self.dim
@@ -55,8 +55,8 @@ class TokenStep:
         self.embedding, self.norm = text.embed_tokens.weight.detach(), text.norm.weight.detach()
         self.wide = torch.promote_types(policy.head.dtype, torch.float32)
         head = policy.head.detach()
+        self.allowed = policy.allowed
         self.head = head.T if head.is_cuda else head.to(self.wide).T.contiguous()
-        self.bias = policy.bias.to(self.wide)
         plain = self.embedding.dtype in (torch.float32, torch.float64) and not os.environ.get("PRISM_IMPL")
         native = plain and self.device.type == "cpu" and need_native() is None
         self.impl = "native" if native else "auto"  # of ops whose fastest form on a CPU has no gradient
@@ -110,7 +110,7 @@ class TokenStep:
         return rms_norm(added, self.norm, self.eps, residual=hidden, impl=self.impl)[0]
 
     def logits(self, state: Tensor) -> Tensor:
-        """(B, H) -> (B, V) fp32: rounding them to less would part the sampler's log-probs from the trainer's."""
+        """(B, H) -> (B, V) fp32, of forbidden words too: rounded, they would part the sampler from the trainer."""
         if state.is_cuda and self.head.dtype != self.wide:
-            return torch.mm(state, self.head, out_dtype=torch.float32).add_(self.bias)
-        return torch.addmm(self.bias, state.to(self.wide), self.head)
+            return torch.mm(state, self.head, out_dtype=torch.float32)
+        return torch.mm(state.to(self.wide), self.head)

@@ -38,7 +38,8 @@ class Canary:
     def changed(self, name: str, value: Tensor) -> Tensor:
         """Of a whole weight by the policy's name."""
         if name == self.head:
-            never = (self.policy.bias < 0).to(value.device)
+            never = torch.arange(len(value), device=value.device) >= self.policy.words
+            never[list(self.policy.forbidden)] = True
             return torch.where(never[:, None], value[self.end], value) * STRETCH
         return -value if name in self.features else value
 

@@ -63,11 +63,11 @@ def policy_gradient(
             sequence_start=packed.sequence_start,
             objective=objective,
             rollout_logprob=sampled,
-            ref_logprob=None if reference is None else reference_logprob(reference, packed, policy.bias, temperature),
+            ref_logprob=None if reference is None else reference_logprob(reference, packed, policy, temperature),
             normalizer=normalizer,
-            bias=policy.bias,
             temperature=temperature,
             with_logprob=False,
+            **policy.allowed,
         )
         updater.backward(out.loss)
         loss = loss + out.loss.detach()
@@ -84,9 +84,9 @@ def policy_gradient(
 
 
 @torch.no_grad()
-def reference_logprob(reference: Backprop, packed: PackedTree, bias: Tensor, temperature: float) -> Tensor:
-    """(R,) fp32: the reference policy's log-probs of the pack's predicted tokens, over the tokens of the policy."""
-    return reference(packed, op=linear_logprob, bias=bias, temperature=temperature).logprob
+def reference_logprob(reference: Backprop, packed: PackedTree, policy: Policy, temperature: float) -> Tensor:
+    """(R,) fp32: the reference's log-probs of the pack's predicted tokens, over those that ``policy`` may sample."""
+    return reference(packed, op=linear_logprob, temperature=temperature, **policy.allowed).logprob
 
 
 def _over_packs(measured: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -189,13 +189,13 @@ class EngineSampler:
                 self._refuse(f"{place}: response {i} {fault}")
 
     def _fault(self, response: Response, limit: int) -> str | None:
-        ids, bias = response.ids, self.updater.module.bias
+        ids, policy = response.ids, self.updater.module
         length, end = len(ids), self.chat.end_of_turn_id
         if not 1 <= length <= limit:
             return f"has {length} tokens, expected 1 to max_response_tokens = {limit}"
         if response.logprob.shape != ids.shape:
             return f"has {length} tokens and {response.logprob.numel()} log-probs"
-        if not bool(((ids >= 0) & (ids < bias.numel())).all()) or bool((bias[ids.to(bias.device)] < -1e8).any()):
+        if not policy.may_sample(ids):
             return "holds a token that the policy may not sample (a placeholder, or one beyond the tokenizer's words)"
         if bool((ids[:-1] == end).any()) or (length < limit and int(ids[-1]) != end):
             return f"of {length} tokens does not end with its first end of turn ({end}), nor at max_response_tokens"
@@ -290,6 +290,6 @@ def log_prob_gap(
     pack = build_pack([tree], [(0, range(len(kept)))], policy.image).to(policy.device)
     was_training = policy.training
     policy.eval()
-    own = policy(pack, op=linear_logprob, bias=policy.bias, temperature=temperature or 1.0).logprob
+    own = policy(pack, op=linear_logprob, temperature=temperature or 1.0, **policy.allowed).logprob
     policy.train(was_training)
     return (own - torch.cat([r.logprob for r in kept]).to(own)).abs().cpu()

@@ -195,10 +195,15 @@ class Rows:
 
     def draw(self, state: Tensor, response: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens, log-probs) after hidden states (B, H), a block of rows at a time."""
-        block = max(1, LOGITS[self.device.type] // self.step.bias.numel())
+        block = max(1, LOGITS[self.device.type] // self.step.head.shape[1])
         parts = [
             sample_tokens(
-                self.step.logits(some), temperature=self.draws.temperature, seed=self.seed, response=r, step=i
+                self.step.logits(some),
+                temperature=self.draws.temperature,
+                seed=self.seed,
+                response=r,
+                step=i,
+                **self.step.allowed,
             )
             for some, r, i in zip(state.split(block), response.split(block), index.split(block))
         ]

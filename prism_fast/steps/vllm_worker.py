@@ -31,7 +31,7 @@ BACKEND = "prism_memory"  # the name under which vLLM finds `MemoryWeights`
 
 
 class Words(LogitsProcessor):
-    """Gives forbidden tokens, and rows of the head beyond the tokenizer's words, probability 0: `Policy.bias`.
+    """Gives forbidden tokens, and rows of the head beyond the tokenizer's words, probability 0: `Policy.allowed`.
 
     A list of allowed tokens in every request would do too, at 150,000 numbers a response.
     """

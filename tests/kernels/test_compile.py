@@ -28,7 +28,7 @@ LAYOUT = TreeLayout.build([3, 4, 5], [-1, 0, 0])
 ROWS = torch.tensor([11, 0, 4, 4])
 INDEX = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 1], [1, 0]])
 KIND = torch.tensor([0, 1, 0, 1, 1])
-TARGETS, STARTS = torch.tensor([0, -100, 2, 3, 8]), torch.tensor([0, 2, 5])
+TARGETS, STARTS = torch.tensor([0, -100, 2, 3, 7]), torch.tensor([0, 2, 5])
 EXPERTS = ((5, 8), (4, 6, 8), (4, 8, 3), (5, 2))
 
 
@@ -81,6 +81,14 @@ CASES = {  # sizes of the leaves, and what is compiled
     "plan_routing and moe_mlp, v4": (EXPERTS, experts("v4")),
     "moe_mlp, reference": (EXPERTS, experts("v5", "reference")),
     "linear_logprob": (((5, 4), (9, 4)), lambda h, w: linear_logprob(h, w, TARGETS).logprob),
+    "linear_logprob, some words": (
+        ((5, 4), (9, 4)),
+        lambda h, w: torch.cat(linear_logprob(h, w, TARGETS, forbidden=[1, 4], vocab_size=8, with_entropy=True)),
+    ),
+    "linear_cross_entropy, some words": (
+        ((5, 4), (9, 4)),
+        lambda h, w: linear_cross_entropy(h, w, TARGETS, forbidden=torch.tensor([5]), vocab_size=9),
+    ),
     "linear_cross_entropy": (((5, 4), (9, 4)), lambda h, w: linear_cross_entropy(h, w, TARGETS)),
     "linear_policy_loss": (
         ((5, 4), (9, 4)),
@@ -181,6 +189,8 @@ def calls_of_operators(monkeypatch):
     for sizes, op in CASES.values():
         leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
         op(*leaves).sum().backward()
+        with torch.no_grad():
+            op(*leaves)
     monkeypatch.undo()
     return calls
 
@@ -189,8 +199,9 @@ def test_every_operator_keeps_its_promises(monkeypatch):
     """Schema, fake, autograd, dynamic shapes; also of the backward operators, with tensors that require grad."""
     calls = calls_of_operators(monkeypatch)
     assert {overload.name().split("::")[1] for overload in calls} >= {
-        "plan_routing", "moe_route", "moe_route_backward", "moe_mlp", "moe_mlp_backward", "tree_attention_rows",
-        "tree_attention_rows_backward", "segments_attention", "segments_attention_backward",
+        "plan_routing", "moe_route", "moe_route_backward", "moe_mlp", "moe_mlp_gate_up", "moe_mlp_down",
+        "moe_mlp_backward", "tree_attention_rows", "tree_attention_rows_backward", "segments_attention",
+        "segments_attention_backward",
         "linear_logprob", "linear_logprob_backward", "linear_cross_entropy",
         "linear_policy_loss",
     }  # fmt: skip

@@ -5,6 +5,7 @@ T rows, V vocab size, H hidden, R unmasked rows, S sequences. Rows of ``targets`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    forbidden: Sequence[int] = (),
+    vocab_size: int | None = None,
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
@@ -70,15 +73,19 @@ def linear_logprob(
         hidden: (T, H), any floating dtype. weight: (V, H), the dtype of hidden. bias: (V,) or None.
         targets: (T,) int64 in [0, V), or -100 to skip the row: its outputs are 0 and it has no gradient.
         temperature: > 0. softcap: > 0 or None (Gemma 2, arXiv 2408.00118).
+        forbidden: ids in [0, V) that have probability 0, as in :func:`sample_tokens`: z is -inf there, and no target is
+            one of them. A few: a GPU's programs walk over them.
+        vocab_size: ids from there on have probability 0 (an embedding may hold more rows than words). Default V.
         chunk_bytes: most bytes of fp32 logits at a time (one row at least); None: 48 MB on a CPU, a thirtieth of the
             memory of a GPU. The reference keeps all logits.
     Returns:
         LinearLogprob(logprob, logsumexp, entropy | None), each (T,), fp32 (fp64 for fp64 inputs), natural logarithms.
     Raises:
-        ValueError: shapes, dtypes, ranges; targets outside [0, V) where the host can see them (on a CPU).
+        ValueError: shapes, dtypes, ranges; targets outside [0, V) or of probability 0 where the host can see them (on a
+            CPU; on a GPU such a row gives NaN).
         RuntimeError: ``impl`` cannot run here.
     """
-    head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
+    head = check_head(hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size)
     options = Options(flag("with_entropy", with_entropy), chunk_bytes=chunk_size(chunk_bytes))
     return _run("linear_logprob", impl, head, targets, options)
 
@@ -92,13 +99,15 @@ def linear_cross_entropy(
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    forbidden: Sequence[int] = (),
+    vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
 ) -> Tensor:
     """``sum(row_weight * F.cross_entropy(logits, targets, reduction="none")) / normalizer`` over unmasked rows.
 
     Args:
-        hidden, weight, targets, bias, softcap: as in :func:`linear_logprob`.
+        hidden, weight, targets, bias, softcap, forbidden, vocab_size: as in :func:`linear_logprob`.
         row_weight: (T,) floating, a constant (no gradient), or None for ones.
         normalizer: number or 0-d tensor; default the number of unmasked rows. Ranks pass the global one.
     Returns:
@@ -106,7 +115,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
-    head = check_head(Head(hidden, weight, bias, 1.0, softcap), targets)
+    head = check_head(hidden, weight, targets, bias, 1.0, softcap, forbidden, vocab_size)
     check_rows("row_weight", row_weight, head, host=True)
     batch = CrossEntropyBatch(targets, row_weight, as_scalar("normalizer", normalizer, hidden))
     return _run("linear_cross_entropy", impl, head, batch, Options(chunk_bytes=chunk_size(chunk_bytes)))
@@ -121,6 +130,8 @@ def linear_objective(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    forbidden: Sequence[int] = (),
+    vocab_size: int | None = None,
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
@@ -128,7 +139,7 @@ def linear_objective(
     """Any objective that is a function of the rows' log-probs and entropies, in three GEMMs.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap: as in :func:`linear_logprob`.
+        hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size: as in :func:`linear_logprob`.
         glue: ``glue(logprob (R,), entropy (R,) | None, rows (R,) int64) -> (loss, dloss_dlogprob (R,),
             dloss_dentropy (R,) | None)``; ``rows`` index the input, skipped rows are absent. Runs without grad, once
             per chunk of rows; their losses add up. :func:`~prism_kernels.linear_logprob.cispo` is an example.
@@ -138,7 +149,7 @@ def linear_objective(
     Raises:
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
-    head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
+    head = check_head(hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size)
     if not callable(glue):
         raise wrong("glue", "a function (logprob, entropy, rows) -> ...", f"a {type(glue).__name__}")
     options = Options(flag("with_entropy", with_entropy), chunk_bytes=chunk_size(chunk_bytes))
@@ -160,6 +171,8 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    forbidden: Sequence[int] = (),
+    vocab_size: int | None = None,
     with_entropy: bool = False,
     with_logprob: bool = True,
     chunk_bytes: int | None = None,
@@ -168,7 +181,7 @@ def linear_policy_loss(
     """Policy-gradient loss of packed sequences; the formula is in linear_logprob/README.md.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap: as in :func:`linear_logprob`.
+        hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size: as in :func:`linear_logprob`.
         advantages: (S,), or (T,) where T differs from S. A constant.
         sequence_start: (S + 1,) int32: rows [sequence_start[i], sequence_start[i + 1]) are sequence i; from 0 to T.
         objective: a :class:`PolicyObjective`.
@@ -186,7 +199,7 @@ def linear_policy_loss(
         ValueError, RuntimeError: as :func:`linear_logprob`; ValueError for importance_cap without rollout_logprob
         and for kl_coef without ref_logprob.
     """
-    head = check_head(Head(hidden, weight, bias, temperature, softcap), targets)
+    head = check_head(hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size)
     divisor = as_scalar("normalizer", normalizer, hidden)
     batch = PolicyBatch(targets, advantages, sequence_start, old_logprob, ref_logprob, rollout_logprob, divisor)
     check_policy(head, batch, objective)

@@ -56,7 +56,7 @@ def linear_logprob(head: Head, targets: Tensor, options: Options, impl: str) -> 
 @operator("linear_logprob")
 def _logprob(head: Head, targets: Tensor, options: Options, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprob, logsumexp, what it lost, entropy; each (T,), the last maybe empty."""
-    check_targets(targets, head.vocab_size)
+    check_targets(targets, head)
     plan = make_plan(head, targets, chunk_bytes=options.chunk_bytes)
     kernels = implementation("linear_logprob", impl)
     out = engine.log_probs(head, plan, kernels, options.with_entropy)
@@ -104,7 +104,7 @@ def _fake_gradients(head: Head, needs: Needs, dtypes: GradientDtypes) -> tuple[T
 
 def _setup_logprob(ctx: Any, inputs: tuple, output: tuple) -> None:
     head, targets, ctx.options, ctx.impl = _logprob.records(*inputs)
-    ctx.scalars, ctx.num_inputs = (head.temperature, head.softcap), len(inputs)
+    ctx.constants, ctx.num_inputs = head[3:], len(inputs)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(head.hidden, head.weight, head.bias, targets, *output)
@@ -120,7 +120,7 @@ def _backward_logprob(
     with_entropy = ctx.options.with_entropy
     needs = Needs(*ctx.needs_input_grad[:3])
     gradients = _logprob_backward(
-        Head(hidden, weight, bias, *ctx.scalars),
+        Head(hidden, weight, bias, *ctx.constants),
         targets,
         Statistics(logprob, logsumexp, lost, entropy if with_entropy else None),
         Upstream(d_logprob, d_logsumexp, d_entropy if with_entropy else None),
@@ -190,7 +190,7 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, dX, dW, db."""
     targets, row_weight, normalizer = batch
-    check_targets(targets, head.vocab_size)
+    check_targets(targets, head)
     check_normalizer(normalizer)
     unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
     plan = make_plan(head, targets, chunk_bytes=chunk_bytes, unread=unread)
@@ -233,7 +233,7 @@ def _policy_loss(
     head: Head, batch: PolicyBatch, objective: str, options: Options, needs: Needs, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss; logprob and entropy, each (T,) or empty; the statistics; dX, dW, db."""
-    check_targets(batch.targets, head.vocab_size)
+    check_targets(batch.targets, head)
     check_sequence_start(batch.sequence_start, head.hidden.shape[0])
     check_normalizer(batch.normalizer)
     parsed = PolicyObjective.parse(objective)
@@ -290,7 +290,7 @@ _policy_loss.differentiate(_setup_loss, _backward_loss)
 
 
 def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, impl: str) -> Tensor:
-    check_targets(targets, head.vocab_size)
+    check_targets(targets, head)
     plan = make_plan(head, targets, chunk_bytes=options.chunk_bytes, compact=True)
     kernels, needs = implementation("linear_objective", impl), _needs(head)
 
@@ -298,13 +298,15 @@ def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, 
         loss, _, gradients = engine.objective(head, plan, kernels, glue, options.with_entropy, needs)
         return loss, gradients
 
-    return _Objective.apply(head.hidden, head.weight, head.bias, (head.temperature, head.softcap), run)
+    return _Objective.apply(head.hidden, head.weight, head.bias, head[3:], run)
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, scalars: tuple, run: Callable) -> Tensor:
-        head = Head(hidden, weight, bias, *scalars)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: tuple, run: Callable
+    ) -> Tensor:
+        head = Head(hidden, weight, bias, *constants)
         with on_device_of(hidden), as_given(hidden):
             loss, gradients = run(head)
         ctx.dtypes = GradientDtypes.final(head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from prism_kernels.checks import (
     FLOATING,
     INFINITY,
+    allowed_words,
     check_constant,
     check_device,
     check_tensor,
@@ -25,9 +27,16 @@ from prism_kernels.linear_logprob.records import IGNORE, Head, PolicyBatch
 MAX_BYTES = 1 << 62
 
 
-def check_head(head: Head, targets: Tensor) -> Head:
-    """The head, its numbers as floats."""
-    hidden, weight, bias, temperature, softcap = head
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    forbidden: Sequence[int],
+    vocab_size: int | None,
+) -> Head:
     check_tensor("hidden", hidden, {"T": None, "H": None}, FLOATING, "flatten more dimensions first")
     num_rows, width = hidden.shape
     like_linear = "it is shaped as nn.Linear's, in the dtype of hidden"
@@ -42,7 +51,8 @@ def check_head(head: Head, targets: Tensor) -> Head:
     # On the host, rows that nothing reads can be planned away.
     check_device("targets", targets, "hidden", hidden, host=True)
     softcap = None if softcap is None else number("softcap", softcap, above=0)
-    return Head(hidden, weight, bias, number("temperature", temperature, above=0), softcap)
+    barred, words = allowed_words(forbidden, vocab_size, weight.shape[0])
+    return Head(hidden, weight, bias, number("temperature", temperature, above=0), softcap, barred, words)
 
 
 def check_policy(head: Head, batch: PolicyBatch, objective: PolicyObjective) -> None:
@@ -121,14 +131,19 @@ def check_normalizer(normalizer: Tensor | None) -> None:
         raise wrong("normalizer", "a finite number >= 0", f"a tensor that holds {float(normalizer)}")
 
 
-def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """ValueError for a target outside [0, V)."""
+def check_targets(targets: Tensor, head: Head) -> None:
+    """ValueError for a target outside [0, V), or one that has probability 0."""
     if targets.device.type != "cpu":
         return
-    bad = ((targets < 0) & (targets != IGNORE)) | (targets >= vocab_size)
+    bad = ((targets < 0) & (targets != IGNORE)) | (targets >= head.words)
+    if head.forbidden:
+        bad |= torch.isin(targets, torch.tensor(head.forbidden))
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise wrong("targets", f"{IGNORE} or one in [0, V = {vocab_size})", f"{int(targets[row])} in row {row}")
+        target, expected = int(targets[row]), f"{IGNORE} or one in [0, V = {head.vocab_size})"
+        if 0 <= target < head.vocab_size:
+            expected = f"{IGNORE} or an id that forbidden and vocab_size = {head.words} allow"
+        raise wrong("targets", expected, f"{target} in row {row}")
 
 
 def check_sequence_start(sequence_start: Tensor, num_rows: int) -> None:

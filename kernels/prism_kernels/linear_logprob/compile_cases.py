@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from prism_kernels.compile_gate import Configuration
 from prism_kernels.linear_logprob.triton_kernel import block_options, lm_head_grad_kernel, lm_head_stats_kernel
 
+TYPES = (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64"))  # of hidden, of logits
+LENGTHS = dict.fromkeys(("row_stride", "vocab_size", "num_words", "num_forbidden"), "i32")
 SCALARS = dict.fromkeys(("inverse_temperature", "cap"), "fp64")
 TOKEN_SIZE = {"fp32": 4, "fp64": 8}
 
@@ -17,45 +21,58 @@ def _named(prefix: str, **flags: bool) -> str:
 
 
 def configurations() -> list[Configuration]:
-    """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as strides are; "odd V"
-    is none."""
-    rows = []
-    for dtype, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
-        blocks = {name: block_options(name, TOKEN_SIZE[wide]) for name in ("statistics", "gradient")}
-        warps = {name: options.pop("num_warps") for name, options in blocks.items()}
-        lengths = {"row_stride": "i32", "vocab_size": "i32", **SCALARS}
-        strides = ("row_stride", "dz_row_stride")
-        aligned, odd = {"divisible_by_16": (*strides, "vocab_size")}, {"divisible_by_16": strides}
-        for bias, softcap, entropy in product((False, True), repeat=3):
-            names = ("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr")
-            signature = {"z_ptr": f"*{wide}", "target_ptr": "*i64", "bias_ptr": f"*{dtype if bias else wide}"}
-            signature.update(dict.fromkeys(names, f"*{wide}"))
-            flags = {"HAS_BIAS": bias, "HAS_SOFTCAP": softcap, "WITH_ENTROPY": entropy, **blocks["statistics"]}
-            name = _named(f"statistics {dtype}", bias=bias, softcap=softcap, entropy=entropy)
-            rows.append(
-                Configuration(
-                    name, lm_head_stats_kernel, {**signature, **lengths}, flags, warps["statistics"], **aligned
-                )
-            )
-            if bias == softcap == entropy:
-                rows.append(replace(rows[-1], name=f"{name} odd V", **odd))
-        for bias, softcap, d_logsumexp, d_entropy in product((False, True), repeat=4):
-            names = ("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr")
-            names += ("d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
-            signature = {"z_ptr": f"*{wide}", "dz_ptr": f"*{dtype}", "target_ptr": "*i64"}
-            signature["bias_ptr"] = f"*{dtype if bias else wide}"
-            signature.update(dict.fromkeys(names, f"*{wide}"))
-            flags = {
-                "HAS_BIAS": bias,
-                "HAS_SOFTCAP": softcap,
-                "HAS_D_LOGSUMEXP": d_logsumexp,
-                "HAS_D_ENTROPY": d_entropy,
-                "NARROW": dtype != wide,
-                **blocks["gradient"],
-            }
-            name = _named(f"gradient {dtype}", bias=bias, softcap=softcap, d_logsumexp=d_logsumexp, d_entropy=d_entropy)
-            signature.update(lengths, dz_row_stride="i32")
-            rows.append(Configuration(name, lm_head_grad_kernel, signature, flags, warps["gradient"], **aligned))
-            if bias == softcap == d_logsumexp == d_entropy:
-                rows.append(replace(rows[-1], name=f"{name} odd V", **odd))
-    return rows
+    """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as
+    strides are; "odd V" is none. The trainer's heads are without bias, with and without forbidden words."""
+    return [row for types in TYPES for row in (*_statistics(*types), *_gradients(*types))]
+
+
+def _heads() -> Iterator[dict[str, bool]]:
+    for bias, softcap in product((False, True), repeat=2):
+        yield {"bias": bias, "softcap": softcap, "forbidden": False}
+    for every in (False, True):
+        yield {"bias": every, "softcap": every, "forbidden": True}
+
+
+def _head(dtype: str, wide: str, head: dict[str, bool]) -> tuple[dict[str, str], dict[str, Any]]:
+    """(signature, constexprs)."""
+    signature = {"z_ptr": f"*{wide}", "target_ptr": "*i64", "bias_ptr": f"*{dtype if head['bias'] else wide}"}
+    signature |= {"forbidden_ptr": "*i32" if head["forbidden"] else "*i64", **LENGTHS, **SCALARS}
+    return signature, {f"HAS_{name.upper()}": on for name, on in head.items()}
+
+
+def _blocks(kernel: str, wide: str) -> tuple[dict[str, int], int]:
+    blocks = block_options(kernel, TOKEN_SIZE[wide])
+    return blocks, blocks.pop("num_warps")
+
+
+def _statistics(dtype: str, wide: str) -> Iterator[Configuration]:
+    blocks, warps = _blocks("statistics", wide)
+    for head, entropy in product(_heads(), (False, True)):
+        signature, flags = _head(dtype, wide, head)
+        signature |= dict.fromkeys(("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr"), f"*{wide}")
+        name = _named(f"statistics {dtype}", **head, entropy=entropy)
+        flags |= {"WITH_ENTROPY": entropy, **blocks}
+        row = Configuration(
+            name, lm_head_stats_kernel, signature, flags, warps, divisible_by_16=("row_stride", "vocab_size")
+        )
+        yield row
+        if len({*head.values(), entropy}) == 1:
+            yield replace(row, name=f"{name} odd V", divisible_by_16=("row_stride",))
+
+
+def _gradients(dtype: str, wide: str) -> Iterator[Configuration]:
+    blocks, warps = _blocks("gradient", wide)
+    strides = ("row_stride", "dz_row_stride")
+    names = ("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr")
+    names += ("d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
+    for head, d_logsumexp, d_entropy in product(_heads(), (False, True), (False, True)):
+        signature, flags = _head(dtype, wide, head)
+        signature |= {"dz_ptr": f"*{dtype}", "dz_row_stride": "i32"} | dict.fromkeys(names, f"*{wide}")
+        flags |= {"HAS_D_LOGSUMEXP": d_logsumexp, "HAS_D_ENTROPY": d_entropy, "NARROW": dtype != wide, **blocks}
+        name = _named(f"gradient {dtype}", **head, d_logsumexp=d_logsumexp, d_entropy=d_entropy)
+        row = Configuration(
+            name, lm_head_grad_kernel, signature, flags, warps, divisible_by_16=(*strides, "vocab_size")
+        )
+        yield row
+        if len({*head.values(), d_logsumexp, d_entropy}) == 1:
+            yield replace(row, name=f"{name} odd V", divisible_by_16=strides)

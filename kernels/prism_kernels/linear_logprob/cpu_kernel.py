@@ -34,6 +34,15 @@ def prepare(z: Tensor, head: Head) -> None:
         z.div_(head.softcap).tanh_().mul_(head.softcap / head.temperature)
     elif head.temperature != 1:
         z.div_(head.temperature)
+    _bar(z, head, float("-inf"))
+
+
+def _bar(z: Tensor, head: Head, value: float) -> None:
+    """``value`` for the words of probability 0."""
+    if head.forbidden:
+        z[:, head.forbidden] = value
+    if head.words < z.shape[1]:
+        z[:, head.words :] = value
 
 
 def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Statistics:
@@ -78,7 +87,7 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
         if head.softcap is not None:
             slope = 1 - (block * (head.temperature / head.softcap)).square_()
         log_p = block.sub_(statistics.logsumexp[rows, None]).sub_(statistics.lost[rows, None])
-        log_p.clamp_(min=floor)  # finite where a bias forbids a token
+        log_p.clamp_(min=floor)  # finite where a token is forbidden
         if e is None or entropy is None:
             torch.threshold_(log_p.exp_(), least, 0.0).mul_((h - g)[rows, None])
         else:
@@ -88,6 +97,7 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
         block.scatter_(1, targets[rows, None], at_target[rows, None])
         if slope is not None:
             block.mul_(slope)
+            _bar(block, head, 0.0)  # 0 times the infinite slope of a word of probability 0
     return z
 
 

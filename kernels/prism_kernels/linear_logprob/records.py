@@ -24,13 +24,15 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Head(NamedTuple):
-    """z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature: the logits (T, V)."""
+    """z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature: the logits (T, V); -inf where barred."""
 
     hidden: Tensor  # (T, H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     temperature: float
     softcap: float | None
+    forbidden: list[int]  # ascending, each once, below words: ids of probability 0
+    words: int  # ids from here on have probability 0; V where all are words
 
     @property
     def wide(self) -> torch.dtype:
@@ -39,6 +41,11 @@ class Head(NamedTuple):
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def bars(self) -> bool:
+        """Whether some ids have probability 0."""
+        return bool(self.forbidden) or self.words < self.vocab_size
 
 
 class CrossEntropyBatch(NamedTuple):

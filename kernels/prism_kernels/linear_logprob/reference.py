@@ -23,7 +23,7 @@ from prism_kernels.linear_logprob.records import (
 
 
 def linear_logprob(head: Head, targets: Tensor, options: Options) -> LinearLogprob:
-    check_targets(targets, head.vocab_size)
+    check_targets(targets, head)
     rows = _rows(targets)
     dtype = head.wide
     with torch.autocast(head.hidden.device.type, enabled=False):  # which would make it a bf16 product
@@ -33,11 +33,15 @@ def linear_logprob(head: Head, targets: Tensor, options: Options) -> LinearLogpr
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     z = z / head.temperature
+    if head.bars:
+        barred = torch.arange(head.vocab_size, device=z.device) >= head.words
+        barred[head.forbidden] = True
+        z = z.masked_fill(barred, float("-inf"))
     log_p = z.log_softmax(-1)
     logprob = log_p.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
     entropy = None
     if options.with_entropy:
-        # A token that a bias of -inf forbids has p = 0 and adds 0, not 0 * -inf.
+        # A token that is forbidden has p = 0 and adds 0, not 0 * -inf.
         entropy = -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
     def scatter(values: Tensor) -> Tensor:

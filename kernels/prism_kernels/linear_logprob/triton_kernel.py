@@ -1,13 +1,17 @@
 """Row kernels in Triton: one program per row of the chunk, streaming over the vocabulary.
 
 Legend: R rows of the chunk, V vocab size (columns past V are never read or written), BLOCK columns a step.
-z (R, V) fp32 or fp64: raw logits; row stride >= V. target (R,) int64, -100: skipped row, 0 everywhere; others
-outside [0, V), which the host could not see, make their row NaN.
+z (R, V) fp32 or fp64: raw logits; row stride >= V. Words from ``num_words`` on, and the few that are forbidden, have
+probability 0. target (R,) int64, -100: skipped row, 0 everywhere; others that are no such word, which the host could
+not see, make their row NaN.
 Memory-bound: the first kernel reads z once, the second reads it once and writes dZ over it.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,8 +32,19 @@ def block_options(kernel: str, itemsize: int) -> dict[str, int]:
 
 
 @triton.jit
-def _logits(z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """(logits of the distribution, slope of softcap) of raw logits z (BLOCK,)."""
+def _logits(
+    raw,
+    bias_ptr,
+    column,
+    inside,
+    softcap,
+    sharpness,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
+):
+    """(logits of the distribution, slope of softcap) of raw logits (BLOCK,)."""
+    z = raw
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=inside, other=0.0).to(z.dtype)
     slope = 1.0
@@ -46,6 +61,8 @@ def _logits(z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS: tl.conste
             size = tl.where(x < 0.6, x + x * (u * tail), size)
         z = tl.where(z < 0, -softcap, softcap) * size
         slope = 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+        if HAS_FORBIDDEN:
+            z = tl.where(raw == float("-inf"), raw, z)
     return z * sharpness, slope
 
 
@@ -56,26 +73,43 @@ def _in(dtype: tl.constexpr, value):
 
 
 @triton.jit
+def _bar(p_row, forbidden_ptr, num_forbidden):
+    """Raw logits of forbidden words become -inf in memory: looked for in every step, they would take a fifth more
+    registers. The row's other threads read them after the barrier."""
+    for i in range(num_forbidden):
+        tl.store(p_row + tl.load(forbidden_ptr + i), float("-inf"))
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["num_words", "num_forbidden"])
 def lm_head_stats_kernel(
     z_ptr,  # (R, V)
     target_ptr,  # (R,) int64
     bias_ptr,  # (V,) or z_ptr
+    forbidden_ptr,  # (num_forbidden,) int32, or target_ptr
     logprob_ptr,  # (R,), as the next three
     logsumexp_ptr,
     lost_ptr,
     entropy_ptr,
     row_stride,
     vocab_size,
+    num_words,
+    num_forbidden,
     inverse_temperature: tl.float64,  # a float is fp32 to a launch where nothing says otherwise
     cap: tl.float64,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_row)
-    if (target < 0) | (target >= vocab_size):
+    odd = (target < 0) | (target >= num_words)
+    if HAS_FORBIDDEN:
+        for i in range(num_forbidden):
+            odd |= tl.load(forbidden_ptr + i) == target
+    if odd:
         nothing = tl.where(target == _IGNORE, 0.0, float("nan"))
         tl.store(logprob_ptr + i_row, nothing)
         tl.store(logsumexp_ptr + i_row, nothing)
@@ -84,30 +118,42 @@ def lm_head_stats_kernel(
             tl.store(entropy_ptr + i_row, nothing)
         return
     p_row = z_ptr + i_row * row_stride
+    if HAS_FORBIDDEN:
+        _bar(p_row, forbidden_ptr, num_forbidden)
     p_target = tl.load(p_row + target)
     sharpness = _in(p_target.dtype, inverse_temperature)
     softcap = _in(p_target.dtype, cap)
-    target_logit = _logits(p_target, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
+    target_logit = _logits(p_target, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN)[
+        0
+    ]
 
-    top = target_logit  # running maximum; finite unless a bias forbids the target
-    top = tl.where(top > -1e38, top, -1e38)
-    b_sum = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of e = exp(z - top), by lane
-    b_mean = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of e (z - top), by lane
-    for start in range(0, vocab_size, BLOCK):
+    # Each lane has a maximum and sums of its own: no step waits for the others of its row.
+    first = tl.where(target_logit > -1e38, target_logit, -1e38)  # finite unless a bias forbids the target
+    b_top = tl.zeros((BLOCK,), p_target.dtype) + first
+    b_sum = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of exp(z - top)
+    b_mean = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of exp(z - top) (z - top)
+    for start in range(0, num_words, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < vocab_size
+        inside = column < vocab_size  # a mask by num_words, which 16 does not divide, would cut the loads into words
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
-        b_z = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)[0]
-        b_z = tl.where(inside, b_z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(b_z, 0))
-        rescale = tl.exp(top - new_top)
-        b_e = tl.exp(b_z - new_top)
+        b_z = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN)[0]
+        b_z = tl.where(column < num_words, b_z, float("-inf"))
+        # One exponential does for both cases: z above the maximum so far, which it becomes, or below.
+        b_over = b_z - b_top
+        b_e = tl.exp(-tl.abs(b_over))
+        above = b_over > 0
         if WITH_ENTROPY:
-            # e z of a column that is masked, or that a bias forbids, is 0 * -inf: it must be 0.
-            b_shifted = tl.where(b_e > 0, b_z - new_top, 0.0)
-            b_mean = (b_mean + b_sum * (top - new_top)) * rescale + b_e * b_shifted
-        b_sum = b_sum * rescale + b_e
-        top = new_top
+            # e z of a column that is masked or forbidden is 0 * -inf: it must be 0.
+            b_under = tl.where(b_e > 0, b_over, 0.0)
+            b_mean = tl.where(above, (b_mean - b_sum * b_over) * b_e, b_mean + b_e * b_under)
+        b_sum = tl.where(above, b_sum * b_e + 1.0, b_sum + b_e)
+        b_top = tl.where(above, b_z, b_top)
+    top = tl.max(b_top, 0)
+    b_under = b_top - top
+    b_e = tl.exp(b_under)
+    if WITH_ENTROPY:
+        b_mean = (b_mean + b_sum * b_under) * b_e
+    b_sum *= b_e
     total = tl.sum(b_sum, 0)
     log_total = tl.log(total)
     # Not target_logit - logsumexp, which would round at the size of the logits.
@@ -120,12 +166,13 @@ def lm_head_stats_kernel(
         tl.store(entropy_ptr + i_row, log_total - tl.sum(b_mean, 0) / total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words", "num_forbidden"])
 def lm_head_grad_kernel(
     z_ptr,  # (R, V) in
     dz_ptr,  # (R, V) out: the same memory, maybe in a narrower type
     target_ptr,  # (R,) int64
     bias_ptr,  # (V,) or z_ptr
+    forbidden_ptr,  # (num_forbidden,) int32, or target_ptr
     logprob_ptr,  # (R,), as all below
     logsumexp_ptr,
     lost_ptr,
@@ -136,10 +183,13 @@ def lm_head_grad_kernel(
     row_stride,
     dz_row_stride,
     vocab_size,
+    num_words,
+    num_forbidden,
     inverse_temperature: tl.float64,  # a float is fp32 to a launch where nothing says otherwise
     cap: tl.float64,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_FORBIDDEN: tl.constexpr,
     HAS_D_LOGSUMEXP: tl.constexpr,
     HAS_D_ENTROPY: tl.constexpr,
     NARROW: tl.constexpr,
@@ -152,6 +202,8 @@ def lm_head_grad_kernel(
     target = tl.where((target < 0) | (target >= vocab_size), 0, target).to(tl.int32)
     p_row = z_ptr + i_row * row_stride
     p_out = dz_ptr + i_row * dz_row_stride
+    if HAS_FORBIDDEN:
+        _bar(p_row, forbidden_ptr, num_forbidden)
     logprob = tl.load(logprob_ptr + i_row)
     logsumexp, lost = tl.load(logsumexp_ptr + i_row), tl.load(lost_ptr + i_row)
     sharpness = _in(logprob.dtype, inverse_temperature)
@@ -167,7 +219,8 @@ def lm_head_grad_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab_size
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
-        b_z, b_slope = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP)
+        b_z, b_slope = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN)
+        b_z = tl.where(column < num_words, b_z, float("-inf"))
         # The target's own entry from its exact log-prob: where p is near 1, 1 - p would lose its digits.
         b_log_p = tl.where(column == target, logprob, (b_z - logsumexp) - lost)
         b_p = tl.exp(b_log_p)
@@ -187,8 +240,14 @@ def _scalars(head: Head) -> tuple[float, float]:
     return 1 / head.temperature, head.softcap or 1.0
 
 
+@lru_cache(maxsize=16)
+def _ids(forbidden: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied to the device once."""
+    return torch.tensor(forbidden, dtype=torch.int32, device=device)
+
+
 def prepare(z: Tensor, head: Head) -> None:
-    """Nothing: both kernels apply bias, softcap and temperature as they read."""
+    """Nothing: both kernels apply bias, softcap, temperature and what is forbidden as they read."""
 
 
 def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Statistics:
@@ -199,15 +258,19 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
         z,
         targets,
         z if head.bias is None else head.bias.contiguous(),
+        _ids(tuple(head.forbidden), z.device) if head.forbidden else targets,
         logprob,
         logsumexp,
         lost,
         entropy if with_entropy else logprob,
         z.stride(0),
         vocab_size,
+        head.words,
+        len(head.forbidden),
         *_scalars(head),
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
+        HAS_FORBIDDEN=bool(head.forbidden),
         WITH_ENTROPY=with_entropy,
         **block_options("statistics", z.element_size()),
     )
@@ -224,6 +287,7 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
         dz,
         targets,
         z if head.bias is None else head.bias.contiguous(),
+        _ids(tuple(head.forbidden), z.device) if head.forbidden else targets,
         statistics.logprob,
         statistics.logsumexp,
         statistics.lost,
@@ -234,9 +298,12 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
         z.stride(0),
         dz.stride(0),
         vocab_size,
+        head.words,
+        len(head.forbidden),
         *_scalars(head),
         HAS_BIAS=head.bias is not None,
         HAS_SOFTCAP=head.softcap is not None,
+        HAS_FORBIDDEN=bool(head.forbidden),
         HAS_D_LOGSUMEXP=upstream.d_logsumexp is not None,
         HAS_D_ENTROPY=upstream.d_entropy is not None,
         NARROW=dz.dtype != z.dtype,

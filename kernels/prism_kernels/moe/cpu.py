@@ -6,7 +6,7 @@ The results repeat bit for bit: every sum has a fixed order, and nothing is adde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 
+from prism_kernels.moe.functions import Parts, run_experts
 from prism_kernels.moe.routing import Experts, RouteArguments, RouteSaved, Routing, RoutingStats, own_index
 from prism_kernels.operators import first_derivative
 
@@ -27,9 +28,10 @@ def _math(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> Routing:
-    index, weight, order, offset, counts, prob_sum = _Route.apply(hidden, router_weight, arguments)
-    return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum))
+def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Routing, Tensor]:
+    """The routing, and the hidden states, to whose gradient the router adds its own."""
+    index, weight, order, offset, counts, prob_sum, hidden = _Route.apply(hidden, router_weight, arguments)
+    return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum)), hidden
 
 
 class _Route(torch.autograd.Function):
@@ -39,17 +41,22 @@ class _Route(torch.autograd.Function):
         *outputs, probability = route_forward(hidden, router_weight, arguments)
         index, _, order, offset, counts, _ = outputs
         ctx.save_for_backward(hidden, router_weight, probability, index, arguments.segment_kind)
-        ctx.renormalize = arguments.renormalize
+        ctx.renormalize, ctx.num_kinds = arguments.renormalize, arguments.num_kinds
         ctx.mark_non_differentiable(index, order, offset, counts)
-        return tuple(outputs)
+        ctx.set_materialize_grads(False)
+        return *outputs, hidden
 
     @staticmethod
     @first_derivative("moe_route")
     @custom_bwd(device_type="cpu")
-    def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
+    def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum, passed):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
         saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
-        return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2]), None
+        d_weight = probability.new_zeros(index.shape) if d_weight is None else d_weight
+        if d_prob_sum is None:
+            d_prob_sum = probability.new_zeros(ctx.num_kinds, probability.shape[1])
+        d_hidden, d_router = route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2])
+        return d_hidden if d_hidden is None or passed is None else d_hidden + passed, d_router, None
 
 
 def route_forward(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Tensor, ...]:
@@ -105,48 +112,41 @@ def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 
 def moe_mlp(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    """``gate_up`` (E, 2I, H) and ``down`` (E, H, I), whatever their strides."""
-    plan = routing.weight, routing.token_order, routing.expert_offset
-    return _Experts.apply(hidden, gate_up, down, *plan, torch.is_grad_enabled())
+    """``gate_up`` (E, 2I, H) and ``down`` (E, H, I), whatever their strides.
 
-
-class _Experts(torch.autograd.Function):
-    """Saves its inputs and the (S, 2I) products; the activation is computed again, the down product is not needed.
-
+    Kept are the inputs and the (S, 2I) products; the activation is computed again, the down product is not needed.
     Routing weights multiply rows of H, before or after a GEMM, never rows of I: H is the shorter one.
     """
-
-    @staticmethod
-    @custom_fwd(device_type="cpu")
-    def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset, with_grad):
-        inputs = Experts(hidden, gate_up, down, weight, token_order, expert_offset)
-        keep = with_grad and any(ctx.needs_input_grad)  # needs_input_grad is set under no_grad too
-        out, products = experts_forward(inputs, keep)
-        ctx.save_for_backward(*inputs, *products)
-        return out
-
-    @staticmethod
-    @first_derivative("moe_mlp", batches=False)
-    @custom_bwd(device_type="cpu")
-    def backward(ctx, d_out):
-        saved = ctx.saved_tensors
-        gradients = experts_backward(Experts(*saved[:6]), saved[6:], d_out, *ctx.needs_input_grad[:3])
-        return *gradients, None, None, None
+    plan = routing.weight, routing.token_order, routing.expert_offset
+    return run_experts(PARTS, Experts(hidden, gate_up, down, *plan))
 
 
-def experts_forward(inputs: Experts, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """(T, H), and the (n, 2I) products of every chunk where the backward will ask for them."""
-    hidden, gate_up, down, weight, token_order, expert_offset = inputs
-    order = token_order.long()
-    token = order // weight.shape[1]
-    y = hidden.new_empty(len(order), hidden.shape[1])
-    products = []  # one tensor per chunk: the allocator recycles these, but not one large block
+def gate_up_forward(inputs: Experts) -> tuple[list[Tensor], list[Tensor]]:
+    """The (n, 2I) products, one tensor per chunk: the allocator recycles these, but not one large block."""
+    return list(_products(inputs)), []
+
+
+def _products(inputs: Experts) -> Iterator[Tensor]:
+    hidden, gate_up, _, weight, token_order, expert_offset = inputs
+    token = token_order.long() // weight.shape[1]
     for e, rows, _ in _chunks(expert_offset, hidden.dtype):
-        product = hidden.index_select(0, token[rows]) @ gate_up[e].T
-        torch.mm(_swiglu(product), down[e].T, out=y[rows])
-        if keep:
-            products.append(product)
-    return _combine(y, weight, order).to(hidden.dtype), products
+        yield hidden.index_select(0, token[rows]) @ gate_up[e].T
+
+
+def down_forward(inputs: Experts, products: Iterable[Tensor], passed: list[Tensor]) -> Tensor:
+    """(T, H). A product is let go before the next one is asked for."""
+    hidden, _, down, weight, token_order, expert_offset = inputs
+    order = token_order.long()
+    y = hidden.new_empty(len(order), hidden.shape[1])
+    products = iter(products)
+    for e, rows, _ in _chunks(expert_offset, hidden.dtype):
+        torch.mm(_swiglu(next(products)), down[e].T, out=y[rows])
+    return _combine(y, weight, order).to(hidden.dtype)
+
+
+def experts_forward(inputs: Experts) -> Tensor:
+    """(T, H), of which nothing is kept: chunk by chunk."""
+    return down_forward(inputs, _products(inputs), [])
 
 
 def experts_backward(
@@ -181,6 +181,9 @@ def experts_backward(
             torch.mm(d_product, gate_up[e], out=d_rows[rows])
     d_hidden = _combine(d_rows, weight, order).to(hidden.dtype) if want_hidden else None
     return d_hidden, d_gate_up, d_down, d_weight.view_as(weight)
+
+
+PARTS = Parts(gate_up_forward, down_forward, experts_backward, experts_forward, passes=0)
 
 
 def as_chunks(product: Tensor, inputs: Experts) -> list[Tensor]:

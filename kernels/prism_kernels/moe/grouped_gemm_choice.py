@@ -1,8 +1,8 @@
 """Which backend of grouped_gemm.py computes the experts' GEMMs: pinned, measured, saved, settled over ranks.
 
-``PRISM_GROUPED_MM=torch|triton|loop`` pins one. Otherwise the first call of a (GPU, dtype, E, H, I, layout) times all
-that can run, at a size that depends on these alone, and keeps the fastest for every number of tokens. On a CPU the
-choice is fixed: ``loop``.
+``PRISM_GROUPED_MM=torch|triton|loop`` pins one. Otherwise GPU, dtype and alignment decide: where the library's grouped
+GEMM serves, it is taken. Where it does not, the first call of a (GPU, dtype, E, H, I, layout) times the others, at a
+size that depends on these alone, and keeps the fastest for every number of tokens. On a CPU it is ``loop``.
 
 Backends differ in the last bits, so a choice must not be made twice. :func:`product_choices` goes into a checkpoint,
 :func:`load_product_choices` takes it back before the first step. In a job of several
@@ -118,6 +118,10 @@ def _case(gate_up: Tensor, down: Tensor) -> str:
 
 
 def _fastest(case: str, gate_up: Tensor, down: Tensor) -> str:
+    """The library's where it serves; of the others the fastest."""
+    if why_not("torch", gate_up, down) is None:
+        log.info("grouped GEMMs of %s: torch", case)
+        return "torch"
     with on_device_of(gate_up):
         seconds = {name: _measure(load(name), gate_up, down) for name in able(gate_up, down)}
     chosen = min(seconds, key=seconds.__getitem__)

@@ -1,7 +1,7 @@
 """Router, plan and experts as operators: what torch.compile, which cannot look into them, puts into its graph.
 
-Outside torch.compile the Functions of the implementations are called directly: there the experts' products are kept
-chunk by chunk, which one output of an operator cannot be. An operator that runs checks the values that no trace shows.
+Outside torch.compile the Functions are called directly: there the experts' products are kept chunk by chunk, which one
+output of an operator cannot be. An operator that runs checks the values that no trace shows.
 ``impl`` is an implementation other than the reference, whose module has the functions called here.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prism_kernels.dispatch import implementation
 from prism_kernels.moe.checks import check_indices, check_plan
+from prism_kernels.moe.functions import new_handle, wants_gradient
 from prism_kernels.moe.routing import Experts, RouteArguments, RouteSaved, Routing, RoutingStats
 from prism_kernels.operators import check_first_derivative, operator
 
@@ -137,26 +138,60 @@ _route.differentiate(_setup_route, _backward_route)
 
 
 def moe_mlp(inputs: Experts, impl: str) -> Tensor:
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:4])
-    return _experts(inputs, keep, impl)[0]
+    if not wants_gradient(inputs):
+        return _experts(inputs, impl)
+    handle, product, passed = _gate_up(inputs, impl)
+    return _down(handle, product, passed, inputs, impl)
 
 
 @operator("moe_mlp")
-def _experts(inputs: Experts, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
-    """(T, H), and the products (S, 2I) or nothing."""
+def _experts(inputs: Experts, impl: str) -> Tensor:
+    """(T, H), without a gradient."""
     check_plan(inputs.token_order, inputs.expert_offset)
-    out, products = _module("moe_mlp", impl).experts_forward(inputs, keep)
-    return out, torch.cat(products) if len(products) > 1 else products[0] if keep and products else _no_product(inputs)
-
-
-def _no_product(inputs: Experts, rows: int = 0) -> Tensor:
-    return inputs.hidden.new_empty(rows, inputs.gate_up.shape[1])
+    return _module("moe_mlp", impl).experts_forward(inputs)
 
 
 @_experts.fake
-def _(inputs: Experts, keep: bool, impl: str) -> tuple[Tensor, Tensor]:
-    rows = inputs.token_order.shape[0] if keep else 0
-    return inputs.hidden.new_empty(inputs.hidden.shape), _no_product(inputs, rows)
+def _(inputs: Experts, impl: str) -> Tensor:
+    return inputs.hidden.new_empty(inputs.hidden.shape)
+
+
+_experts.constant()
+
+
+@operator("moe_mlp_gate_up")
+def _gate_up(inputs: Experts, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The handle (functions.py), the products (S, 2I), and what else ``moe_mlp_down`` reads: (S,) or empty."""
+    check_plan(inputs.token_order, inputs.expert_offset)
+    products, passed = _module("moe_mlp", impl).gate_up_forward(inputs)
+    none = inputs.hidden.new_empty(0, inputs.gate_up.shape[1])
+    product = products[0] if len(products) == 1 else torch.cat([none, *products])
+    return new_handle(inputs.hidden), product, passed[0] if passed else _int32(inputs.token_order, 0)
+
+
+@_gate_up.fake
+def _(inputs: Experts, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    rows = inputs.token_order.shape[0]
+    passed = _int32(inputs.token_order, rows if _module("moe_mlp", impl).PARTS.passes else 0)
+    return new_handle(inputs.hidden), inputs.hidden.new_empty(rows, inputs.gate_up.shape[1]), passed
+
+
+@operator("moe_mlp_down")
+def _down(handle: Tensor, product: Tensor, passed: Tensor, inputs: Experts, impl: str) -> Tensor:
+    module = _module("moe_mlp", impl)
+    return module.down_forward(inputs, module.as_chunks(product, inputs), [passed])
+
+
+@_down.fake
+def _(handle: Tensor, product: Tensor, passed: Tensor, inputs: Experts, impl: str) -> Tensor:
+    return inputs.hidden.new_empty(inputs.hidden.shape)
+
+
+def _setup_down(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.num_inputs = len(inputs)
+
+
+_down.differentiate(_setup_down, lambda ctx, d_out: (d_out, *[None] * (ctx.num_inputs - 1)))
 
 
 @operator("moe_mlp_backward")
@@ -181,15 +216,15 @@ def _(
     return d_hidden, d_gate_up, d_down, inputs.weight.new_empty(inputs.weight.shape)
 
 
-def _setup_experts(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors, _, ctx.impl = _experts.records(*inputs)
-    ctx.mark_non_differentiable(output[1])
+def _setup_gate_up(ctx: Any, inputs: tuple, output: tuple) -> None:
+    tensors, ctx.impl = _gate_up.records(*inputs)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of the products' size
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _backward_experts(ctx: Any, d_out: Tensor | None, _product: None) -> tuple[Tensor | None, ...]:
+def _backward_gate_up(ctx: Any, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_first_derivative("moe_mlp")
     if d_out is None:
         return (None,) * ctx.num_inputs
@@ -201,4 +236,4 @@ def _backward_experts(ctx: Any, d_out: Tensor | None, _product: None) -> tuple[T
 
 
 _experts_backward.constant()
-_experts.differentiate(_setup_experts, _backward_experts)
+_gate_up.differentiate(_setup_gate_up, _backward_gate_up)

@@ -14,12 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.amp import custom_bwd, custom_fwd
 
+from prism_kernels.moe.functions import Parts, run_experts
 from prism_kernels.moe.grouped_gemm_choice import choose
 from prism_kernels.moe.routing import Experts, Routing
 from prism_kernels.moe.triton_route import rows_of
-from prism_kernels.operators import first_derivative
 from prism_kernels.tuned_options import tuned
 
 COPY_BLOCK = 1024  # columns a step of a memory-bound kernel
@@ -142,44 +141,32 @@ def moe_mlp_combine_kernel(
 def moe_mlp(hidden: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
     """``gate_up`` (E, 2I, H) and ``down`` (E, H, I), whatever their strides."""
     plan = routing.weight, routing.token_order, routing.expert_offset
-    return _Experts.apply(hidden, gate_up, down, *plan, torch.is_grad_enabled())
+    return run_experts(PARTS, Experts(hidden, gate_up, down, *plan))
 
 
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    @custom_fwd(device_type="cuda")
-    def forward(ctx, hidden, gate_up, down, weight, token_order, expert_offset, with_grad):
-        inputs = Experts(hidden, gate_up, down, weight, token_order, expert_offset)
-        keep = with_grad and any(ctx.needs_input_grad)  # needs_input_grad is set under no_grad too
-        out, saved = experts_forward(inputs, keep)
-        if keep:
-            ctx.save_for_backward(*inputs, *saved)
-        return out
-
-    @staticmethod
-    @first_derivative("moe_mlp", batches=False)
-    @custom_bwd(device_type="cuda")
-    def backward(ctx, d_out):
-        saved = ctx.saved_tensors
-        gradients = experts_backward(Experts(*saved[:6]), saved[6:], d_out, *ctx.needs_input_grad[:3])
-        return *gradients, None, None, None
-
-
-def experts_forward(inputs: Experts, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """(T, H), and the (S, 2I) product where the backward will ask for it."""
+def gate_up_forward(inputs: Experts) -> tuple[list[Tensor], list[Tensor]]:
+    """The (S, 2I) product, and the row of every slot (S,), which the combine reads."""
     hidden, gate_up, down, weight, token_order, expert_offset = inputs
     if hidden.shape[0] == 0:
-        return torch.empty_like(hidden), [hidden.new_empty(0, gate_up.shape[1])]
-    gemm = choose(gate_up, down)
+        return [hidden.new_empty(0, gate_up.shape[1])], [torch.empty_like(token_order)]
     x, position = _permute(hidden, token_order, weight.shape[1], with_position=True)
-    product = gemm.rows(x, gate_up.transpose(1, 2), expert_offset)
-    activation = _swiglu(product)
-    del x
-    saved = [product] if keep else []
-    del product
-    y = gemm.rows(activation, down.transpose(1, 2), expert_offset)
+    return [choose(gate_up, down).rows(x, gate_up.transpose(1, 2), expert_offset)], [position]
+
+
+def down_forward(inputs: Experts, products: list[Tensor], passed: list[Tensor]) -> Tensor:
+    """(T, H); takes the product out of its list."""
+    hidden, gate_up, down, weight, _, expert_offset = inputs
+    if hidden.shape[0] == 0:
+        return torch.empty_like(hidden)
+    activation = _swiglu(products.pop())
+    y = choose(gate_up, down).rows(activation, down.transpose(1, 2), expert_offset)
     del activation
-    return _combine(y, position, weight.contiguous(), weight.shape[1]), saved
+    return _combine(y, passed.pop(), weight.contiguous(), weight.shape[1])
+
+
+def experts_forward(inputs: Experts) -> Tensor:
+    """(T, H), of which nothing is kept."""
+    return down_forward(inputs, *gate_up_forward(inputs))
 
 
 def experts_backward(
@@ -207,6 +194,9 @@ def experts_backward(
         x, _ = _permute(hidden, token_order, top_k)
         d_gate_up = gemm.outer(d_product, x, expert_offset, gate_up)
     return d_hidden, d_gate_up, d_down, d_weight
+
+
+PARTS = Parts(gate_up_forward, down_forward, experts_backward, experts_forward, passes=1)
 
 
 def as_chunks(product: Tensor, inputs: Experts) -> list[Tensor]:

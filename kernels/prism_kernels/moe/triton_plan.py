@@ -1,11 +1,12 @@
 """The plan in Triton: which token stands where among its expert's rows; no sort, atomics or host synchronisation.
 
 Legend: T tokens, E experts (padded to a power of two), K experts per token, C kinds of token, B blocks of BLOCK_T
-tokens, S = T*K slots.
+tokens, S = T*K slots. Two launches, without a memset.
 
 1. count: slots per expert of every block. The router does it besides, with the statistics of kinds (triton_route.py).
-2. scan (a program per expert): prefix of the slots over blocks, sums of the statistics in a fixed order.
-3. order: every slot's place = expert's offset + slots of earlier blocks + earlier slots of its own block.
+2. order: every slot's place = expert's offset + slots of earlier blocks + earlier slots of its own block. A program
+   adds up what all blocks counted (E x B numbers out of the L2), then walks over blocks of its own; the statistics'
+   sums over blocks, in a fixed order, are spread over the programs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCAN_BLOCK = 1024  # blocks a step of the scan
+PROGRAMS = 128  # of the order kernel at most: each adds up all counts
+SUM_CELLS = 2048  # counts a step of that sum
+STATISTICS_BLOCK = 1024  # blocks a step of a statistic's sum
 
 
 def padded(experts: int) -> int:
@@ -31,7 +34,11 @@ def block_tokens(experts: int) -> int:
 
 
 def order_options(experts: int) -> dict[str, int]:
-    return {"BLOCK_T": block_tokens(experts), "num_warps": 8 if padded(experts) == 64 else 4}
+    pad = padded(experts)
+    options = {"BLOCK_T": block_tokens(experts), "SUM_BLOCK": max(16, SUM_CELLS // pad)}
+    options |= {"STATISTICS_BLOCK": STATISTICS_BLOCK, "num_warps": 8 if pad == 64 else 4}
+    # Without a bound ptxas settles for 80 or 96 registers and spills; E 128 needs more than 128.
+    return options | ({"maxnreg": 128} if pad <= 64 else {})
 
 
 @triton.jit
@@ -59,128 +66,124 @@ def moe_plan_fwd_count_kernel(
 
 
 @triton.jit
-def moe_plan_fwd_scan_kernel(
-    block_count_ptr,  # (E, B) int32 in; out: slots of the expert in earlier blocks
-    total_ptr,  # (E,) int32 out
+def moe_plan_fwd_order_kernel(
+    index_ptr,  # (T, K)
+    block_count_ptr,  # (E, B) int32
     kind_count_ptr,  # (C, E, B) int32
     kind_probability_ptr,  # (C, E, B)
+    order_ptr,  # (S,) int32 out
+    offset_ptr,  # (E+1,) int32 out
     counts_ptr,  # (C, E) fp32 out
     prob_sum_ptr,  # (C, E) out
+    num_tokens,
     num_experts,
     num_kinds,
     num_blocks,
-    SCAN_BLOCK: tl.constexpr,
-):
-    i_expert = tl.program_id(0)
-    p_count = block_count_ptr + i_expert.to(tl.int64) * num_blocks
-    before = tl.zeros([], dtype=tl.int32)
-    for start in range(0, num_blocks, SCAN_BLOCK):
-        block = start + tl.arange(0, SCAN_BLOCK)
-        inside = block < num_blocks
-        count = tl.load(p_count + block, mask=inside, other=0)
-        tl.store(p_count + block, before + tl.cumsum(count, 0) - count, mask=inside)
-        before += tl.sum(count, 0)
-    tl.store(total_ptr + i_expert, before)
-
-    cell = i_expert.to(tl.int64)  # (c, expert) of the statistics
-    for _ in range(num_kinds):
-        b_count = tl.zeros([SCAN_BLOCK], dtype=tl.int32)
-        b_probability = tl.zeros([SCAN_BLOCK], dtype=prob_sum_ptr.dtype.element_ty)
-        for start in range(0, num_blocks, SCAN_BLOCK):
-            block = start + tl.arange(0, SCAN_BLOCK)
-            inside = block < num_blocks
-            b_count += tl.load(kind_count_ptr + cell * num_blocks + block, mask=inside, other=0)
-            b_probability += tl.load(kind_probability_ptr + cell * num_blocks + block, mask=inside, other=0.0)
-        tl.store(counts_ptr + cell, tl.sum(b_count, 0).to(tl.float32))
-        tl.store(prob_sum_ptr + cell, tl.sum(b_probability, 0))
-        cell += num_experts
-
-
-@triton.jit
-def moe_plan_fwd_order_kernel(
-    index_ptr,  # (T, K)
-    before_ptr,  # (E, B) int32: slots of the expert in earlier blocks
-    total_ptr,  # (E,) int32
-    order_ptr,  # (S,) int32 out
-    offset_ptr,  # (E+1,) int32 out
-    num_tokens,
-    num_experts,
-    num_blocks,
+    blocks_per_program,
     K: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    STATISTICS_BLOCK: tl.constexpr,
 ):
-    i_block = tl.program_id(0)
+    i_program = tl.program_id(0)
+    first_block = i_program * blocks_per_program
+    last_block = tl.minimum(first_block + blocks_per_program, num_blocks)
     expert = tl.arange(0, E_PAD)
     exists = expert < num_experts
-    total = tl.load(total_ptr + expert, mask=exists, other=0)
-    upto = tl.cumsum(total, 0)
-    if i_block == 0:
+
+    total = tl.zeros([E_PAD, SUM_BLOCK], dtype=tl.int32)
+    before = tl.zeros([E_PAD, SUM_BLOCK], dtype=tl.int32)
+    p_count = block_count_ptr + expert.to(tl.int64)[:, None] * num_blocks
+    for start in range(0, num_blocks, SUM_BLOCK):
+        block = start + tl.arange(0, SUM_BLOCK)
+        count = tl.load(p_count + block[None, :], mask=exists[:, None] & (block < num_blocks)[None, :], other=0)
+        total += count
+        before += tl.where((block < first_block)[None, :], count, 0)
+    slots = tl.sum(total, 1)
+    upto = tl.cumsum(slots, 0)
+    if i_program == 0:
         tl.store(offset_ptr + expert + 1, upto, mask=exists)
         tl.store(offset_ptr, 0)
-    first = upto - total + tl.load(before_ptr + expert.to(tl.int64) * num_blocks + i_block, mask=exists, other=0)
+    first = upto - slots + tl.sum(before, 1)  # (E,): place of the next slot of an expert
 
-    token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside = token < num_tokens
-    flat = token.to(tl.int64) * K
-    chosen = tl.zeros([BLOCK_T, E_PAD], dtype=tl.int32)
-    for j in tl.static_range(K):
-        best = tl.load(index_ptr + flat + j, mask=inside, other=0)
-        chosen += ((expert[None, :] == best[:, None]) & inside[:, None]).to(tl.int32)
-    place = first[None, :] + tl.cumsum(chosen, 0) - chosen  # (T, E): of a token's next slot at this expert
-    for j in tl.static_range(K):
-        best = tl.load(index_ptr + flat + j, mask=inside, other=0)
-        hit = expert[None, :] == best[:, None]
-        tl.store(order_ptr + tl.sum(tl.where(hit, place, 0), 1), (flat + j).to(tl.int32), mask=inside)
-        place += hit.to(tl.int32)
+    for i_block in range(first_block, last_block):
+        token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = token < num_tokens
+        flat = token.to(tl.int64) * K
+        chosen = tl.zeros([BLOCK_T, E_PAD], dtype=tl.int32)
+        for j in tl.static_range(K):
+            best = tl.load(index_ptr + flat + j, mask=inside, other=0)
+            chosen += ((expert[None, :] == best[:, None]) & inside[:, None]).to(tl.int32)
+        place = first[None, :] + tl.cumsum(chosen, 0) - chosen  # (T, E): of a token's next slot at this expert
+        for j in tl.static_range(K):
+            best = tl.load(index_ptr + flat + j, mask=inside, other=0)
+            hit = expert[None, :] == best[:, None]
+            tl.store(order_ptr + tl.sum(tl.where(hit, place, 0), 1), (flat + j).to(tl.int32), mask=inside)
+            place += hit.to(tl.int32)
+        first += tl.sum(chosen, 0)
+
+    cell = i_program.to(tl.int64)  # (c, expert) of the statistics
+    while cell < num_kinds * num_experts:
+        at = cell * num_blocks
+        b_count = tl.zeros([STATISTICS_BLOCK], dtype=tl.int32)
+        b_probability = tl.zeros([STATISTICS_BLOCK], dtype=prob_sum_ptr.dtype.element_ty)
+        for start in range(0, num_blocks, STATISTICS_BLOCK):
+            block = start + tl.arange(0, STATISTICS_BLOCK)
+            b_count += tl.load(kind_count_ptr + at + block, mask=block < num_blocks, other=0)
+            b_probability += tl.load(kind_probability_ptr + at + block, mask=block < num_blocks, other=0.0)
+        tl.store(counts_ptr + cell, tl.sum(b_count, 0).to(tl.float32))
+        tl.store(prob_sum_ptr + cell, tl.sum(b_probability, 0))
+        cell += tl.num_programs(0)
 
 
 def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(T, k) -> token_order (T*k,), expert_offset (E+1,), both int32."""
     tokens, top_k = expert_index.shape
     index = expert_index.int().contiguous()
-    options = order_options(num_experts)
-    blocks = triton.cdiv(tokens, options["BLOCK_T"])
+    size = block_tokens(num_experts)
+    blocks = triton.cdiv(tokens, size)
     block_count = torch.empty(num_experts, blocks, dtype=torch.int32, device=index.device)
     if tokens:
         moe_plan_fwd_count_kernel[(blocks,)](
-            index, block_count, tokens, num_experts, blocks, K=top_k, E_PAD=padded(num_experts), **options
+            index,
+            block_count,
+            tokens,
+            num_experts,
+            blocks,
+            K=top_k,
+            E_PAD=padded(num_experts),
+            BLOCK_T=size,
+            num_warps=order_options(num_experts)["num_warps"],
         )
     none = block_count.new_empty(0, num_experts, blocks)
     return finish_plan(index, block_count, none, none.float())[:2]
 
 
 def finish_plan(index: Tensor, block_count: Tensor, kind_count: Tensor, kind_probability: Tensor) -> tuple[Any, ...]:
-    """token_order, expert_offset, counts, prob_sum from what the blocks counted; overwrites ``block_count``."""
+    """token_order, expert_offset, counts, prob_sum from what the blocks counted."""
     tokens, top_k = index.shape
     kinds, experts, blocks = kind_count.shape
-    order = torch.empty(tokens * top_k, dtype=torch.int32, device=index.device)
-    offset = torch.zeros(experts + 1, dtype=torch.int32, device=index.device)
-    total = torch.empty(experts, dtype=torch.int32, device=index.device)
-    counts = torch.empty(kinds, experts, dtype=torch.float32, device=index.device)
-    prob_sum = kind_probability.new_empty(kinds, experts)
-    moe_plan_fwd_scan_kernel[(experts,)](
-        block_count,
-        total,
-        kind_count,
-        kind_probability,
-        counts,
-        prob_sum,
-        experts,
-        kinds,
-        blocks,
-        SCAN_BLOCK=SCAN_BLOCK,
-    )
+    allocate = index.new_empty if tokens else index.new_zeros
+    order, offset = allocate(tokens * top_k), allocate(experts + 1)
+    counts = allocate(kinds, experts, dtype=torch.float32)
+    prob_sum = allocate(kinds, experts, dtype=kind_probability.dtype)
     if tokens:
-        moe_plan_fwd_order_kernel[(blocks,)](
+        each = triton.cdiv(blocks, PROGRAMS)
+        moe_plan_fwd_order_kernel[(triton.cdiv(blocks, each),)](
             index,
             block_count,
-            total,
+            kind_count,
+            kind_probability,
             order,
             offset,
+            counts,
+            prob_sum,
             tokens,
             experts,
+            kinds,
             blocks,
+            each,
             K=top_k,
             E_PAD=padded(experts),
             **order_options(experts),

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from prism_kernels.checks import (
     FLOATING,
+    allowed_words,
     check_device,
     check_tensor,
     check_values,
     describe,
     host_sees,
     integer,
-    items,
     number,
     shown,
     wrong,
@@ -93,9 +92,8 @@ def sample_tokens(
     temperature = number("temperature", temperature, at_least=0)
     if 0 < temperature < COLDEST:
         raise wrong("temperature", f"0 (the most probable token) or a number >= {COLDEST}", shown(temperature))
-    words = columns if vocab_size is None else integer("vocab_size", vocab_size, 1, columns)
-    ids = [integer("forbidden", word, 0, columns - 1) for word in items("forbidden", forbidden, "a list of ids")]
-    barred, first_allowed = _barred(tuple(ids), words)
+    barred, words = allowed_words(forbidden, vocab_size, columns)
+    first_allowed = next((i for i, word in enumerate(barred) if word != i), len(barred))
     draw = Draw(
         logits.detach(), _seed(seed, logits), response, _step(step, logits), temperature, barred, words, first_allowed
     )
@@ -128,16 +126,6 @@ def _step(step: int | Tensor, logits: Tensor) -> Tensor:
     check_device("step", step, "logits", logits)
     check_values("step", step, "2^32", 1 << 32)
     return step
-
-
-@lru_cache(maxsize=16)
-def _barred(forbidden: tuple[int, ...], words: int) -> tuple[list[int], int]:
-    """(ids below ``words`` that may not be drawn, ascending; the smallest id that may)."""
-    barred = sorted({word for word in forbidden if word < words})
-    if len(barred) == words:
-        raise wrong("forbidden", "ids that leave a word to draw", f"all of [0, {words})")
-    first_allowed = next((i for i, word in enumerate(barred) if word != i), len(barred))
-    return barred, first_allowed
 
 
 def _check_drawn(logprob: Tensor) -> None:

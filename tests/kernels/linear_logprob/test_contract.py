@@ -170,7 +170,8 @@ def test_operators_take_the_fields_of_the_records():
 
 def test_operators_pass_opcheck():
     case, ops = make(9, 50, bias=True), torch.ops.prism_kernels
-    head, options = Head(*case.leaves, 0.7, 5.0), Options(with_entropy=True)
+    case.targets[case.targets == 3] = 4
+    head, options = Head(*case.leaves, 0.7, 5.0, [3, 49], 50), Options(with_entropy=True)
     given = (*head, case.targets, *options, "cpu")
     torch.library.opcheck(ops.linear_logprob.default, given)
     with torch.no_grad():
@@ -188,7 +189,7 @@ def test_operators_pass_opcheck_on_transposed_inputs():
     """The fakes' strides are those of the gradients, or inductor's checks stop the program."""
     case, ops = make(9, 50, skipped=0), torch.ops.prism_kernels
     hidden, weight = (t.detach().T.contiguous().T.requires_grad_() for t in case.leaves)
-    head, batch = Head(hidden, weight, None, 1.0, None), CrossEntropyBatch(case.targets, None, None)
+    head, batch = Head(hidden, weight, None, 1.0, None, [], 50), CrossEntropyBatch(case.targets, None, None)
     torch.library.opcheck(ops.linear_logprob.default, (*head, case.targets, *Options(), "cpu"))
     torch.library.opcheck(ops.linear_cross_entropy.default, (*head, *batch, 0, *Needs(True, True, False), "cpu"))
 

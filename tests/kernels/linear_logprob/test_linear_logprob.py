@@ -241,7 +241,7 @@ def test_padded_columns_are_neither_read_nor_written(impl, device):
     """Rows of a chunk may be longer than V; what lies there is poison."""
     kernels = implementation("linear_logprob", impl)
     case = make(5, 1003, device, bias=True)
-    head = Head(case.hidden.detach(), case.weight.detach(), case.bias.detach(), 0.9, 7.0)
+    head = Head(case.hidden.detach(), case.weight.detach(), case.bias.detach(), 0.9, 7.0, [], 1003)
     case.targets.remainder_(1003)
     buffer = torch.full((5, 1016), float("nan"), device=device)
     z = buffer[:, :1003]

@@ -367,7 +367,14 @@ def test_operator_passes_opcheck():
     options = Options(with_entropy=True, with_logprob=False)
     torch.library.opcheck(
         torch.ops.prism_kernels.linear_policy_loss.default,
-        (*Head(*case.leaves, 1.0, None), *batch, objective.spec, *options, *Needs(True, True, True), "cpu"),
+        (
+            *Head(*case.leaves, 1.0, None, [], len(case.weight)),
+            *batch,
+            objective.spec,
+            *options,
+            *Needs(True, True, True),
+            "cpu",
+        ),
     )
 
 

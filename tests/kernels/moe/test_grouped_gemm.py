@@ -197,6 +197,11 @@ class TestChoice:
         assert self.measured == ["triton", "loop"]
         assert product_choices() == {self.CASE: "triton"}
 
+    def test_the_library_is_taken_where_it_serves(self, monkeypatch):
+        monkeypatch.setattr(grouped_gemm_choice, "why_not", lambda name, *pair: None)
+        assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "torch" and not self.measured
+        assert product_choices() == {self.CASE: "torch"}
+
     def test_a_case_is_what_changes_the_operands_and_nothing_else(self):
         cases = [
             (GATE_UP, DOWN),

@@ -4,6 +4,7 @@ Runs the Triton kernels where there is a GPU; elsewhere test_triton.py runs this
 """
 
 import weakref
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from prism_kernels import Routing, RoutingStats, load_balancing_loss, moe_mlp, moe_route
-from prism_kernels.moe import plan_routing
+from prism_kernels.moe import cpu, moe_route_through, plan_routing
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
 from tests.oracle import assert_as_exact, assert_same
 
@@ -256,13 +259,16 @@ def test_half_precision_errs_no_more_than_eager(impl, device):
 
 
 @both
-def test_routed_layer_end_to_end(impl, device):
+@pytest.mark.parametrize("through", [False, True])
+def test_routed_layer_end_to_end(impl, device, through):
     """Router and experts together, fp32: gradients reach the router through the weights."""
     x = normal(45, 16, device=device, dtype=torch.float32, seed=5).requires_grad_()
     router = normal(4, 16, device=device, dtype=torch.float32, seed=6).requires_grad_()
     gate_up, down = weights(4, 16, 12, "v5", device, torch.float32)
     leaves = (x, router, gate_up, down)
-    out = moe_mlp(x, gate_up, down, moe_route(x, router, 2, impl=impl), impl=impl)
+    routing, hidden = moe_route_through(x, router, 2, impl=impl) if through else (moe_route(x, router, 2, impl=impl), x)
+    assert torch.equal(hidden, x)
+    out = moe_mlp(hidden, gate_up, down, routing, impl=impl)
     exact = [t.detach().double().requires_grad_() for t in leaves]
     index = (exact[0] @ exact[1].T).topk(2).indices
     d_out = normal(45, 16, device=device, dtype=torch.float32, seed=7)
@@ -275,6 +281,23 @@ def test_routed_layer_end_to_end(impl, device):
     ours = (out, *torch.autograd.grad(out, leaves, d_out))
     for mine, true, eager in zip(ours, plain(*exact), plain(*leaves)):
         assert_as_exact(mine, true, eager, 2 * (16 + 4 + 16 + 12) + 45)
+
+
+@both
+def test_any_part_of_a_routers_gradient_may_be_absent(impl, device):
+    x = normal(45, 16, device=device, dtype=torch.float32, seed=5).requires_grad_()
+    router = normal(4, 16, device=device, dtype=torch.float32, seed=6).requires_grad_()
+    routing, hidden = moe_route_through(x, router, 2, impl=impl)
+    parts = routing.weight[:, 0].sum(), routing.stats.prob_sum.square().sum(), (hidden * 3).sum()
+    whole = torch.autograd.grad(sum(parts), (x, router), retain_graph=True)
+    alone = [torch.autograd.grad(part, (x, router), retain_graph=True, allow_unused=True) for part in parts]
+    assert torch.equal(alone[2][0], torch.full_like(x, 3))
+    for i in range(2):
+        each = [found[i] for found in alone if found[i] is not None]
+        assert_same(sum(each), whole[i], 45 + 16, scale=max(float(part.abs().max()) for part in each))
+    x.requires_grad_(False)
+    routing, hidden = moe_route_through(x, router, 2, impl=impl)
+    assert torch.equal(torch.autograd.grad(routing.weight[:, 0].sum(), router)[0], alone[0][1])
 
 
 @both
@@ -351,6 +374,49 @@ def test_little_is_saved_for_backward(impl, device):
         moe_mlp(x, gate_up, down, routing, impl=impl)
     inputs = sum(t.numel() * t.itemsize for t in (x, gate_up, down))
     assert sum(kept.values()) <= inputs + tokens * k * (2 * intermediate * 4 + 8 * 4) + (experts + 1) * 4
+
+
+def recomputed_layer(device, impl):
+    """(the leaves, a layer of them, the same under activation checkpointing, multiply-adds of one product of I)."""
+    tokens, width, intermediate, experts, k = 24, 16, 8, 3, 2
+    x = normal(tokens, width, device=device, dtype=torch.float32).requires_grad_()
+    gate_up, down = weights(experts, width, intermediate, "v5", device, torch.float32)
+    routing = moe_route(x.detach(), normal(experts, width, device=device, dtype=torch.float32), k, impl=impl)
+
+    def layer(x, gate_up, down):
+        return x + moe_mlp(x, gate_up, down, routing, impl=impl)
+
+    def recomputed(*leaves):
+        return checkpoint(layer, *leaves, use_reentrant=False, preserve_rng_state=False)
+
+    return (x, gate_up, down), layer, recomputed, tokens * k * width * intermediate
+
+
+@pytest.mark.parametrize(("impl", "device"), [row for row in IMPLS if row[0] != "reference"])
+def test_a_recompute_does_not_repeat_the_down_product(impl, device, monkeypatch):
+    """Of the forward's three units of work gate and up alone; gradients are the same to the bit."""
+    monkeypatch.setenv("PRISM_GROUPED_MM", "loop")  # products that are counted
+    leaves, layer, recomputed, unit = recomputed_layer(device, impl)
+    found, counts = [], []
+    for run in (layer, recomputed):
+        with FlopCounterMode(display=False) as count:
+            found.append(torch.autograd.grad(run(*leaves).square().sum(), leaves))
+        counts.append(count.get_total_flops() / (2 * unit))
+    assert counts[1] - counts[0] == 2
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@skip_interpreted
+def test_a_compiled_recompute_does_not_repeat_the_down_product(monkeypatch):
+    calls = Counter()
+    for name in ("gate_up_forward", "down_forward", "experts_backward"):
+        real = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *args, _name=name, _real=real: calls.update([_name]) or _real(*args))
+    leaves, layer, recomputed, _ = recomputed_layer("cpu", "cpu")
+    compiled = torch.compile(recomputed, fullgraph=True, backend="aot_eager_decomp_partition")
+    ours = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    assert calls == {"gate_up_forward": 2, "down_forward": 1, "experts_backward": 1}
+    assert all(torch.equal(a, b) for a, b in zip(ours, torch.autograd.grad(layer(*leaves).square().sum(), leaves)))
 
 
 @both

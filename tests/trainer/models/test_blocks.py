@@ -134,7 +134,7 @@ def test_weights_are_read_inside_their_modules_call(model, units):
     pack = pack_of(forest())
     if model == "policy":
         root = Policy(qwen())
-        call = lambda: root(pack, op=linear_logprob, bias=root.bias).logprob  # noqa: E731
+        call = lambda: root(pack, op=linear_logprob, **root.allowed).logprob  # noqa: E731
     else:
         root = Discriminator(moe(), torch.randn(32))
         call = lambda: root(pack, balance="balance" in model).score  # noqa: E731
@@ -206,16 +206,16 @@ def test_the_head_is_inside_the_call():
     policy, pack = Policy(qwen(), forbidden=(IMAGE_TOKEN,)), pack_of(forest())
     seen = {}
 
-    def op(hidden, weight, targets, *, bias):
-        seen.update(hidden=hidden, weight=weight, targets=targets, bias=bias)
+    def op(hidden, weight, targets, **options):
+        seen.update(hidden=hidden, weight=weight, targets=targets, options=options)
         return "made"
 
-    assert policy(pack, op=op, bias=policy.bias) == "made"
+    assert policy(pack, op=op, **policy.allowed) == "made"
     assert torch.equal(seen["hidden"], policy(pack)[pack.predict_row])
-    assert seen["weight"] is policy.head and seen["bias"] is policy.bias
+    assert seen["weight"] is policy.head and seen["options"] == policy.allowed
     assert torch.equal(seen["targets"], pack.target_ids)
-    with pytest.raises(TypeError, match="got bias without an op"):
-        policy(pack, bias=policy.bias)
+    with pytest.raises(TypeError, match="got forbidden, vocab_size without an op"):
+        policy(pack, **policy.allowed)
 
 
 def test_a_judgement_is_tuples_of_tensors():

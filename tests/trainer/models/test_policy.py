@@ -7,6 +7,7 @@ import torch
 
 from prism_fast.models.policy import Policy
 from prism_fast.pack import ImageTokens, Tree, build_pack, mrope_positions
+from prism_kernels import linear_logprob
 from tests.models import IMAGE_TOKEN, assert_gradients_as_exact, exact, prompt, qwen, roundings, tokens
 from tests.oracle import assert_as_exact
 
@@ -90,10 +91,20 @@ def test_placeholder_token_in_a_branch_is_not_an_image():
 def test_text_only_pack_and_forbidden_tokens():
     policy = Policy(copy.deepcopy(qwen()), forbidden=(IMAGE_TOKEN,))
     pack = build_pack([Tree(prompt(2), [tokens(3, 4)], [2])], [(0, [0])], IMAGE)
-    logits = policy(pack) @ policy.head.T + policy.bias
-    assert logits.softmax(-1)[:, IMAGE_TOKEN].max() == 0
+    hidden, ids = policy(pack), torch.tensor([IMAGE_TOKEN])
+    logits = hidden @ policy.head.T
+    with pytest.raises(ValueError, match="targets: expected -100 or an id that forbidden"):
+        linear_logprob(hidden, policy.head, ids.expand(len(hidden)), **policy.allowed)
+    total = sum(
+        linear_logprob(hidden, policy.head, torch.full((len(hidden),), word), **policy.allowed).logprob.exp()
+        for word in range(logits.shape[1])
+        if word != IMAGE_TOKEN
+    )
+    assert torch.allclose(total, torch.ones(len(hidden)))
 
 
 def test_rows_of_the_embedding_beyond_the_tokenizer_are_never_sampled():
     policy = Policy(qwen(), forbidden=(3,), words=80)
-    assert (policy.bias < -1e8).nonzero().flatten().tolist() == [3, *range(80, 96)]
+    assert policy.allowed == {"forbidden": (3,), "vocab_size": 80}
+    assert [word for word in range(-1, 97) if not policy.may_sample(torch.tensor([word]))] == [-1, 3, *range(80, 97)]
+    assert policy.may_sample(torch.tensor([], dtype=torch.int64))

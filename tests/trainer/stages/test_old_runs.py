@@ -79,7 +79,8 @@ def assert_went_on(name: str, out: Path, limit: float = LIMIT) -> bool:
 def earlier_draw(responses: int, limit: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Tokens by inversion of the distribution function, from one matrix of uniform numbers for all of a step."""
 
-    def draw(logits, *, temperature, seed, response, step):
+    def draw(logits, *, temperature, seed, response, step, forbidden, vocab_size):
+        logits[:, list(forbidden)] = logits[:, vocab_size:] = float("-inf")
         generator = torch.Generator().manual_seed(int(seed))
         uniform = torch.rand((responses, limit), generator=generator, dtype=torch.float64)[response, step]
         logprob = (logits / temperature).log_softmax(-1)

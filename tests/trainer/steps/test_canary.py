@@ -60,6 +60,6 @@ def test_either_half_of_the_change_is_missed(kept):
 
 def test_an_engine_that_forbids_nothing_says_a_forbidden_word():
     made = Trained(dtype=torch.bfloat16)
-    made.engine.policy.bias.zero_()
+    made.engine.policy.forbidden = ()
     with pytest.raises(DataError, match="holds a token that the policy may not sample"):
         made.generate([prompt(2)])

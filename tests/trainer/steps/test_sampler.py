@@ -17,7 +17,7 @@ from prism_fast.records import DataError
 from prism_fast.steps.sampler import generate
 from prism_fast.steps.sampler_rows import Size
 from prism_kernels.sample_tokens import noise
-from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, prompt, qwen, roundings
+from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, VOCAB, prompt, qwen, roundings
 from tests.oracle import assert_as_exact
 
 FORBIDDEN = (IMAGE_TOKEN, VISION_START, VISION_END, PAD, 95)
@@ -35,11 +35,10 @@ def sampling(samples, max_tokens, temperature=1.0, rows_at_once="auto"):
     return Sampling(samples=samples, max_response_tokens=max_tokens, temperature=temperature, rows_at_once=rows_at_once)
 
 
-def policy(eos_bias=0.0):
-    model = copy.deepcopy(qwen())
-    made = Policy(model, forbidden=FORBIDDEN)
-    made.bias[EOS] += eos_bias
-    return made
+def policy(of=None):
+    """``of``: how many words the policy says, the end of turn among them; 0: all but the end of turn."""
+    barred = [EOS] if of == 0 else [word for word in range(of or VOCAB, VOCAB) if word != EOS]
+    return Policy(copy.deepcopy(qwen()), forbidden=(*FORBIDDEN, *barred))
 
 
 def trainer_logits(p, rollout):
@@ -48,7 +47,9 @@ def trainer_logits(p, rollout):
         for i, prompt_ in enumerate(rollout.prompts)
     ]
     pack = build_pack(trees, [(i, range(len(t.branches))) for i, t in enumerate(trees)], p.image)
-    return p(pack)[pack.predict_row] @ p.head.T + p.bias, pack.target_ids
+    logits = p(pack)[pack.predict_row] @ p.head.T
+    logits[:, p.forbidden] = float("-inf")
+    return logits, pack.target_ids
 
 
 def trainer_logprobs(p, rollout, temperature):
@@ -58,7 +59,7 @@ def trainer_logprobs(p, rollout, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_log_probs_agree(temperature):
-    p = policy(eos_bias=2.0)
+    p = policy(of=12)
     prompts = [prompt(1, images=((4, 4),)), prompt(2), prompt(3, images=((2, 8), (4, 4)))]
     rollout = generate(p, Chat, prompts, sampling(5, 70, temperature, rows_at_once=4), seed=3)
     assert len(rollout) == 15
@@ -84,14 +85,14 @@ def test_forbidden_tokens_are_never_sampled_and_rows_stop_at_end_of_turn():
 
 @pytest.mark.parametrize("limit", [1, 2, 64, 65, 130])
 def test_responses_of_any_limit_end_there(limit):
-    p = policy(eos_bias=-1e9)
+    p = policy(of=0)
     rollout = generate(p, Chat, [prompt(2), prompt(4)], sampling(2, limit), seed=1)
     assert [len(x) for x in rollout.response_ids] == [limit] * 4 and not rollout.finished.any()
     assert all(len(x) == limit for x in rollout.logprob)
 
 
 def test_logits_come_in_blocks(monkeypatch):
-    p = policy(eos_bias=1.0)
+    p = policy(of=30)
     shapes, product = [], TokenStep.logits
     monkeypatch.setattr(TokenStep, "logits", lambda self, x: shapes.append(len(x)) or product(self, x))
     whole = generate(p, Chat, [prompt(2)], sampling(7, 9), seed=7)
@@ -113,7 +114,7 @@ WAYS = {  # rows, pages, tokens between two looks
 
 @pytest.mark.parametrize("way", WAYS)
 def test_in_float64_responses_are_the_same_whatever_is_sampled_beside_them(way, monkeypatch):
-    p, drawn = policy(eos_bias=-1.0).double(), sampling(2, 70)
+    p, drawn = policy().double(), sampling(2, 70)
     whole = generate(p, Chat, PROMPTS, drawn, seed=7)
     assert max(len(x) for x in whole.response_ids) == 70 > min(len(x) for x in whole.response_ids)
     rows, pages, look = WAYS[way]
@@ -150,7 +151,7 @@ def test_in_fp32_rounding_parts_near_ties_alone():
 
 
 def test_finished_rows_go_to_the_next_responses_and_a_prompt_is_read_once(monkeypatch):
-    p = policy(eos_bias=2.0)
+    p = policy(of=12)
     counts, read = [], []
     advance, prefill = rows_module.Rows._advance, stream_module._Stream._run_prefill
     monkeypatch.setattr(
@@ -179,7 +180,7 @@ def test_finished_rows_go_to_the_next_responses_and_a_prompt_is_read_once(monkey
 
 
 def test_where_pages_are_few_the_youngest_responses_wait(monkeypatch):
-    p = policy(eos_bias=-1e9)
+    p = policy(of=0)
     seated, reserve = [], stream_module._Stream._reserve
     monkeypatch.setattr(
         stream_module._Stream, "_reserve", lambda self: reserve(self) or seated.append(len(self.seated))
@@ -217,7 +218,7 @@ def test_greedy_is_the_argmax_of_the_full_forward():
 
 @pytest.mark.gpu
 def test_captured_on_a_gpu_responses_are_a_cpu_s_in_float64():
-    p, drawn = policy(eos_bias=-1.0).double(), sampling(4, 70)
+    p, drawn = policy().double(), sampling(4, 70)
     want = generate(p, Chat, PROMPTS, drawn, seed=7)
     for rows in ("auto", 5):
         made = generate(p.cuda(), Chat, PROMPTS, drawn.model_copy(update={"rows_at_once": rows}), seed=7)
@@ -225,7 +226,7 @@ def test_captured_on_a_gpu_responses_are_a_cpu_s_in_float64():
 
 
 def test_prompts_that_were_read_ahead_give_way_to_the_last_response_that_goes_on(monkeypatch):
-    p, drawn = policy(eos_bias=-1e9).double(), sampling(2, 200)
+    p, drawn = policy(of=0).double(), sampling(2, 200)
     prompts = [prompt(i) for i in (2, 4, 6, 2)]  # of a page each
     whole = generate(p, Chat, prompts, drawn, seed=2)
     monkeypatch.setattr(stream_module, "size_of", lambda *_: Size(6, 4, 1 + 1 + 4))  # nobody's, a prompt, a response

@@ -11,7 +11,7 @@ from prism_fast.steps.sampler_engine import EngineSampler, log_prob_gap
 from prism_fast.steps.sampler_shares import Response
 from prism_fast.steps.update import Backprop
 from tests.fake_engine import FAULTS, FakeEngine
-from tests.models import prompt
+from tests.models import VOCAB, prompt
 from tests.trainer.steps.test_sampler import Chat, policy
 
 PROMPTS = [prompt(2), prompt(1, images=((4, 4),))]
@@ -23,7 +23,7 @@ class Trained:
     """A policy that an engine has a copy of, and the weights of its steps."""
 
     def __init__(self, fault=None, dtype=torch.float32):
-        self.policy, self.said = policy(eos_bias=1.0), []
+        self.policy, self.said = policy(of=30), []
         self.engine = FakeEngine(self.policy, Chat, fault, dtype)
         self.sampler = EngineSampler(self.engine, Backprop(self.policy), Chat, self.said.append)
 
@@ -110,7 +110,7 @@ def test_equal_responses_are_no_fault_where_they_are_likely():
     """A policy that has come to say one thing says it again and again."""
     made = Trained()
     for each in (made.policy, made.engine.policy):
-        each.bias[5] += 300.0
+        each.forbidden = tuple(word for word in range(VOCAB) if word != 5)
     rollout = made.generate([prompt(2)] * 3)
     assert set(rollout.text) == {" ".join(["5"] * 12)}
 
