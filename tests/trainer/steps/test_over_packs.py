@@ -200,6 +200,21 @@ def test_so_does_a_later_one_and_a_tree_that_is_split(step, place, whole):
     assert_same_step(found, expected)
 
 
+@pytest.mark.parametrize(("step", "options"), [("sft", {}), ("pairs", {"use_reentrant": True})])
+def test_activations_that_are_computed_again_change_nothing(step, options, whole):
+    """Reentrant: a layer's gradients arrive in a backward within the backward."""
+    made, run = STEPS[step]
+
+    def recomputing():
+        model = made()
+        model.checkpoint_activations(**options)
+        return model
+
+    found = gradients(recomputing, run, 4096, PLACES["backward, middle"])
+    assert found[2].halved == 1
+    assert_same_step(found, whole(step, 4096))
+
+
 @pytest.mark.parametrize("step", ["sft", "discriminator"])
 def test_gradients_that_have_arrived_stay_to_the_bit(step, whole):
     """Of the layers behind the one that failed; nothing but exact zeros is added to them."""
