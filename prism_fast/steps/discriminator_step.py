@@ -22,7 +22,7 @@ from prism_fast.steps.over_packs import over_packs
 from prism_fast.steps.own_packs import OwnPack
 from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
-from prism_fast.steps.readings import read_rows
+from prism_fast.steps.readings import read_with_load
 from prism_fast.steps.update import Backprop
 from prism_kernels import find_tag_spans
 
@@ -109,7 +109,7 @@ def discriminator_gradient(
         return own.place, row
 
     rows = [(place, row) for place, row in over_packs(updater, packs, compute) if place != (SPARE,)]
-    own = dict(zip([_name(place) for place, _ in rows], read_rows([row for _, row in rows])))  # the one wait
+    own = dict(zip([_name(place) for place, _ in rows], read_with_load([row for _, row in rows], load)))  # the one wait
     of_pack = ranks.merge(own)  # by place: loss, scores as they are compared, in the order of PackedTree.label
     loss, score_of_part = 0.0, torch.zeros(labels.total)
     for place in sorted(tuple(map(int, name.split("."))) for name in of_pack):

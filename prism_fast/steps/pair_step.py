@@ -20,7 +20,7 @@ from prism_fast.steps.over_packs import over_packs
 from prism_fast.steps.own_packs import OwnPack
 from prism_fast.steps.pair_loss import bradley_terry
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
-from prism_fast.steps.readings import read, read_rows
+from prism_fast.steps.readings import read, read_with_load
 from prism_fast.steps.update import Backprop
 from prism_kernels import RoutingStats, load_balancing_loss
 
@@ -92,7 +92,8 @@ def pair_gradient(
         return _PackFigures(own.place, [len(teacher) for teacher, _ in sides], own.packed.label, row)
 
     found = [figures for figures in over_packs(updater, packs, compute) if figures.place != (SPARE,)]
-    return _over_packs(found, balanced=balance_coef > 0)
+    rows = read_with_load([figures.row for figures in found], load)  # the step's one wait
+    return _over_packs(found, rows, balanced=balance_coef > 0)
 
 
 def _seed(own: OwnPack, seeds: Sequence[int]) -> int | None:
@@ -134,9 +135,10 @@ class _PackFigures(NamedTuple):
     )
 
 
-def _over_packs(own: Sequence[_PackFigures], *, balanced: bool) -> tuple[dict[str, float], set[int]]:
-    """As `pair_gradient` returns it, of the packs of all processes, in their order."""
-    rows = read_rows([figures.row for figures in own])  # the step's one wait
+def _over_packs(
+    own: Sequence[_PackFigures], rows: Sequence[Tensor], *, balanced: bool
+) -> tuple[dict[str, float], set[int]]:
+    """As `pair_gradient` returns it, of the packs of all processes, in their order; ``rows``: theirs, on the host."""
     plain = [
         (figures.place, figures.pairs, row[:NUMBERS].tolist(), figures.label[~row[NUMBERS:].isfinite()].tolist())
         for figures, row in zip(own, rows)
