@@ -123,10 +123,8 @@ class _Ahead:
     """
 
     def __init__(self, build: Callable[[int], PackedTree], numbers: Sequence[int], device: torch.device):
-        self._build, self._left, self._on_gpu = build, iter(numbers), device.type == "cuda"
-        # A thread's current GPU is the first one, whatever its process's is.
-        at_start = (torch.cuda.set_device, (device,)) if self._on_gpu else (None, ())
-        self._thread = ThreadPoolExecutor(1, "packs", *at_start)
+        self._build, self._left, self._device = build, iter(numbers), device
+        self._thread = ThreadPoolExecutor(1, "packs")
         self._next: Future[PackedTree] | None = None
 
     def __enter__(self) -> _Ahead:
@@ -149,7 +147,10 @@ class _Ahead:
 
     def _made(self, number: int) -> PackedTree:
         packed = self._build(number)
-        return packed.pinned() if self._on_gpu else packed
+        if self._device.type != "cuda":
+            return packed
+        torch.cuda.set_device(self._device)  # a thread's own is the first GPU, whatever its process's is
+        return packed.pinned()
 
 
 class _Arrivals:
