@@ -175,8 +175,8 @@ def whole():
 
 CASES = [
     *(("grpo", place) for place in PLACES),
-    *(("pairs", place) for place in PLACES if place != "head"),  # not the model's: it is never called
-    *((step, "backward, middle") for step in STEPS if step not in ("grpo", "pairs")),
+    ("pairs", "forward"),
+    *((step, "backward, middle") for step in STEPS if step != "grpo"),
 ]
 
 
