@@ -82,6 +82,11 @@ TOKENS_PER_SECOND = Whole("tokens_per_second")  # of all parts of a step togethe
 # values of all ranks by `max_over_mean`, so known on every rank alike.
 RANKS = {of: Whole(f"balance/{of}") for of in ("cpu_seconds", "sampled_tokens")}
 
+# Every stage; of all models that it trains, and until a step's end each process has its own.
+HALVED_PACKS = Sum("packs_halved")  # did not fit in memory; told where it is not 0
+HOST_WAIT = Max("host_wait")  # seconds in which a step waited for the host to build its next pack
+OWN = (HALVED_PACKS, HOST_WAIT)
+
 # Responses
 REWARD = Mean("reward", over="responses")
 ACCURACY = Mean("accuracy", over="responses")

@@ -28,6 +28,8 @@ KIND_NAMES = (
     "teacher_reasoning",
 )
 
+LOPSIDED = 0.75  # of a pack's tokens: a half with more is not half of it
+
 
 @dataclass(frozen=True)
 class ImageTokens:
@@ -148,11 +150,17 @@ def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]]
 class Packs:
     """The packs of a batch: planned at once, from lengths alone, and each built when it is asked for.
 
-    ``parts[i]`` of pack i: [(index into trees, [branch, ...]), ...].
+    ``parts[i]`` of pack i: [(index into trees, [branch, ...]), ...]; ``capacity``: tokens that a pack may have.
     """
 
-    def __init__(self, trees: Sequence[Tree], parts: Sequence[Sequence[tuple[int, Sequence[int]]]], image: ImageTokens):
-        self.trees, self.parts, self.image = trees, parts, image
+    def __init__(
+        self,
+        trees: Sequence[Tree],
+        parts: Sequence[Sequence[tuple[int, Sequence[int]]]],
+        image: ImageTokens,
+        capacity: int | None = None,
+    ):
+        self.trees, self.parts, self.image, self.capacity = trees, parts, image, capacity
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -178,10 +186,39 @@ class Packs:
     def has_image(self) -> bool:
         return any(self.trees[t].prompt.image_grid_thw is not None for part in self.parts for t, _ in part)
 
-    def labels(self, index: int) -> Tensor:
-        """(branches,) int64: ``PackedTree.label`` of a pack."""
+    def tokens(self, index: int) -> int:
+        """Of one pack."""
+        return sum(sum(self._lengths(t, chosen)) for t, chosen in self.parts[index])
+
+    def labels(self, index: int, half: int | None = None) -> Tensor:
+        """(branches,) int64: ``PackedTree.label`` of a pack, or of one of its halves."""
+        if half is not None:
+            halves = self.halves(index)
+            assert halves is not None
+            return halves.labels(half)
         found = [(self.trees[t], b) for t, chosen in self.parts[index] for b in chosen]
         return torch.tensor([b if tree.labels is None else tree.labels[b] for tree, b in found], dtype=torch.int64)
+
+    def halves(self, index: int) -> Packs | None:
+        """Two packs that hold together what one does; None where a single branch is all that could be divided.
+
+        Trees are dealt whole where the larger pack then has at most `LOPSIDED` of the tokens. Else they are split
+        between branches, which repeats a root (and the branches of ``together``). The same in every process.
+        """
+        parts, whole = self.parts[index], self.tokens(index)
+        sizes = [(root, branches) for root, *branches in (self._lengths(t, chosen) for t, chosen in parts)]
+        together = [[i for i, b in enumerate(chosen) if b in self.trees[t].together] for t, chosen in parts]
+        for split in (False, True):
+            found = pack_trees(sizes, whole, together=together, num_packs_multiple=2, split_for_multiple=split)
+            dealt = [[(parts[i][0], [parts[i][1][j] for j in chosen]) for i, chosen in half] for half in found if half]
+            halves = Packs(self.trees, dealt, self.image, self.capacity)
+            if len(halves) == 2 and (split or max(map(halves.tokens, range(2))) <= LOPSIDED * whole):
+                return halves
+        return None
+
+    def _lengths(self, tree: int, chosen: Sequence[int]) -> list[int]:
+        """Of a root, then of the branches that are chosen of it."""
+        return [len(self.trees[tree].prompt), *(self.trees[tree].branches[b].numel() for b in chosen)]
 
 
 def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens, *, multiple: int = 1) -> Packs:
@@ -206,7 +243,7 @@ def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens, *, multiple: 
             )
     together = [tree.together for tree in trees]
     parts = pack_trees(sizes, capacity, together=together, num_packs_multiple=multiple, split_for_multiple=multiple > 1)
-    return Packs(trees, [part for part in parts if part], image)
+    return Packs(trees, [part for part in parts if part], image, capacity)
 
 
 def spare_pack(image: ImageTokens) -> PackedTree:

@@ -97,6 +97,13 @@ class Prompt:
         return self.pixel_values if self.decode is None else self.decode()
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy for which the host does not wait. From pageable memory it would: for all that a GPU has still to do."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class PackedTree:
     """Roots and branches in one token stream without padding: ``[root][branch][branch]...[root][branch]...``.
@@ -150,9 +157,15 @@ class PackedTree:
         branch[self.label] = torch.arange(len(self.label), device=self.label.device)
         return branch
 
+    def pinned(self) -> PackedTree:
+        """In page-locked memory, where a GPU's copies start from; needs CUDA."""
+        held = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return PackedTree(**{**vars(self), **held})
+
     def to(self, device: torch.device | str) -> PackedTree:
+        """On a device, for which the host does not wait. What is small enough for that is copied as it is."""
         moved = {
-            name: value.to(device, non_blocking=True)
+            name: to_device(value, device) if isinstance(value, Tensor) else value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, (Tensor, TreeLayout, QueryRows)) and name != "image_grid_thw"
         }

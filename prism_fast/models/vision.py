@@ -18,6 +18,7 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from prism_fast.records import to_device
 from prism_kernels import TreeLayout, segment_attention
 
 
@@ -64,5 +65,5 @@ def planned(visual: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
     return {
         "cu_seqlens": start,
         "images": TreeLayout.build(lengths, [-1] * len(lengths)).to(device, non_blocking=True),
-        **{name: value.to(device, non_blocking=True) for name, value in moved.items()},
+        **{name: to_device(value, device) for name, value in moved.items()},
     }

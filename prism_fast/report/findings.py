@@ -25,6 +25,7 @@ from prism_fast.run.alerts import (
     Watch,
     collapsed,
     expert_shares,
+    halved_packs,
     layers_figures,
     mean_shares,
     merged,
@@ -216,6 +217,8 @@ def _of_machine(run: Run, stage: str) -> About:
     late = sum(sum(series(lines, name)[1]) for name in (names.JUDGE_LATE, names.EVAL_JUDGE_LATE))
     if late > 0:
         yield "judge_late", {"count": f"{late:,.0f}"}
+    if halved := halved_packs(finite_of(line) for line in lines):
+        yield "halved", {"count": halved}
     ranks = [(_mean(values), what) for name, what in RANKS.items() if (values := series(lines, name)[1])]
     if ranks and max(ranks)[0] > UNEVEN:
         yield "uneven", {"value": max(ranks)[0], "what": max(ranks)[1]}

@@ -6,7 +6,7 @@ What :class:`Watch` sees while a stage trains is in ``RULES``; what only its end
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -113,6 +113,10 @@ ENDINGS = {
     "judge_late": (
         "the judge gave no verdict in time on {count} answers, which count as not right",
         "leave it more of the processor: fewer run.threads, fewer programs beside it",
+    ),
+    "halved": (
+        "{count} did not fit in memory and went in two halves, which takes longer",
+        "lower run.tokens_per_pack",
     ),
     "uneven": (
         "processes wait for the slowest: it has {value:.1f} times the mean of {what}",
@@ -291,6 +295,12 @@ def layers_figures(found: list[dict[str, Any]]) -> dict[str, Any]:
     shown = ", ".join(map(str, layers[:SHOWN_LAYERS]))
     more = f" and {len(layers) - SHOWN_LAYERS} more" if len(layers) > SHOWN_LAYERS else ""
     return {**found[0], "layers": f"layers {shown}{more} (here of layer {layers[0]})"}
+
+
+def halved_packs(steps: Iterable[Mapping[str, float | None]]) -> str | None:
+    """How many packs went in halves in these steps, as the rule "halved" says it; None where none did."""
+    count = int(sum(metrics.get(names.HALVED_PACKS) or 0 for metrics in steps))
+    return f"{count:,} pack{'' if count == 1 else 's'}" if count else None
 
 
 def sentence(rule: str, **figures: Any) -> str:

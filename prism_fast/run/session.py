@@ -22,7 +22,7 @@ from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, War
 from prism_fast.files import system_reason, write_aside, write_json
 from prism_fast.records import DataError, StepStats
 from prism_fast.run import checkpoint, record
-from prism_fast.run.alerts import Watch
+from prism_fast.run.alerts import Watch, halved_packs, sentence
 from prism_fast.run.lock import FILE_NAME as LOCK
 from prism_fast.run.lock import FolderLock
 from prism_fast.run.monitor import FILE_NAME as METRICS
@@ -42,6 +42,8 @@ class Optimizer(Protocol):
     def tensors(self) -> dict[str, Tensor]: ...
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None: ...  # of others: ValueError
+
+    def figures(self) -> dict[str, float]: ...  # metrics of this process's own since the last call, see names.OWN
 
 
 class Part(Protocol):
@@ -143,6 +145,7 @@ class Session:
         self._notes: list[str] = []  # warnings from before there was a monitor
         self._changed: list[str] = []  # since the checkpoint, and accepted
         self._skipped = 0  # updates in a row
+        self._halved = False  # packs were, and it was said
         self._cpu_seconds = 0.0  # of this process, when a step last ended
         self._signum: int | None = None  # that asked this process to stop
         self._agreed: int | None = None  # that asked any process, as all of them know it
@@ -329,7 +332,7 @@ class Session:
         stats = StepStats(step, metrics, clock.seconds, tokens)
         self._monitor.step(stats)
         alerts = self._watch.observe(stats) if self._watch is not None else []
-        for text in (*alerts, *(f"step {step}: {text}" for text in warnings)):
+        for text in (*alerts, *(f"step {step}: {text}" for text in (*self._first_halved(metrics), *warnings))):
             self._monitor.warn(text)
         self._skipped = 0 if fault is None else self._skipped + 1
         hopeless = 0 < self.config.max_skipped_updates <= self._skipped
@@ -368,16 +371,31 @@ class Session:
         self._lock.callback(thing.close)
         return thing
 
+    def _first_halved(self, metrics: Mapping[str, float]) -> list[str]:
+        """What to say, once, where packs did not fit in memory; metrics count them at every step."""
+        count = halved_packs([metrics])
+        if count is None or self._halved:
+            return []
+        self._halved = True
+        return [f"{sentence('halved', count=count)} (now {self.config.tokens_per_pack})"]
+
     def _heed_others(self) -> dict[str, float]:
-        """Says that this process gets on, hears of a signal that any was sent, and compares work."""
+        """Says that this process gets on, hears of a signal that any was sent, compares work, and brings together what
+        the optimizers of each have measured by themselves."""
         ranks.alive(self.settings.cluster.timeout_minutes)
         before, self._cpu_seconds = self._cpu_seconds, time.process_time()
+        found = [optimizer.figures() for optimizer in self._optimizers.values()]
+        own = {name: sum(each.get(name, 0.0) for each in found) for name in names.OWN if any(name in x for x in found)}
         if ranks.world() == 1:
-            return {}
-        signums, seconds = zip(*ranks.gather([self._signum or 0, self._cpu_seconds - before]))
+            return own
+        signums, seconds, measured = zip(*ranks.gather([self._signum or 0, self._cpu_seconds - before, own]))
         self._agreed = max(signums) or None
         even = names.max_over_mean(seconds)
-        return {} if even is None else {names.RANKS["cpu_seconds"]: even}
+        metrics: dict[str, float] = {} if even is None else {names.RANKS["cpu_seconds"]: even}
+        for name in names.OWN:
+            value = name.combine((each[name], 1) for each in measured if name in each)
+            metrics |= {} if value is None else {name: value}
+        return metrics
 
     def _is_time(self, step: int, every: int) -> bool:
         """Every ``every`` steps, and at the end."""

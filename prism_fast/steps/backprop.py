@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prism_fast import metric_names as names
 from prism_fast import ranks
 
 
@@ -15,11 +16,14 @@ class Backprop:
     """A module whose losses' gradients add up, without an optimizer: as much of an updater as a gradient needs.
 
     ``lockstep``: processes must call the module equally often, and each call must run every submodule.
+    ``halved``, ``waited``: see `over_packs`, of this process since `figures` was called last.
     """
 
     lockstep = False
     every_module = False  # in lockstep: also those that no process needs in this step
     steps = 0  # of the optimizer so far
+    halved = 0  # packs
+    waited: float | None = None  # seconds; None: it went over no packs
 
     def __init__(self, module: Any):
         self.module = module
@@ -30,6 +34,14 @@ class Backprop:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def figures(self) -> dict[str, float]:
+        """Metrics of this process alone (`metric_names.OWN`), since the last call."""
+        found: dict[str, float] = {} if self.waited is None else {names.HOST_WAIT: self.waited}
+        if self.halved:
+            found[names.HALVED_PACKS] = float(self.halved)
+        self.halved, self.waited = 0, None
+        return found
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:

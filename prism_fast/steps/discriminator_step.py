@@ -14,14 +14,15 @@ from prism_fast.balance import SPARE
 from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
 from prism_fast.pack import Packs, Tree, pack
-from prism_fast.records import Lesson, Rollout, Scores
+from prism_fast.records import Lesson, Rollout, Scores, to_device
 from prism_fast.response_format import split_parts
 from prism_fast.steps.experience import sampling_balance
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.own_packs import own_packs
+from prism_fast.steps.over_packs import over_packs
+from prism_fast.steps.own_packs import OwnPack
 from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
-from prism_fast.steps.readings import read_rows
+from prism_fast.steps.readings import read_with_load
 from prism_fast.steps.update import Backprop
 from prism_kernels import find_tag_spans
 
@@ -87,43 +88,63 @@ def discriminator_gradient(
     valid = labels.student[0] >= 0
     valid_total = int(valid.sum())
     uncounted = _uncounted(packs, labels, rollout.group.bincount(minlength=len(lessons)))
-    own: dict[str, Tensor] = {}  # by pack: scores as they are compared, in the order of PackedTree.label, and the loss
-    for number, packed in own_packs(updater, packs):
-        on_device = packed.to(discriminator.device)
+
+    def compute(own: OwnPack) -> tuple[tuple[int, ...], Tensor]:
+        on_device = own.packed.to(discriminator.device)
         judgement = updater(on_device, text_positions=config.compat.text_positions)
-        load.add(judgement.stats, counted=number != SPARE)
-        score, lengths, branch = judgement.score, on_device.sequence_start.diff(), packed.branch_of(labels.total)
+        score, lengths, branch = judgement.score, on_device.sequence_start.diff(), own.packed.branch_of(labels.total)
         raw = score.clamp(-config.score_clamp, config.score_clamp) if config.compat.clamp_in_loss else score
         corrected = length_corrected(raw, lengths, config.length_correction)
         part = alignment_loss(
-            _pair_scores(raw, corrected, branch, labels, rollout.group, uncounted[number]),
+            _pair_scores(raw, corrected, branch, labels, rollout.group, _of_own(own, packs, labels, uncounted)),
             valid_total=valid_total,
             response_total=len(rollout),
             prompt_total=len(lessons),
             score_penalty=config.score_penalty,
         )
         updater.backward(part)
-        if number != SPARE:
-            own[f"loss.{number}"] = part.detach()
-            own[f"score.{number}"] = length_corrected(score.detach(), lengths, config.length_correction)
-    of_pack = ranks.merge(dict(zip(own, read_rows([value.reshape(-1) for value in own.values()]))))  # the one wait
+        compared_score = length_corrected(score.detach(), lengths, config.length_correction)
+        row = torch.cat([part.detach().to(score).reshape(1), compared_score])
+        load.add(judgement.stats, counted=own.counts)
+        return own.place, row
+
+    rows = [(place, row) for place, row in over_packs(updater, packs, compute) if place != (SPARE,)]
+    own = dict(zip([_name(place) for place, _ in rows], read_with_load([row for _, row in rows], load)))  # the one wait
+    of_pack = ranks.merge(own)  # by place: loss, scores as they are compared, in the order of PackedTree.label
     loss, score_of_part = 0.0, torch.zeros(labels.total)
-    for number in range(len(packs)):
-        loss += float(of_pack[f"loss.{number}"])
-        score_of_part[packs.labels(number)] = of_pack[f"score.{number}"]
+    for place in sorted(tuple(map(int, name.split("."))) for name in of_pack):
+        row = of_pack[_name(place)]
+        loss += float(row[0])
+        score_of_part[packs.labels(*place)] = row[1:].float()
     student, teacher = score_of_part[labels.student].where(valid, 0.0), score_of_part[labels.teacher]
     scores = Scores(student[0], student[1], teacher[0], teacher[1], valid)
     return scores, {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group)}, packs.num_tokens
 
 
-def _uncounted(packs: Packs, labels: PartLabels, responses: Tensor) -> dict[int, Tensor]:
-    """By pack (and SPARE), (prompts,): the responses for which a teacher's square has to count there.
+def _name(place: Sequence[int]) -> str:
+    return ".".join(map(str, place))
+
+
+def _of_own(own: OwnPack, packs: Packs, labels: PartLabels, uncounted: Sequence[Tensor]) -> Tensor:
+    """Of `_uncounted`, what a pack's part of the loss reads; a half is a pack of two."""
+    if not own.counts:
+        return torch.zeros_like(uncounted[0])
+    whole = uncounted[own.number]
+    if own.half is None:
+        return whole
+    halves = packs.halves(own.number)
+    assert halves is not None
+    return _uncounted(halves, labels, whole)[own.half]
+
+
+def _uncounted(packs: Packs, labels: PartLabels, responses: Tensor) -> list[Tensor]:
+    """By pack, (prompts,): the responses for which a teacher's square has to count there.
 
     A split tree's teacher stands in several packs, and its square counts in the first of them.
     """
-    found, left = {SPARE: torch.zeros_like(responses)}, responses
+    found, left = [], responses
     for number in range(len(packs)):
-        found[number] = left
+        found.append(left)
         here = torch.zeros(labels.total, dtype=torch.bool)
         here[packs.labels(number)] = True
         left = left.where(~here[labels.teacher[0]], 0)
@@ -138,8 +159,7 @@ def _pair_scores(
     ``branch``: PackedTree.branch_of; ``uncounted`` (prompts,): the weight of a teacher's square.
     """
     teacher, student = (
-        index.to(raw.device, non_blocking=True)
-        for index in compared(branch, labels.teacher[:, group].T, labels.student.T)
+        to_device(index, raw.device) for index in compared(branch, labels.teacher[:, group].T, labels.student.T)
     )
     here = branch[labels.teacher[0]] >= 0  # prompts of this pack
     teachers, weight = branch[labels.teacher.T[here]].flatten(), uncounted[here].repeat_interleave(2)
@@ -147,8 +167,8 @@ def _pair_scores(
         student=corrected.index_select(0, student),
         teacher=corrected.index_select(0, teacher),
         student_raw=raw.index_select(0, student),
-        teacher_raw=raw.index_select(0, teachers.to(raw.device, non_blocking=True)),
-        teacher_weight=weight.to(raw.device, raw.dtype, non_blocking=True),
+        teacher_raw=raw.index_select(0, to_device(teachers, raw.device)),
+        teacher_weight=to_device(weight.to(raw.dtype), raw.device),
     )
 
 

@@ -14,27 +14,38 @@ from prism_kernels import RoutingStats
 
 
 class ExpertLoad:
-    """Adds up the counts of a step's packs; ``fractions()`` reports and clears them."""
+    """Adds up the counts of a step's packs; ``fractions()`` reports and clears them.
+
+    They are read with the step's other figures: ``row()`` is what there is to read, ``settle`` takes it.
+    """
 
     def __init__(self):
         self._counts: list[Tensor] = []
+        self._read: list | None = None
 
     def add(self, stats: Sequence[RoutingStats], *, counted: bool = True) -> None:
         """``counted``: false for a pack that is no part of the batch, from which only the shape is taken."""
         counts = [s.counts.detach() * counted for s in stats]
         self._counts = counts if not self._counts else [a + b for a, b in zip(self._counts, counts)]
 
+    def row(self) -> Tensor | None:
+        """(layers x kinds x E,) counts so far, on their device; None where a process had no pack."""
+        return torch.stack(self._counts).flatten() if self._counts else None
+
+    def settle(self, row: Tensor) -> None:
+        """The same, on the host."""
+        self._read = row.reshape(len(self._counts), *self._counts[0].shape).tolist()
+
     def fractions(self) -> dict[str, float]:
         """``expert_load/<layer>/<kind>/<expert>``: the expert's share of the kind's slots, for kinds that are there."""
-        own = torch.stack(self._counts).tolist() if self._counts else None  # none where a process had no pack
-        parts = [torch.tensor(part, dtype=torch.float64) for part in ranks.gather(own) if part is not None]
+        parts = [torch.tensor(part, dtype=torch.float64) for part in ranks.gather(self._read) if part is not None]
         if not parts:
             return {}
         counts = torch.stack(parts).sum(0)  # (layers, kinds, E)
         totals = counts.sum(-1, keepdim=True)
         shares = (counts / totals.clamp(min=1)).tolist()
         present = (totals[..., 0] > 0).tolist()
-        self._counts = []
+        self._counts, self._read = [], None
         return {
             expert_load(layer, KIND_NAMES[kind], expert): share
             for layer, kinds in enumerate(shares)

@@ -8,26 +8,46 @@ image, whose gradients are exactly 0 (not 0 times something, which would let a N
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 from prism_fast import ranks
 from prism_fast.balance import SPARE, Work, deal, pack_cost
 from prism_fast.pack import Packs, spare_pack, with_blank_image
 from prism_fast.records import PackedTree
-from prism_fast.steps.update import Backprop
+from prism_fast.steps.backprop import Backprop
 
 
-def own_packs(updater: Backprop, packs: Packs) -> Iterator[tuple[int, PackedTree]]:
-    """(number, pack) of this process's packs; a spare one, which counts nowhere, has the number SPARE."""
+@dataclass(frozen=True)
+class OwnPack:
+    """What a process computes at once: a pack of the batch, half of one that did not fit in memory, or a spare one."""
+
+    number: int  # of the pack in the batch's plan; SPARE
+    half: int | None  # which half of that pack; None: all of it
+    packed: PackedTree  # on the host
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a part of the batch: a spare one is of none."""
+        return self.number != SPARE
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """(number,), or of a half (number, half): by it, parts of the batch are in its order."""
+        return (self.number,) if self.half is None else (self.number, self.half)
+
+
+def own_numbers(updater: Backprop, packs: Packs) -> list[int]:
+    """Of the packs that this process computes, in its order; SPARE stands for a spare one."""
     world = ranks.world()
     if world == 1:
-        yield from enumerate(packs)
-        return
+        return list(range(len(packs)))
     costs = [pack_cost(work, updater.module.dimensions) for work in Work.of_packs(packs)]
-    blank = updater.lockstep and (updater.every_module or packs.has_image)
-    for turn in deal(costs, world):
-        number = turn[ranks.rank()]
-        if number == SPARE and not updater.lockstep:
-            continue
-        packed = packs[number] if number != SPARE else spare_pack(packs.image)
-        yield number, with_blank_image(packed, packs.image) if blank else packed
+    own = [turn[ranks.rank()] for turn in deal(costs, world)]
+    return own if updater.lockstep else [number for number in own if number != SPARE]
+
+
+def own_pack(updater: Backprop, packs: Packs, number: int) -> PackedTree:
+    """Pack ``number`` of the plan, or a spare one, as this process computes it; on the host."""
+    packed = packs[number] if number != SPARE else spare_pack(packs.image)
+    blank = updater.lockstep and ranks.world() > 1 and (updater.every_module or packs.has_image)
+    return with_blank_image(packed, packs.image) if blank else packed

@@ -14,14 +14,15 @@ from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.balance import SPARE
 from prism_fast.pack import Packs, Tree, merge_prompts, pack
-from prism_fast.records import PackedTree, PairRecord
+from prism_fast.records import PackedTree, PairRecord, to_device
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.own_packs import own_packs
+from prism_fast.steps.over_packs import over_packs
+from prism_fast.steps.own_packs import OwnPack
 from prism_fast.steps.pair_loss import bradley_terry
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
-from prism_fast.steps.readings import read, read_rows
+from prism_fast.steps.readings import read, read_with_load
 from prism_fast.steps.update import Backprop
-from prism_kernels import load_balancing_loss
+from prism_kernels import RoutingStats, load_balancing_loss
 
 AT_ONCE = 256  # held-out records
 NUMBERS = 6  # that a pack adds to the figures of a batch, before its scores
@@ -45,7 +46,7 @@ def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int
     score (branches,) on any device; ``packed`` on the host.
     """
     branches = compared(packed.branch_of(labels.total), labels.teacher[side], labels.student[side])
-    teacher, student = (score.index_select(0, index.to(score.device, non_blocking=True)) for index in branches)
+    teacher, student = (score.index_select(0, to_device(index, score.device)) for index in branches)
     return teacher, student
 
 
@@ -64,29 +65,53 @@ def pair_gradient(
     which the loss is not. Both are the batch's in every process.
     """
     discriminator, records = updater.module, labels.teacher.shape[1]
-    found: list[_PackFigures] = []
     seeds = torch.randint(2**63 - 1, (len(packs),)).tolist() if discriminator.dropout else []
-    for number, packed in own_packs(updater, packs):
-        with _drawing_by(seeds[number] if seeds and number != SPARE else None, discriminator.device):
-            judgement = updater(packed.to(discriminator.device), balance=balance_coef > 0)
+
+    def compute(own: OwnPack) -> _PackFigures:
+        counts = _counts_of_whole(updater, packs, own) if balance_coef > 0 and own.half is not None else None
+        with _drawing_by(_seed(own, seeds), discriminator.device):
+            judgement = updater(own.packed.to(discriminator.device), balance=balance_coef > 0)
         loss = balance = judgement.score.new_zeros(())
-        sides = [pair_scores(judgement.score, packed, labels, side) for side in range(2)]
+        sides = [pair_scores(judgement.score, own.packed, labels, side) for side in range(2)]
         pair_loss = [bradley_terry(teacher, student).sum() / records for teacher, student in sides]
         for part in pair_loss:
             loss = loss + part / 2
-        if balance_coef > 0 and number == SPARE:  # the same outputs have gradients everywhere
+        if balance_coef > 0 and not own.counts:  # the same outputs have gradients everywhere
             loss = loss + sum(stats.prob_sum[:0].sum() for stats in judgement.stats)
         elif balance_coef > 0:
-            balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
+            stats = judgement.stats
+            if counts is not None:  # the loss is linear in the sums of probabilities, of which a half has its part
+                stats = [RoutingStats(count, half.prob_sum) for count, half in zip(counts, stats)]
+            balance = load_balancing_loss(stats, discriminator.top_k) / len(packs)
             loss = loss + balance_coef * balance
         updater.backward(loss)
-        load.add(judgement.stats, counted=number != SPARE)
-        if number != SPARE:
-            right = [(teacher > student).sum() for teacher, student in sides]
-            score = judgement.score.detach()
-            row = torch.cat([torch.stack([x.detach().to(score) for x in (loss, balance, *pair_loss, *right)]), score])
-            found.append(_PackFigures(number, [len(teacher) for teacher, _ in sides], packed.label, row))
-    return _over_packs(found, balanced=balance_coef > 0)
+        right = [(teacher > student).sum() for teacher, student in sides]
+        score = judgement.score.detach()
+        row = torch.cat([torch.stack([x.detach().to(score) for x in (loss, balance, *pair_loss, *right)]), score])
+        load.add(judgement.stats, counted=own.counts)
+        return _PackFigures(own.place, [len(teacher) for teacher, _ in sides], own.packed.label, row)
+
+    found = [figures for figures in over_packs(updater, packs, compute) if figures.place != (SPARE,)]
+    rows = read_with_load([figures.row for figures in found], load)  # the step's one wait
+    return _over_packs(found, rows, balanced=balance_coef > 0)
+
+
+def _seed(own: OwnPack, seeds: Sequence[int]) -> int | None:
+    """Of a pack's dropout; halves draw anew."""
+    if not (seeds and own.counts):
+        return None
+    return seeds[own.number] + (0 if own.half is None else 1 + own.half)
+
+
+@torch.no_grad()
+def _counts_of_whole(updater: Backprop, packs: Packs, own: OwnPack) -> list[Tensor]:
+    """By layer, the experts' counts of the pack that this is half of: by a forward of each half."""
+    halves = packs.halves(own.number)
+    assert halves is not None
+    device = updater.module.device
+    with _drawing_by(0, device):  # the head's dropout, of which nothing is read
+        first, second = (updater(halves[half].to(device), balance=True).stats for half in range(2))
+    return [a.counts + b.counts for a, b in zip(first, second)]
 
 
 @contextlib.contextmanager
@@ -102,7 +127,7 @@ def _drawing_by(seed: int | None, device: torch.device) -> Iterator[None]:
 class _PackFigures(NamedTuple):
     """What one pack adds to a batch's figures."""
 
-    number: int
+    place: tuple[int, ...]  # OwnPack.place
     pairs: list[int]  # by side
     label: Tensor  # (branches,), on the host
     row: (
@@ -110,11 +135,12 @@ class _PackFigures(NamedTuple):
     )
 
 
-def _over_packs(own: Sequence[_PackFigures], *, balanced: bool) -> tuple[dict[str, float], set[int]]:
-    """As `pair_gradient` returns it, of the packs of all processes, in their order."""
-    rows = read_rows([figures.row for figures in own])  # the step's one wait
+def _over_packs(
+    own: Sequence[_PackFigures], rows: Sequence[Tensor], *, balanced: bool
+) -> tuple[dict[str, float], set[int]]:
+    """As `pair_gradient` returns it, of the packs of all processes, in their order; ``rows``: theirs, on the host."""
     plain = [
-        (figures.number, figures.pairs, row[:NUMBERS].tolist(), figures.label[~row[NUMBERS:].isfinite()].tolist())
+        (figures.place, figures.pairs, row[:NUMBERS].tolist(), figures.label[~row[NUMBERS:].isfinite()].tolist())
         for figures, row in zip(own, rows)
     ]
     found = sorted((figures for part in ranks.gather(plain) for figures in part), key=lambda figures: figures[0])

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from prism_fast import metric_names as names
 from prism_fast import ranks
-from prism_fast.balance import SPARE
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
-from prism_fast.records import PackedTree, Rollout
-from prism_fast.steps.own_packs import own_packs
+from prism_fast.records import PackedTree, Rollout, to_device
+from prism_fast.steps.over_packs import over_packs
+from prism_fast.steps.own_packs import OwnPack
 from prism_fast.steps.readings import read
 from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
@@ -51,11 +51,11 @@ def policy_gradient(
     packs = pack(trees, tokens_per_pack, policy.image, multiple=ranks.world())
     normalizer = rollout.num_tokens if objective.aggregate == "token_mean" else len(rollout)
     device = policy.device
-    loss, measured = torch.zeros((), device=device), []
-    for number, packed in own_packs(updater, packs):
-        sampled = torch.cat([torch.zeros(0), *(rollout.logprob[i] for i in packed.label.tolist())])
-        sampled, advantage = (x.to(device, non_blocking=True) for x in (sampled, advantages[packed.label]))
-        packed = packed.to(device)
+
+    def compute(own: OwnPack) -> tuple[Tensor, dict[str, Tensor]]:
+        sampled = torch.cat([torch.zeros(0), *(rollout.logprob[i] for i in own.packed.label.tolist())])
+        sampled, advantage = (to_device(x, device) for x in (sampled, advantages[own.packed.label]))
+        packed = own.packed.to(device)
         out = updater(
             packed,
             op=linear_policy_loss,
@@ -70,9 +70,12 @@ def policy_gradient(
             **policy.allowed,
         )
         updater.backward(out.loss)
-        loss = loss + out.loss.detach()
-        if number != SPARE:
-            measured.append(out.stats)
+        return out.loss.detach(), out.stats if own.counts else {}
+
+    loss, measured = torch.zeros((), device=device), []
+    for part, stats in over_packs(updater, packs, compute):
+        loss = loss + part
+        measured.append(stats)
     ranks.add(loss)
     numbers = iter(read([loss, *(value for stats in measured for value in stats.values())]))  # the step's one wait
     metrics = {names.LOSS: next(numbers), names.ZERO_ADVANTAGE: float((advantages == 0).float().mean())}

@@ -7,10 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prism_fast.steps.expert_load import ExpertLoad
+
 
 def read(numbers: Sequence[Tensor]) -> list[float]:
     """0-d tensors of one device as Python's numbers, exactly (integers below 2^53), in one copy."""
     return torch.stack([number.detach().double() for number in numbers]).tolist() if numbers else []
+
+
+def read_with_load(rows: Sequence[Tensor], load: ExpertLoad) -> list[Tensor]:
+    """`read_rows`, and in the same copy what ``load`` has counted."""
+    counts = load.row()
+    found = read_rows([*rows, *([] if counts is None else [counts])])
+    if counts is not None:
+        load.settle(found.pop())
+    return found
 
 
 def read_rows(rows: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from prism_fast import ranks
 from prism_fast.pack import KIND_RESPONSE, ImageTokens, Packs, Tree, merge_prompts, pack
 from prism_fast.records import Prompt
-from prism_fast.steps.own_packs import own_packs
+from prism_fast.steps.over_packs import over_packs
+from prism_fast.steps.own_packs import OwnPack
 from prism_fast.steps.update import Backprop
 from prism_kernels import linear_cross_entropy
 
@@ -37,10 +38,14 @@ def demonstration_packs(
 def supervised_gradient(policy: Backprop, packs: Packs) -> float:
     """Adds the gradient of a batch's loss to the policy and returns the loss: the mean over its response tokens."""
     device, rows = policy.module.device, packs.num_targets
-    loss = torch.zeros((), device=device)
-    for _, packed in own_packs(policy, packs):
-        part = policy(packed.to(device), op=linear_cross_entropy, normalizer=rows)
+
+    def compute(own: OwnPack) -> Tensor:
+        part = policy(own.packed.to(device), op=linear_cross_entropy, normalizer=rows)
         policy.backward(part)
-        loss = loss + part.detach()
+        return part.detach()
+
+    loss = torch.zeros((), device=device)
+    for part in over_packs(policy, packs, compute):
+        loss = loss + part
     ranks.add(loss)
     return float(loss)

@@ -70,6 +70,7 @@ class Case:
     resident: bool = False  # count weights that are there inside of a layer, and after a step
     offload: bool = False  # the optimizer's state is on the host
     moments: str = "float32"
+    no_memory: bool = False  # runs out in the last process, in the middle of its first backward of each model
     break_lockstep: str = ""  # mutations: "blank", "spare", "module"
     options: dict[str, Any] = field(default_factory=dict)  # of cluster.deepspeed
 
@@ -97,6 +98,9 @@ def play(case: Case) -> dict[str, Tensor]:
     if case.stage != "align":
         models.pop("discriminator" if case.stage in ("sft", "rlvr") else "policy")
     updaters = {name: updater(case, module) for name, module in models.items()}
+    short = case.no_memory and ranks.rank() == ranks.world() - 1
+    for module in models.values() if short else ():
+        _run_out_of_memory(module)
     if case.discard:
         for each in updaters.values():
             each.next_step()
@@ -109,6 +113,9 @@ def play(case: Case) -> dict[str, Tensor]:
             found |= sampled(updaters["policy"], f"{step}")
         with counting(case, updaters) as resident:
             STAGES[case.stage](case, updaters, f"{step}", found)
+        for each in updaters.values():
+            assert each.halved == (short and step == 0), each.halved
+            each.figures()
         found |= {f"resident.{name}.{step}": torch.tensor(counts) for name, counts in resident.items()}
         for name, each in updaters.items():
             if step == 0:
@@ -119,6 +126,20 @@ def play(case: Case) -> dict[str, Tensor]:
     for name, each in updaters.items():
         found |= {f"weight.{name}.{k}": v.float() for k, v in each.stream()}
     return found
+
+
+def _run_out_of_memory(module: Any) -> None:
+    calls = iter(range(1 << 30))
+
+    def fail(gradient: Tensor) -> None:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def on_the_way_back(layer: Any, args: Any, out: tuple[Tensor, ...]) -> None:
+        if out[0].requires_grad:
+            out[0].register_hook(fail)
+
+    module.text.layers[1].register_forward_hook(on_the_way_back)
 
 
 def _throw_away(case: Case, updaters: dict[str, Updater]) -> None:

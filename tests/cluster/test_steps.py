@@ -68,6 +68,33 @@ def test_every_form_equals_one_process(tmp_path):
     compare([{"stage": "align", "sample": True}], tmp_path)
 
 
+@pytest.mark.cluster
+def test_a_process_whose_pack_does_not_fit_halves_it_by_itself(tmp_path):
+    """The others wait for it at the step's end, as for one that has more to do."""
+    cases = [{"stage": stage, "tokens_per_pack": 120} for stage in ("sft", "align")]
+    expected = play(SCENARIO, cases, 0, tmp_path / "one")
+    short = [{**case, "no_memory": True} for case in cases]
+    for case, want, got in zip(cases, expected, play(SCENARIO, short, 2, tmp_path / "two")):
+        # A split tree's root counts twice in loads of experts (and, in a warm-up, in what balances them).
+        counted = {name: value for name, value in want.items() if "expert_load" not in name}
+        try:
+            assert_equal({name: got[name] for name in counted}, counted)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", ["zero2", "fsdp2"])
+def test_processes_that_shard_a_model_end_where_a_pack_of_one_does_not_fit(form, tmp_path):
+    (tmp_path / "cases.json").write_text(json.dumps([{"stage": "sft", "form": form, "no_memory": True}]))
+    ends = launch(["-m", SCENARIO, str(tmp_path)], 2, seconds=120)
+    assert ends[1].returncode == 1
+    assert re.search(
+        r"DataError: out of memory \(.*none can halve one by itself; lower run\.tokens_per_pack \(now 64\)",
+        ends[1].stderr,
+    )
+
+
 def test_a_spare_pack_counts_nowhere_and_a_pack_has_its_own_dropout(tmp_path):
     """One pack for two processes; in the warm-up, a loss that is made of every output."""
     cases = [{"stage": "warmup", "tokens_per_pack": 4096}, {"stage": "warmup", "dropout": 0.3}]

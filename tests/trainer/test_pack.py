@@ -42,6 +42,37 @@ def test_a_branch_that_every_part_holds_keeps_its_label():
     assert sorted(packed.label.tolist() for packed in packs) == [[10, 11], [10, 12], [10, 13]]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        (((4, (3, 5, 2)), (3, (4, 6)), (2, (3,))), [[(0, [0, 1, 2])], [(1, [0, 1]), (2, [0])]]),  # 14 and 18 of 32
+        (((4, (3, 5, 2)),), [[(0, [0, 2])], [(0, [1])]]),  # one tree alone
+        (((4, (30, 50, 20)), (3, (4,))), [[(0, [0, 2]), (1, [0])], [(0, [1])]]),  # one that outweighs the other
+        (((4, (3,)),), None),
+        (((4, ()),), None),
+    ],
+)
+def test_halves_are_trees_or_of_one_its_branches(lengths, expected):
+    trees = [tree(20 * i, *given) for i, given in enumerate(lengths)]
+    packs = pack(trees, 1000, IMAGE)
+    halves = packs.halves(0)
+    assert (None if halves is None else list(halves.parts)) == expected
+    if halves is not None:
+        assert [halves.tokens(i) for i in range(2)] == [packed.num_tokens for packed in halves]
+        assert [packs.labels(0, half).tolist() for half in range(2)] == [packed.label.tolist() for packed in halves]
+        assert halves.capacity == packs.capacity == 1000
+
+
+def test_halves_of_a_split_tree_keep_what_stands_together():
+    """Of a part of a tree, by its branches that are there; a teacher with one student has no halves."""
+    split = tree(0, 2, (3, 4, 4, 4, 4), labels=(10, 11, 12, 13, 14), together=(0,))
+    packs = pack([split], 14, IMAGE)
+    assert [packed.label.tolist() for packed in packs] == [[10, 11, 12], [10, 13, 14]]
+    halves = packs.halves(1)
+    assert [packed.label.tolist() for packed in halves] == [[10, 13], [10, 14]]
+    assert halves.halves(0) is None
+
+
 def test_branch_of_is_the_way_back():
     packed = build_pack([tree(0, 2, (1, 2, 1), labels=(4, 0, 2))], [(0, [0, 2])], IMAGE)
     assert packed.label.tolist() == [4, 2]

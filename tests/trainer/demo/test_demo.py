@@ -46,7 +46,8 @@ def assert_stages_write_the_declared_names(out):
     lines = [line for stage in stages for line in read_metrics(out / stage / "metrics.jsonl")]
     written = {name for line in lines for name in line} - {"step", "time", "warning"}
     assert {name for name in written if metric_names.find(name) is None} == set()
-    rare = {metric_names.EVAL_JUDGE_LATE, metric_names.EVAL_JUDGE_COSTLY}  # told where they are not 0
+    # Told where they are not 0.
+    rare = {metric_names.EVAL_JUDGE_LATE, metric_names.EVAL_JUDGE_COSTLY, metric_names.HALVED_PACKS}
     assert metric_names.DECLARED.keys() - written == rare | set(metric_names.RANKS.values())  # these of several ranks
 
 

@@ -118,6 +118,8 @@ CASES = {
                               ["12.5 (step 20) to 12.4", "no gain: held-out accuracy went from 12.5 to 12.4"], ["%)"]),
     "loss": ("sft", SFT | {"loss": lambda step: step / 10}, {}, ["the loss rose from 1.05 to 3.05"], []),
     "late judge": ("rlvr", RLVR | {"judge/late": lambda step: float(step in (3, 4))}, {}, ["in time on 2 answers"], []),
+    "halved packs": ("sft", SFT | {"packs_halved": lambda step: float(step in (3, 4))}, {"evals": held_out(0.5)},
+                     ["2 packs did not fit in memory and went in two halves", "lower run.tokens_per_pack"], []),
     "uneven processes": ("rlvr", RLVR | {"balance/cpu_seconds": 1.9, "balance/sampled_tokens": 1.2}, {},
                          ["1.9 times the mean of computing time"], []),
     "even processes": ("rlvr", RLVR | {"balance/cpu_seconds": 1.1}, {"evals": held_out(0.5)}, [], [""]),

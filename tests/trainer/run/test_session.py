@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from prism_fast import metric_names as names
 from prism_fast.config import SFTConfig, WatchConfig
 from prism_fast.records import DataError
 from prism_fast.run import checkpoint, session
@@ -20,13 +21,17 @@ pytestmark = pytest.mark.usefixtures("torch_settings")
 
 class Optimizer:
     def __init__(self):
-        self.value, self.loaded = torch.zeros(2), None
+        self.value, self.loaded, self.measured = torch.zeros(2), None, {}
 
     def tensors(self):
         return {"exp_avg.weight": self.value}
 
     def load(self, tensors, steps):
         self.value, self.loaded = tensors["exp_avg.weight"], steps
+
+    def figures(self):
+        measured, self.measured = self.measured, {}
+        return measured
 
 
 class Counter:
@@ -83,6 +88,28 @@ class Stage:
 def lines(out):
     return [
         {name: value for name, value in line.items() if name != "time"} for line in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def test_packs_that_did_not_fit_are_told_once_and_counted(tmp_path):
+    """Of all models together; where each process has its own count, `test_session_ranks.py`."""
+    stage = Stage(tmp_path, tokens_per_pack=512)
+
+    def measured(step):
+        for optimizer in stage.optimizers.values() if step in (1, 2) else ():
+            optimizer.measured = {names.HALVED_PACKS: step + 1.0, names.HOST_WAIT: 0.25}
+
+    stage.run(4, fault=measured)
+    found = lines(tmp_path)
+    counts = [(line.get("packs_halved"), line.get("host_wait")) for line in found if "loss" in line]
+    assert counts == [(4.0, 0.5), (6.0, 0.5), (None, None), (None, None)]
+    said = [line for line in found if "memory" in line.get("warning", "")]
+    assert said == [
+        {
+            "step": 1,
+            "warning": "step 1: 4 packs did not fit in memory and went in two halves, which takes longer; lower "
+            "run.tokens_per_pack (now 512)",
+        }
     ]
 
 

@@ -2,31 +2,47 @@
 
 import os
 import signal
+from typing import Any
 
 import pytest
 
+from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.run import checkpoint
 from prism_fast.run.session import Stopped
-from tests.trainer.run.test_session import Stage
+from tests.trainer.run.test_session import Stage, lines
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
 
 @pytest.fixture
 def other(monkeypatch):
-    """What the other of two processes tells: the same as this one, or by "signum" that it was asked to stop."""
-    told: dict[str, int] = {}
+    """What the other of two processes tells: the same as this one, or by "signum" that it was asked to stop, or by
+    "measured" what it has counted by itself."""
+    told: dict[str, Any] = {}
 
     def gather(value):
         theirs = value
-        if isinstance(value, list) and len(value) == 2 and "signum" in told:  # the end of a step
-            theirs = [told["signum"], value[1]]
+        if isinstance(value, list) and len(value) == 3:  # the end of a step
+            theirs = [told.get("signum", value[0]), value[1], told.get("measured", value[2])]
         return [value, theirs]
 
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "gather", gather)
     return told
+
+
+def test_what_each_process_measures_by_itself_is_brought_together(tmp_path, other):
+    """A count adds up, of a wait the longest is told; also where only the other has any."""
+    stage = Stage(tmp_path)
+
+    def measured(step):
+        other["measured"] = {"packs_halved": 1.0, "host_wait": 0.5} if step < 3 else {"host_wait": 0.5}
+        stage.optimizers["a/"].measured = {names.HALVED_PACKS: 2.0, names.HOST_WAIT: 0.25} if step == 1 else {}
+
+    stage.run(3, fault=measured)
+    found = [line for line in lines(tmp_path) if "loss" in line]
+    assert [(line.get("packs_halved"), line["host_wait"]) for line in found] == [(3.0, 0.5), (1.0, 0.5), (None, 0.5)]
 
 
 def test_a_signal_that_came_to_one_process_in_an_evaluation_waits_for_all(tmp_path, other):

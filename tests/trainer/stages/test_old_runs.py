@@ -28,7 +28,7 @@ from tests.tiny_run import run_stage
 OLD = Path(__file__).resolve().parents[2] / "data" / "old_runs"
 LIMIT = 1e-5
 # Of the machine or the moment, or a difference of two numbers that are equal but for rounding.
-ASIDE = ("time", "seconds/", names.TOKENS_PER_SECOND, "sampler_gap/", "balance/")
+ASIDE = ("time", "seconds/", names.TOKENS_PER_SECOND, "sampler_gap/", "balance/", names.HOST_WAIT)
 
 
 def machine() -> str:

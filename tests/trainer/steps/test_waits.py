@@ -85,8 +85,10 @@ def discriminator_step(device, guard, valid=True):
     lessons, rollout, parts = batch((valid,) * 8)
     updater = Guarded(discriminator(device), guard)
     config = DiscriminatorStep(length_correction=0.3)
-    settings = {"tokens_per_pack": TOKENS, "load": ExpertLoad()}
-    return updater, lambda: discriminator_gradient(updater, lessons, rollout, parts, config, **settings)
+    load = ExpertLoad()
+    settings = {"tokens_per_pack": TOKENS, "load": load}
+    given = (updater, lessons, rollout, parts, config)
+    return updater, lambda: (discriminator_gradient(*given, **settings), load.fractions())
 
 
 def pair_step(device, guard, balance=0.1):
@@ -94,7 +96,11 @@ def pair_step(device, guard, balance=0.1):
     updater = Guarded(discriminator(device, dropout=0.1), guard)
     updater.module.checkpoint_activations()
     packs = pack(trees, TOKENS, updater.module.image)
-    return updater, lambda: pair_gradient(updater, packs, labels, balance_coef=balance, load=ExpertLoad())
+    load = ExpertLoad()
+    return updater, lambda: (
+        pair_gradient(updater, packs, labels, balance_coef=balance, load=load),
+        load.fractions(),
+    )
 
 
 STEPS = {
