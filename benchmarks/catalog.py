@@ -53,6 +53,10 @@ CATALOG = {
     "swiglu": Entry(
         "ops.swiglu.bench", "SwiGLU, packed and apart", "swiglu", 10, ("--seconds", "1"), tests="tests/kernels/swiglu",
     ),
+    "update": Entry(
+        "ops.adamw.bench", "AdamW step over many tensors, beside torch's fused and foreach", "update", 15,
+        ("--seconds", "1"), tests="tests/kernels/adamw",
+    ),
     "discriminator": Entry(
         "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",
         "discriminator", 90, ("--rounds", "2"), group="moe",
@@ -60,6 +64,10 @@ CATALOG = {
     "policy": Entry(
         "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,
         ("--rounds", "2"), group="linear",
+    ),
+    "step": Entry(
+        "steps.stages", "whole steps of rlvr, align and sft, part by part: rollout, score, update, optimizer, host",
+        "step", 150, ("--rounds", "2"),
     ),
     # Of three forms 240 s each at most; the first is what counts.
     "train-4b": Entry(
