@@ -35,11 +35,11 @@ CATALOG = {
         tests="tests/kernels/group_advantage", group="moe",
     ),
     "linear_logprob": Entry(
-        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 80,
+        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 60,
         ("--seconds", "4"), tests="tests/kernels/linear_logprob",
     ),
     "moe": Entry(
-        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 80, ("--seconds", "3"),
+        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 65, ("--seconds", "3"),
         tests="tests/kernels/moe",
     ),
     "tree_attention": Entry(
@@ -59,7 +59,7 @@ CATALOG = {
     ),
     "discriminator": Entry(
         "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",
-        "discriminator", 90, ("--rounds", "2"), group="moe",
+        "discriminator", 80, ("--rounds", "2"), group="moe",
     ),
     "policy": Entry(
         "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,
@@ -67,7 +67,7 @@ CATALOG = {
     ),
     "step": Entry(
         "steps.stages", "whole steps of rlvr, align and sft, part by part: rollout, score, update, optimizer, host",
-        "step", 150, ("--rounds", "2"),
+        "step", 85, ("--rounds", "2"),
     ),
     # Of three forms 240 s each at most; the first is what counts.
     "train-4b": Entry(
