@@ -104,7 +104,8 @@ def _prepare(folder: Path, dry_run: bool) -> None:
     place = OUT / "site"
     if dry_run:
         place = Path(tempfile.mkdtemp(prefix="prism-site-"))
-        lines = wheels.install(folder, place, [wheel for wheel in wheels.WHEELS if wheel.absent])
+        lacking = [wheel for wheel in wheels.WHEELS if wheel.absent or wheel in wheels.missing()]
+        lines = wheels.install(folder, place, lacking)
         block(wheels.blocked(), place)
     else:
         lines = wheels.install(folder, place)

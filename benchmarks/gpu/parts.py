@@ -72,13 +72,13 @@ def _first(dry_run: bool) -> list[Part]:
     return [
         Part("build", build, BUILD_SECONDS, STAGES, beside="start", environment=cuda),
         Part("probe", probe, BUILD_SECONDS, ("first",), beside="start"),
-        _early("step", "rlvr", 150, dry_run, "--stage", "rlvr", "--rounds", "1"),
+        _early("step", "rlvr", 180, dry_run, "--stage", "rlvr", "--rounds", "1"),
         _early("tree_attention", "attention", 35, dry_run, *quick, *shape, "--problem", "gradient", "--peers", "SDPA"),
-        _early("step", "align", 130, dry_run, "--stage", "align", "--rounds", "1"),
-        Part("stress", stress, 90, ("first", "tests")),
-        _early("linear_logprob", "linear", 35, dry_run, *quick, "--problem", "policy_loss", "--peers", "liger"),
+        _early("step", "align", 120, dry_run, "--stage", "align", "--rounds", "1"),
+        Part("stress", stress, 80, ("first", "tests")),
+        _early("linear_logprob", "linear", 30, dry_run, *quick, "--problem", "policy_loss", "--peers", "liger"),
         _early("moe", "moe", 35, dry_run, *quick, "--problem", "experts", "--peers", "grouped_mm"),
-        _early("update", "update", 15, dry_run, *quick, "--problem", "bfloat16", "--peers", "fused"),
+        _early("update", "update", 12, dry_run, *quick, "--problem", "bfloat16", "--peers", "fused"),
     ]
 
 

@@ -35,6 +35,7 @@ from benchmarks.harness.processes import environment
 from benchmarks.report.tested import COUNTS, failed
 
 TAIL = 40  # lines of a part's output that its result keeps
+AT_ONCE = 4  # at least, of what may run beside each other
 GRACE_SECONDS = 8  # for a part that ran out of time to write what it has
 
 
@@ -44,6 +45,7 @@ class Runner:
     def __init__(self) -> None:
         self.running: set[subprocess.Popen] = set()
         self.stopped = False
+        self.remedies: dict[str, str] = {}  # what benchmarks are started with since a probe has said so
 
     def part(self, part: Part, path: Path, seconds: float, commit: str, prefix: str | None = "") -> dict[str, Any]:
         """Runs it; whatever happens, ``path`` holds a result afterwards. ``prefix`` of its lines; None: not shown."""
@@ -51,6 +53,7 @@ class Runner:
         values = {"{json}": str(path), "{xml}": str(xml)}
         command = [values.get(word, word) for word in part.command]
         own = {"TRITON_INTERPRET": None, "PYTHONUNBUFFERED": "1", "PRISM_COMMIT": commit, **part.environment}
+        own |= self.remedies if part.writes else {}
         began = time.monotonic()
         code, tail = self._run(command, environment(**own), seconds, prefix)
         outcome = {
@@ -61,6 +64,11 @@ class Runner:
             "budget_seconds": round(seconds, 1),
             "tail": list(tail),
         }
+        if part.name == "probe":
+            found = [line.removeprefix("remedy: ") for line in tail if line.startswith("remedy: ")]
+            self.remedies |= dict(line.partition("=")[::2] for line in found)
+        elif part.writes and self.remedies:
+            outcome["environment"] = dict(self.remedies)
         if self.stopped and code != 0:
             outcome["status"] = "interrupted"
         elif code == 2 and "sanitizer" in part.groups:
@@ -182,7 +190,8 @@ def run_all(
             continue
         # Later parts keep their seconds; what is over is for whoever comes first.
         spare = left - sum(max(part.seconds for part in later) for later in todo_batches[index + 1 :])
-        with ThreadPoolExecutor(len(batch)) as pool:
+        # All of them on a machine for GPUs; on a small one, in a dry run, some after others.
+        with ThreadPoolExecutor(min(len(batch), max(AT_ONCE, 2 * (os.cpu_count() or 1)))) as pool:
             futures = []
             for part in batch:
                 path = folder / f"{stamp}-{documents.file_end(commit, part.name)}"

@@ -6,9 +6,10 @@
 - optimizer: clipping and AdamW, of both models in align.
 - host: what no model computes: reading images and texts, tokenising and judging responses, advantages, packing.
 
-Responses are ragged, as they end by chance (benchmarks/steps/stage_case.py). One step warms up and is told apart, as it
-compiles; what is known is kept after every part. TFLOP/s of the whole step and of score and update count the products
-of both models' gradients by formula, the vision tower's with them (benchmarks/steps/flops.py), not sampling's.
+Responses are ragged, as they end by chance (benchmarks/steps/stage_case.py). One step warms up, with short responses,
+and is told apart, as it compiles; what is known is kept after every part. TFLOP/s of the whole step and of score and
+update count the products of gradients by formula, the vision tower's with them (benchmarks/steps/flops.py),
+not sampling's.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ OBJECTIVE = PolicyObjective.grpo()
 LOADS = {
     "mini": Load(replace(MINI.dense(), vocab=640), replace(MINI, vocab=640), 2, 60, 256),
     "tiny": Load(replace(TINY.dense(), responses=8), TINY, 2, 630, 2048),
-    # A recipe's widths and lengths: docs/method.md; some 5,000 sampled tokens a prompt and 21,000 a step.
-    "gpu": Load(QWEN3_VL_4B, GPU, 4, 4096, 16_384),
+    # Widths of Qwen3-VL-4B and of four experts out of the 2B, lengths that docs/method.md counts with; 64 responses.
+    "gpu": Load(QWEN3_VL_4B, GPU, 4, 3072, 16_384),
 }
 DEFAULT = {"cpu": "tiny", "cuda": "gpu"}
 # (bf16 moments, discriminator's optimizer on the host, policy's too), from the fastest to the smallest.
 WAYS_TO_HOLD = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
-ROOM = 16e9  # on a GPU besides states and activations: context, sampler's copies of weights, pages, logits
+WARMUP_TOKENS = 256  # of a response in the step that warms up
+ROOM = 24e9  # on a GPU besides states and activations: context, sampler's copies of weights, pages, logits
 Keep = Callable[[dict[str, Any]], None]
 
 
@@ -96,9 +98,10 @@ class Stage:
     checkpointing: bool
     config: DiscriminatorStep = field(default_factory=DiscriminatorStep)
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(samples=self.load.policy.responses, max_response_tokens=self.load.longest)
+    def sampling(self, number: int) -> Sampling:
+        """The first step's responses are short: it compiles."""
+        longest = self.load.longest if number else min(self.load.longest, WARMUP_TOKENS)
+        return Sampling(samples=self.load.policy.responses, max_response_tokens=longest)
 
     def limits(self) -> dict[str, Any]:
         return {"chat": self.chat, "max_prompt_tokens": 1 << 20}
@@ -131,7 +134,7 @@ def rlvr(stage: Stage, clock: Clock, number: int) -> tuple[dict[str, float], dic
     with clock("host"):
         questions = [question(sample, **stage.limits()) for sample in stage.samples]
     with clock("rollout"):
-        rollout = stage.sampler.generate([prompt for _, prompt in questions], stage.sampling, seed=number)
+        rollout = stage.sampler.generate([prompt for _, prompt in questions], stage.sampling(number), seed=number)
     with clock("host"):
         rewards = rewards_of(rollout, stage.samples, OwnReward())
         reward = torch.tensor([found.score for found in rewards])
@@ -147,7 +150,7 @@ def align(stage: Stage, clock: Clock, number: int) -> tuple[dict[str, float], di
     with clock("host"):
         lessons = [lesson(sample, config=stage.config, **stage.limits()) for sample in stage.samples]
     with clock("rollout"):
-        rollout = stage.sampler.generate([each.prompt for each in lessons], stage.sampling, seed=number)
+        rollout = stage.sampler.generate([each.prompt for each in lessons], stage.sampling(number), seed=number)
     with clock("host"):
         parts = student_parts(rollout, stage.chat, stage.config)
     with clock("score"):

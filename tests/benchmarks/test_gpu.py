@@ -212,6 +212,18 @@ def test_an_interrupt_stops_what_runs_and_keeps_its_result(tmp_path, monkeypatch
     assert json.loads(next(tmp_path.glob("*-a.json")).read_text())["part"]["tail"][0] == "begun"
 
 
+def test_benchmarks_take_the_remedy_that_a_probe_names(tmp_path, capsys):
+    """Tests do not: they are to say what does not work."""
+    show = "import os; print('with', os.environ.get('PRISM_IMPL'))"
+    todo = [
+        script("probe", "print('remedy: PRISM_IMPL=tree_attention=sdpa')"),
+        script("bench-x", show, writes=True), script("tests-x", show),
+    ]  # fmt: skip
+    _, bench, tests = run.run_all(todo, tmp_path, "abc", 60)
+    assert bench["tail"] == ["with tree_attention=sdpa"] and tests["tail"] == ["with None"]
+    assert bench["environment"] == {"PRISM_IMPL": "tree_attention=sdpa"} and "environment" not in tests
+
+
 def test_no_speed_is_printed_where_the_tests_failed(tmp_path, capsys):
     red = tmp_path / "test_red.py"
     red.write_text("def test_red():\n    assert False\n")

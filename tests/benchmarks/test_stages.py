@@ -82,12 +82,14 @@ def test_records_have_the_lengths_that_are_asked_for():
 def test_responses_end_after_the_mean_length():
     """The end of turn has 1 / mean at the positions that were looked at, and a rollout is ragged."""
     stage, _ = stages.open_stage("rlvr", MINI, OPTIONS)
-    sampling = stage.sampling.model_copy(update={"samples": 64, "max_response_tokens": 10 * MINI.mean})
+    sampling = stage.sampling(1).model_copy(update={"samples": 64, "max_response_tokens": 10 * MINI.mean})
     prompts = [stage.chat.encode_prompt(stage.samples[0])]
     rollout = stage.sampler.generate(prompts, sampling, seed=0)
     lengths = [len(ids) for ids in rollout.response_ids]
     assert MINI.mean / 3 < sum(lengths) / len(lengths) < 3 * MINI.mean and len(set(lengths)) > 10
     assert all(split_parts(text) is not None for text in rollout.text)
+    gpu = stages.LOADS["gpu"]
+    assert stages.Stage(gpu, [], None, None, None, None, True).sampling(0).max_response_tokens == 256 < gpu.longest
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_responses_end_after_the_mean_length():
     [
         (141e9, [4.4e9], (False, False, False)),  # 71 GB
         (80e9, [4.4e9], (True, False, False)),  # 53
-        (141e9, [4.4e9, 5.9e9], (True, False, False)),  # 124
+        (150e9, [4.4e9, 5.9e9], (True, False, False)),  # 124
         (120e9, [4.4e9, 5.9e9], (True, True, False)),  # 88
         (80e9, [4.4e9, 5.9e9], (True, True, True)),  # 62
         (10e9, [4.4e9], (True, True, True)),
