@@ -11,6 +11,7 @@ runs/gpu/site. ``--dry-run`` walks through every part on a CPU at toy sizes, as 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import site
@@ -108,8 +109,9 @@ def _prepare(folder: Path, dry_run: bool) -> None:
         lines = wheels.install(folder, place, lacking)
         block(wheels.blocked(), place)
     else:
+        site.addsitedir(str(place))  # what an earlier call has installed; results name its versions
         lines = wheels.install(folder, place)
-        site.addsitedir(str(place))  # whose versions results name
+        importlib.invalidate_caches()
     for line in lines:
         print(line, flush=True)
     path = [str(place), os.environ.get("PYTHONPATH", "")]

@@ -77,9 +77,9 @@ def make_chat(load: Load) -> Chat:
     return Chat(tokenizer, processor)
 
 
-def text_of(tokens: int, answer: str) -> str:
-    """A response in its format, of about so many tokens."""
-    words = [SYLLABLES[i % len(SYLLABLES)] for i in range(tokens)]
+def text_of(tokens: int, answer: str, number: int = 0) -> str:
+    """A response in its format, of about so many tokens; another ``number`` says something else."""
+    words = [SYLLABLES[(number + i) % len(SYLLABLES)] for i in range(tokens)]
     cut = int(CAPTION * tokens)
     caption, reasoning = (" ".join(["", *part]) for part in (words[:cut], words[cut:]))
     return f"<caption>{caption}</caption><think>{reasoning}</think><answer>{answer}</answer>"
@@ -139,7 +139,7 @@ class Spoken:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> Rollout:
         rollout = self.sampler.generate(prompts, sampling, seed=seed)
-        texts = [text_of(len(ids), (RIGHT, WRONG)[i % 2]) for i, ids in enumerate(rollout.response_ids)]
+        texts = [text_of(len(ids), (RIGHT, WRONG)[i % 2], i + 1) for i, ids in enumerate(rollout.response_ids)]
         return replace(rollout, text=texts)
 
 

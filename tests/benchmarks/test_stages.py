@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.harness import document, table
+from benchmarks.harness.measure import Timer
 from benchmarks.harness.run import Options
 from benchmarks.report import results
-from benchmarks.steps import stage_case, stages
+from benchmarks.steps import flops, stage_case, stages
 from prism_fast.response_format import split_parts
 
 CPU = torch.device("cpu")
@@ -90,6 +92,25 @@ def test_responses_end_after_the_mean_length():
     assert all(split_parts(text) is not None for text in rollout.text)
     gpu = stages.LOADS["gpu"]
     assert stages.Stage(gpu, [], None, None, None, None, True).sampling(0).max_response_tokens == 256 < gpu.longest
+
+
+@pytest.mark.parametrize("name", stages.STAGES)
+def test_operations_are_those_of_the_tokens_that_are_computed(monkeypatch, name):
+    """Every tree whose operations are counted has the tokens that went through the model; none is split here."""
+    counted, whole = [], flops.tree
+
+    def tree(shape, branches, **options):
+        counted.append((shape.experts, shape.prompt + sum(branches)))
+        return whole(shape, branches, **options)
+
+    monkeypatch.setattr(flops, "tree", tree)
+    load = replace(MINI, tokens_per_pack=4096)
+    stage, _ = stages.open_stage(name, load, OPTIONS)
+    work, tokens = stages.STAGES[name](stage, stages.Clock(Timer(CPU)), 1)
+    experts = load.judge.experts
+    assert tokens["update"] == sum(total for known, total in counted if known == 0)
+    assert tokens.get("score", 0) == sum(total for known, total in counted if known == experts)
+    assert all(value > 0 for value in work.values())
 
 
 @pytest.mark.parametrize(
