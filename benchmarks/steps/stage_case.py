@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +31,6 @@ from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Tree, pack
 from prism_fast.records import ImageRef, Message, Prompt, Rollout, Sample
 from prism_fast.steps.sampler import Sampler
-from prism_kernels import linear_logprob
 
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]  # a token each
 CAPTION = 3 / 13  # of a response's tokens: 300 of 1,300
@@ -124,11 +122,31 @@ def make_models(
 
 @torch.no_grad()
 def favour_the_end(policy: Policy, chat: Chat, prompt: Prompt, load: Load) -> None:
-    """From now on a response ends after ``load.mean`` tokens on average: the end of turn has 1 / mean."""
+    """From now on a response ends after ``load.mean`` tokens on average: the end of turn has 1 / mean.
+
+    One number of the hidden state is made a constant, which no layer writes: through it the head's row of the end of
+    turn, an embedding too, has a logit of its own, and all others the same.
+    """
     ends = torch.full((64,), chat.end_of_turn_id)
     (packed,) = pack([Tree(prompt, [ends], [KIND_RESPONSE])], load.tokens_per_pack, policy.image)
-    given = policy(packed.to(policy.device), op=linear_logprob, bias=policy.bias).logprob
-    policy.bias[chat.end_of_turn_id] += -math.log(load.mean) - float(given.logsumexp(0)) + math.log(len(given))
+    embedding = policy.text.embed_tokens.weight
+    embedding[:, 0] = 1.0
+    for layer in policy.text.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    words = torch.randint(chat.vocab_size, (len(ends),), generator=torch.Generator().manual_seed(0))
+    packed.input_ids[-len(ends) :] = words.where(words != chat.image_id, 0)  # what a random model says
+    packed = packed.to(policy.device)
+    hidden = policy(packed)[packed.predict_row].float()
+    logits = hidden @ policy.head.float().T
+    own = logits[:, chat.end_of_turn_id] - hidden[:, 0] * embedding[chat.end_of_turn_id, 0]
+    logits[:, chat.end_of_turn_id] = float("-inf")
+    others = logits.logsumexp(-1)
+    low, high = -1e3, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        share = (own + middle * hidden[:, 0] - others).sigmoid().mean()
+        low, high = (middle, high) if share * load.mean < 1 else (low, middle)
+    embedding[chat.end_of_turn_id, 0] = low
 
 
 class Spoken:
