@@ -71,7 +71,8 @@ bench: setup
 gate: setup
 	env -u TRITON_INTERPRET $(BIN)/python -m prism_kernels.compile_gate --all $(ARGS)
 
-# On a machine with an NVIDIA GPU: its own Python with its own torch, nothing is installed. PART=linear,tests for some.
+# On a machine with an NVIDIA GPU: its own Python with its own torch; what it lacks comes from .whl (python -m
+# benchmarks.gpu.wheels .whl) and goes aside. PART=first, checks or speed: ten minutes each; PART=linear,tests for some.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(ARGS)
 

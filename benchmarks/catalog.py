@@ -31,15 +31,15 @@ class Entry:
 # A short one first; then by the targets that hang on them; what is left over goes to the whole steps, at the end.
 CATALOG = {
     "advantage": Entry(
-        "ops.advantage.bench", "group advantages, rule align", "advantage", 20, ("--seconds", "3"),
+        "ops.advantage.bench", "group advantages, rule align", "advantage", 12, ("--seconds", "3"),
         tests="tests/kernels/group_advantage", group="moe",
     ),
     "linear_logprob": Entry(
-        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 80,
+        "ops.linear_logprob.bench", "LM head: log-probs, entropy, cross-entropy, policy loss", "linear", 60,
         ("--seconds", "4"), tests="tests/kernels/linear_logprob",
     ),
     "moe": Entry(
-        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 80, ("--seconds", "3"),
+        "ops.moe.bench", "mixture of experts: router and plan, experts", "moe", 110, ("--seconds", "3"),
         tests="tests/kernels/moe",
     ),
     "tree_attention": Entry(
@@ -47,19 +47,27 @@ CATALOG = {
         ("--seconds", "2"), tests="tests/kernels/tree_attention",
     ),
     "rms_norm": Entry(
-        "ops.rms_norm.bench", "norms of a layer: behind a residual, of heads with their rotation", "rms_norm", 15,
+        "ops.rms_norm.bench", "norms of a layer: behind a residual, of heads with their rotation", "rms_norm", 12,
         ("--seconds", "1"), tests="tests/kernels/rms_norm",
     ),
     "swiglu": Entry(
-        "ops.swiglu.bench", "SwiGLU, packed and apart", "swiglu", 10, ("--seconds", "1"), tests="tests/kernels/swiglu",
+        "ops.swiglu.bench", "SwiGLU, packed and apart", "swiglu", 8, ("--seconds", "1"), tests="tests/kernels/swiglu",
+    ),
+    "update": Entry(
+        "ops.adamw.bench", "AdamW step over many tensors, beside torch's fused and foreach", "update", 12,
+        ("--seconds", "1"), tests="tests/kernels/adamw",
     ),
     "discriminator": Entry(
         "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",
-        "discriminator", 90, ("--rounds", "2"), group="moe",
+        "discriminator", 110, ("--rounds", "2"), group="moe",
     ),
     "policy": Entry(
-        "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,
+        "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 55,
         ("--rounds", "2"), group="linear",
+    ),
+    "step": Entry(
+        "steps.stages", "whole steps of rlvr, align and sft, part by part: rollout, score, update, optimizer, host",
+        "step", 40, ("--stage", "sft", "--rounds", "3"),  # the others: first-rlvr, first-align
     ),
     # Of three forms 240 s each at most; the first is what counts.
     "train-4b": Entry(

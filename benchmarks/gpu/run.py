@@ -1,20 +1,24 @@
 """How the parts of ``make gpu`` run: each a process of its own; one that fails or runs out of time costs no other.
 
-Every part writes <date>-<commit>-<part>.json as it goes. What is not timed, tests and sanitizer, runs at once; what is
-timed runs alone. A part is sure of its seconds, and may take besides what those before it left over; out of time it is
-asked to stop, as by Ctrl-C, and keeps what it has written.
+Every part writes <date>-<commit>-<part>.json as it goes, and whenever one has ended all results are packed into one
+archive. What is not timed, tests and sanitizer, runs at once; what is timed runs alone. A part is sure of its seconds,
+and may take besides what those before it left over; out of time it is asked to stop, as by Ctrl-C, and keeps what it
+has written.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+import tarfile
 import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import groupby
@@ -31,6 +35,7 @@ from benchmarks.harness.processes import environment
 from benchmarks.report.tested import COUNTS, failed
 
 TAIL = 40  # lines of a part's output that its result keeps
+AT_ONCE = 4  # at least, of what may run beside each other
 GRACE_SECONDS = 8  # for a part that ran out of time to write what it has
 
 
@@ -40,6 +45,7 @@ class Runner:
     def __init__(self) -> None:
         self.running: set[subprocess.Popen] = set()
         self.stopped = False
+        self.remedies: dict[str, str] = {}  # what benchmarks are started with since a probe has said so
 
     def part(self, part: Part, path: Path, seconds: float, commit: str, prefix: str | None = "") -> dict[str, Any]:
         """Runs it; whatever happens, ``path`` holds a result afterwards. ``prefix`` of its lines; None: not shown."""
@@ -47,6 +53,7 @@ class Runner:
         values = {"{json}": str(path), "{xml}": str(xml)}
         command = [values.get(word, word) for word in part.command]
         own = {"TRITON_INTERPRET": None, "PYTHONUNBUFFERED": "1", "PRISM_COMMIT": commit, **part.environment}
+        own |= self.remedies if part.writes else {}
         began = time.monotonic()
         code, tail = self._run(command, environment(**own), seconds, prefix)
         outcome = {
@@ -57,6 +64,11 @@ class Runner:
             "budget_seconds": round(seconds, 1),
             "tail": list(tail),
         }
+        if part.name == "probe":
+            found = [line.removeprefix("remedy: ") for line in tail if line.startswith("remedy: ")]
+            self.remedies |= dict(line.partition("=")[::2] for line in found)
+        elif part.writes and self.remedies:
+            outcome["environment"] = dict(self.remedies)
         if self.stopped and code != 0:
             outcome["status"] = "interrupted"
         elif code == 2 and "sanitizer" in part.groups:
@@ -141,11 +153,30 @@ def _junit(path: Path) -> dict[str, Any]:
 def batches(todo: list[Part]) -> list[list[Part]]:
     """What runs at once, one after the other."""
     # One that runs alone has a key of its own.
-    return [list(some) for _, some in groupby(todo, lambda part: part.name if part.alone else "")]
+    return [list(some) for _, some in groupby(todo, lambda part: part.beside or (part.name,))]
 
 
-def run_all(todo: list[Part], folder: Path, commit: str, total: float) -> list[dict[str, Any]]:
-    """Part after part, those that bear company at once. Ctrl-C stops what runs; all that ran has written its result."""
+class Archive:
+    """All results of a folder as one .tar.gz, packed again after every part: <device>/<file>.json."""
+
+    def __init__(self, path: Path, folder: Path):
+        self.path, self.folder, self.lock = path, folder, threading.Lock()
+
+    def pack(self, *unused: Any) -> None:
+        with self.lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.path.with_name(self.path.name + ".part")
+            with tarfile.open(aside, "w:gz") as packed:
+                for path in sorted(self.folder.glob("*.json")):
+                    packed.add(path, f"{self.folder.name}/{path.name}")
+            aside.replace(self.path)
+
+
+def run_all(
+    todo: list[Part], folder: Path, commit: str, total: float, ended: Callable[..., Any] = lambda *unused: None
+) -> list[dict[str, Any]]:
+    """Part after part, those that bear company at once. Ctrl-C stops what runs; all that ran has written its result.
+    ``ended`` is called whenever a part has."""
     deadline = time.monotonic() + total
     stamp = time.strftime("%Y%m%d-%H%M", time.gmtime())
     outcomes: list[dict[str, Any]] = []
@@ -159,7 +190,8 @@ def run_all(todo: list[Part], folder: Path, commit: str, total: float) -> list[d
             continue
         # Later parts keep their seconds; what is over is for whoever comes first.
         spare = left - sum(max(part.seconds for part in later) for later in todo_batches[index + 1 :])
-        with ThreadPoolExecutor(len(batch)) as pool:
+        # All of them on a machine for GPUs; on a small one, in a dry run, some after others.
+        with ThreadPoolExecutor(min(len(batch), max(AT_ONCE, 2 * (os.cpu_count() or 1)))) as pool:
             futures = []
             for part in batch:
                 path = folder / f"{stamp}-{documents.file_end(commit, part.name)}"
@@ -170,6 +202,7 @@ def run_all(todo: list[Part], folder: Path, commit: str, total: float) -> list[d
                     print("its tests failed: measured for the record, no speed is shown", flush=True)
                     prefix = None
                 futures.append(pool.submit(runner.part, part, path, seconds, commit, prefix))
+                futures[-1].add_done_callback(ended)
             try:
                 wait(futures)
             except KeyboardInterrupt:
@@ -182,6 +215,6 @@ def run_all(todo: list[Part], folder: Path, commit: str, total: float) -> list[d
 
 def _tests_failed(part: Part, folder: Path, commit: str) -> bool:
     """Those of this run, or of an earlier one on the same commit."""
-    end = documents.file_end(commit, part.name.replace("bench-", "tests-"))
+    end = documents.file_end(commit, re.sub("^(bench|first)-", "tests-", part.name))
     found = sorted(folder.glob(f"*-{end}"))
     return bool(found) and failed(json.loads(found[-1].read_text())["part"])

@@ -1,4 +1,4 @@
-"""Every Triton kernel at small, awkward sizes, forward and backward: what compute-sanitizer watches.
+"""Every kernel at small, awkward sizes, forward and backward: what compute-sanitizer watches.
 
     python -m benchmarks.gpu.sanitize --tool memcheck
     python -m benchmarks.gpu.sanitize --tool racecheck
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from prism_kernels import compile_gate
 from prism_kernels.dispatch import interpreting
 from prism_kernels.group_advantage.rules import RULES
 from prism_kernels.moe import grouped_gemm, plan_routing
+from prism_kernels.native import need_cuda
 
 TOOLS = ("memcheck", "racecheck")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -61,6 +63,8 @@ def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
     for rule in RULES:
         found[f"advantage {rule}"] = partial(_advantage, rule=rule, device=device)
     found["advantage, group_normalize"] = partial(_normalize, device=device)
+    if not on_gpu or need_cuda() is None:  # csrc/adamw.cu, where it was built
+        found["update adamw_step"] = partial(_adamw, device=device)
     return found
 
 
@@ -263,6 +267,23 @@ def _decode(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     return [pages[0][1:], pages[1][1:], out]
 
 
+def _adamw(impl: str, device: torch.device) -> Outputs:
+    """Every kind of tensors; sizes around a vector's and a chunk's. Without a GPU the same loops in C++."""
+    impl = impl if impl == "reference" else "cuda" if device.type == "cuda" else "native"
+    found: Outputs = []
+    for split, half_gradient, half_moments in product((False, True), repeat=3):
+        masters = [_random(size, device=device, seed=size) for size in (1, 7, 1003, 33_001)]
+        pairs = [prism_kernels.split_master(x) if split else (x, None) for x in masters]
+        gradients = [x.bfloat16() if half_gradient else x * 0.1 for x in masters]
+        dtype = torch.bfloat16 if half_moments else torch.float32
+        moments = [[torch.zeros_like(x, dtype=dtype) for x in masters] for _ in range(2)]
+        clip = torch.tensor(0.5, device=device)
+        weights, remainders = ([pair[i] for pair in pairs] for i in range(2))
+        prism_kernels.adamw_step(weights, gradients, remainders, *moments, lr=0.1, step=3, clip=clip, impl=impl)
+        found += [*weights, *moments[0], *moments[1]]
+    return found
+
+
 def _merge(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     """A part of some rows into a whole, then one of all; the rows of which there is nothing; gradients."""
     merging = import_module(f"prism_kernels.tree_attention.{'triton_merge' if impl == 'triton' else 'merge'}")
@@ -319,6 +340,7 @@ def command(tool: str, only: str = "") -> list[str] | None:
         return None
     # Only our kernels: the library's are not ours to check, and slow under a race check.
     filters = [word for name in kernel_names() for word in ("--kernel-name", f"kne={name}")]
+    filters += ["--kernel-name", "kns=adamw"]  # of csrc/, whose names are C++'s
     script = [sys.executable, "-m", "benchmarks.gpu.sanitize", "--only", only]
     if tool == "racecheck":  # which ends in an error of its own inside torch's _grouped_mm (H200, torch 2.11)
         script += ["--skip", "torch"]

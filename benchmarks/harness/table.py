@@ -58,6 +58,14 @@ STEP_COLUMNS = {
     "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
     **_END,
 }
+PART_COLUMNS = {
+    **_START,
+    "share": _of("share", "{:.1%}".format),
+    "tokens": _of("tokens", "{:,}".format),
+    "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
+    "TFLOP/s": _of("tflops", "{:.3g}".format),
+    "peak memory": _of("peak_bytes", size),
+}
 TRAINING_COLUMNS = {
     "device, allocated": _of("peak_bytes", size),
     "device, reserved": _of("reserved_bytes", size),
@@ -74,9 +82,11 @@ TRAINING_COLUMNS = {
 
 
 def columns(result: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
-    """Those of an op's problem, or of a whole step, way by way, or of training, form by form."""
+    """Those of an op's problem, or of a whole step, way by way or part by part, or of training, form by form."""
     if result["name"] == "training":
         return TRAINING_COLUMNS
+    if "parts" in result:
+        return PART_COLUMNS
     return STEP_COLUMNS if "sizes" in result else OP_COLUMNS
 
 
@@ -98,6 +108,9 @@ def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[s
         found.append(f"  {result['status']}, no speed is shown: {result.get('reason', '')}")
     elif "checked" in result:
         found += _of_step(result)
+    elif result.get("first"):
+        told = ", ".join(f"{part} {seconds(value)}" for part, value in result["first"].items())
+        found += [f"  optimizer: {result['held']}", f"  the first step, which compiles: {told}"]
     if result.get("limit"):
         name, multiple = result["limit"]
         found.append(f"  limit: {name if multiple == 1 else f'{multiple:g} x {name}'}")

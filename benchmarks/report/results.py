@@ -77,11 +77,13 @@ def _target(target: Target, documents: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _device(documents: list[dict[str, Any]]) -> list[str]:
-    """The newest result of every op on one device, and of every part of `make gpu` that measures nothing."""
-    newest = {document["op"]: document for document in sorted(documents, key=lambda d: d["date"])}
+    """The newest result of every op on one device, what others of its commit have besides, and the newest of every
+    part of `make gpu` that measures nothing."""
+    shown = _shown(documents)
     lines: list[str] = []
-    checks = [document for _, document in sorted(newest.items()) if _measures_nothing(document)]
-    for op, document in sorted(newest.items()):
+    checks = [document for document in shown if _measures_nothing(document)]
+    for document in shown:
+        op = document["op"]
         if not _measures_nothing(document):
             lines += ["", f"### {op}", "", *_facts(document)]
             status, known = tests_of(document, documents)
@@ -98,6 +100,21 @@ def _device(documents: list[dict[str, Any]]) -> list[str]:
         lines += _table(("part", "status", "", "date", "commit"), [_check(document) for document in checks])
         lines += ["", *(line for document in checks for line in _failures(document["part"]))]
     return lines
+
+
+def _shown(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Op by op: a later result takes the place of an earlier one, but for problems of the same commit that it lacks."""
+    found: list[dict[str, Any]] = []
+    for _, some in groupby(sorted(documents, key=lambda d: (d["op"], d["date"])), lambda d: d["op"]):
+        *earlier, newest = some
+        known = [(problem["name"], problem["shape"]) for problem in newest["problems"]]
+        found.append(newest)
+        for document in reversed(earlier if known else ()):
+            more = [problem for problem in document["problems"] if (problem["name"], problem["shape"]) not in known]
+            if document["commit"] == newest["commit"] and more:
+                found.append({**document, "problems": more})
+                known += [(problem["name"], problem["shape"]) for problem in more]
+    return found
 
 
 def _measures_nothing(document: dict[str, Any]) -> bool:

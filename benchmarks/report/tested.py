@@ -5,6 +5,7 @@ An op whose tests failed shows no speed; one whose tests did not run says so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +18,18 @@ Document = dict[str, Any]
 def tests_of(document: Document, documents: Sequence[Document]) -> tuple[str, str]:
     """(status, what is known of it) of a benchmark's tests.
 
-    They are in its document, or, where `make gpu` ran "bench-<name>", in the newest "tests-<name>" of the same commit
-    and device. A whole step's test is the agreement of its ways, which every document of one holds.
+    They are in its document, or, where `make gpu` ran "bench-<name>" or "first-<name>", in the newest "tests-<name>" of
+    the same commit and device. A whole step's test is the agreement of its ways, which every document of one holds; the
+    trainer's own steps, part by part, are tested with the trainer.
     """
     own = document.get("tests")
     if own is not None:
         return own["status"], own["summary"]
     if any("checked" in problem for problem in document["problems"]):
         return PASSED, "times stand only where all ways agree"
-    name = document.get("part", {}).get("name", "").replace("bench-", "tests-")
+    if any("parts" in problem for problem in document["problems"]):
+        return NOT_RUN, "they are the trainer's: make test"
+    name = re.sub("^(bench|first)-", "tests-", document.get("part", {}).get("name", ""))
     beside = [other for other in documents if other["op"] == name and "part" in other and _same(document, other)]
     if not name or not beside:
         return NOT_RUN, ""

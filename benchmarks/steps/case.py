@@ -134,10 +134,10 @@ class Case:
             text._attn_implementation = stock
 
 
-def stock_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """A random one in training mode, with experts or dense."""
+def stock_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, **changes: int) -> PreTrainedModel:
+    """A random one in training mode, with experts or dense. ``changes``: of its settings, as image_token_id."""
     family = "Qwen3VLMoe" if shape.experts else "Qwen3VL"
-    config = getattr(transformers, f"{family}Config")(**model_settings(shape))
+    config = getattr(transformers, f"{family}Config")(**{**model_settings(shape), **changes})
     torch.manual_seed(seed)
     with device:
         made = getattr(transformers, f"{family}ForConditionalGeneration")._from_config(config, dtype=dtype).train()
