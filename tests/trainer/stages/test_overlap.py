@@ -5,8 +5,10 @@ import shutil
 import pytest
 
 from prism_fast import metric_names as names
+from prism_fast.config import AlignConfig, load_config
 from prism_fast.records import DataError
 from prism_fast.run.monitor import read_metrics
+from prism_fast.stages.align import align
 from prism_fast.steps import sampler_builtin
 from tests.tiny_run import run_stage, settings
 from tests.trainer.stages.test_resume import losses, warnings, weights
@@ -35,17 +37,8 @@ def figures(out):
 def test_interrupted_and_resumed_equals_uninterrupted(stage, tiny_folder, tmp_path):
     """From any of its checkpoints, bit for bit; one is written in the midst of epochs and of a prompt's tries."""
     whole = tmp_path / "whole"
-    run_stage(
-        stage,
-        tree_of(
-            tiny_folder,
-            stage,
-            whole,
-            tmp_path,
-            steps=5,
-            run={**settings(tiny_folder, stage, whole)["run"], "save_every": 1, "keep_last": 9},
-        ),
-    )
+    run = {**settings(tiny_folder, stage, whole)["run"], "save_every": 1, "keep_last": 9}
+    run_stage(stage, tree_of(tiny_folder, stage, whole, tmp_path, steps=5, run=run))
     assert [names.OFF_POLICY_KL in line for line in figures(whole) if "loss" in line].count(True) >= 3
     for step in (1, 3):
         cut = tmp_path / f"cut{step}"
@@ -69,9 +62,6 @@ def test_a_run_goes_on_with_overlap_without_it_and_for_longer(tiny_folder, tmp_p
     with_it = tree_of(tiny_folder, "align", out, tmp_path, steps=4)
     with pytest.raises(DataError, match=r"rollout\.overlap: 0 -> 1"):
         run_stage("align", with_it, resume=True)
-    from prism_fast.config import AlignConfig, load_config
-    from prism_fast.stages.align import align
-
     for tree, steps in ((with_it, 4), (with_it, 6), (without, 8)):
         config = load_config(AlignConfig, None, base={**tree, "steps": steps})
         align(config, resume=True, accept_changes=True)
