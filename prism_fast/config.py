@@ -81,7 +81,7 @@ Positive = Annotated[float, Field(ge=MIN_TEMPERATURE, le=100), NUMBER]
 Engine = Literal["builtin", "vllm"]
 
 ENGINE = "who samples; builtin: the trainer's own sampler; vllm: needs that package"
-ENGINE_CAP = 2.0  # of importance weights where an engine samples, unless another is set
+ENGINE_CAP = 2.0  # of importance weights where an engine samples, or older weights do, unless another is set
 # What serving engines take besides the temperature, and no sampling here does.
 OTHER_DISTRIBUTION = (
     "is refused: it samples from another distribution than the policy's, so log-probabilities, ratios and gradients "
@@ -297,6 +297,9 @@ class RolloutConfig(Sampling):
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
     engine: Engine = Field("builtin", description=f"{ENGINE}; evaluations during the run take it too")
     vllm: VLLMConfig = VLLMConfig()
+    overlap: Annotated[int, Field(ge=0, le=1), NUMBER] = Field(
+        0, description="1: a step's responses are sampled while the step before it trains, from weights one step older"
+    )
 
     @field_validator("prompts_per_step")
     @classmethod
@@ -306,9 +309,14 @@ class RolloutConfig(Sampling):
         return prompts
 
     @property
+    def sampled(self) -> dict[str, Any]:
+        """What the policy's gradient must know of how responses were sampled: `steps.policy_step.policy_gradient`."""
+        return {"temperature": self.temperature, "off_policy": self.overlap > 0}
+
+    @property
     def importance_cap(self) -> float | None:
-        """Where no other is set: an engine rounds otherwise than the trainer."""
-        return None if self.engine == "builtin" else ENGINE_CAP
+        """Where no other is set: an engine rounds otherwise than the trainer, and older weights are another policy."""
+        return None if self.engine == "builtin" and not self.overlap else ENGINE_CAP
 
 
 class SamplerStart(NamedTuple):
@@ -318,12 +326,13 @@ class SamplerStart(NamedTuple):
     vllm: VLLMConfig
     folder: Path  # of the model
     longest: int  # tokens of a prompt and its response
+    overlap: int = 0  # steps by which its weights are older than those that train
 
     @classmethod
     def of(cls, chosen: Any, model: ModelConfig, data: DataConfig, *answered: Sampling) -> SamplerStart:
-        """``chosen`` has engine and vllm; ``answered``: how prompts of ``data`` are."""
+        """``chosen`` has engine and vllm, and maybe overlap; ``answered``: how prompts of ``data`` are."""
         longest = data.max_prompt_tokens + max(each.max_response_tokens for each in answered)
-        return cls(chosen.engine, chosen.vllm, model.path, longest)
+        return cls(chosen.engine, chosen.vllm, model.path, longest, getattr(chosen, "overlap", 0))
 
 
 class WatchConfig(Node):
@@ -492,7 +501,7 @@ class ObjectiveConfig(Node):
     importance_cap: Annotated[float, Field(ge=0, le=10**6), NUMBER] | None = Field(
         None,
         description=f"largest weight between sampler and trainer; 0: no such weight; null: {ENGINE_CAP:g} where "
-        "rollout.engine is another than builtin, else 0",
+        "rollout.engine is another than builtin or rollout.overlap is 1, else 0",
     )
 
     def build(self, max_length: int, cap: float | None = None) -> PolicyObjective:

@@ -102,6 +102,12 @@ ENTROPY = Mean("entropy", over="sampled tokens")  # nats
 SAMPLER_GAP_MEAN = Mean("sampler_gap/mean", over="trained tokens")  # |log-prob of the trainer - of the sampler|
 SAMPLER_GAP_MAX = Max("sampler_gap/max")
 KL_REF = Mean("kl_ref", over="trained tokens")  # to the reference policy
+# Of responses that older weights sampled, where the gap to the sampler has the distance of the weights in it
+OFF_POLICY_KL = Mean("off_policy/kl", over="trained tokens")  # of the sampler's to this policy: exp(d) - d - 1
+OFF_POLICY_CLIPPED = {
+    side: Mean(f"off_policy/clipped_{side}", over="trained tokens") for side in ("low", "high")
+}  # ratios beyond the objective's bounds, whose tokens have no gradient
+OVERLAP_SECONDS = Max("overlap/seconds")  # that the next batch took, while this one trained
 
 # Dynamic sampling
 DROPPED_GROUPS = Sum("dropped_groups")

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -128,6 +129,31 @@ def _quiet_failure() -> Iterator[None]:
             os.close(kept)
 
 
+class _Mine(threading.local):
+    group: Any = None  # that this thread's calls go through; None: the one of the run
+
+
+_mine = _Mine()
+
+
+def another_group(timeout_minutes: float) -> Any:
+    """A group of the same processes for what a second thread tells, whose calls the first one's would get mixed up
+    with; its tensors are on hosts. A call of all processes; None in one process."""
+    if world() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+@contextlib.contextmanager
+def through(group: Any) -> Iterator[None]:
+    """This thread's calls go through a group of `another_group`."""
+    _mine.group = group
+    try:
+        yield
+    finally:
+        _mine.group = None
+
+
 def alive(timeout_minutes: float) -> None:
     """Says that this process gets on: if it is not called again in time, every thread's stack is printed."""
     if dist.is_initialized():
@@ -157,7 +183,7 @@ def add(*tensors: Tensor) -> None:
     """Sums each tensor over the processes, in place. All have the same shapes in the same order."""
     if world() > 1:
         for tensor in tensors:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=_mine.group)
 
 
 def gather(value: Any) -> list[Any]:
@@ -202,12 +228,12 @@ def together() -> Iterator[None]:
 def _gather(payload: bytes) -> list[bytes]:
     sizes = torch.zeros(world(), dtype=torch.int64)
     sizes[rank()] = len(payload)
-    dist.all_reduce(sizes)
+    dist.all_reduce(sizes, group=_mine.group)
     longest = int(sizes.max())
     own = torch.zeros(longest, dtype=torch.uint8)
     own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(world())]
-    dist.all_gather(parts, own)
+    dist.all_gather(parts, own, group=_mine.group)
     return [part[:size].numpy().tobytes() for part, size in zip(parts, sizes.tolist())]
 
 
@@ -220,7 +246,7 @@ def add_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) ->
     if world() == 1:
         return list(gradients)
     there = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.int32)
-    dist.all_reduce(there)
+    dist.all_reduce(there, group=_mine.group)
     shared = [i for i, count in enumerate(there.tolist()) if count]
     found: dict[int, Tensor] = {}
     for bucket in _buckets([(i, like[i]) for i in shared]):
@@ -229,7 +255,7 @@ def add_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) ->
             own = gradients[i]
             found[i] = torch.zeros_like(like[i], dtype=wide) if own is None else own.to(wide)
         flat = torch.cat([found[i].flatten() for i in bucket])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=_mine.group)
         for i, total in zip(bucket, flat.split([found[i].numel() for i in bucket])):
             found[i].copy_(total.view_as(found[i]))
     return [found.get(i) for i in range(len(gradients))]

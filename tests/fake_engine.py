@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from prism_fast.config import Sampling
-from prism_fast.steps.sampler_builtin import generate
+from prism_fast.steps.sampler_builtin import Draws, _Stream
 from prism_fast.steps.sampler_engine import Answer
-from prism_fast.steps.sampler_shares import Response
+from prism_fast.steps.sampler_shares import Response, Share
 
 FAULTS = {  # what it does wrong -> what the gate says of it
     "stale": "log-probs are not the trainer's.*after an update.*cache that was not emptied",
@@ -44,7 +44,7 @@ class FakeEngine:
     name = "fake"
 
     def __init__(self, policy, chat, fault=None, dtype=torch.float32):
-        self.policy, self.chat, self.fault = copy.deepcopy(policy).requires_grad_(False).to(dtype), chat, fault
+        self.policy, self.chat, self.fault = copy.deepcopy(policy).requires_grad_(False).to(dtype).eval(), chat, fault
         self.dtype, self.version, self.calls = dtype, None, []
 
     def generate(self, requests, sampling, progress):
@@ -89,11 +89,17 @@ class FakeEngine:
             samples=request.samples, max_response_tokens=sampling.max_response_tokens, temperature=temperature
         )
         seed = 0 if self.fault == "one seed" else request.seed
-        made = generate(self.policy, self.chat, [prompt], asked, seed=seed)
-        found = [self._damaged(i, Response(*each)) for i, each in enumerate(zip(made.response_ids, made.logprob))]
+        found = [self._damaged(i, made) for i, made in enumerate(self._sampled(prompt, asked, seed))]
         if self.fault == "fewer responses":
             found = found[:-1]
         return Answer(self._read(request.prompt), found, self.version)
+
+    def _sampled(self, prompt, sampling, seed):
+        """By this process alone: `generate` is a call of all."""
+        draws = Draws(sampling.temperature, seed, self.chat.end_of_turn_id, sampling.max_response_tokens)
+        with torch.no_grad():
+            made = dict(_Stream(self.policy, [prompt], [Share(0, 0, sampling.samples)], sampling, draws).run())
+        return [made[number] for number in range(sampling.samples)]
 
     def _read(self, prompt):
         ids = prompt.input_ids

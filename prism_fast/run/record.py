@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from prism_fast.config import DataConfig, ModelConfig, OptimizerConfig, OwnReward
 from prism_fast.records import DataError
-from prism_fast.run.environment import environment
+from prism_fast.run.environment import engine, environment
 
 FILE_NAME = "run.json"
 WHOLE = 64 << 20  # bytes: a longer file is hashed in samples
@@ -55,11 +55,13 @@ _ABSENT = object()
 
 def record(stage: str, config: BaseModel, processes: int = 1) -> dict[str, Any]:
     """The record of a start with these settings, as JSON. Reads the inputs that are there."""
+    here = environment()
+    here["packages"] |= engine(getattr(getattr(config, "rollout", None), "engine", ""))
     return {
         "stage": stage,
         "config": config.model_dump(mode="json"),
         "inputs": dict(_inputs(config, "")),
-        "environment": {**environment(), "processes": processes},
+        "environment": {**here, "processes": processes},
         "starts": [],
     }
 

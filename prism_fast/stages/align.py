@@ -6,14 +6,13 @@ One discriminator forward per step: it gives the scores and its own loss. One po
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 from prism_fast import metric_names as names
 from prism_fast.config import AlignConfig
 from prism_fast.data.batches import Batches
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import NO_RECORDS, lesson
+from prism_fast.data.encode import NO_RECORDS
 from prism_fast.data.formats import read_align
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.load import ProductChoices, collected, load_discriminator, open_policy
@@ -21,14 +20,15 @@ from prism_fast.models.policy import Policy
 from prism_fast.records import Lesson
 from prism_fast.run.session import Clock, CollectModel, Session
 from prism_fast.steps.advantage import alignment_advantage
+from prism_fast.steps.ahead import Ahead
 from prism_fast.steps.discriminator_step import discriminator_gradient, not_finite, response_metrics, student_parts
+from prism_fast.steps.draws import Taught, draw_lessons, lesson_encoder
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Updater, open_updater
-from prism_kernels.group_advantage.rules import RULES
 
 
 def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
@@ -39,29 +39,27 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
         updater = open_updater(policy, config.policy_optimizer, *place)
         judge_updater = open_updater(discriminator, config.discriminator_optimizer, *place, name="discriminator")
         sampler = session.closing(open_sampler(config.sampler, updater, chat, session.saved("policy"), session.warn))
+        ahead = session.closing(Ahead[Taught](sampler, chat, config, session.warn))
         first = session.begin(
             config.steps,
             models=_collected(updater, judge_updater, chat),
-            optimizers={"policy/": updater, "discriminator/": judge_updater},
+            optimizers={"policy/": updater, "discriminator/": judge_updater, "rollout/": ahead},
             parts={"product_choices": ProductChoices(), "bad_records": batches.bad},
             evaluate=evaluator(sampler, chat, session.data, config.eval, config.run.seed, bad=batches.bad),
             watch=config.watch,
         )
-        prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
-        load, objective = ExpertLoad(), config.objective
+        load, per_pack = ExpertLoad(), {"tokens_per_pack": config.run.tokens_per_pack}
+        draw = draw_lessons(ahead, batches, config)
         for step in range(first, config.steps):
             clock, metrics = Clock(), {names.LEARNING_RATE: updater.lr}
-            with clock("data"):
-                lessons = batches.take(step * prompts, prompts)
-            if not lessons:
+            with clock("rollout"):
+                lessons, rollout = ahead.take(draw, step)
+            if rollout is None:
                 judge_updater.next_step()
                 updater.next_step()
+                metrics |= ahead.give(updater.stream(), step + 1)
                 session.end_of_step(step + 1, clock, {"rollout": 0}, metrics, [NO_RECORDS])
                 continue
-            with clock("rollout"):
-                seed = config.run.seed * 1_000_003 + step
-                rollout = sampler.generate([item.prompt for item in lessons], config.rollout, seed=seed)
-                sampler.rest()
             tokens = {"rollout": rollout.num_tokens, "update_policy": 0}
             with clock("update_discriminator"):
                 parts = student_parts(rollout, chat, config)
@@ -81,14 +79,15 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                     )
                 with clock("update_policy"):
                     learned, tokens["update_policy"] = policy_gradient(
-                        updater, rollout, advantages, objective, temperature=config.rollout.temperature, **per_pack
+                        updater, rollout, advantages, config.objective, **config.rollout.sampled, **per_pack
                     )
                     metrics[names.POLICY_GRAD_NORM] = updater.step()
-                    sampler.update(updater.stream(), step + 1)
                 metrics |= learned
                 metrics[names.ADVANTAGE_STD] = float(advantages.std()) if len(advantages) > 1 else 0.0
             else:
                 updater.next_step()
+            with clock("rollout"):
+                metrics |= ahead.give(updater.stream(), step + 1)
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions() | judged | judge_metrics
             session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
         return session.finish(batches.bad.messages)
@@ -100,7 +99,7 @@ def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discrimi
     chat.images.keep(session.data.image_cache)
     data = read_align(session.data.files, **session.data.reading)
     session.loaded(len(data), policy=policy, discriminator=discriminator)
-    encode = partial(lesson, chat=chat, **_limits(config))
+    encode = lesson_encoder(chat, config)
     batches = session.closing(Batches(data, len(data), encode, config.run.seed, session.data.workers))
     return policy, chat, discriminator, batches
 
@@ -108,12 +107,6 @@ def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discrimi
 def _collected(updater: Updater, judge_updater: Updater, chat: Chat) -> dict[str, CollectModel]:
     both = {"policy": updater, "discriminator": judge_updater}
     return {name: collected(each.module, chat, each.stream) for name, each in both.items()}
-
-
-def _limits(config: AlignConfig) -> dict[str, Any]:
-    """What makes a record usable."""
-    needs_gold = RULES[config.advantage.rule].reads_accuracy
-    return {"max_prompt_tokens": config.data.max_prompt_tokens, "config": config, "needs_gold": needs_gold}
 
 
 def _said(fault: str | None, tokens: dict[str, int], metrics: dict[str, float]) -> dict[str, Any]:

@@ -4,20 +4,20 @@ a prompt sampler (a function) given to one loop."""
 from __future__ import annotations
 
 import math
-from functools import partial
 
 from prism_fast import metric_names as names
 from prism_fast.config import RLVRConfig
 from prism_fast.data.batches import Batches
-from prism_fast.data.encode import NO_RECORDS, question
+from prism_fast.data.encode import NO_RECORDS
 from prism_fast.data.formats import read_rlvr
 from prism_fast.models.load import ProductChoices, collected, load_policy, open_policy
-from prism_fast.records import Experience
 from prism_fast.reward import started
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.advantage import reward_advantage
+from prism_fast.steps.ahead import Ahead
+from prism_fast.steps.draws import draw_experience, question_encoder
 from prism_fast.steps.evaluate import evaluator
-from prism_fast.steps.experience import experience, experience_metrics, mixed_groups, uniform_prompts
+from prism_fast.steps.experience import Taken, experience_metrics
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Backprop, open_updater
@@ -33,10 +33,11 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
         session.loaded(len(data), policy=policy)
         updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)
         sampler = session.closing(open_sampler(config.sampler, updater, chat, session.saved("policy"), session.warn))
+        ahead = session.closing(Ahead[Taken](sampler, chat, config, session.warn))
         first = session.begin(
             config.steps,
             models={"policy": collected(policy, chat, updater.stream)},
-            optimizers={"": updater},
+            optimizers={"": updater, "rollout/": ahead},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
             evaluate=evaluator(
                 sampler, chat, session.data, config.eval, config.run.seed, bad=data.bad, own=config.reward
@@ -44,23 +45,14 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
             watch=config.watch,
         )
         objective = config.objective.build(config.rollout.max_response_tokens, config.rollout.importance_cap)
-        settings = {"temperature": config.rollout.temperature, "tokens_per_pack": config.run.tokens_per_pack}
-        encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
+        settings = {"tokens_per_pack": config.run.tokens_per_pack, **config.rollout.sampled}
+        encode = question_encoder(chat, config)
         batches = session.closing(Batches(data, len(data), encode, config.run.seed, session.data.workers))
-        dapo = config.dynamic_sampling
-        take = uniform_prompts if dapo is None else partial(mixed_groups, config=dapo)
-
-        def draw(step: int, start: int, number: int, attempt: int) -> Experience | None:
-            seed = (config.run.seed * 1_000_003 + step) * 101 + attempt
-            questions = batches.take(start, number)
-            return experience(sampler, questions, config.rollout, config, seed=seed) if questions else None
-
-        position = session.state.get("position", 0)
+        draw = draw_experience(ahead, batches, config, session.state.get("position", 0))
         for step in range(first, config.steps):
             clock, warnings, fault = Clock(), [], None
             with clock("rollout"):
-                batch, position, metrics = take(partial(draw, step), position, config.rollout.prompts_per_step)
-                sampler.rest()
+                batch, position, metrics = ahead.take(draw, step)
             tokens = {"rollout": int(metrics.pop("sampled_tokens")), "update_policy": 0}
             metrics[names.LEARNING_RATE] = updater.lr
             if batch is None:
@@ -75,12 +67,13 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
                         updater, batch.rollout, advantages, objective, reference=reference, **settings
                     )
                     metrics[names.GRAD_NORM] = updater.step()
-                    sampler.update(updater.stream(), step + 1)
                 metrics |= learned | experience_metrics(batch)
                 if not tokens["update_policy"]:
                     warnings.append("every advantage is 0; no update was made")
                 if not math.isfinite(metrics[names.GRAD_NORM]):
                     fault = batch.rollout.fault() or "a gradient is not finite"
                     warnings.append(f"{fault}; that update was skipped")
+            with clock("rollout"):
+                metrics |= ahead.give(updater.stream(), step + 1)
             session.end_of_step(step + 1, clock, tokens, metrics, warnings, {"position": position}, fault)
         return session.finish(data.bad.messages)

@@ -13,14 +13,15 @@ from prism_fast import ranks
 from prism_fast.config import BY_THE_JUDGE, DynamicSamplingConfig, OverlongConfig, OwnReward, RewardConfig, Sampling
 from prism_fast.records import DataError, Experience, Prompt, Rollout, Sample
 from prism_fast.reward import Reward, reward_of
-from prism_fast.steps.sampler import Sampler
+from prism_fast.steps.sampler import Answers
 
 # draw(first prompt, number of prompts, try) -> their Experience; None where every record among them is bad
 Draw = Callable[[int, int, int], Experience | None]
+Taken = tuple[Experience | None, int, dict[str, float]]  # a step's batch if there is one, next position, metrics
 
 
 def experience(
-    sampler: Sampler,
+    sampler: Answers,
     questions: Sequence[tuple[Sample, Prompt]],
     sampling: Sampling,
     config: RewardConfig,
@@ -113,15 +114,13 @@ def overlong_penalty(lengths: Tensor, limit: int, config: OverlongConfig) -> Ten
     return -(beyond / config.buffer).clamp(max=1.0) * config.factor
 
 
-def uniform_prompts(draw: Draw, position: int, wanted: int) -> tuple[Experience | None, int, dict[str, float]]:
+def uniform_prompts(draw: Draw, position: int, wanted: int) -> Taken:
     """The next ``wanted`` prompts in order: (batch, next position, metrics); None where none of them is usable."""
     batch = draw(position, wanted, 0)
     return batch, position + wanted, {"sampled_tokens": 0 if batch is None else batch.rollout.num_tokens}
 
 
-def mixed_groups(
-    draw: Draw, position: int, wanted: int, config: DynamicSamplingConfig
-) -> tuple[Experience | None, int, dict[str, float]]:
+def mixed_groups(draw: Draw, position: int, wanted: int, config: DynamicSamplingConfig) -> Taken:
     """DAPO's dynamic sampling: groups whose accuracies are all equal are dropped and replaced by new prompts.
 
     After ``max_tries`` generations it goes on with what there is: fewer groups, or None where there is none.

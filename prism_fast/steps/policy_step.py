@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ MEASURED = {
     "kl_ref": names.KL_REF,
     "rollout_diff_max": names.SAMPLER_GAP_MAX,
 }
+MEASURED_OFF_POLICY = {
+    "kl_old": names.OFF_POLICY_KL,
+    "kl_ref": names.KL_REF,
+    "clip_low_fraction": names.OFF_POLICY_CLIPPED["low"],
+    "clip_high_fraction": names.OFF_POLICY_CLIPPED["high"],
+}
 
 
 def policy_gradient(
@@ -35,15 +41,18 @@ def policy_gradient(
     temperature: float,
     tokens_per_pack: int,
     reference: Backprop | None = None,
+    off_policy: bool = False,
 ) -> tuple[dict[str, float], int]:
     """Adds the gradient of the policy loss of a whole batch to the policy; returns (metrics, tokens computed), which
     are the batch's in every process.
 
-    On-policy: one step per batch, so the ratio is 1 and old log-probs are never computed. Denominators are those of the
-    whole batch, however it is packed. A response of zero advantage (its group's rewards are all equal) has no gradient
-    where the objective has no KL or entropy term: it is not computed at all, and the gap to the sampler is that of the
-    others. Where no response has an advantage there is no gradient, and 0 tokens are computed. ``entropy`` is that of
-    the sampler, by its own samples: the mean of -log p over all tokens. advantages (B,).
+    On-policy: one step per batch, so the ratio is 1 and old log-probs are never computed. ``off_policy``: older weights
+    sampled the batch; the sampler's log-probs are the old ones then, so the ratio is that of the policy to what was
+    sampled from, clipped as the objective says, and an importance weight between old and sampler is 1. Denominators are
+    those of the whole batch, however it is packed. A response of zero advantage (its group's rewards are all equal) has
+    no gradient where the objective has no KL or entropy term: it is not computed at all, and what is measured of tokens
+    is of the others. Where no response has an advantage there is no gradient, and 0 tokens are computed. ``entropy`` is
+    that of the sampler, by its own samples: the mean of -log p over all tokens. advantages (B,).
     """
     policy: Policy = updater.module
     every = objective.kl_coef != 0 or objective.entropy_coef != 0
@@ -62,6 +71,7 @@ def policy_gradient(
             advantages=advantage,
             sequence_start=packed.sequence_start,
             objective=objective,
+            old_logprob=sampled if off_policy else None,
             rollout_logprob=sampled,
             ref_logprob=None if reference is None else reference_logprob(reference, packed, policy, temperature),
             normalizer=normalizer,
@@ -83,7 +93,7 @@ def policy_gradient(
         metrics[names.ENTROPY] = -float(torch.cat(list(rollout.logprob)).sum()) / rollout.num_tokens
     own = [dict(zip(stats, numbers)) for stats in measured]
     measured = [stats for part in ranks.gather(own) for stats in part]
-    return metrics | _over_packs(measured), packs.num_tokens
+    return metrics | _over_packs(measured, MEASURED_OFF_POLICY if off_policy else MEASURED), packs.num_tokens
 
 
 @torch.no_grad()
@@ -92,11 +102,11 @@ def reference_logprob(reference: Backprop, packed: PackedTree, policy: Policy, t
     return reference(packed, op=linear_logprob, temperature=temperature, **policy.allowed).logprob
 
 
-def _over_packs(measured: Sequence[dict[str, float]]) -> dict[str, float]:
+def _over_packs(measured: Sequence[dict[str, float]], wanted: Mapping[str, names.Metric]) -> dict[str, float]:
     """What the loss's op measured of packs, by rows; absent where no row was measured."""
     combined = {
         metric: metric.combine((stats[name], stats["rows"]) for stats in measured if name in stats)
-        for name, metric in MEASURED.items()
+        for name, metric in wanted.items()
     }
     return {metric: value for metric, value in combined.items() if value is not None}
 

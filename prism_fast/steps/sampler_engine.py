@@ -91,6 +91,11 @@ class EngineSampler:
         policy: Policy = updater.module
         self.wide = all(torch.finfo(t).bits >= 32 for t in (policy.head.dtype, engine.dtype))
 
+    @property
+    def apart(self) -> bool:
+        """Not where the next call is held against the trainer, as it is at that moment."""
+        return not self.unchecked
+
     def generate(
         self,
         prompts: Sequence[Prompt],

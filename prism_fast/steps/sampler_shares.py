@@ -44,6 +44,16 @@ def rollout_of(
 ) -> Rollout:
     """All processes' responses from this one's, by their numbers in the batch. A call of all processes."""
     responses = _everywhere(mine)
+    sampled = tuple(
+        sum(len(responses[number].ids) for share in part for number in share.responses(samples)) for part in shares
+    )
+    return rollout_from(prompts, samples, responses, sampled, chat)
+
+
+def rollout_from(
+    prompts: Sequence[Prompt], samples: int, responses: Sequence[Response], tokens_by_rank: tuple[int, ...], chat: Chat
+) -> Rollout:
+    """The record of a batch's responses, by their numbers in it."""
     ids = [response.ids for response in responses]
     return Rollout(
         prompts=prompts,
@@ -52,9 +62,7 @@ def rollout_of(
         logprob=[response.logprob for response in responses],
         text=[chat.decode(x) for x in ids],
         finished=torch.tensor([bool(len(x)) and int(x[-1]) == chat.end_of_turn_id for x in ids], dtype=torch.bool),
-        tokens_by_rank=tuple(
-            sum(len(ids[number]) for share in part for number in share.responses(samples)) for part in shares
-        ),
+        tokens_by_rank=tokens_by_rank,
     )
 
 

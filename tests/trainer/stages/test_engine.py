@@ -50,6 +50,20 @@ def test_a_stage_trains_on_what_an_engine_samples(stage, tiny_folder, tmp_path, 
     assert engine.calls.count("generate") == 4 + ("eval_files" in tree["data"])
 
 
+@pytest.mark.parametrize("stage", ["align", "rlvr"])
+def test_an_engine_samples_the_next_batch_while_a_step_trains(stage, tiny_folder, tmp_path, engines):
+    tree = settings(tiny_folder, stage, tmp_path / "run", steps=4)
+    tree["rollout"] = {**tree["rollout"], "overlap": 1}
+    run_stage(stage, tree)
+    (engine,) = engines
+    # The first update is checked with the trainer at rest, so its batch comes before that step trains.
+    calls = ["generate", "generate", ("update", 1), "generate", ("update", 2), "generate", ("update", 3), "rest"]
+    evaluation = ["generate"] * ("eval_files" in tree["data"])
+    assert engine.calls == [*calls, ("update", 4), *evaluation, "close"]
+    lines = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if names.TOKENS_PER_SECOND in line]
+    assert [names.OVERLAP_SECONDS in line for line in lines] == [True, False, True, False]
+
+
 def test_an_engine_that_dies_ends_the_run_in_one_line_and_it_is_resumed(tiny_folder, tmp_path, engines):
     engines.fault = "dies in a push"
     with pytest.raises(
