@@ -384,6 +384,10 @@ class AdvantageConfig(Node):
     format_penalty: Weight = Field(1.5, description="taken off an invalid format")
     accuracy_weight: Weight = Field(1.0, description="of a right answer, in rules with a verifiable reward")
     format_weight: Weight = Field(1.0, description="of a valid format, in rules with a verifiable reward")
+    min_std: Weight = Field(
+        0.0,
+        description="smallest std that a group's scores are divided by; 0 (published): any spread becomes 1",
+    )
 
     @field_validator("rule")
     @classmethod
@@ -403,6 +407,9 @@ class CompatConfig(Node):
     )
     clamp_in_loss: bool = Field(False, description="scores clamped inside the discriminator's loss too")
     teacher_token_limit: Tokens | None = Field(None, description="teacher parts cut to so many tokens; reference: 512")
+    clamp_around_zero: bool = Field(
+        False, description="the advantage's scores clamped to +- score_clamp as they are, not around the teacher's"
+    )
     text_positions: bool = Field(False, description="1-D positions in the discriminator")
 
 
@@ -410,9 +417,12 @@ class DiscriminatorStep(Node):
     """What the discriminator's step of the adversarial stage reads: which parts it takes, and its loss."""
 
     max_part_tokens: Tokens = Field(6144, description="a longer part of a response is invalid, of a teacher an error")
-    score_clamp: Annotated[float, Field(gt=0, le=10**4), NUMBER] = Field(10.0, description="clamps scores to +- this")
+    score_clamp: Annotated[float, Field(gt=0, le=10**4), NUMBER] = Field(
+        10.0, description="the advantage's scores are at most so far from the teacher's of their prompt"
+    )
     score_penalty: Weight = Field(0.001, description="times the mean square of the four scores")
     length_correction: Weight = Field(0.0, description="score - this * log(1 + tokens of the part)")
+    balance_coef: Weight = Field(0.0, description="times the load-balancing loss of the experts; published: 0")
     compat: CompatConfig = CompatConfig()
 
 

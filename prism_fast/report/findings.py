@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ MARGIN = 0.1  # share by which a distance may grow before it is a drift
 PERFECT = 0.99  # accuracy from which there is nothing left to gain
 FALL = 0.05  # accuracy below the best evaluation: more than chance where hundreds are asked
 CUT = 0.9  # of the longest response that is allowed
+SOME = 0.01  # share of parts that are the teacher's, from which it is said
 IDLE = 0.5  # of the steps, without an update
 UNEVEN = 1.5  # the busiest process over the mean
 COURSES = {"sft": (names.LOSS, "loss"), "warmup": (names.LOSS, "loss"), "rlvr": (names.REWARD, "reward")}
@@ -102,10 +104,16 @@ def _results(run: Run, stage: str) -> Iterator[str]:
             yield f"distance of {label} to the teacher {first:.2f} to {last:.2f}"
 
 
-def _course(run: Run, stage: str) -> list[str]:
-    """From where to where a stage's own measure went."""
-    ends = _ends(run, stage)
-    return [f"{COURSES[stage][1]} {ends[0]:.3g} to {ends[1]:.3g}"] if ends else []
+def _course(run: Run, stage: str) -> Iterator[str]:
+    """From where to where a stage's own measure went, and what its loss cannot fall below."""
+    if ends := _ends(run, stage):
+        yield f"{COURSES[stage][1]} {ends[0]:.3g} to {ends[1]:.3g}"
+    found = {side: series(run.metrics.get(stage, ()), names.EQUAL_PARTS[side])[1][-LAST:] for side in names.SIDES}
+    equal = {side: _mean(values) for side, values in found.items() if values}
+    if any(share >= SOME for share in equal.values()):
+        shares = ", ".join(f"{side} {share:.1%}" for side, share in equal.items())
+        floors = ", ".join(f"{side} {share * math.log(2):.2f}" for side, share in equal.items())
+        yield f"parts that are the teacher's own: {shares}, so pair losses are at least {floors}"
 
 
 def _todo(run: Run, stage: str) -> list[str]:

@@ -138,6 +138,7 @@ def scores(run: Run) -> Figure | None:
     ):
         for side, colour in SIDE.items():
             curve(axis, lines, told_apart[side], color=colour, label=side)
+            curve(axis, lines, names.EQUAL_PARTS[side], color=colour, linestyle=":", label=f"{side}: equal parts")
         finish(axis, f"{title}: told apart", "pairs ranked right", share=True)
         if axis.has_data():
             axis.axhline(0.5, color="#888888", linestyle=":", linewidth=1)

@@ -19,7 +19,7 @@ from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.load import ProductChoices, collected, load_discriminator, open_policy
 from prism_fast.models.policy import Policy
 from prism_fast.run.session import Clock, CollectModel, Session
-from prism_fast.steps.advantage import alignment_advantage
+from prism_fast.steps.advantage import advantage_metrics, alignment_advantage
 from prism_fast.steps.discriminator_step import discriminator_gradient, not_finite, response_metrics, student_parts
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
@@ -75,17 +75,14 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             accuracy, judge_metrics = answer_accuracy(rollout, [item.sample for item in lessons])
             if fault is None:
                 with clock("advantage"):
-                    advantages = alignment_advantage(
-                        scores, rollout.group, config.advantage, config.score_clamp, accuracy
-                    )
+                    advantages = alignment_advantage(scores, rollout.group, config.advantage, config, accuracy)
                 with clock("update_policy"):
                     learned, tokens["update_policy"] = policy_gradient(
                         updater, rollout, advantages, objective, temperature=config.rollout.temperature, **per_pack
                     )
                     metrics[names.POLICY_GRAD_NORM] = updater.step()
                     sampler.update(updater.stream(), step + 1)
-                metrics |= learned
-                metrics[names.ADVANTAGE_STD] = float(advantages.std()) if len(advantages) > 1 else 0.0
+                metrics |= learned | advantage_metrics(scores, rollout.group, config, advantages)
             else:
                 updater.next_step()
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions() | judged | judge_metrics

@@ -17,10 +17,10 @@ from prism_fast.pack import Packs, Tree, pack
 from prism_fast.records import Lesson, Rollout, Scores
 from prism_fast.response_format import split_parts
 from prism_fast.steps.experience import sampling_balance
-from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.expert_load import ExpertLoad, balance_share
 from prism_fast.steps.own_packs import own_packs
-from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
-from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected, ranked_right
+from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared, same_parts
 from prism_fast.steps.readings import read_rows
 from prism_fast.steps.update import Backprop
 from prism_kernels import find_tag_spans
@@ -59,7 +59,8 @@ def discriminator_trees(
         [-1, -1] if pair is None else trees.add(group, pair, STUDENT_KINDS)
         for pair, group in zip(parts, rollout.group.tolist())
     ]
-    return trees.trees(), PartLabels(_by_side(teacher), _by_side(student), len(trees))
+    same = same_parts([(lessons[group].teacher, pair) for pair, group in zip(parts, rollout.group.tolist())])
+    return trees.trees(), PartLabels(_by_side(teacher), _by_side(student), len(trees), same)
 
 
 def _by_side(labels: Sequence[Sequence[int]]) -> Tensor:
@@ -87,10 +88,12 @@ def discriminator_gradient(
     valid = labels.student[0] >= 0
     valid_total = int(valid.sum())
     uncounted = _uncounted(packs, labels, rollout.group.bincount(minlength=len(lessons)))
-    own: dict[str, Tensor] = {}  # by pack: scores as they are compared, in the order of PackedTree.label, and the loss
+    # By pack: scores as they are compared, in the order of PackedTree.label, and the losses.
+    own: dict[str, Tensor] = {}
+    balanced = config.balance_coef > 0
     for number, packed in own_packs(updater, packs):
         on_device = packed.to(discriminator.device)
-        judgement = updater(on_device, text_positions=config.compat.text_positions)
+        judgement = updater(on_device, balance=balanced, text_positions=config.compat.text_positions)
         load.add(judgement.stats, counted=number != SPARE)
         score, lengths, branch = judgement.score, on_device.sequence_start.diff(), packed.branch_of(labels.total)
         raw = score.clamp(-config.score_clamp, config.score_clamp) if config.compat.clamp_in_loss else score
@@ -102,18 +105,24 @@ def discriminator_gradient(
             prompt_total=len(lessons),
             score_penalty=config.score_penalty,
         )
+        balance = part.new_zeros(())
+        if balanced:
+            balance = balance_share(judgement.stats, discriminator.top_k, len(packs), counted=number != SPARE)
+            part = part + config.balance_coef * balance
         updater.backward(part)
         if number != SPARE:
-            own[f"loss.{number}"] = part.detach()
+            own[f"loss.{number}"] = torch.stack([part.detach(), balance.detach().to(part)])
             own[f"score.{number}"] = length_corrected(score.detach(), lengths, config.length_correction)
     of_pack = ranks.merge(dict(zip(own, read_rows([value.reshape(-1) for value in own.values()]))))  # the one wait
-    loss, score_of_part = 0.0, torch.zeros(labels.total)
+    loss, balance_loss, score_of_part = 0.0, 0.0, torch.zeros(labels.total)
     for number in range(len(packs)):
-        loss += float(of_pack[f"loss.{number}"])
+        loss, balance_loss = (a + b for a, b in zip((loss, balance_loss), of_pack[f"loss.{number}"].tolist()))
         score_of_part[packs.labels(number)] = of_pack[f"score.{number}"]
     student, teacher = score_of_part[labels.student].where(valid, 0.0), score_of_part[labels.teacher]
     scores = Scores(student[0], student[1], teacher[0], teacher[1], valid)
-    return scores, {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group)}, packs.num_tokens
+    metrics = {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group, labels.same)}
+    metrics |= {names.BALANCE_LOSS: balance_loss} if balanced else {}
+    return scores, metrics, packs.num_tokens
 
 
 def _uncounted(packs: Packs, labels: PartLabels, responses: Tensor) -> dict[int, Tensor]:
@@ -152,18 +161,21 @@ def _pair_scores(
     )
 
 
-def score_metrics(scores: Scores, group: Tensor) -> dict[str, float]:
-    """Mean scores, and how often the teacher's part beats a valid student's; absent where none is valid."""
+def score_metrics(scores: Scores, group: Tensor, same: Tensor) -> dict[str, float]:
+    """Mean scores, how often the teacher's part beats a valid student's, and how many of these have its tokens
+    (``same``, `PartLabels.same`); absent where none is valid."""
     valid = scores.format_valid
     metrics: dict[str, float] = {
         names.TEACHER_SCORE["perception"]: float(scores.teacher_perception.mean()),
         names.TEACHER_SCORE["reasoning"]: float(scores.teacher_reasoning.mean()),
     }
     if valid.any():
-        for side in names.SIDES:
-            student, teacher = getattr(scores, side), getattr(scores, f"teacher_{side}")[group]
-            metrics[names.STUDENT_SCORE[side]] = float(student[valid].mean())
-            metrics[names.DISCRIMINATOR_ACCURACY[side]] = float((teacher > student)[valid].float().mean())
+        for number, side in enumerate(names.SIDES):
+            student, teacher = getattr(scores, side)[valid], getattr(scores, f"teacher_{side}")[group][valid]
+            equal = same[number][valid]
+            metrics[names.STUDENT_SCORE[side]] = float(student.mean())
+            metrics[names.DISCRIMINATOR_ACCURACY[side]] = float(ranked_right(teacher, student, equal).mean())
+            metrics[names.EQUAL_PARTS[side]] = float(equal.float().mean())
     return metrics
 
 

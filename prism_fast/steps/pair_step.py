@@ -15,13 +15,12 @@ from prism_fast import ranks
 from prism_fast.balance import SPARE
 from prism_fast.pack import Packs, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, PairRecord
-from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.expert_load import ExpertLoad, balance_share
 from prism_fast.steps.own_packs import own_packs
-from prism_fast.steps.pair_loss import bradley_terry
-from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.pair_loss import bradley_terry, ranked_right
+from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared, same_parts
 from prism_fast.steps.readings import read, read_rows
 from prism_fast.steps.update import Backprop
-from prism_kernels import load_balancing_loss
 
 AT_ONCE = 256  # held-out records
 NUMBERS = 6  # that a pack adds to the figures of a batch, before its scores
@@ -36,17 +35,21 @@ def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
         for record, tree in zip(records, which)
     ]
     teacher, student = torch.tensor(labels).permute(1, 2, 0)
-    return trees.trees(), PartLabels(teacher, student, len(trees))
+    same = same_parts([(record.teacher, record.student) for record in records])
+    return trees.trees(), PartLabels(teacher, student, len(trees), same)
 
 
-def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int) -> tuple[Tensor, Tensor]:
-    """(teacher, student) scores of the pairs of one side whose student's part lies in this pack.
+def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the pairs of one side whose student's part lies in this pack: scores of teacher and student, (n,) each, and
+    whether both have the same tokens, (n,) bool.
 
     score (branches,) on any device; ``packed`` on the host.
     """
-    branches = compared(packed.branch_of(labels.total), labels.teacher[side], labels.student[side])
+    branch = packed.branch_of(labels.total)
+    branches = compared(branch, labels.teacher[side], labels.student[side])
     teacher, student = (score.index_select(0, index.to(score.device, non_blocking=True)) for index in branches)
-    return teacher, student
+    same = labels.same[side][branch[labels.student[side]] >= 0]
+    return teacher, student, same.to(score.device, non_blocking=True)
 
 
 def pair_gradient(
@@ -71,22 +74,26 @@ def pair_gradient(
             judgement = updater(packed.to(discriminator.device), balance=balance_coef > 0)
         loss = balance = judgement.score.new_zeros(())
         sides = [pair_scores(judgement.score, packed, labels, side) for side in range(2)]
-        pair_loss = [bradley_terry(teacher, student).sum() / records for teacher, student in sides]
+        pair_loss = [bradley_terry(teacher, student).sum() / records for teacher, student, _ in sides]
         for part in pair_loss:
             loss = loss + part / 2
-        if balance_coef > 0 and number == SPARE:  # the same outputs have gradients everywhere
-            loss = loss + sum(stats.prob_sum[:0].sum() for stats in judgement.stats)
-        elif balance_coef > 0:
-            balance = load_balancing_loss(judgement.stats, discriminator.top_k) / len(packs)
+        if balance_coef > 0:
+            balance = balance_share(judgement.stats, discriminator.top_k, len(packs), counted=number != SPARE)
             loss = loss + balance_coef * balance
         updater.backward(loss)
         load.add(judgement.stats, counted=number != SPARE)
         if number != SPARE:
-            right = [(teacher > student).sum() for teacher, student in sides]
+            right = [ranked_right(*side).sum() for side in sides]
             score = judgement.score.detach()
             row = torch.cat([torch.stack([x.detach().to(score) for x in (loss, balance, *pair_loss, *right)]), score])
-            found.append(_PackFigures(number, [len(teacher) for teacher, _ in sides], packed.label, row))
-    return _over_packs(found, balanced=balance_coef > 0)
+            found.append(_PackFigures(number, [len(teacher) for teacher, _, _ in sides], packed.label, row))
+    metrics, broken = _over_packs(found, balanced=balance_coef > 0)
+    return metrics | equal_parts(labels), broken
+
+
+def equal_parts(labels: PartLabels) -> dict[str, float]:
+    """How many students' parts have the teacher's tokens, by side."""
+    return {names.EQUAL_PARTS[side]: float(labels.same[i].float().mean()) for i, side in enumerate(names.SIDES)}
 
 
 @contextlib.contextmanager
@@ -146,7 +153,8 @@ def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecor
 
 @torch.no_grad()
 def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_per_pack: int) -> dict[str, float]:
-    """How often the teacher's part scores higher than the student's, on held-out records, AT_ONCE of them in memory."""
+    """How often the teacher's part scores higher than the student's, on held-out records, AT_ONCE of them in memory;
+    equal parts count one half."""
     discriminator = updater.module
     right: list[list[Tensor]] = [[], []]
     pairs: list[list[int]] = [[], []]
@@ -159,9 +167,9 @@ def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_pe
                 packed = packs[number]
                 score = discriminator(packed.to(discriminator.device)).score
                 for side in range(2):
-                    teacher, student = pair_scores(score, packed, labels, side)
-                    right[side].append((teacher > student).sum())
-                    pairs[side].append(len(teacher))
+                    compared_here = pair_scores(score, packed, labels, side)
+                    right[side].append(ranked_right(*compared_here).sum())
+                    pairs[side].append(len(compared_here[0]))
     discriminator.train()
     counted = ranks.gather([[read(found) for found in right], pairs])
     return {

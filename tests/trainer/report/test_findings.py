@@ -86,6 +86,10 @@ CASES = {
     "chance in alignment": ("align", ALIGN | both("discriminator_accuracy", 0.5), {}, ["guesses on perception"], []),
     "even in the end": ("align", ALIGN | both("discriminator_accuracy", lambda step: 0.9 - step / 100),
                         {"evals": held_out(0.5)}, [], [""]),
+    "equal parts": ("align", ALIGN | {"equal_parts/perception": 0.75, "equal_parts/reasoning": 0.0}, {},
+                    ["parts that are the teacher's own: perception 75.0%, reasoning 0.0%, so pair losses are at least "
+                     "perception 0.52, reasoning 0.00"], []),
+    "no equal parts": ("align", ALIGN | both("equal_parts", 0.002), {}, [], ["teacher's own"]),
     "outrun": ("align", ALIGN | both("discriminator_accuracy", lambda step: 0.9 - step / 50), {},
                ["the policy has outrun the discriminator on perception"], []),
     "saturated": ("align", ALIGN | both("discriminator_accuracy", 0.99), {},
