@@ -284,11 +284,19 @@ def data_check(
 
 
 @data_app.command("pairs")
-def data_pairs(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def data_pairs(
+    config: ConfigFile = None,
+    hard_negatives: Annotated[
+        bool, typer.Option("--hard-negatives", help="Also the teacher's texts made wrong: half of the records.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
     """Rolls out a policy on the teacher's prompts and writes warm-up pairs."""
-    from prism_fast.config import PairsConfig
+    from prism_fast.config import RECOMMENDED_HARD_NEGATIVES, PairsConfig
 
-    _prepare("pairs", PairsConfig, config, overrides)
+    given = any(each.startswith("hard_negatives.share=") for each in overrides or ())
+    more = [f"hard_negatives.share={RECOMMENDED_HARD_NEGATIVES}"] if hard_negatives and not given else []
+    _prepare("pairs", PairsConfig, config, [*more, *(overrides or ())])
 
 
 @data_app.command("filter")

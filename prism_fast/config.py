@@ -579,13 +579,28 @@ class RLVRConfig(RewardConfig):
         return reference
 
 
+class HardNegativesConfig(Node):
+    """Warm-up records whose student's side is the teacher's own text with something in it made wrong."""
+
+    share: Part = Field(0.0, description="of the records that are written; 0: none, as published")
+    kinds: tuple[Literal["number", "object", "word", "image"], ...] = Field(
+        ("number", "object", "word", "image"),
+        min_length=1,
+        description="what is made wrong, one of these in each part; image: another image's text",
+    )
+
+
+RECOMMENDED_HARD_NEGATIVES = 0.5  # their share by --hard-negatives
+
+
 class PairsConfig(Sampling):
     """`prism-fast data pairs`: roll out a policy on the teacher's prompts and write warm-up pairs."""
 
     model: ModelConfig
     data: DataConfig  # alignment files
     out: Place = Field(description="the file to write, which must be new")
-    limit: Count | None = Field(None, description="prompts; null: all")
+    limit: Count | None = Field(None, description="prompts that are answered; null: all")
+    hard_negatives: HardNegativesConfig = HardNegativesConfig()
     temperature: Positive = Field(1.0, description="of sampling")
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
     engine: Engine = Field("builtin", description=ENGINE)

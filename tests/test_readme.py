@@ -159,7 +159,7 @@ def test_links_and_named_files_exist(name):
 def test_settings_named_in_the_table_of_hazards_exist():
     table = METHOD.split("## 8.")[1].split("## 9.")[0]
     keys = re.findall(r"`([\w.]+): [\w.]+` \(`(\w+)`\)", table)
-    assert len(keys) == 5
+    assert len(keys) == 6
     for key, stage in keys:
         cls = CONFIGS[stage]
         *branch, leaf = key.split(".")

@@ -55,7 +55,7 @@ def test_the_command_line_is_frozen():
         "bench": [],
         "doctor": [],
         "data check": ["--max-prompt-tokens", "--model", "--skip-bad-records"],
-        "data pairs": ["--config"],
+        "data pairs": ["--config", "--hard-negatives"],
         "data filter": ["--config"],
     }
     assert options == expected
