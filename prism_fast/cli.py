@@ -1,4 +1,4 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | report | data | config | launch | plan
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | probe | report | data | config | launch | plan
 | bench | doctor."""
 
 from __future__ import annotations
@@ -225,6 +225,32 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def probe(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Does a discriminator know content? Its scores beside what is right, apart from form and length."""
+    from prism_fast.config import ProbeConfig
+    from prism_fast.files import try_new
+
+    settings = _settings(ProbeConfig, config, overrides)
+    try_new(settings.out)
+    from prism_fast.stages.probe import probe as run
+
+    interruptible()
+    console = Console()
+    with _responses(console) as progress:
+        found = run(settings, progress)
+    aucs = ("auc", "auc_form", "auc_form_length", "pairs_form_length")
+    rows = ("right", *aucs, "rank_right", "rank_form", "rank_length")
+    table = Table("", "perception", "reasoning")
+    for row in rows:
+        shown = [found[side].get(row) for side in ("perception", "reasoning")]
+        table.add_row(row, *("" if value is None else f"{value:.4g}" for value in shown))
+    console.print(table)
+    for line in found["alerts"]:
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {settings.out}", soft_wrap=True)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of runs named sft, warmup, align, rlvr; or of one run.")],
 ) -> None:
@@ -239,7 +265,7 @@ def report(
 
 @app.command("config")
 def show(
-    stage: Annotated[str, typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr or eval.")],
+    stage: Annotated[str, typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr, eval or probe.")],
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:

@@ -659,6 +659,32 @@ class EvaluateConfig(Node):
         return SamplerStart.of(self, self.model, self.data, self.eval)
 
 
+class ProbeConfig(DiscriminatorStep, Sampling):
+    """`prism-fast probe`: does a discriminator know what is right, or what is long and well formed?"""
+
+    discriminator: ModelConfig
+    policy: ModelConfig  # whose responses it scores
+    data: DataConfig  # alignment files
+    out: Place = Field(description="the file of figures to write, which must be new")
+    truth: Literal["answers", "teacher"] = Field(
+        "answers",
+        description="a part is right where its answer is; teacher: where it says what the teacher's does, which must "
+        "then be right in caption and steps",
+    )
+    limit: Count | None = Field(256, description="prompts; null: all")
+    samples: Annotated[int, Field(ge=2, le=4096), NUMBER] = Field(8, description="responses per prompt, to compare")
+    temperature: Positive = Field(1.0, description="of sampling")
+    max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
+    tokens_per_pack: Annotated[int, Field(ge=1, le=2**24), NUMBER] = Field(16384, description="tokens in one forward")
+    engine: Engine = Field("builtin", description=ENGINE)
+    vllm: VLLMConfig = VLLMConfig()
+    seed: Seed = Field(0, description="of sampling")
+
+    @property
+    def sampler(self) -> SamplerStart:
+        return SamplerStart.of(self, self.policy, self.data, self)
+
+
 CONFIGS: dict[str, type[Node]] = {
     "sft": SFTConfig,
     "upcycle": UpcycleConfig,
@@ -668,4 +694,5 @@ CONFIGS: dict[str, type[Node]] = {
     "filter": FilterConfig,
     "rlvr": RLVRConfig,
     "eval": EvaluateConfig,
+    "probe": ProbeConfig,
 }

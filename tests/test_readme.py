@@ -53,6 +53,7 @@ CONFIGS = {
     "align": config.AlignConfig,
     "rlvr": config.RLVRConfig,
     "eval": config.EvaluateConfig,
+    "probe": config.ProbeConfig,
     "data pairs": config.PairsConfig,
     "data filter": config.FilterConfig,
 }

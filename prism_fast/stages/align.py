@@ -25,6 +25,7 @@ from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
+from prism_fast.steps.probe import content_metrics
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Updater, open_updater
 from prism_kernels.group_advantage.rules import RULES
@@ -86,6 +87,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             else:
                 updater.next_step()
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions() | judged | judge_metrics
+            metrics |= content_metrics(rollout, scores, parts, accuracy)
             session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
         return session.finish(data.bad.messages)
 

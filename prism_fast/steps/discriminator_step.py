@@ -85,8 +85,7 @@ def discriminator_gradient(
     discriminator = updater.module
     trees, labels = discriminator_trees(lessons, rollout, parts)
     packs = pack(trees, tokens_per_pack, discriminator.image, multiple=ranks.world())
-    valid = labels.student[0] >= 0
-    valid_total = int(valid.sum())
+    valid_total = int((labels.student[0] >= 0).sum())
     uncounted = _uncounted(packs, labels, rollout.group.bincount(minlength=len(lessons)))
     # By pack: scores as they are compared, in the order of PackedTree.label, and the losses.
     own: dict[str, Tensor] = {}
@@ -118,11 +117,41 @@ def discriminator_gradient(
     for number in range(len(packs)):
         loss, balance_loss = (a + b for a, b in zip((loss, balance_loss), of_pack[f"loss.{number}"].tolist()))
         score_of_part[packs.labels(number)] = of_pack[f"score.{number}"]
-    student, teacher = score_of_part[labels.student].where(valid, 0.0), score_of_part[labels.teacher]
-    scores = Scores(student[0], student[1], teacher[0], teacher[1], valid)
+    scores = _scores(score_of_part, labels)
     metrics = {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group, labels.same)}
     metrics |= {names.BALANCE_LOSS: balance_loss} if balanced else {}
     return scores, metrics, packs.num_tokens
+
+
+@torch.no_grad()
+def score_responses(
+    updater: Backprop,
+    lessons: Sequence[Lesson],
+    rollout: Rollout,
+    parts: Sequence[Parts | None],
+    config: DiscriminatorStep,
+    *,
+    tokens_per_pack: int,
+) -> Scores:
+    """The scores alone, as a step of alignment has them."""
+    discriminator = updater.module
+    trees, labels = discriminator_trees(lessons, rollout, parts)
+    packs = pack(trees, tokens_per_pack, discriminator.image)
+    score_of_part = torch.zeros(labels.total)
+    with updater.gathered():
+        for number in range(len(packs)):
+            on_device = packs[number].to(discriminator.device)
+            score = discriminator(on_device, text_positions=config.compat.text_positions).score
+            corrected = length_corrected(score, on_device.sequence_start.diff(), config.length_correction)
+            score_of_part[packs.labels(number)] = corrected.cpu()
+    return _scores(score_of_part, labels)
+
+
+def _scores(score_of_part: Tensor, labels: PartLabels) -> Scores:
+    """(parts,) scores, by label -> by response and prompt."""
+    valid = labels.student[0] >= 0
+    student, teacher = score_of_part[labels.student].where(valid, 0.0), score_of_part[labels.teacher]
+    return Scores(student[0], student[1], teacher[0], teacher[1], valid)
 
 
 def _uncounted(packs: Packs, labels: PartLabels, responses: Tensor) -> dict[int, Tensor]:

@@ -45,6 +45,7 @@ def test_the_command_line_is_frozen():
         "align": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "rlvr": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "eval": ["--config"],
+        "probe": ["--config"],
         "report": [],
         "config": ["--config"],
         "launch": [
