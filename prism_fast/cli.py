@@ -101,28 +101,37 @@ def demo(
     out: Annotated[Path, typer.Option(callback=home, help="Folder for everything the demo writes; must be new.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, at most 90 s.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, model and sampling.")] = 0,
-    compare: Annotated[bool, typer.Option("--compare", help="Also SFT -> RLVR with as many policy updates.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of --compare.")] = 3,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="In its place: does alignment pay after a drift? All arms, several seeds.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of --compare, from --seed on.")] = 3,
+    teacher_errors: Annotated[
+        float, typer.Option(min=0, max=1, help="With --compare: share of the teacher's texts that are wrong.")
+    ] = 0.0,
     preset: Annotated[str | None, typer.Option(help="Scenes: easy (default) or full.")] = None,
     resume: Resume = False,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value over recipes/demo.yaml.")] = None,
 ) -> None:
     """PRISM in miniature on real images: all stages, summary.json and report.html."""
     alone()
-    from prism_fast.config import parse_overrides
+    from prism_fast.config import merge, parse_overrides
+
+    if teacher_errors and not compare:
+        raise DataError("--teacher-errors: goes with --compare alone")
+    quiet_libraries()
+    given = {"smoke": smoke, "preset": preset, "resume": resume, "overrides": parse_overrides(overrides or ())}
+    if compare:
+        from prism_fast.demo.compare import compare as run_all
+
+        if teacher_errors:
+            given["overrides"] = merge(given["overrides"], {"compare": {"teacher_errors": teacher_errors}})
+        interruptible()
+        run_all(out, seeds=range(seed, seed + seeds), **given)
+        return
     from prism_fast.demo.demo import demo as run
 
-    quiet_libraries()
     interruptible()
-    run(
-        out,
-        seed=seed,
-        smoke=smoke,
-        compare=seeds if compare else 0,
-        preset=preset,
-        resume=resume,
-        overrides=parse_overrides(overrides or ()),
-    )
+    run(out, seed=seed, **given)
 
 
 @app.command()
@@ -258,7 +267,7 @@ def report(
     from prism_fast.report.build import build_report
     from prism_fast.report.data import load_run
 
-    if folder.is_dir() and not load_run(folder).metrics:
+    if folder.is_dir() and not (found := load_run(folder)).metrics and not found.summary:
         raise DataError(f"{folder}: holds no run; name a run.out, or a folder of runs named sft, warmup, align, rlvr")
     print(f"written: {build_report(folder)}")
 

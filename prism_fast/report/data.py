@@ -24,6 +24,16 @@ LABEL = {
     "align": "Aligned",
     "rlvr": "RLVR (final)",
 }
+# Of a comparison (prism_fast/demo/compare.py).
+ARM = {
+    "base": "base",
+    "drifted": "after the drift",
+    "direct_short": "(a) RLVR",
+    "direct_long": "(a) RLVR, as many updates",
+    "prism": "(c) PRISM",
+    "prism_hard": "(c+) PRISM, hard negatives",
+    "control": "(b) SFT on the teacher's texts",
+}
 RUNNING = {"sft": "SFT", "warmup": "Warm-up", "align": "Alignment", "rlvr": "RLVR"}  # while it trains
 
 

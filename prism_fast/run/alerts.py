@@ -324,13 +324,19 @@ def style_alone(side: str, figures: Mapping[str, float]) -> str | None:
 
 
 def expert_shares(metrics: Mapping[str, float | None]) -> dict[int, dict[str, dict[int, float]]]:
-    """{layer: {kind of token: {expert: its share}}}; the kind "all" is the mean of the others."""
+    """{layer: {kind of token: {expert: its share}}}; the kind "all" is the mean of the others.
+
+    Without a layer that computed less than others did: alignment's last one takes the tokens that are read alone, the
+    closing tags of parts, and a few equal tokens have few experts.
+    """
     shares: dict[int, dict[str, dict[int, float]]] = {}
     for name, value in metrics.items():
         place = names.expert_of(name)
         if place is not None and value is not None and math.isfinite(value):
             layer, kind, expert = place
             shares.setdefault(layer, {}).setdefault(kind, {})[expert] = value
+    most = max(map(len, shares.values()), default=0)
+    shares = {layer: kinds for layer, kinds in shares.items() if len(kinds) == most}
     for kinds in shares.values():
         kinds["all"] = mean_shares(list(kinds.values()))
     return shares

@@ -38,7 +38,7 @@ def test_the_command_line_is_frozen():
             flags = [o for p in leaf.params for o in p.opts if o.startswith("--")]
             options[f"{name} {inner}".strip()] = sorted(flags)
     expected = {
-        "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke"],
+        "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke", "--teacher-errors"],
         "sft": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "upcycle": ["--config"],
         "warmup": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
