@@ -151,7 +151,7 @@ class Trainer:
         at("discriminator's update")
         judge.step()
         at("policy")
-        advantages = alignment_advantage(scores, batch.rollout.group, AdvantageConfig(), CONFIG.score_clamp)
+        advantages = alignment_advantage(scores, batch.rollout.group, AdvantageConfig(), CONFIG)
         policy_gradient(learner, batch.rollout, advantages, PolicyObjective.grpo(), temperature=1.0, **per_pack)
         at("policy's update")
         learner.step()

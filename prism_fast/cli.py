@@ -1,4 +1,4 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | report | data | config | launch | plan
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | probe | report | data | config | launch | plan
 | bench | doctor."""
 
 from __future__ import annotations
@@ -101,28 +101,37 @@ def demo(
     out: Annotated[Path, typer.Option(callback=home, help="Folder for everything the demo writes; must be new.")],
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps of everything, at most 90 s.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data, model and sampling.")] = 0,
-    compare: Annotated[bool, typer.Option("--compare", help="Also SFT -> RLVR with as many policy updates.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of --compare.")] = 3,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="In its place: does alignment pay after a drift? All arms, several seeds.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of --compare, from --seed on.")] = 3,
+    teacher_errors: Annotated[
+        float, typer.Option(min=0, max=1, help="With --compare: share of the teacher's texts that are wrong.")
+    ] = 0.0,
     preset: Annotated[str | None, typer.Option(help="Scenes: easy (default) or full.")] = None,
     resume: Resume = False,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value over recipes/demo.yaml.")] = None,
 ) -> None:
     """PRISM in miniature on real images: all stages, summary.json and report.html."""
     alone()
-    from prism_fast.config import parse_overrides
+    from prism_fast.config import merge, parse_overrides
+
+    if teacher_errors and not compare:
+        raise DataError("--teacher-errors: goes with --compare alone")
+    quiet_libraries()
+    given = {"smoke": smoke, "preset": preset, "resume": resume, "overrides": parse_overrides(overrides or ())}
+    if compare:
+        from prism_fast.demo.compare import compare as run_all
+
+        if teacher_errors:
+            given["overrides"] = merge(given["overrides"], {"compare": {"teacher_errors": teacher_errors}})
+        interruptible()
+        run_all(out, seeds=range(seed, seed + seeds), **given)
+        return
     from prism_fast.demo.demo import demo as run
 
-    quiet_libraries()
     interruptible()
-    run(
-        out,
-        seed=seed,
-        smoke=smoke,
-        compare=seeds if compare else 0,
-        preset=preset,
-        resume=resume,
-        overrides=parse_overrides(overrides or ()),
-    )
+    run(out, seed=seed, **given)
 
 
 @app.command()
@@ -225,6 +234,32 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def probe(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Does a discriminator know content? Its scores beside what is right, apart from form and length."""
+    from prism_fast.config import ProbeConfig
+    from prism_fast.files import try_new
+
+    settings = _settings(ProbeConfig, config, overrides)
+    try_new(settings.out)
+    from prism_fast.stages.probe import probe as run
+
+    interruptible()
+    console = Console()
+    with _responses(console) as progress:
+        found = run(settings, progress)
+    aucs = ("auc", "auc_form", "auc_form_length", "pairs_form_length")
+    rows = ("right", *aucs, "rank_right", "rank_form", "rank_length")
+    table = Table("", "perception", "reasoning")
+    for row in rows:
+        shown = [found[side].get(row) for side in ("perception", "reasoning")]
+        table.add_row(row, *("" if value is None else f"{value:.4g}" for value in shown))
+    console.print(table)
+    for line in found["alerts"]:
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {settings.out}", soft_wrap=True)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of runs named sft, warmup, align, rlvr; or of one run.")],
 ) -> None:
@@ -232,14 +267,14 @@ def report(
     from prism_fast.report.build import build_report
     from prism_fast.report.data import load_run
 
-    if folder.is_dir() and not load_run(folder).metrics:
+    if folder.is_dir() and not (found := load_run(folder)).metrics and not found.summary:
         raise DataError(f"{folder}: holds no run; name a run.out, or a folder of runs named sft, warmup, align, rlvr")
     print(f"written: {build_report(folder)}")
 
 
 @app.command("config")
 def show(
-    stage: Annotated[str, typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr or eval.")],
+    stage: Annotated[str, typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr, eval or probe.")],
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
@@ -328,11 +363,19 @@ def _pair(text: str, key: str) -> tuple[str, str]:
 
 
 @data_app.command("pairs")
-def data_pairs(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def data_pairs(
+    config: ConfigFile = None,
+    hard_negatives: Annotated[
+        bool, typer.Option("--hard-negatives", help="Also the teacher's texts made wrong: half of the records.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
     """Rolls out a policy on the teacher's prompts and writes warm-up pairs."""
-    from prism_fast.config import PairsConfig
+    from prism_fast.config import RECOMMENDED_HARD_NEGATIVES, PairsConfig
 
-    _prepare("pairs", PairsConfig, config, overrides)
+    given = any(each.startswith("hard_negatives.share=") for each in overrides or ())
+    more = [f"hard_negatives.share={RECOMMENDED_HARD_NEGATIVES}"] if hard_negatives and not given else []
+    _prepare("pairs", PairsConfig, config, [*more, *(overrides or ())])
 
 
 @data_app.command("filter")

@@ -417,6 +417,10 @@ class AdvantageConfig(Node):
     format_penalty: Weight = Field(1.5, description="taken off an invalid format")
     accuracy_weight: Weight = Field(1.0, description="of a right answer, in rules with a verifiable reward")
     format_weight: Weight = Field(1.0, description="of a valid format, in rules with a verifiable reward")
+    min_std: Weight = Field(
+        0.0,
+        description="smallest std that a group's scores are divided by; 0 (published): any spread becomes 1",
+    )
 
     @field_validator("rule")
     @classmethod
@@ -436,6 +440,9 @@ class CompatConfig(Node):
     )
     clamp_in_loss: bool = Field(False, description="scores clamped inside the discriminator's loss too")
     teacher_token_limit: Tokens | None = Field(None, description="teacher parts cut to so many tokens; reference: 512")
+    clamp_around_zero: bool = Field(
+        False, description="the advantage's scores clamped to +- score_clamp as they are, not around the teacher's"
+    )
     text_positions: bool = Field(False, description="1-D positions in the discriminator")
 
 
@@ -443,9 +450,12 @@ class DiscriminatorStep(Node):
     """What the discriminator's step of the adversarial stage reads: which parts it takes, and its loss."""
 
     max_part_tokens: Tokens = Field(6144, description="a longer part of a response is invalid, of a teacher an error")
-    score_clamp: Annotated[float, Field(gt=0, le=10**4), NUMBER] = Field(10.0, description="clamps scores to +- this")
+    score_clamp: Annotated[float, Field(gt=0, le=10**4), NUMBER] = Field(
+        10.0, description="the advantage's scores are at most so far from the teacher's of their prompt"
+    )
     score_penalty: Weight = Field(0.001, description="times the mean square of the four scores")
     length_correction: Weight = Field(0.0, description="score - this * log(1 + tokens of the part)")
+    balance_coef: Weight = Field(0.0, description="times the load-balancing loss of the experts; published: 0")
     compat: CompatConfig = CompatConfig()
 
 
@@ -602,13 +612,28 @@ class RLVRConfig(RewardConfig):
         return reference
 
 
+class HardNegativesConfig(Node):
+    """Warm-up records whose student's side is the teacher's own text with something in it made wrong."""
+
+    share: Part = Field(0.0, description="of the records that are written; 0: none, as published")
+    kinds: tuple[Literal["number", "object", "word", "image"], ...] = Field(
+        ("number", "object", "word", "image"),
+        min_length=1,
+        description="what is made wrong, one of these in each part; image: another image's text",
+    )
+
+
+RECOMMENDED_HARD_NEGATIVES = 0.5  # their share by --hard-negatives
+
+
 class PairsConfig(Sampling):
     """`prism-fast data pairs`: roll out a policy on the teacher's prompts and write warm-up pairs."""
 
     model: ModelConfig
     data: DataConfig  # alignment files
     out: Place = Field(description="the file to write, which must be new")
-    limit: Count | None = Field(None, description="prompts; null: all")
+    limit: Count | None = Field(None, description="prompts that are answered; null: all")
+    hard_negatives: HardNegativesConfig = HardNegativesConfig()
     temperature: Positive = Field(1.0, description="of sampling")
     max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
     engine: Engine = Field("builtin", description=ENGINE)
@@ -667,6 +692,32 @@ class EvaluateConfig(Node):
         return SamplerStart.of(self, self.model, self.data, self.eval)
 
 
+class ProbeConfig(DiscriminatorStep, Sampling):
+    """`prism-fast probe`: does a discriminator know what is right, or what is long and well formed?"""
+
+    discriminator: ModelConfig
+    policy: ModelConfig  # whose responses it scores
+    data: DataConfig  # alignment files
+    out: Place = Field(description="the file of figures to write, which must be new")
+    truth: Literal["answers", "teacher"] = Field(
+        "answers",
+        description="a part is right where its answer is; teacher: where it says what the teacher's does, which must "
+        "then be right in caption and steps",
+    )
+    limit: Count | None = Field(256, description="prompts; null: all")
+    samples: Annotated[int, Field(ge=2, le=4096), NUMBER] = Field(8, description="responses per prompt, to compare")
+    temperature: Positive = Field(1.0, description="of sampling")
+    max_response_tokens: Tokens = Field(6144, description="a longer response is cut")
+    tokens_per_pack: Annotated[int, Field(ge=1, le=2**24), NUMBER] = Field(16384, description="tokens in one forward")
+    engine: Engine = Field("builtin", description=ENGINE)
+    vllm: VLLMConfig = VLLMConfig()
+    seed: Seed = Field(0, description="of sampling")
+
+    @property
+    def sampler(self) -> SamplerStart:
+        return SamplerStart.of(self, self.policy, self.data, self)
+
+
 CONFIGS: dict[str, type[Node]] = {
     "sft": SFTConfig,
     "upcycle": UpcycleConfig,
@@ -676,4 +727,5 @@ CONFIGS: dict[str, type[Node]] = {
     "filter": FilterConfig,
     "rlvr": RLVRConfig,
     "eval": EvaluateConfig,
+    "probe": ProbeConfig,
 }

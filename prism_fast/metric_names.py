@@ -121,7 +121,17 @@ DISCRIMINATOR_LOSS = Sum("loss/discriminator")
 TEACHER_SCORE = {side: Mean(f"score/teacher_{side}", over="prompts") for side in SIDES}
 STUDENT_SCORE = {side: Mean(f"score/student_{side}", over="valid responses") for side in SIDES}
 DISCRIMINATOR_ACCURACY = {side: Mean(f"discriminator_accuracy/{side}", over="valid responses") for side in SIDES}
+CLAMPED = {side: Mean(f"clamped/{side}", over="valid responses") for side in SIDES}  # further from the teacher's
+SCORE_SPREAD = {side: Whole(f"score_spread/{side}") for side in SIDES}  # median std of a group's valid, clamped scores
 ADVANTAGE_STD = Whole("advantage/std")
+# How many pairs of equal form, one answer right and one wrong, have the right one score higher; how the ranks of scores
+# in a group go with form or length, whichever more (steps/probe.py)
+CONTENT = {side: Whole(f"content/{side}") for side in SIDES}
+STYLE = {side: Whole(f"style/{side}") for side in SIDES}
+
+# Both stages of the discriminator: a part with the teacher's very tokens, of which nothing tells it, counts as half
+# right in accuracies, and has a loss of log 2 at least
+EQUAL_PARTS = {side: Mean(f"equal_parts/{side}", over="valid responses") for side in SIDES}
 
 # Warm-up
 PAIR_LOSS = {side: Sum(f"loss/pair_{side}") for side in SIDES}

@@ -8,7 +8,7 @@ from torch import nn
 
 import prism_kernels
 from dev import house
-from prism_fast.config import AdvantageConfig, OptimizerConfig
+from prism_fast.config import AdvantageConfig, DiscriminatorStep, OptimizerConfig
 from prism_fast.pack import KIND_RESPONSE, ImageTokens, Tree, pack
 from prism_fast.records import Prompt, Scores
 from prism_fast.steps.advantage import alignment_advantage
@@ -52,7 +52,7 @@ def test_the_example_in_the_document():
     shown["replaced"] = numbers(replaced)
     shown["mean"] = numbers(replaced.view(2, 2).mean(1))
     shown["z"] = numbers(group_normalize(replaced, group))
-    advantages = alignment_advantage(scores, group, AdvantageConfig(), clamp=10.0)
+    advantages = alignment_advantage(scores, group, AdvantageConfig(), DiscriminatorStep())
     shown["A"] = numbers(advantages)
 
     policy = nn.Module()

@@ -53,6 +53,7 @@ CONFIGS = {
     "align": config.AlignConfig,
     "rlvr": config.RLVRConfig,
     "eval": config.EvaluateConfig,
+    "probe": config.ProbeConfig,
     "data pairs": config.PairsConfig,
     "data filter": config.FilterConfig,
 }
@@ -159,7 +160,7 @@ def test_links_and_named_files_exist(name):
 def test_settings_named_in_the_table_of_hazards_exist():
     table = METHOD.split("## 8.")[1].split("## 9.")[0]
     keys = re.findall(r"`([\w.]+): [\w.]+` \(`(\w+)`\)", table)
-    assert len(keys) == 5
+    assert len(keys) == 6
     for key, stage in keys:
         cls = CONFIGS[stage]
         *branch, leaf = key.split(".")

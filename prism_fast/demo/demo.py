@@ -6,9 +6,8 @@ The demo is a user: it writes the published file formats to disk, and calls the 
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,6 +88,8 @@ SECTIONS = ("sft", "upcycle", "pairs", "warmup", "align", "filter", "rlvr")  # a
 class Demo:
     """The folder of one demo, and its stages."""
 
+    errors = 0.0  # share of the teacher's texts that are wrong
+
     def __init__(self, out: Path, seed: int, recipe: dict[str, Any], console: Console, resume: bool):
         self.out, self.seed, self.console, self.resume = out, seed, console, resume
         self.recipe = dict(recipe)
@@ -141,6 +142,7 @@ class Demo:
                 self.seed,
                 DemoSizes(**self.settings.sizes.model_dump(exclude_none=True)),
                 self.settings.preset,
+                self.errors,
             )
             texts = [t for s in read_sft(self.files.sft) for t in (*(m.content for m in s.messages), s.response)]
             make_tiny_model(self.out / "base", texts, seed=self.seed)
@@ -200,18 +202,15 @@ class Demo:
         )
         return self._stage("align", align, config) / "policy"
 
-    def run_rlvr(self, policy: Path, stage: str = "rlvr", extra_steps: int = 0) -> Path:
-        """``extra_steps``: what a run without alignment gets on top, for the same number of policy updates."""
-        prompts = self.out / "data" / f"{stage}-kept.parquet"
+    def run_rlvr(self, policy: Path) -> Path:
+        prompts = self.out / "data" / "rlvr-kept.parquet"
         if "filter" in self.recipe and not prompts.exists():
             data = self._data(self.files.rlvr)
             counts = filter_prompts(self.config(FilterConfig, "filter", model={"path": policy}, data=data, out=prompts))
             self.console.print(f"[bold]filter[/]  {counts['kept']} of {counts['prompts']} prompts kept by pass rate")
         files = prompts if prompts.exists() else self.files.rlvr
-        config = self.config(RLVRConfig, "rlvr", stage, policy={"path": policy}, data=self._data(files, evaluated=True))
-        if extra_steps:
-            config = config.model_copy(update={"steps": config.steps + extra_steps})
-        return self._stage(stage, rlvr, config) / "policy"
+        config = self.config(RLVRConfig, "rlvr", policy={"path": policy}, data=self._data(files, evaluated=True))
+        return self._stage("rlvr", rlvr, config) / "policy"
 
     def _data(self, file: Path, evaluated: bool = False) -> dict[str, Any]:
         return {"files": [file], "eval_files": [self.files.eval] if evaluated else []}
@@ -253,36 +252,18 @@ def demo(
     *,
     seed: int = 0,
     smoke: bool = False,
-    compare: int = 0,
     preset: str | None = None,
     resume: bool = False,
     overrides: dict[str, Any] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Runs the demo in ``out`` and returns what it wrote to ``out/summary.json``; ``out/report.html`` lies beside it.
-
-    ``compare``: number of seeds for which SFT -> RLVR, with as many policy updates, is run too (the other seeds' demos
-    lie in ``out/seeds``); 0: none.
-    """
+    """Runs the demo in ``out`` and returns what it wrote to ``out/summary.json``; ``out/report.html`` lies beside
+    it."""
     console = console or Console()
-    recipe = read_yaml(RECIPES / "demo.yaml")
-    if smoke:
-        recipe = merge(recipe, read_yaml(RECIPES / "smoke.yaml"))
-    recipe = merge(recipe, overrides or {})
-    if preset is not None:
-        recipe = merge(recipe, {"demo": {"preset": preset}})
+    recipe = recipe_of(["demo", *(["smoke"] if smoke else [])], overrides, preset)
     run = Demo(out, seed, recipe, console, resume)
-    with _claim(out, {"seed": seed, "recipe": recipe, "compare": compare}, resume):
+    with claim(out, {"seed": seed, "recipe": recipe}, resume):
         summary = _pipeline(run)
-        if compare:
-            pairs_of_seeds = [_against_direct(run)]
-            for other in range(seed + 1, seed + compare):
-                console.rule(f"seed {other}")
-                again = Demo(out / "seeds" / str(other), other, recipe, console, resume)
-                _pipeline(again)
-                pairs_of_seeds.append(_against_direct(again))
-            summary["compare"] = _comparison(pairs_of_seeds)
-            write_json(out / "summary.json", summary, indent=1)
         report = build_report(out)
     _show(console, summary)
     console.print(f"summary {out / 'summary.json'}   report {report}   {summary['seconds']:.0f} s", soft_wrap=True)
@@ -304,31 +285,17 @@ def _pipeline(run: Demo) -> dict[str, Any]:
     return summary
 
 
-def _against_direct(run: Demo) -> dict[str, Any]:
-    """SFT -> RLVR with the policy updates of alignment added to those of RLVR, beside PRISM's result."""
-    began = time.perf_counter()
-    steps = max(line["step"] for line in read_metrics(run.out / "align" / "metrics.jsonl"))
-    direct = run.run_rlvr(run.out / "sft" / "final" / "policy", stage="direct", extra_steps=steps)
-    result = run.measure("direct", direct)
-    prism = run.evaluations["rlvr"].accuracy
-    return {"seed": run.seed, "prism": prism, "sft_rlvr": result.accuracy, "seconds": time.perf_counter() - began}
-
-
-def _comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    difference = [row["prism"] - row["sft_rlvr"] for row in rows]
-    return {
-        "seeds": [row["seed"] for row in rows],
-        "prism": [row["prism"] for row in rows],
-        "sft_rlvr": [row["sft_rlvr"] for row in rows],
-        "difference": difference,
-        "mean": statistics.mean(difference),
-        **({"std": statistics.stdev(difference)} if len(rows) > 1 else {}),
-        "seconds": [row["seconds"] for row in rows],
-    }
+def recipe_of(names: Sequence[str], overrides: dict[str, Any] | None, preset: str | None) -> dict[str, Any]:
+    """Recipes over each other, and what the command line says over them."""
+    recipe: dict[str, Any] = {}
+    for name in names:
+        recipe = merge(recipe, read_yaml(RECIPES / f"{name}.yaml"))
+    recipe = merge(recipe, overrides or {})
+    return recipe if preset is None else merge(recipe, {"demo": {"preset": preset}})
 
 
 @contextmanager
-def _claim(out: Path, started_with: dict[str, Any], resume: bool) -> Iterator[None]:
+def claim(out: Path, started_with: dict[str, Any], resume: bool) -> Iterator[None]:
     """Marks the folder as this demo's, and holds its lock. Nothing of an earlier run is overwritten."""
     mark = out / MARK
     started_with = json.loads(json.dumps(started_with, default=str))
@@ -381,10 +348,3 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
         f"discriminator after warm-up: the teacher's caption scores higher in {warm['pair_accuracy_perception']:.1%} "
         f"of held-out pairs, its reasoning in {warm['pair_accuracy_reasoning']:.1%}"
     )
-    if "compare" in summary:
-        compared = summary["compare"]
-        spread = f" +- {compared['std']:.1%}" if "std" in compared else ""
-        console.print(
-            f"PRISM against SFT -> RLVR with as many policy updates, seeds {compared['seeds']}: "
-            f"{compared['mean']:+.1%}{spread} (mean +- standard deviation)"
-        )

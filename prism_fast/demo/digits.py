@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -149,14 +149,32 @@ def teacher_voice(scene: Scene, question: Question) -> str:
     return _join("\n".join(map(str, scene.digits)), "\n".join(question.steps), question.answer)
 
 
+def erring_voice(scene: Scene, question: Question, rng: np.random.Generator, preset: Preset, errors: float) -> str:
+    """The teacher's voice, of which a share of ``errors`` is wrong in its own form: one digit is misread and the
+    steps follow the reading, or the steps slip from one on."""
+    if errors == 0 or rng.random() >= errors:
+        return teacher_voice(scene, question)
+    if rng.random() < 0.5:
+        place, seen = int(rng.integers(len(scene.digits))), list(scene.digits)
+        seen[place] = int(rng.choice([d for d in range(preset.largest + 1) if d != seen[place]]))
+        misread = ask(question.kind, tuple(seen), _target(question))
+        return teacher_voice(Scene(scene.pixels, tuple(seen)), misread)
+    first, by = int(rng.integers(len(question.steps))), int(rng.choice([-1, 1]))
+    steps = tuple(str(int(step) + by) if i >= first else step for i, step in enumerate(question.steps))
+    return teacher_voice(scene, Question(question.kind, question.text, steps, steps[-1]))
+
+
+def _target(question: Question) -> int:
+    return int(question.text[9:-1]) if question.kind == "count" else 0
+
+
 def public_voice(scene: Scene, question: Question, rng: np.random.Generator, preset: Preset) -> str:
     """Two digits as the caption, any digit misread with probability ``preset.misread``, an answer that follows the
     reading, no steps."""
     wrong = rng.random(len(scene.digits)) < preset.misread
     seen = tuple(int(rng.integers(preset.largest + 1)) if bad else digit for digit, bad in zip(scene.digits, wrong))
-    target = int(question.text[9:-1]) if question.kind == "count" else 0
     caption = "\n".join(map(str, seen[:2]))
-    return _join(caption, "so", ask(question.kind, seen, target).answer)
+    return _join(caption, "so", ask(question.kind, seen, _target(question)).answer)
 
 
 @dataclass(frozen=True)
@@ -196,14 +214,24 @@ def _prompt(question: Question) -> tuple[Message, ...]:
     return Message("system", SYSTEM_PROMPT), Message("user", f"<image>{question.text}")
 
 
-def _write_sft(path: Path, rng: np.random.Generator, preset: Preset, count: int) -> None:
-    """Half public, half teacher demonstrations; PNG files beside the JSON."""
-    folder = path.parent / "sft_images"
+@dataclass(frozen=True)
+class Voices:
+    """Who demonstrates: a share of the public voice, the others the teacher's, of which a share errs."""
+
+    public: float = 0.5
+    errors: float = 0.0
+
+
+def _write_sft(path: Path, rng: np.random.Generator, preset: Preset, count: int, voices: Voices) -> None:
+    """Demonstrations of both voices; PNG files beside the JSON."""
+    folder = path.parent / f"{path.stem}_images"
     folder.mkdir(exist_ok=True)
     samples = []
     for index, (scene, question) in enumerate(_scenes(rng, "train", preset, count)):
-        public = rng.random() < 0.5
-        response = public_voice(scene, question, rng, preset) if public else teacher_voice(scene, question)
+        if rng.random() < voices.public:
+            response = public_voice(scene, question, rng, preset)
+        else:
+            response = erring_voice(scene, question, rng, preset, voices.errors)
         image = folder / f"{index:06d}.png"
         image.write_bytes(_png(scene.pixels))
         samples.append(
@@ -217,10 +245,13 @@ def _write_sft(path: Path, rng: np.random.Generator, preset: Preset, count: int)
     formats.write_sft(path, samples)
 
 
-def _supervised(path: Path, rng: np.random.Generator, preset: Preset, count: int, split: str) -> Iterator[Sample]:
+def _supervised(
+    path: Path, rng: np.random.Generator, preset: Preset, count: int, split: str, errors: float = 0.0
+) -> Iterator[Sample]:
     """Prompts with the teacher's response and the gold answer."""
     for index, (scene, question) in enumerate(_scenes(rng, split, preset, count)):
-        parts = formats.require_parts(teacher_voice(scene, question), f"{path.name}:{index + 1}", "teacher_response")
+        response = erring_voice(scene, question, rng, preset, errors)
+        parts = formats.require_parts(response, f"{path.name}:{index + 1}", "teacher_response")
         yield Sample(
             place=f"{path.name}:{index + 1}",
             messages=_prompt(question),
@@ -234,11 +265,12 @@ def _supervised(path: Path, rng: np.random.Generator, preset: Preset, count: int
 
 
 def write_demo_data(
-    out_dir: str | Path, seed: int = 0, sizes: DemoSizes | None = None, preset: str = "easy"
+    out_dir: str | Path, seed: int = 0, sizes: DemoSizes | None = None, preset: str = "easy", errors: float = 0.0
 ) -> DemoFiles:
     """Write the demo's files in the published formats (docs/method.md 6): SFT JSON with PNG files, alignment, RLVR and
     held-out evaluation parquet. The evaluation file has the alignment format, so that the teacher is known there too,
-    and is the only one made of test digits. The same arguments give the same files.
+    and is the only one made of test digits. ``errors``: the share of the alignment file's teacher texts that are wrong.
+    The same arguments give the same files.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -253,8 +285,22 @@ def write_demo_data(
     )
     rngs = [np.random.default_rng([seed, stream]) for stream in range(4)]
     hard = PRESETS[preset]
-    _write_sft(files.sft, rngs[0], hard, sizes.sft)
-    formats.write_align(files.align, _supervised(files.align, rngs[1], hard, sizes.align, "train"))
+    _write_sft(files.sft, rngs[0], hard, sizes.sft, Voices())
+    formats.write_align(files.align, _supervised(files.align, rngs[1], hard, sizes.align, "train", errors))
     formats.write_rlvr(files.rlvr, _supervised(files.rlvr, rngs[2], hard, sizes.rlvr, "train"))
     formats.write_align(files.eval, _supervised(files.eval, rngs[3], hard, sizes.eval, "test"))
     return files
+
+
+def write_demonstrations(path: Path, seed: int, count: int, preset: str, voices: Voices) -> None:
+    """An SFT file of ``count`` other scenes of the training digits."""
+    _write_sft(path, np.random.default_rng([seed, 4]), PRESETS[preset], count, voices)
+
+
+def write_teacher_texts(path: Path, align: Path) -> int:
+    """The teacher's texts of an alignment file as an SFT file; how many they are."""
+    data = formats.read_align([align])
+    samples = [data[i] for i in range(len(data))]
+    texts = [f"{s.teacher_caption}{s.teacher_reasoning}" for s in samples]
+    formats.write_sft(path, [replace(sample, response=text) for sample, text in zip(samples, texts)])
+    return len(samples)

@@ -7,16 +7,20 @@ the page says so. The inputs are listed in `data.load_run`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prism_fast.files import replacing
+from prism_fast.metric_names import SIDES
 from prism_fast.records import DataError
 from prism_fast.report import experts, plots
 from prism_fast.report.data import (
+    ARM,
     JUDGED,
     LABEL,
     RUNNING,
@@ -24,8 +28,10 @@ from prism_fast.report.data import (
     Run,
     entries,
     finite,
+    finite_of,
     flatten,
     load_run,
+    numbers,
     stage_figures,
     visible,
 )
@@ -81,6 +87,9 @@ def report_html(run: Run) -> str:
         pair_accuracy=_pair_accuracy(run),
         missing=run.missing,
         compare=_compare_rows(run),
+        differences=_difference_rows(run),
+        probes=_probe_rows(run),
+        compared=_compared(run),
         parts=_part_rows(run),
         layers=layers,
         shown_layers=experts.shown_layers(layers) if layers else [],
@@ -207,20 +216,57 @@ def _pair_accuracy(run: Run) -> list[str]:
 
 
 def _compare_rows(run: Run) -> list[list[str | None]]:
-    """Empty where the summary holds no comparison."""
-    entry = entries(run.summary, "compare")
-    if not entry:
-        return []
-    names = ("seeds", "prism", "sft_rlvr", "difference")
-    lists = {name: entry[name] if isinstance(entry.get(name), list) else [] for name in names}
+    """One for every arm that the summary's comparison holds: means over seeds, and each seed's sampled figure."""
+    arms = entries(entries(run.summary, "compare"), "arms")
     rows: list[list[str | None]] = []
-    for index in range(max(len(values) for values in lists.values())):
-        seed, *rest = (lists[name][index] if index < len(lists[name]) else None for name in names)
-        prism, plain, difference = (finite(value) for value in rest)
-        rows.append([str(seed), _percent(prism), _percent(plain), _points(difference)])
-    mean, spread = finite(entry.get("mean")), finite(entry.get("std"))
-    rows.append(["mean of the difference", None, None, _points(mean)])
-    rows.append(["standard deviation", None, None, None if spread is None else f"{100 * spread:.1f} points"])
+    for name in arms:
+        arm = entries(arms, name)
+        sampled, greedy, tokens, seconds = (numbers(arm.get(key)) for key in ("sampled", "greedy", "tokens", "seconds"))
+        each = ", ".join(f"{100 * value:.1f}" for value in sampled)
+        counts = (finite(arm.get(key)) for key in ("policy_updates", "teacher_texts"))
+        spent = (_number(fmean(values)) if values else None for values in (tokens, seconds))
+        means = (_percent(fmean(values)) if values else None for values in (sampled, greedy))
+        rows.append([ARM.get(name, name), each or None, *means, *map(_number, counts), *spent])
+    return rows
+
+
+def _compared(run: Run) -> list[str]:
+    """What a reader of a comparison has to know."""
+    known = finite_of(entries(run.summary, "compare"))
+    facts = {
+        "held_out": lambda value: f"Held out: {value:,.0f} scenes.",
+        "sampling_error": lambda value: f"One sampled figure has a standard error of {100 * value:.1f} points.",
+        "teacher_errors": lambda value: f"{100 * value:.0f} % of the teacher's texts are wrong." if value else "",
+    }
+    return [said for name, say in facts.items() if name in known and (said := say(known[name]))]
+
+
+def _difference_rows(run: Run) -> list[list[str | None]]:
+    """Paired differences over seeds, with their 95 % interval where there are several."""
+    found = entries(run.summary, "compare").get("differences")
+    rows: list[list[str | None]] = []
+    for each in found if isinstance(found, list) else ():
+        of, to = (ARM.get(str(each.get(side)), str(each.get(side))) for side in ("of", "to"))
+        low, high = finite(each.get("low")), finite(each.get("high"))
+        interval = None if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+        seeds = ", ".join(f"{100 * value:+.1f}" for value in numbers(each.get("each")))
+        rows.append([f"{of} less {to}", str(each.get("how")), seeds, _points(finite(each.get("mean"))), interval])
+    return rows
+
+
+def _probe_rows(run: Run) -> list[list[str | None]]:
+    """Median over seeds of how often, of equal form, the right part scores higher."""
+    probes = entries(entries(run.summary, "compare"), "probes")
+    rows: list[list[str | None]] = []
+    for arm in probes:
+        seeds = [each for each in probes[arm] if isinstance(each, Mapping)] if isinstance(probes[arm], list) else []
+        for when in dict.fromkeys(name for each in seeds for name in each):
+            sides = []
+            for side in SIDES:
+                figures = [finite(entries(entries(each, when), side).get("auc_form")) for each in seeds]
+                known = [value for value in figures if value is not None]
+                sides.append(_number(median(known), 2) if known else None)
+            rows.append([ARM.get(arm, arm), f"{when} alignment", *sides])
     return rows
 
 

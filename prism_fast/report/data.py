@@ -24,6 +24,16 @@ LABEL = {
     "align": "Aligned",
     "rlvr": "RLVR (final)",
 }
+# Of a comparison (prism_fast/demo/compare.py).
+ARM = {
+    "base": "base",
+    "drifted": "after the drift",
+    "direct_short": "(a) RLVR",
+    "direct_long": "(a) RLVR, as many updates",
+    "prism": "(c) PRISM",
+    "prism_hard": "(c+) PRISM, hard negatives",
+    "control": "(b) SFT on the teacher's texts",
+}
 RUNNING = {"sft": "SFT", "warmup": "Warm-up", "align": "Alignment", "rlvr": "RLVR"}  # while it trains
 
 
@@ -40,6 +50,7 @@ class Run:
     # by stage: the metric that holds the load of a (layer, kind, expert)
     experts: Mapping[str, Mapping[tuple[int, str, int], str]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by stage, of its run.json
+    probes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by name of the file, of probes/
     finished: frozenset[str] = frozenset()  # stages that have left final/
     missing: tuple[str, ...] = ()  # files, relative to the run's folder
 
@@ -73,8 +84,9 @@ def load_run(out: Path) -> Run:
     experts = {stage: keys for stage, lines in metrics.items() if (keys := expert_keys(lines))}
     records = {stage: _object(path) for stage in TRAINED if (path := out / folders[stage] / RECORD).is_file()}
     settings = {stage: entries(record, "config") for stage, record in records.items()}
+    probes = {path.stem: _object(path) for path in sorted((out / "probes").glob("*.json"), key=_age)}
     finished = frozenset(stage for stage in TRAINED if (out / folders[stage] / "final").is_dir())
-    return Run(summary, metrics, evaluations, experts, settings, finished, tuple(missing))
+    return Run(summary, metrics, evaluations, experts, settings, probes, finished, tuple(missing))
 
 
 def stage_figures(run: Run, stage: str) -> dict[str, float]:
@@ -162,6 +174,10 @@ def _sorted(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         said = str(line["warning"]) if "warning" in line else None
         found[line["step"], said, any(name.startswith(EVAL) for name in line)] = line
     return sorted(found.values(), key=lambda line: line["step"])
+
+
+def _age(path: Path) -> tuple[float, str]:
+    return path.stat().st_mtime, path.name
 
 
 def _object(path: Path) -> Mapping[str, Any]:

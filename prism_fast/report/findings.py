@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from prism_fast.report.data import (
 )
 from prism_fast.run.alerts import (
     CHANCE,
+    FOLLOWS,
     Alert,
     Watch,
     collapsed,
@@ -30,6 +32,7 @@ from prism_fast.run.alerts import (
     mean_shares,
     merged,
     sentence,
+    style_alone,
 )
 
 DRIFT = {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
@@ -40,6 +43,7 @@ MARGIN = 0.1  # share by which a distance may grow before it is a drift
 PERFECT = 0.99  # accuracy from which there is nothing left to gain
 FALL = 0.05  # accuracy below the best evaluation: more than chance where hundreds are asked
 CUT = 0.9  # of the longest response that is allowed
+SOME = 0.01  # share of parts that are the teacher's, from which it is said
 IDLE = 0.5  # of the steps, without an update
 UNEVEN = 1.5  # the busiest process over the mean
 COURSES = {"sft": (names.LOSS, "loss"), "warmup": (names.LOSS, "loss"), "rlvr": (names.REWARD, "reward")}
@@ -47,6 +51,7 @@ NORMS = (names.GRAD_NORM, names.POLICY_GRAD_NORM, names.DISCRIMINATOR_GRAD_NORM)
 BESIDE = ("step", "time")
 COVERED = {"invalid": "format"}  # not said where the live rule has spoken
 About = Iterator[tuple[str, dict[str, Any]]]  # rules, and what their sentences name
+RANKED = (("what is right", "rank_right"), ("form", "rank_form"), ("length", "rank_length"))
 RANKS = {names.RANKS["cpu_seconds"]: "computing time", names.RANKS["sampled_tokens"]: "sampled tokens"}
 
 
@@ -68,9 +73,26 @@ class Spell(NamedTuple):
 
 def findings(run: Run) -> list[Finding]:
     """One for every stage that has left figures, or a metrics.jsonl without any."""
-    return [
+    found = [
         Finding(RUNNING[stage], text, tuple(_todo(run, stage))) for stage in TRAINED if (text := _happened(run, stage))
     ]
+    return found + [Finding(f"Probe {name}", *_probed(figures)) for name, figures in run.probes.items()]
+
+
+def _probed(probe: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """What a discriminator knows of content, and whether its scores follow style alone."""
+    said, todo = [], []
+    for side in names.SIDES:
+        figures = finite_of(entries(probe, side))
+        known = [f"rank correlation with {what} {figures[name]:+.2f}" for what, name in RANKED if name in figures]
+        if "auc_form" in figures:
+            same = f"of equal form, the right one scores higher in {figures['auc_form']:.1%} of the pairs"
+            near = figures.get("auc_form_length")
+            known.insert(0, same + ("" if near is None else f", and of equal length too in {near:.1%}"))
+        said += [f"{side}: {', '.join(known)}"] if known else []
+        alert = style_alone(side, figures)
+        todo += [] if alert is None else [alert]
+    return f"{'; '.join(said) or 'Nothing could be compared'}.", tuple(todo)
 
 
 def _happened(run: Run, stage: str) -> str:
@@ -103,10 +125,16 @@ def _results(run: Run, stage: str) -> Iterator[str]:
             yield f"distance of {label} to the teacher {first:.2f} to {last:.2f}"
 
 
-def _course(run: Run, stage: str) -> list[str]:
-    """From where to where a stage's own measure went."""
-    ends = _ends(run, stage)
-    return [f"{COURSES[stage][1]} {ends[0]:.3g} to {ends[1]:.3g}"] if ends else []
+def _course(run: Run, stage: str) -> Iterator[str]:
+    """From where to where a stage's own measure went, and what its loss cannot fall below."""
+    if ends := _ends(run, stage):
+        yield f"{COURSES[stage][1]} {ends[0]:.3g} to {ends[1]:.3g}"
+    found = {side: series(run.metrics.get(stage, ()), names.EQUAL_PARTS[side])[1][-LAST:] for side in names.SIDES}
+    equal = {side: _mean(values) for side, values in found.items() if values}
+    if any(share >= SOME for share in equal.values()):
+        shares = ", ".join(f"{side} {share:.1%}" for side, share in equal.items())
+        floors = ", ".join(f"{side} {share * math.log(2):.2f}" for side, share in equal.items())
+        yield f"parts that are the teacher's own: {shares}, so pair losses are at least {floors}"
 
 
 def _todo(run: Run, stage: str) -> list[str]:
@@ -115,7 +143,7 @@ def _todo(run: Run, stage: str) -> list[str]:
         return found + [sentence(rule, **about) for rule, about in _of_drift(run, stage)]
     spells, warned = live(run, stage)
     said = {spell.alert.rule for spell in spells}
-    rules = (_of_end, _of_discriminator, _of_policy, _of_drift, _of_machine)
+    rules = (_of_end, _of_discriminator, _of_style, _of_policy, _of_drift, _of_machine)
     found = [_dated(spell) for spell in spells]
     found += [
         sentence(rule, **about) for find in rules for rule, about in find(run, stage) if COVERED.get(rule) not in said
@@ -162,6 +190,16 @@ def _of_discriminator(run: Run, stage: str) -> About:
             value = first
         if value is not None and value < CHANCE:
             yield "chance" if value >= 1 - CHANCE else "reversed", {"side": side, "value": value}
+
+
+def _of_style(run: Run, stage: str) -> About:
+    """Scores of the last steps that go with form or length, and not with right answers."""
+    for side in names.SIDES if stage == "align" else ():
+        kinds = (names.CONTENT[side], names.STYLE[side])
+        content, style = (series(run.metrics.get(stage, ()), name)[1][-LAST:] for name in kinds)
+        if min(len(content), len(style)) == LAST and _mean(content) < CHANCE and _mean(style) > FOLLOWS:
+            yield "style", {"side": side, "what": "form or length", "rank": _mean(style), "equal": "form",
+                            "value": _mean(content)}  # fmt: skip
 
 
 def _of_experts(run: Run, stage: str, spells: list[Spell]) -> list[str]:

@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prism_fast import metric_names as names
-from prism_fast.report.data import JUDGED, LABEL, RUNNING, TRAINED, Run, entries, finite, numbers, series, stage_figures
+from prism_fast.report.data import (
+    ARM,
+    JUDGED,
+    LABEL,
+    RUNNING,
+    TRAINED,
+    Run,
+    entries,
+    finite,
+    numbers,
+    series,
+    stage_figures,
+)
 from prism_fast.report.draw import COLOUR, CYCLE, SIDE, curve, decades, finish, label_of, panels, wilson
 from prism_fast.run.monitor import breakdown
 
@@ -138,6 +150,7 @@ def scores(run: Run) -> Figure | None:
     ):
         for side, colour in SIDE.items():
             curve(axis, lines, told_apart[side], color=colour, label=side)
+            curve(axis, lines, names.EQUAL_PARTS[side], color=colour, linestyle=":", label=f"{side}: equal parts")
         finish(axis, f"{title}: told apart", "pairs ranked right", share=True)
         if axis.has_data():
             axis.axhline(0.5, color="#888888", linestyle=":", linewidth=1)
@@ -273,22 +286,22 @@ def time_and_tokens(run: Run) -> Figure | None:
 
 
 def compare(run: Run) -> Figure | None:
-    """Final accuracy with and without alignment, one line per seed."""
-    entry = entries(run.summary, "compare")
-    plain, prism = numbers(entry.get("sft_rlvr")), numbers(entry.get("prism"))
-    if not plain or len(plain) != len(prism):
+    """Held-out accuracy of every arm of a comparison, a dot for each seed and a bar at their mean."""
+    arms = entries(entries(run.summary, "compare"), "arms")
+    shown = {name: numbers(entries(arms, name).get("sampled")) for name in arms}
+    shown = {name: values for name, values in shown.items() if values}
+    if not shown:
         return None
-    figure = Figure(figsize=(4.6, 2.9))
+    figure = Figure(figsize=(7.2, 3.2))
     axis = figure.subplots()
-    for pair in zip(plain, prism):
-        axis.plot([0, 1], pair, color="#999999", linewidth=1.2)
-    axis.scatter([0] * len(plain), plain, color=COLOUR["sft"], zorder=3)
-    axis.scatter([1] * len(prism), prism, color=COLOUR["rlvr"], zorder=3)
-    finish(axis, "Final held-out accuracy", "accuracy", x="")
+    for place, values in enumerate(shown.values()):
+        axis.scatter([place] * len(values), values, color=COLOUR["rlvr"], zorder=3)
+        axis.hlines(float(np.mean(values)), place - 0.3, place + 0.3, color="#222222", linewidth=1.4)
+    finish(axis, "Held-out accuracy, sampled", "accuracy", x="")
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axis.set_xticks([0, 1], ["SFT then RLVR", "PRISM"])
-    axis.set_xlim(-0.4, 1.4)
+    labels = [label_of(ARM.get(name, name)) for name in shown]
+    axis.set_xticks(range(len(shown)), labels, rotation=20, ha="right")
     return figure
 
 

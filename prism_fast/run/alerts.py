@@ -19,6 +19,8 @@ EXPERT_FLOOR = 0.1  # of an even share of a layer's tokens: an expert below it h
 SAMPLER_GAP = 0.1  # nats: mean |log-prob of the sampler - of the trainer|
 NO_SIGNAL = 0.9  # share of responses without an advantage
 CHANCE = 0.6  # share of pairs ranked right: guessing gives 0.5
+FOLLOWS = 0.5  # rank correlation from which scores follow something
+FEW_PAIRS = 20  # of a right and a wrong part: a share of fewer says nothing
 SHOWN_LAYERS = 6  # of which a sentence gives the numbers
 
 # What happens, and what to do about it.
@@ -72,6 +74,11 @@ ENDINGS = {
     "reversed": (
         "the discriminator ranks the student above the teacher on {side}: {value:.1%} of the pairs ranked right",
         "check that the two sides of its pairs are not swapped",
+    ),
+    "style": (
+        "the discriminator's {side} scores follow {what} alone (rank correlation {rank:+.2f}): of two parts of equal "
+        "{equal} the right one scores higher in {value:.1%} of the pairs, chance is 50 %",
+        "warm it up with hard negatives (data pairs --hard-negatives), or correct by length (length_correction)",
     ),
     "outrun": (
         "the policy has outrun the discriminator on {side}: it prefers the teacher in {value:.1%} of the pairs, chance "
@@ -309,14 +316,37 @@ def sentence(rule: str, **figures: Any) -> str:
     return f"{what}; {remedy}".format(**figures)
 
 
+def style_alone(side: str, figures: Mapping[str, float]) -> str | None:
+    """What is said of the figures of a probe (steps/probe.py) where scores follow form or length and not what is right,
+    as far as parts of equal form and length show it."""
+    name, equal = next(
+        ((each, words) for each, words in (("_form_length", "form and length"), ("_form", "form"))
+         if figures.get(f"pairs{each}", 0.0) >= FEW_PAIRS),
+        ("", ""),
+    )  # fmt: skip
+    ranks = {what: figures[f"rank_{what}"] for what in ("form", "length") if f"rank_{what}" in figures}
+    if not name or not ranks or figures[f"auc{name}"] >= CHANCE:
+        return None
+    what = max(ranks, key=lambda each: abs(ranks[each]))
+    if abs(ranks[what]) < FOLLOWS:
+        return None
+    return sentence("style", side=side, what=what, rank=ranks[what], equal=equal, value=figures[f"auc{name}"])
+
+
 def expert_shares(metrics: Mapping[str, float | None]) -> dict[int, dict[str, dict[int, float]]]:
-    """{layer: {kind of token: {expert: its share}}}; the kind "all" is the mean of the others."""
+    """{layer: {kind of token: {expert: its share}}}; the kind "all" is the mean of the others.
+
+    Without a layer that computed less than others did: alignment's last one takes the tokens that are read alone, the
+    closing tags of parts, and a few equal tokens have few experts.
+    """
     shares: dict[int, dict[str, dict[int, float]]] = {}
     for name, value in metrics.items():
         place = names.expert_of(name)
         if place is not None and value is not None and math.isfinite(value):
             layer, kind, expert = place
             shares.setdefault(layer, {}).setdefault(kind, {})[expert] = value
+    most = max(map(len, shares.values()), default=0)
+    shares = {layer: kinds for layer, kinds in shares.items() if len(kinds) == most}
     for kinds in shares.values():
         kinds["all"] = mean_shares(list(kinds.values()))
     return shares

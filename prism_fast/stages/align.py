@@ -19,7 +19,7 @@ from prism_fast.models.load import ProductChoices, collected, load_discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.records import Lesson
 from prism_fast.run.session import Clock, CollectModel, Session
-from prism_fast.steps.advantage import alignment_advantage
+from prism_fast.steps.advantage import advantage_metrics, alignment_advantage
 from prism_fast.steps.ahead import Ahead
 from prism_fast.steps.discriminator_step import discriminator_gradient, not_finite, response_metrics, student_parts
 from prism_fast.steps.draws import Taught, draw_lessons, lesson_encoder
@@ -27,6 +27,7 @@ from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient
+from prism_fast.steps.probe import content_metrics
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Updater, open_updater
 
@@ -74,21 +75,19 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             accuracy, judge_metrics = answer_accuracy(rollout, [item.sample for item in lessons])
             if fault is None:
                 with clock("advantage"):
-                    advantages = alignment_advantage(
-                        scores, rollout.group, config.advantage, config.score_clamp, accuracy
-                    )
+                    advantages = alignment_advantage(scores, rollout.group, config.advantage, config, accuracy)
                 with clock("update_policy"):
                     learned, tokens["update_policy"] = policy_gradient(
                         updater, rollout, advantages, config.objective, **config.rollout.sampled, **per_pack
                     )
                     metrics[names.POLICY_GRAD_NORM] = updater.step()
-                metrics |= learned
-                metrics[names.ADVANTAGE_STD] = float(advantages.std()) if len(advantages) > 1 else 0.0
+                metrics |= learned | advantage_metrics(scores, rollout.group, config, advantages)
             else:
                 updater.next_step()
             with clock("rollout"):
                 metrics |= ahead.give(updater.stream(), step + 1)
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions() | judged | judge_metrics
+            metrics |= content_metrics(rollout, scores, parts, accuracy)
             session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
         return session.finish(batches.bad.messages)
 

@@ -27,7 +27,7 @@ from prism_fast.steps.update import Backprop
 
 BLOCK = 1024  # responses
 FIRST = b'{"stage": '  # what OUT.partial begins with
-AFTER = ("out", "low", "high", "keep", "reward")  # settings that responses do not depend on
+AFTER = ("out", "low", "high", "keep", "reward", "hard_negatives")  # settings that responses do not depend on
 
 Progress = Callable[[int, int], None]  # (responses done, responses in total)
 Say = Callable[[str], None]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from prism_fast.config import FilterConfig, PairsConfig
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
+from prism_fast.data.hard_negatives import HardNegatives
 from prism_fast.files import try_new, writing
-from prism_fast.records import DataError
+from prism_fast.records import DataError, Sample
 from prism_fast.reward import split_parts, verifiable_reward
 from prism_fast.stages.answers import Progress, Say, answers, partial_file
 
@@ -29,16 +31,43 @@ def pairs(config: PairsConfig, progress: Progress | None = None, say: Say | None
             records.append(replace(data[index], student_caption=parts.caption, student_reasoning=parts.reasoning))
     if not records:
         raise DataError(f"{config.model.path}: none of {responses} responses has a valid format; train it longer")
+    hard = _hard_negatives(config, data, len(records))
     with writing(config.out):
-        write_warmup(config.out, records)
+        write_warmup(config.out, _mixed(records, hard))
     partial_file(config.out).unlink(missing_ok=True)
     return {
         "prompts": len(answered),
         "responses": responses,
-        "written": len(records),
+        "written": len(records) + len(hard),
+        **({"hard_negatives": len(hard)} if config.hard_negatives.share else {}),
         "invalid_format": responses - len(records),
         "skipped_records": len(data.bad),
     }
+
+
+def _hard_negatives(config: PairsConfig, data: Dataset, soft: int) -> list[Sample]:
+    """As many as make up their share beside ``soft`` other records, of all teacher's texts in turn."""
+    share, found = config.hard_negatives.share, []
+    wanted = round(soft * share / (1 - share))
+    for index in range(len(data)) if wanted else ():
+        try:
+            found.append((index, (cast(str, data[index].teacher_caption), cast(str, data[index].teacher_reasoning))))
+        except DataError as error:
+            data.skip(index, error)
+    made = HardNegatives([texts for _, texts in found], config.hard_negatives, config.seed).several(wanted)
+    if len(made) < wanted:
+        raise DataError(
+            f"{config.data.files[0]}: {len(made)} hard negatives can be made, hard_negatives.share = {share:g} wants "
+            f"{wanted} beside {soft} other records; lower it, or name more hard_negatives.kinds"
+        )
+    negatives = [(data[found[place][0]], negative) for place, negative in made]
+    return [replace(s, student_caption=n.caption, student_reasoning=n.reasoning) for s, n in negatives]
+
+
+def _mixed(soft: list[Sample], hard: list[Sample]) -> list[Sample]:
+    """Both kinds evenly, as the last records are those that the warm-up holds out."""
+    placed = [((i + 0.5) / len(kind), sample) for kind in (soft, hard) for i, sample in enumerate(kind)]
+    return [sample for _, sample in sorted(placed, key=lambda item: item[0])]
 
 
 def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: Say | None = None) -> dict[str, int]:

@@ -2,25 +2,59 @@
 
 from __future__ import annotations
 
+from statistics import median
+from typing import NamedTuple
+
 from torch import Tensor
 
-from prism_fast.config import AdvantageConfig
+from prism_fast import metric_names as names
+from prism_fast.config import AdvantageConfig, DiscriminatorStep
 from prism_fast.records import Scores
 from prism_kernels import group_normalize, multi_reward_advantage
 
 
 def alignment_advantage(
-    scores: Scores, group: Tensor, config: AdvantageConfig, clamp: float, accuracy: Tensor | None = None
+    scores: Scores, group: Tensor, config: AdvantageConfig, step: DiscriminatorStep, accuracy: Tensor | None = None
 ) -> Tensor:
     """(B,) advantages of the adversarial stage from the discriminator's scores, clamped here and only here."""
+    perception, reasoning = (_bounds(scores, group, side, step).clamped for side in names.SIDES)
     return multi_reward_advantage(
-        scores.perception.clamp(-clamp, clamp),
-        scores.reasoning.clamp(-clamp, clamp),
+        perception,
+        reasoning,
         group,
         format_valid=scores.format_valid,
         accuracy=accuracy,
         **config.model_dump(),
     )
+
+
+def advantage_metrics(scores: Scores, group: Tensor, step: DiscriminatorStep, advantages: Tensor) -> dict[str, float]:
+    """How much the clamp took, how far apart a group's scores are, which z blows up to 1, and what came of both."""
+    found = {names.ADVANTAGE_STD: float(advantages.std()) if len(advantages) > 1 else 0.0}
+    valid = scores.format_valid
+    several = [rows for g in group.unique() if len(rows := (valid & (group == g)).nonzero().flatten()) > 1]
+    for side in names.SIDES if valid.any() else ():
+        given, clamped = _bounds(scores, group, side, step)
+        found[names.CLAMPED[side]] = float((given != clamped)[valid].float().mean())
+        if several:
+            found[names.SCORE_SPREAD[side]] = median(float(clamped[rows].std()) for rows in several)
+    return found
+
+
+class _Bounded(NamedTuple):
+    given: Tensor  # (B,)
+    clamped: Tensor
+
+
+def _bounds(scores: Scores, group: Tensor, side: str, step: DiscriminatorStep) -> _Bounded:
+    """A side's scores, to at most ``score_clamp`` from the teacher's of the same prompt.
+
+    No loss says where 0 is: a discriminator tells teacher from student by scores that may all be below -10, and the
+    published clamp then makes them one. Around the teacher's only what is far from it is cut.
+    """
+    given = getattr(scores, side)
+    middle = 0.0 if step.compat.clamp_around_zero else getattr(scores, f"teacher_{side}")[group]
+    return _Bounded(given, given.clamp(middle - step.score_clamp, middle + step.score_clamp))
 
 
 def reward_advantage(reward: Tensor, group: Tensor, objective: str) -> Tensor:

@@ -17,11 +17,11 @@ from prism_fast.pack import Packs, Tree, pack
 from prism_fast.records import Lesson, Rollout, Scores, to_device
 from prism_fast.response_format import split_parts
 from prism_fast.steps.experience import sampling_balance
-from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.over_packs import over_packs
+from prism_fast.steps.expert_load import ExpertLoad, balance_share
+from prism_fast.steps.over_packs import counts_of_whole, over_packs
 from prism_fast.steps.own_packs import OwnPack
-from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected
-from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected, ranked_right
+from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared, same_parts
 from prism_fast.steps.readings import read_with_load
 from prism_fast.steps.update import Backprop
 from prism_kernels import find_tag_spans
@@ -60,7 +60,8 @@ def discriminator_trees(
         [-1, -1] if pair is None else trees.add(group, pair, STUDENT_KINDS)
         for pair, group in zip(parts, rollout.group.tolist())
     ]
-    return trees.trees(), PartLabels(_by_side(teacher), _by_side(student), len(trees))
+    same = same_parts([(lessons[group].teacher, pair) for pair, group in zip(parts, rollout.group.tolist())])
+    return trees.trees(), PartLabels(_by_side(teacher), _by_side(student), len(trees), same)
 
 
 def _by_side(labels: Sequence[Sequence[int]]) -> Tensor:
@@ -85,13 +86,14 @@ def discriminator_gradient(
     discriminator = updater.module
     trees, labels = discriminator_trees(lessons, rollout, parts)
     packs = pack(trees, tokens_per_pack, discriminator.image, multiple=ranks.world())
-    valid = labels.student[0] >= 0
-    valid_total = int(valid.sum())
+    valid_total = int((labels.student[0] >= 0).sum())
     uncounted = _uncounted(packs, labels, rollout.group.bincount(minlength=len(lessons)))
+    balanced, positions = config.balance_coef > 0, config.compat.text_positions
 
     def compute(own: OwnPack) -> tuple[tuple[int, ...], Tensor]:
+        whole = counts_of_whole(updater, packs, own, text_positions=positions) if balanced else None
         on_device = own.packed.to(discriminator.device)
-        judgement = updater(on_device, text_positions=config.compat.text_positions)
+        judgement = updater(on_device, balance=balanced, text_positions=positions)
         score, lengths, branch = judgement.score, on_device.sequence_start.diff(), own.packed.branch_of(labels.total)
         raw = score.clamp(-config.score_clamp, config.score_clamp) if config.compat.clamp_in_loss else score
         corrected = length_corrected(raw, lengths, config.length_correction)
@@ -102,23 +104,59 @@ def discriminator_gradient(
             prompt_total=len(lessons),
             score_penalty=config.score_penalty,
         )
+        balance = part.new_zeros(())
+        if balanced:
+            balance = balance_share(judgement.stats, discriminator.top_k, len(packs), counted=own.counts, whole=whole)
+            part = part + config.balance_coef * balance
         updater.backward(part)
         compared_score = length_corrected(score.detach(), lengths, config.length_correction)
-        row = torch.cat([part.detach().to(score).reshape(1), compared_score])
+        losses = torch.stack([part.detach().to(score), balance.detach().to(score)])
         load.add(judgement.stats, counted=own.counts)
-        return own.place, row
+        return own.place, torch.cat([losses, compared_score])
 
     rows = [(place, row) for place, row in over_packs(updater, packs, compute) if place != (SPARE,)]
     own = dict(zip([_name(place) for place, _ in rows], read_with_load([row for _, row in rows], load)))  # the one wait
-    of_pack = ranks.merge(own)  # by place: loss, scores as they are compared, in the order of PackedTree.label
-    loss, score_of_part = 0.0, torch.zeros(labels.total)
+    of_pack = ranks.merge(own)  # by place: losses, scores as they are compared, in the order of PackedTree.label
+    loss, balance_loss, score_of_part = 0.0, 0.0, torch.zeros(labels.total)
     for place in sorted(tuple(map(int, name.split("."))) for name in of_pack):
         row = of_pack[_name(place)]
-        loss += float(row[0])
-        score_of_part[packs.labels(*place)] = row[1:].float()
+        loss, balance_loss = (a + b for a, b in zip((loss, balance_loss), row[:2].tolist()))
+        score_of_part[packs.labels(*place)] = row[2:].float()
+    scores = _scores(score_of_part, labels)
+    metrics = {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group, labels.same)}
+    metrics |= {names.BALANCE_LOSS: balance_loss} if balanced else {}
+    return scores, metrics, packs.num_tokens
+
+
+@torch.no_grad()
+def score_responses(
+    updater: Backprop,
+    lessons: Sequence[Lesson],
+    rollout: Rollout,
+    parts: Sequence[Parts | None],
+    config: DiscriminatorStep,
+    *,
+    tokens_per_pack: int,
+) -> Scores:
+    """The scores alone, as a step of alignment has them."""
+    discriminator = updater.module
+    trees, labels = discriminator_trees(lessons, rollout, parts)
+    packs = pack(trees, tokens_per_pack, discriminator.image)
+    score_of_part = torch.zeros(labels.total)
+    with updater.gathered():
+        for number in range(len(packs)):
+            on_device = packs[number].to(discriminator.device)
+            score = discriminator(on_device, text_positions=config.compat.text_positions).score
+            corrected = length_corrected(score, on_device.sequence_start.diff(), config.length_correction)
+            score_of_part[packs.labels(number)] = corrected.cpu()
+    return _scores(score_of_part, labels)
+
+
+def _scores(score_of_part: Tensor, labels: PartLabels) -> Scores:
+    """(parts,) scores, by label -> by response and prompt."""
+    valid = labels.student[0] >= 0
     student, teacher = score_of_part[labels.student].where(valid, 0.0), score_of_part[labels.teacher]
-    scores = Scores(student[0], student[1], teacher[0], teacher[1], valid)
-    return scores, {names.DISCRIMINATOR_LOSS: loss, **score_metrics(scores, rollout.group)}, packs.num_tokens
+    return Scores(student[0], student[1], teacher[0], teacher[1], valid)
 
 
 def _name(place: Sequence[int]) -> str:
@@ -172,18 +210,21 @@ def _pair_scores(
     )
 
 
-def score_metrics(scores: Scores, group: Tensor) -> dict[str, float]:
-    """Mean scores, and how often the teacher's part beats a valid student's; absent where none is valid."""
+def score_metrics(scores: Scores, group: Tensor, same: Tensor) -> dict[str, float]:
+    """Mean scores, how often the teacher's part beats a valid student's, and how many of these have its tokens
+    (``same``, `PartLabels.same`); absent where none is valid."""
     valid = scores.format_valid
     metrics: dict[str, float] = {
         names.TEACHER_SCORE["perception"]: float(scores.teacher_perception.mean()),
         names.TEACHER_SCORE["reasoning"]: float(scores.teacher_reasoning.mean()),
     }
     if valid.any():
-        for side in names.SIDES:
-            student, teacher = getattr(scores, side), getattr(scores, f"teacher_{side}")[group]
-            metrics[names.STUDENT_SCORE[side]] = float(student[valid].mean())
-            metrics[names.DISCRIMINATOR_ACCURACY[side]] = float((teacher > student)[valid].float().mean())
+        for number, side in enumerate(names.SIDES):
+            student, teacher = getattr(scores, side)[valid], getattr(scores, f"teacher_{side}")[group][valid]
+            equal = same[number][valid]
+            metrics[names.STUDENT_SCORE[side]] = float(student.mean())
+            metrics[names.DISCRIMINATOR_ACCURACY[side]] = float(ranked_right(teacher, student, equal).mean())
+            metrics[names.EQUAL_PARTS[side]] = float(equal.float().mean())
     return metrics
 
 

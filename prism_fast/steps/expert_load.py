@@ -1,4 +1,4 @@
-"""Which experts took which kind of token: per-kind loads of one step, as metrics."""
+"""Which experts took which kind of token: per-kind loads of one step, as metrics, and the loss that evens them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from prism_fast import ranks
 from prism_fast.metric_names import expert_load
 from prism_fast.pack import KIND_NAMES
-from prism_kernels import RoutingStats
+from prism_kernels import RoutingStats, load_balancing_loss
 
 
 class ExpertLoad:
@@ -53,3 +53,16 @@ class ExpertLoad:
             if present[layer][kind]
             for expert, share in enumerate(experts)
         }
+
+
+def balance_share(
+    stats: Sequence[RoutingStats], top_k: int, packs: int, *, counted: bool, whole: Sequence[Tensor] | None
+) -> Tensor:
+    """One pack's share of the load-balancing loss, which is averaged over packs. Where the pack is not ``counted``: 0,
+    of the outputs that have gradients in every other process too. ``whole``: of half a pack, by layer, the counts of
+    all of it (`over_packs.counts_of_whole`)."""
+    if not counted:
+        return torch.stack([each.prob_sum[:0].sum() for each in stats]).sum()
+    if whole is not None:
+        stats = [RoutingStats(counts, half.prob_sum) for counts, half in zip(whole, stats)]
+    return load_balancing_loss(stats, top_k) / packs

@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,25 @@ def over_packs(updater: Backprop, packs: Packs, compute: Callable[[OwnPack], T])
             if reason is not None:  # the exception is gone, and with it what its frames held
                 found += _in_halves(updater, packs, number, compute, arrivals, reason)
     return found
+
+
+@torch.no_grad()
+def counts_of_whole(updater: Backprop, packs: Packs, own: OwnPack, **options: Any) -> list[Tensor] | None:
+    """By layer, the experts' counts of the pack that this is half of, by a forward of each half; None of a whole one.
+
+    The load-balancing loss is linear in the sums of probabilities, of which a half has its part, but not in counts.
+    ``options``: of the model's call.
+    """
+    if own.half is None:
+        return None
+    halves = packs.halves(own.number)
+    assert halves is not None
+    device = updater.module.device
+    with torch.random.fork_rng(
+        [device] if device.type == "cuda" else []
+    ):  # for the head's dropout
+        first, second = (updater(halves[half].to(device), balance=True, **options).stats for half in range(2))
+    return [a.counts + b.counts for a, b in zip(first, second)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

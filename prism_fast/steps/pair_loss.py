@@ -14,6 +14,15 @@ def bradley_terry(better: Tensor, worse: Tensor) -> Tensor:
     return F.softplus(worse - better)
 
 
+def ranked_right(better: Tensor, worse: Tensor, same: Tensor) -> Tensor:
+    """1 where ``better`` scores higher, 0 where lower, 1/2 where nothing decides; fp32, elementwise.
+
+    ``same`` (bool): both have the same tokens, whose scores differ by rounding alone.
+    """
+    right = (better > worse).float() + 0.5 * (better == worse)
+    return torch.where(same, 0.5, right)
+
+
 @dataclass(frozen=True)
 class PairScores:
     """The scores in one pack that its part of the alignment loss reads.

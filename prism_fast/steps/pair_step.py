@@ -15,14 +15,13 @@ from prism_fast import ranks
 from prism_fast.balance import SPARE
 from prism_fast.pack import Packs, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, PairRecord, to_device
-from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.over_packs import over_packs
+from prism_fast.steps.expert_load import ExpertLoad, balance_share
+from prism_fast.steps.over_packs import counts_of_whole, over_packs
 from prism_fast.steps.own_packs import OwnPack
-from prism_fast.steps.pair_loss import bradley_terry
-from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared
+from prism_fast.steps.pair_loss import bradley_terry, ranked_right
+from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared, same_parts
 from prism_fast.steps.readings import read, read_with_load
 from prism_fast.steps.update import Backprop
-from prism_kernels import RoutingStats, load_balancing_loss
 
 AT_ONCE = 256  # held-out records
 NUMBERS = 6  # that a pack adds to the figures of a batch, before its scores
@@ -37,17 +36,20 @@ def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
         for record, tree in zip(records, which)
     ]
     teacher, student = torch.tensor(labels).permute(1, 2, 0)
-    return trees.trees(), PartLabels(teacher, student, len(trees))
+    same = same_parts([(record.teacher, record.student) for record in records])
+    return trees.trees(), PartLabels(teacher, student, len(trees), same)
 
 
-def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int) -> tuple[Tensor, Tensor]:
-    """(teacher, student) scores of the pairs of one side whose student's part lies in this pack.
+def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the pairs of one side whose student's part lies in this pack: scores of teacher and student, (n,) each, and
+    whether both have the same tokens, (n,) bool.
 
     score (branches,) on any device; ``packed`` on the host.
     """
-    branches = compared(packed.branch_of(labels.total), labels.teacher[side], labels.student[side])
+    branch = packed.branch_of(labels.total)
+    branches = compared(branch, labels.teacher[side], labels.student[side])
     teacher, student = (score.index_select(0, to_device(index, score.device)) for index in branches)
-    return teacher, student
+    return teacher, student, to_device(labels.same[side][branch[labels.student[side]] >= 0], score.device)
 
 
 def pair_gradient(
@@ -68,32 +70,34 @@ def pair_gradient(
     seeds = torch.randint(2**63 - 1, (len(packs),)).tolist() if discriminator.dropout else []
 
     def compute(own: OwnPack) -> _PackFigures:
-        counts = _counts_of_whole(updater, packs, own) if balance_coef > 0 and own.half is not None else None
+        counts = counts_of_whole(updater, packs, own) if balance_coef > 0 else None
         with _drawing_by(_seed(own, seeds), discriminator.device):
             judgement = updater(own.packed.to(discriminator.device), balance=balance_coef > 0)
         loss = balance = judgement.score.new_zeros(())
         sides = [pair_scores(judgement.score, own.packed, labels, side) for side in range(2)]
-        pair_loss = [bradley_terry(teacher, student).sum() / records for teacher, student in sides]
+        pair_loss = [bradley_terry(teacher, student).sum() / records for teacher, student, _ in sides]
         for part in pair_loss:
             loss = loss + part / 2
-        if balance_coef > 0 and not own.counts:  # the same outputs have gradients everywhere
-            loss = loss + sum(stats.prob_sum[:0].sum() for stats in judgement.stats)
-        elif balance_coef > 0:
-            stats = judgement.stats
-            if counts is not None:  # the loss is linear in the sums of probabilities, of which a half has its part
-                stats = [RoutingStats(count, half.prob_sum) for count, half in zip(counts, stats)]
-            balance = load_balancing_loss(stats, discriminator.top_k) / len(packs)
+        if balance_coef > 0:
+            top_k, counted = discriminator.top_k, own.counts
+            balance = balance_share(judgement.stats, top_k, len(packs), counted=counted, whole=counts)
             loss = loss + balance_coef * balance
         updater.backward(loss)
-        right = [(teacher > student).sum() for teacher, student in sides]
+        right = [ranked_right(*side).sum() for side in sides]
         score = judgement.score.detach()
         row = torch.cat([torch.stack([x.detach().to(score) for x in (loss, balance, *pair_loss, *right)]), score])
         load.add(judgement.stats, counted=own.counts)
-        return _PackFigures(own.place, [len(teacher) for teacher, _ in sides], own.packed.label, row)
+        return _PackFigures(own.place, [len(teacher) for teacher, _, _ in sides], own.packed.label, row)
 
     found = [figures for figures in over_packs(updater, packs, compute) if figures.place != (SPARE,)]
     rows = read_with_load([figures.row for figures in found], load)  # the step's one wait
-    return _over_packs(found, rows, balanced=balance_coef > 0)
+    metrics, broken = _over_packs(found, rows, balanced=balance_coef > 0)
+    return metrics | equal_parts(labels), broken
+
+
+def equal_parts(labels: PartLabels) -> dict[str, float]:
+    """How many students' parts have the teacher's tokens, by side."""
+    return {names.EQUAL_PARTS[side]: float(labels.same[i].float().mean()) for i, side in enumerate(names.SIDES)}
 
 
 def _seed(own: OwnPack, seeds: Sequence[int]) -> int | None:
@@ -101,17 +105,6 @@ def _seed(own: OwnPack, seeds: Sequence[int]) -> int | None:
     if not (seeds and own.counts):
         return None
     return seeds[own.number] + (0 if own.half is None else 1 + own.half)
-
-
-@torch.no_grad()
-def _counts_of_whole(updater: Backprop, packs: Packs, own: OwnPack) -> list[Tensor]:
-    """By layer, the experts' counts of the pack that this is half of: by a forward of each half."""
-    halves = packs.halves(own.number)
-    assert halves is not None
-    device = updater.module.device
-    with _drawing_by(0, device):  # the head's dropout, of which nothing is read
-        first, second = (updater(halves[half].to(device), balance=True).stats for half in range(2))
-    return [a.counts + b.counts for a, b in zip(first, second)]
 
 
 @contextlib.contextmanager
@@ -172,7 +165,8 @@ def not_finite(broken: set[int], labels: PartLabels, records: Sequence[PairRecor
 
 @torch.no_grad()
 def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_per_pack: int) -> dict[str, float]:
-    """How often the teacher's part scores higher than the student's, on held-out records, AT_ONCE of them in memory."""
+    """How often the teacher's part scores higher than the student's, on held-out records, AT_ONCE of them in memory;
+    equal parts count one half."""
     discriminator = updater.module
     right: list[list[Tensor]] = [[], []]
     pairs: list[list[int]] = [[], []]
@@ -185,9 +179,9 @@ def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_pe
                 packed = packs[number]
                 score = discriminator(packed.to(discriminator.device)).score
                 for side in range(2):
-                    teacher, student = pair_scores(score, packed, labels, side)
-                    right[side].append((teacher > student).sum())
-                    pairs[side].append(len(teacher))
+                    compared_here = pair_scores(score, packed, labels, side)
+                    right[side].append(ranked_right(*compared_here).sum())
+                    pairs[side].append(len(compared_here[0]))
     discriminator.train()
     counted = ranks.gather([[read(found) for found in right], pairs])
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from prism_fast.pack import (
@@ -26,12 +27,14 @@ class PartLabels(NamedTuple):
 
     One prompt, two responses with equal captions, and a third whose format is invalid:
 
-    >>> PartLabels(teacher=torch.tensor([[0], [1]]), student=torch.tensor([[2, 2, -1], [3, 4, -1]]), total=5)
+    >>> PartLabels(teacher=torch.tensor([[0], [1]]), student=torch.tensor([[2, 2, -1], [3, 4, -1]]), total=5,
+    ...            same=torch.tensor([[True, True, False], [False, False, False]]))
     """
 
     teacher: Tensor  # (2, prompts) int64; of warm-up records (2, records)
     student: Tensor  # (2, responses) int64, -1 where a response's format is invalid; of warm-up records (2, records)
     total: int
+    same: Tensor  # (2, responses) bool, of warm-up records (2, records): the student's tokens are the teacher's
 
 
 class PartTrees:
@@ -65,6 +68,15 @@ class PartTrees:
             together = tuple(i for i, kind in enumerate(kinds) if kind in TEACHER_KINDS)
             made.append(Tree(prompt, branches, kinds, labels, together))
         return made
+
+
+def same_parts(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor] | None]]) -> Tensor:
+    """(2, pairs) bool: whether a student's part has the teacher's tokens; (teacher, student or None) each."""
+    found = [
+        [student is not None and torch.equal(teacher[side], student[side]) for side in range(2)]
+        for teacher, student in pairs
+    ]
+    return torch.tensor(found, dtype=torch.bool).view(-1, 2).T.contiguous()
 
 
 def compared(branch: Tensor, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:

@@ -310,7 +310,7 @@ def play_align(case: Case, updaters: dict[str, Updater], step: str, found: dict[
     found |= {f"figure.{k}.{step}": torch.tensor(float(v)) for k, v in {**metrics, **load.fractions()}.items()}
     found |= {f"figure.{k}.{step}": v.float() for k, v in vars(scores).items()}
     found[f"figure.judge_norm.{step}"] = torch.tensor(judge.step())
-    advantages = alignment_advantage(scores, made.group, AdvantageConfig(), 10.0)
+    advantages = alignment_advantage(scores, made.group, AdvantageConfig(), DiscriminatorStep())
     _learn(case, learner, made, advantages, None, step, found)
 
 

@@ -38,13 +38,14 @@ def test_the_command_line_is_frozen():
             flags = [o for p in leaf.params for o in p.opts if o.startswith("--")]
             options[f"{name} {inner}".strip()] = sorted(flags)
     expected = {
-        "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke"],
+        "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke", "--teacher-errors"],
         "sft": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "upcycle": ["--config"],
         "warmup": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "align": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "rlvr": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "eval": ["--config"],
+        "probe": ["--config"],
         "report": [],
         "config": ["--config"],
         "launch": [
@@ -59,7 +60,7 @@ def test_the_command_line_is_frozen():
             *("--batch-size", "--histogram", "--max-prompt-tokens", "--model", "--skip-bad-records"),
             "--tokens-per-pack",
         ],
-        "data pairs": ["--config"],
+        "data pairs": ["--config", "--hard-negatives"],
         "data filter": ["--config"],
     }
     assert options == expected

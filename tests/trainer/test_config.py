@@ -43,7 +43,7 @@ STAGES = {  # what a user must add to a recipe, by the first word of its name
     "rlvr": (RLVRConfig, (POLICY, FILES, RUN)),
     "eval": (EvaluateConfig, (MODEL, FILES, "out=x")),
 }
-NOT_A_STAGE = {"demo", "smoke", "reference"}  # the demo reads the first two; the third is a base
+NOT_A_STAGE = {"demo", "smoke", "compare", "compare_smoke", "reference"}  # the demo reads all but the last, a base
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in NOT_A_STAGE)
 
 

@@ -103,11 +103,13 @@ def multi_reward_advantage(
     accuracy_weight: float = 1.0,
     format_weight: float = 1.0,
     eps: float = 1e-6,
+    min_std: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """Advantage of every response from its two discriminator scores and, by rule, its verifiable reward.
 
-    All rules are one formula; with z and GN = :func:`group_normalize`, k = align_coef (1 where a rule does not scale)::
+    All rules are one formula; with GN = :func:`group_normalize`, z the same with a std of at least ``min_std``, and
+    k = align_coef (1 where a rule does not scale)::
 
         A       = GN(share r - fine) + k A_align gate - penalty
         A_align = perception_weight z(perception) + reasoning_weight z(reasoning)
@@ -130,6 +132,8 @@ def multi_reward_advantage(
             takes the number as it is (0.5: half the credit). NaN and infinite ones of valid responses show as NaN. A
             rule that treats right and wrong responses alike ("align") needs none and reads none.
         rule: "align", "penalised", "gated", ...: a name in RULES.
+        min_std: the smallest std, >= 0, that the scores of a group of several are divided by: where they hardly
+            differ, z then stays small. 0: the published rule, in which z has a std of 1 whatever the scores'.
         impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -163,6 +167,7 @@ def multi_reward_advantage(
         number("accuracy_weight", accuracy_weight),
         number("format_weight", format_weight),
         number("eps", eps, at_least=0),
+        number("min_std", min_std, at_least=0),
     )
     if torch.compiler.is_compiling():
         chosen = choose("multi_reward_advantage", str(impl), perception.device.type)

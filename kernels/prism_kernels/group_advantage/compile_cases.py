@@ -34,7 +34,7 @@ def configurations() -> list[Configuration]:
         name = f"normalize {dtype}{' leave_one_out' if leave_one_out else ''}{' std' if by_std else ''}{way}"
         rows.append(Configuration(name, group_normalize_fwd_kernel, signature, flags, num_warps=warps))
     numbers = ("perception_weight", "reasoning_weight", "align_scale", "wrong_penalty", "format_penalty")
-    numbers += ("wrong_fine", "format_fine", "accuracy_weight", "format_weight", "eps")
+    numbers += ("wrong_fine", "format_fine", "accuracy_weight", "format_weight", "eps", "min_std")
     for (rule, row), dtype, has_valid, (way, blocks, warps) in product(
         RULES.items(), ("fp32", "fp64"), (False, True), WAYS
     ):

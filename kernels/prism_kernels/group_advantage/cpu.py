@@ -27,7 +27,7 @@ def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: 
     groups = _find_groups(group_ids)
     rows = np.atleast_2d(_sort(scores.double().numpy(force=True), groups))
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinite scores are data here
-        out = _normalize(rows, groups, baseline, scale, eps)
+        out = _normalize(rows, groups, baseline, scale, eps, 0.0)
     return torch.from_numpy(_unsort(out, groups)).reshape(scores.shape)
 
 
@@ -57,7 +57,8 @@ def _combine(
         assert accuracy is not None  # such a rule reads it
         earned = c.accuracy_weight * accuracy + c.format_weight * valid  # r
         rows[2] = np.array((1.0, 1.0, rule.reward.invalid)).take(kind) * earned - amount(rule.reward.fine)
-    z = _normalize(rows, groups, "mean", "std", c.eps)
+    least = np.array((c.min_std, c.min_std, 0.0))[: len(rows), None]  # of the scores alone
+    z = _normalize(rows, groups, "mean", "std", c.eps, least)
     advantage = c.perception_weight * z[0] + c.reasoning_weight * z[1]
     if rule.scaled:
         advantage *= c.align_coef
@@ -68,8 +69,10 @@ def _combine(
     return advantage if rule.reward is None else z[2] + advantage
 
 
-def _normalize(rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps: float) -> np.ndarray:
-    """(K, B) -> (K, B)."""
+def _normalize(
+    rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps: float, least: np.ndarray | float
+) -> np.ndarray:
+    """(K, B) -> (K, B); ``least`` (K, 1) or one number: smallest std."""
     _, start, size, of_row = groups
     # Shifted by the group's first value, so that equal scores give exactly 0.
     centred = rows - _spread(rows.take(start, axis=1), of_row)
@@ -78,7 +81,7 @@ def _normalize(rows: np.ndarray, groups: _Groups, baseline: str, scale: str, eps
     factor = 1.0
     if scale == "std":
         variance = np.add.reduceat(centred * centred, start, axis=1) / np.maximum(size - 1.0, 1.0)
-        denominator = np.where(alone, 1.0, np.sqrt(variance)) + eps
+        denominator = np.where(alone, 1.0, np.maximum(np.sqrt(variance), least)) + eps
         denominator[denominator == 0.0] = 1.0  # equal scores and eps 0: 0
         factor = 1.0 / denominator
     if baseline == "leave_one_out":

@@ -11,17 +11,19 @@ from torch import Tensor
 from prism_kernels.group_advantage.rules import Coefficients, Responses, Rule
 
 
-def group_normalize(scores: Tensor, group_ids: Tensor, *, baseline: str, scale: str, eps: float) -> Tensor:
+def group_normalize(
+    scores: Tensor, group_ids: Tensor, *, baseline: str, scale: str, eps: float, min_std: float = 0.0
+) -> Tensor:
     """(B,) or (K, B) -> the same shape, float64."""
     scores = scores.double()
     out = torch.empty_like(scores)
     for group in group_ids.unique():
         rows = (group_ids == group).nonzero().squeeze(1)
-        out[..., rows] = _normalize_one_group(scores[..., rows], baseline, scale, eps)
+        out[..., rows] = _normalize_one_group(scores[..., rows], baseline, scale, eps, min_std)
     return out
 
 
-def _normalize_one_group(scores: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
+def _normalize_one_group(scores: Tensor, baseline: str, scale: str, eps: float, min_std: float) -> Tensor:
     """(..., n) -> (..., n)."""
     n = scores.shape[-1]
     if n == 1:  # baseline 0, std 1
@@ -33,7 +35,7 @@ def _normalize_one_group(scores: Tensor, baseline: str, scale: str, eps: float) 
         centred = centred * (n / (n - 1))
     if scale == "none":
         return centred
-    denominator = std + eps  # 0 for equal scores and eps 0: they are 0 then too
+    denominator = std.clamp(min=min_std) + eps  # 0 for equal scores and eps 0: they are 0 then too
     return centred / torch.where(denominator == 0, 1.0, denominator)
 
 
@@ -49,8 +51,8 @@ def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coeff
         lowest = scored.amin(dim=1, keepdim=True) - 1.0 if scored.shape[1] else scores.new_full((2, 1), -1.0)
         scores = torch.where(member & ~valid, lowest, scores)
 
-    def normalize(x: Tensor) -> Tensor:
-        return group_normalize(x, group_ids, baseline="mean", scale="std", eps=c.eps)
+    def normalize(x: Tensor, min_std: float = 0.0) -> Tensor:
+        return group_normalize(x, group_ids, baseline="mean", scale="std", eps=c.eps, min_std=min_std)
 
     invalid = (~valid).double()  # F
     wrong = torch.zeros_like(invalid) if accuracy is None else (valid & (accuracy == 0)).double()  # W
@@ -59,7 +61,7 @@ def multi_reward_advantage(responses: Responses, rule: Rule, coefficients: Coeff
     def amount(multiples: tuple[float, float]) -> Tensor:
         return multiples[0] * c.wrong_penalty * wrong + multiples[1] * c.format_penalty * invalid
 
-    z = normalize(scores)
+    z = normalize(scores, c.min_std)
     align = c.perception_weight * z[0] + c.reasoning_weight * z[1]
     if rule.scaled:
         align = c.align_coef * align

@@ -57,6 +57,7 @@ class Coefficients(NamedTuple):
     accuracy_weight: float
     format_weight: float
     eps: float
+    min_std: float
 
 
 class Responses(NamedTuple):

@@ -34,6 +34,7 @@ def _z(
     total,
     squares,
     eps,
+    least,
     LEAVE_ONE_OUT: tl.constexpr,
     BY_STD: tl.constexpr,
     WIDE: tl.constexpr,
@@ -41,8 +42,8 @@ def _z(
 ):
     """(I,) normalised values; ``total`` and ``squares`` are sums over the group of value - low and of its square.
 
-    ``inverse_others`` is 1 / (n - 1), 0 for a group of one. Divides in ``WIDE``; where ``ANY_SIZE``, scaled
-    by a power of two if the variance would leave the range of fp32.
+    ``inverse_others`` is 1 / (n - 1), 0 for a group of one; ``least``: the smallest variance. Divides in ``WIDE``;
+    where ``ANY_SIZE``, scaled by a power of two if the variance would leave the range of fp32.
     """
     alone = inverse_others == 0.0
     centred = (value - low) - total * inverse_n
@@ -51,7 +52,7 @@ def _z(
     centred = tl.where(alone, value, centred)
     if BY_STD:
         variance = (squares - total * (total * inverse_n)) * inverse_others
-        variance = tl.where(variance < 0.0, 0.0, variance)  # of rounding; no maximum, as NaN must pass
+        variance = tl.where(variance < least, least, variance)  # 0: of rounding; no maximum, as NaN must pass
         variance = tl.where(alone, 1.0, variance)
         if ANY_SIZE:
             scale = tl.where(variance > 1e30, 8.271806125530277e-25, 1.0).to(tl.float64)  # 2^-80
@@ -162,11 +163,26 @@ def group_normalize_fwd_kernel(
         for start in range(begin, stop, J_BLOCK):
             row, j_in, _ = _step(start, stop, i_id, id_ptr, order_ptr, SORTED, J_BLOCK)
             value = tl.load(p_score + row, mask=j_in, other=0.0).to(tl.float64)
-            z = _z(value, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT, BY_STD, tl.float64, False)
+            z = _z(
+                value,
+                low,
+                inverse_n,
+                inverse_others,
+                total,
+                squares,
+                eps,
+                0.0,
+                LEAVE_ONE_OUT,
+                BY_STD,
+                tl.float64,
+                False,
+            )
             tl.store(p_out + row, z.to(out_ptr.dtype.element_ty), mask=j_in)
     else:
         value = tl.load(p_score + i_row, mask=i_in, other=0.0).to(tl.float64)  # (I,)
-        z = _z(value, low, inverse_n, inverse_others, total, squares, eps, LEAVE_ONE_OUT, BY_STD, tl.float64, False)
+        z = _z(
+            value, low, inverse_n, inverse_others, total, squares, eps, 0.0, LEAVE_ONE_OUT, BY_STD, tl.float64, False
+        )
         tl.store(p_out + i_row, z.to(out_ptr.dtype.element_ty), mask=i_in)
 
 
@@ -224,6 +240,7 @@ def advantage_fwd_kernel(
     accuracy_weight: tl.float64,
     format_weight: tl.float64,
     eps: tl.float64,
+    min_std: tl.float64,
     HAS_VALID: tl.constexpr,
     HAS_ACCURACY: tl.constexpr,
     HAS_REWARD: tl.constexpr,
@@ -245,6 +262,7 @@ def advantage_fwd_kernel(
     accuracy_weight = _double(accuracy_weight)
     format_weight = _double(format_weight)
     eps = _double(eps)
+    least = _double(min_std) * _double(min_std)
     begin, stop = _segment(id_ptr, end_ptr, num_responses, SORTED)
     i_row = tl.program_id(0) * I_BLOCK + tl.arange(0, I_BLOCK)
     i_in = i_row < num_responses
@@ -315,8 +333,8 @@ def advantage_fwd_kernel(
         if HAS_VALID:
             p = tl.where(valid, p, fallen_p)
             r = tl.where(valid, r, fallen_r)
-        z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, False, True, tl.float32, True)
-        z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, False, True, tl.float32, True)
+        z_p = _z(p, low_p, inverse_n, inverse_others, total_p, squares_p, eps, least, False, True, tl.float32, True)
+        z_r = _z(r, low_r, inverse_n, inverse_others, total_r, squares_r, eps, least, False, True, tl.float32, True)
         align = perception_weight * z_p + reasoning_weight * z_r
         wrong = accuracy == 0.0
         gate = _by_kind(valid, wrong, _constant(GATE_RIGHT), _constant(GATE_WRONG), _constant(GATE_INVALID))
@@ -327,7 +345,7 @@ def advantage_fwd_kernel(
         if HAS_REWARD:
             w = _reward(valid, accuracy, accuracy_weight, format_weight, wrong_fine, format_fine, SHARE_INVALID)
             advantage += _z(
-                w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, False, True, tl.float32, False
+                w, low_w, inverse_n, inverse_others, total_w, squares_w, eps, 0.0, False, True, tl.float32, False
             )
         tl.store(out_ptr + row, advantage.to(tl.float32), mask=inside)
 
@@ -409,14 +427,23 @@ def rule_constants(rule: Rule) -> dict[str, bool | float]:
 
 
 def _numbers(rule: Rule, c: Coefficients) -> list[float]:
-    """What the kernel takes from perception_weight to eps."""
+    """What the kernel takes from perception_weight to min_std."""
     amounts = [
         multiple * coefficient
         for multiples in (rule.penalty, (0.0, 0.0) if rule.reward is None else rule.reward.fine)
         for multiple, coefficient in zip(multiples, (c.wrong_penalty, c.format_penalty))
     ]
     scale = c.align_coef if rule.scaled else 1.0
-    return [c.perception_weight, c.reasoning_weight, scale, *amounts, c.accuracy_weight, c.format_weight, c.eps]
+    return [
+        c.perception_weight,
+        c.reasoning_weight,
+        scale,
+        *amounts,
+        c.accuracy_weight,
+        c.format_weight,
+        c.eps,
+        c.min_std,
+    ]
 
 
 def _bytes(flags: Tensor) -> Tensor:

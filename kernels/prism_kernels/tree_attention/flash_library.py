@@ -3,8 +3,8 @@
 In this order, or as ``PRISM_FLASH`` says: "fa3", torch's calls with FlashAttention 3's wheel behind them (sm_90);
 "torch", torch's own FlashAttention 2; "package", the package flash-attn. bf16 and fp16, heads of up to 256, sm_80 on.
 
-What the three share, and what callers need not know (read in torch 2.13, whose calls 2.11 takes too, and flash-attn 2.8,
-to which 2.10 is equal):
+What the three share, and what callers need not know (read in torch 2.13, whose calls 2.11 takes too, and in flash-attn
+2.8, to which 2.10 is equal):
 
 - log-sum-exps are natural logs, (Hq, N) in fp32; of a query without keys +inf (version 2) or -inf (3), its output 0;
 - causal sequences end together; a query before all of its keys has none;

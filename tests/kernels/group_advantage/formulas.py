@@ -10,7 +10,7 @@ import torch
 
 METHOD = (Path(__file__).parents[3] / "docs" / "method.md").read_text()
 NAMES = ("perception_weight", "reasoning_weight", "align_coef", "wrong_penalty", "format_penalty", "accuracy_weight")
-NAMES += ("format_weight",)
+NAMES += ("format_weight", "min_std")
 
 
 def documented():
@@ -19,7 +19,7 @@ def documented():
     return dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", table, re.MULTILINE))
 
 
-def truth(scores, groups, baseline="mean", scale="std", eps=1e-6):
+def truth(scores, groups, baseline="mean", scale="std", eps=1e-6, min_std=0.0):
     """One row of scores, normalised."""
     out = [0.0] * len(scores)
     for group in set(groups):
@@ -31,7 +31,7 @@ def truth(scores, groups, baseline="mean", scale="std", eps=1e-6):
             std = 1.0
         else:
             centre = math.fsum(values) / n
-            std = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1))
+            std = max(min_std, math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1)))
             mean = {i: centre for i in members}
             if baseline == "leave_one_out":
                 mean = {i: (math.fsum(values) - scores[i]) / (n - 1) for i in members}
@@ -54,7 +54,7 @@ def advantage(formula, scores, group, valid, accuracy, c):
     for row in scores.tolist():
         low = {g: min((v for v, h, ok in zip(row, group, valid) if h == g and ok), default=0.0) for g in group}
         filled.append([v if ok else low[g] - 1 for v, g, ok in zip(row, group, valid)])
-    z = [normalised(row, group) for row in filled]
+    z = [normalised(row, group, c["min_std"]) for row in filled]
     F = (~valid).double()
     W = (valid & (accuracy == 0)).double()
     symbols = {
@@ -71,8 +71,8 @@ def advantage(formula, scores, group, valid, accuracy, c):
     return eval(_expression(formula), {"__builtins__": {}}, symbols)
 
 
-def normalised(row, group):
-    return torch.tensor(truth(row, group), dtype=torch.float64)
+def normalised(row, group, min_std=0.0):
+    return torch.tensor(truth(row, group, min_std=min_std), dtype=torch.float64)
 
 
 def _expression(formula):

@@ -249,6 +249,18 @@ def test_groups_of_one_and_groups_without_a_valid_response(impl, device):
         assert torch.equal(got, scores)
 
 
+def test_a_smallest_std_keeps_small_differences_small(impl, device):
+    """0.016 of spread counts as what it is beside 1; a group of one and the verifiable reward know no smallest std."""
+    scores = torch.tensor([0.0, 0.016, -0.016, 3.0, 0.0, -3.0, 2.0], device=device)
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2], device=device)
+    got = multi_reward_advantage(scores, scores, group, min_std=1.0, eps=0.0, impl=impl)
+    assert_same(got.cpu(), torch.tensor([0.0, 0.016, -0.016, 1.0, 0.0, -1.0, 2.0]), 3 + FUNCTIONS)
+    right = torch.tensor([1.0, 0, 0, 1, 0, 0, 1], device=device)
+    options = {"rule": "verified", "align_coef": 0.0, "accuracy": right, "impl": impl}
+    published = multi_reward_advantage(scores, scores, group, **options)
+    assert torch.equal(multi_reward_advantage(scores, scores, group, min_std=9.0, **options), published)
+
+
 def test_any_order_of_responses(impl, device):
     scores, group = torch.randn(3, 33, device=device), torch.randint(0, 5, (33,), device=device)
     perm = torch.randperm(33, device=device)
@@ -266,6 +278,7 @@ def test_any_order_of_responses(impl, device):
         partial(test_huge_and_tiny_scores, size=1e30),
         test_nan_stays_in_its_group,
         test_groups_of_one_and_groups_without_a_valid_response,
+        test_a_smallest_std_keeps_small_differences_small,
         test_any_order_of_responses,
     ],
 )
@@ -359,6 +372,7 @@ S, G = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
         ),
         (lambda i: multi_reward_advantage(S, S, G, align_coef=None, impl=i), "align_coef: expected a finite number"),
         (lambda i: multi_reward_advantage(S, S, G, format_penalty=math.nan, impl=i), "format_penalty: .*nan"),
+        (lambda i: multi_reward_advantage(S, S, G, min_std=-0.1, impl=i), "min_std: expected a finite number >= 0"),
         (lambda i: multi_reward_advantage(S.to("meta"), S, G, impl=i), "reasoning: expected .* on meta"),
     ],
 )

@@ -46,9 +46,10 @@ def assert_stages_write_the_declared_names(out):
     lines = [line for stage in stages for line in read_metrics(out / stage / "metrics.jsonl")]
     written = {name for line in lines for name in line} - {"step", "time", "warning"}
     assert {name for name in written if metric_names.find(name) is None} == set()
-    # Told where they are not 0.
+    # Told where they are not 0, or of pairs that few responses do not have.
     rare = {metric_names.EVAL_JUDGE_LATE, metric_names.EVAL_JUDGE_COSTLY, metric_names.HALVED_PACKS}
-    assert metric_names.DECLARED.keys() - written == rare | set(metric_names.RANKS.values())  # these of several ranks
+    rare |= {*metric_names.CONTENT.values(), *metric_names.STYLE.values()}
+    assert metric_names.DECLARED.keys() - written - rare == set(metric_names.RANKS.values())  # these of several ranks
 
 
 def assert_everything_is_drawn(run, monkeypatch):
@@ -63,6 +64,8 @@ def assert_everything_is_drawn(run, monkeypatch):
     for module in (plots, experts):
         monkeypatch.setattr(module, "curve", watched)
     for plot in PLOTS:
+        if plot is plots.compare:  # of a comparison, tests/trainer/demo/test_compare.py
+            continue
         figure = plot(run)
         assert figure is not None and all(axis.has_data() for axis in figure.axes), plot.__name__
     assert absent == set()
@@ -71,7 +74,7 @@ def assert_everything_is_drawn(run, monkeypatch):
 @pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     out = tmp_path / "demo"
-    returned = demo(out, smoke=True, seed=1, overrides=FEW, compare=1)
+    returned = demo(out, smoke=True, seed=1, overrides=FEW)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["seed"] == 1 and summary["environment"]["packages"]["torch"]
     for stage in ("base", "sft", "align", "rlvr"):
@@ -84,10 +87,6 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     for side in ("perception", "reasoning"):
         assert 0 <= summary["stages"]["warmup"][f"pair_accuracy_{side}"] <= 1
     assert summary["stages"]["warmup"]["seconds"] > 0
-    compared = summary["compare"]
-    assert compared["difference"] == [pytest.approx(compared["prism"][0] - compared["sft_rlvr"][0])]
-    direct = (out / "direct" / "metrics.jsonl").read_text().splitlines()
-    assert max(json.loads(line)["step"] for line in direct) == 4  # the updates of alignment and of RLVR
     assert_everything_is_drawn(load_run(out), monkeypatch)
     assert_stages_write_the_declared_names(out)
     page = (out / "report.html").read_text()
@@ -96,10 +95,10 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
         assert (out / "data" / file).exists()
     assert returned["stages"].keys() == summary["stages"].keys()
     with pytest.raises(DataError, match="holds an earlier demo"):
-        demo(out, smoke=True, seed=1, overrides=FEW, compare=1)
+        demo(out, smoke=True, seed=1, overrides=FEW)
     with pytest.raises(DataError, match="other settings: seed: 1 -> 2; "):
-        demo(out, smoke=True, seed=2, overrides=FEW, compare=1, resume=True)
-    again = demo(out, smoke=True, seed=1, overrides=FEW, compare=1, resume=True)  # all stages are finished
+        demo(out, smoke=True, seed=2, overrides=FEW, resume=True)
+    again = demo(out, smoke=True, seed=1, overrides=FEW, resume=True)  # all stages are finished
     assert again["stages"]["rlvr"]["accuracy"] == summary["stages"]["rlvr"]["accuracy"]
 
 

@@ -15,6 +15,7 @@ from prism_fast.data.formats import open_image, read_align, read_rlvr, read_sft
 from prism_fast.demo.digits import (
     PRESETS,
     DemoSizes,
+    Voices,
     ask,
     digit_indices,
     draw_question,
@@ -22,6 +23,8 @@ from prism_fast.demo.digits import (
     public_voice,
     teacher_voice,
     write_demo_data,
+    write_demonstrations,
+    write_teacher_texts,
 )
 from prism_fast.demo.tiny import make_tiny_model
 from prism_fast.response_format import count_caption_items, count_reasoning_steps, split_parts
@@ -152,3 +155,41 @@ def test_tiny_model_is_an_ordinary_checkpoint(tmp_path):
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer("Sum?")["input_ids"]])).logits
     assert logits.isfinite().all()
+
+
+def test_an_erring_teacher_keeps_its_form_and_is_wrong_as_often_as_it_is_told(tmp_path):
+    """Gold answers stay right, and without errors not a byte is another."""
+    sizes = DemoSizes(sft=4, align=400, rlvr=4, eval=4)
+    right, wrong = (
+        read_align([write_demo_data(tmp_path / str(errors), 0, sizes, errors=errors).align]) for errors in (0.0, 0.2)
+    )
+    counts = {"caption": 0, "steps": 0}
+    for told, (caption, reasoning, gold) in (
+        (split_parts(s.teacher_caption + s.teacher_reasoning), (s.teacher_caption, s.teacher_reasoning, s.gold))
+        for s in (wrong[i] for i in range(400))
+    ):
+        assert told is not None and caption.count("\n") == reasoning.count("\n") == 3
+        assert count_caption_items(caption + reasoning) == count_reasoning_steps(caption + reasoning) == 4
+        counts["steps"] += told.answer != gold
+    misread = sum(told_right_caption(wrong[i]) is False for i in range(400))
+    assert 400 * 0.02 < misread < 400 * 0.2 and 400 * 0.05 < counts["steps"] < 400 * 0.3
+    assert all(told_right_caption(right[i]) for i in range(400))
+    control = tmp_path / "control.json"
+    assert write_teacher_texts(control, tmp_path / "0.2" / "align.parquet") == 400
+    texts = read_sft(control)
+    assert [texts[i].response for i in (0, 399)] == [
+        wrong[i].teacher_caption + wrong[i].teacher_reasoning for i in (0, 399)
+    ]
+
+
+def told_right_caption(sample):
+    """Whether an answer by the caption's digits is the gold one, where it decides; True where it cannot tell."""
+    digits = tuple(int(d) for d in sample.teacher_caption.removeprefix("<caption>").removesuffix("</caption>").split())
+    return ask(sample.question_type, digits).answer == sample.gold
+
+
+def test_demonstrations_of_a_drift_are_mostly_public(tmp_path):
+    write_demonstrations(tmp_path / "drift.json", 0, 400, "easy", Voices(public=0.95))
+    samples = read_sft(tmp_path / "drift.json")
+    teacher = sum(count_reasoning_steps(samples[i].response) == 4 for i in range(400))
+    assert 400 * 0.02 < teacher < 400 * 0.09 and (tmp_path / "drift_images").is_dir()

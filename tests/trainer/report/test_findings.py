@@ -1,6 +1,7 @@
 """The sentence on every stage and what it says to do, judged by hand on made-up run folders."""
 
 import json
+import os
 
 import pytest
 
@@ -86,6 +87,15 @@ CASES = {
     "chance in alignment": ("align", ALIGN | both("discriminator_accuracy", 0.5), {}, ["guesses on perception"], []),
     "even in the end": ("align", ALIGN | both("discriminator_accuracy", lambda step: 0.9 - step / 100),
                         {"evals": held_out(0.5)}, [], [""]),
+    "equal parts": ("align", ALIGN | {"equal_parts/perception": 0.75, "equal_parts/reasoning": 0.0}, {},
+                    ["parts that are the teacher's own: perception 75.0%, reasoning 0.0%, so pair losses are at least "
+                     "perception 0.52, reasoning 0.00"], []),
+    "style alone": ("align", ALIGN | {"content/perception": 0.51, "style/perception": 0.8, "content/reasoning": 0.9,
+                                      "style/reasoning": 0.8}, {},
+                    ["the discriminator's perception scores follow form or length alone (rank correlation +0.80): of "
+                     "two parts of equal form the right one scores higher in 51.0%", "hard negatives"],
+                    ["reasoning scores follow"]),
+    "no equal parts": ("align", ALIGN | both("equal_parts", 0.002), {}, [], ["teacher's own"]),
     "outrun": ("align", ALIGN | both("discriminator_accuracy", lambda step: 0.9 - step / 50), {},
                ["the policy has outrun the discriminator on perception"], []),
     "saturated": ("align", ALIGN | both("discriminator_accuracy", 0.99), {},
@@ -159,6 +169,24 @@ def test_a_stage_compares_with_the_one_before(tmp_path):
     )
     assert len(middle.todo) == 1 and "the distance of its caption items grew from 1.00 to 1.50" in middle.todo[0]
     assert "it drifts from the teacher" in report_html(run)
+
+
+def test_probes_are_told_in_their_order(tmp_path):
+    blind = {"auc_form": 0.5, "auc_form_length": 0.48, "pairs_form_length": 90, "rank_length": 0.93, "rank_right": 0.1}
+    sees = {"auc_form": 0.96, "pairs_form": 400, "rank_form": 0.7, "rank_right": 0.8}
+    (tmp_path / "probes").mkdir()
+    for at, (name, side) in enumerate((("before", blind), ("after", sees))):
+        path = tmp_path / "probes" / f"{name}.json"
+        path.write_text(json.dumps({"perception": side, "reasoning": {}, "alerts": []}))
+        os.utime(path, (at, at))
+    before, after = findings(load_run(tmp_path))
+    assert before.stage == "Probe before" and after.stage == "Probe after"
+    assert "of equal form, the right one scores higher in 50.0% of the pairs, and of equal length too in 48.0%" in (
+        before.happened
+    )
+    assert "perception scores follow length alone (rank correlation +0.93)" in before.todo[0] and not after.todo
+    assert "rank correlation with what is right +0.80" in after.happened
+    assert "Probe before" in report_html(load_run(tmp_path))
 
 
 def test_a_live_warning_is_not_counted_as_another(tmp_path):

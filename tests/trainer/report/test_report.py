@@ -147,8 +147,18 @@ def whole_run(out):
         "drift": {s: {"caption_items": 1.42, "reasoning_steps": 0.12} for s in ("base", "sft", "align", "rlvr")},
         "seed": 17,
         "environment": {"torch": "2.13.0+cpu", "impl": {"moe_mlp": "cpu"}},
-        "compare": {"seeds": [0, 1], "prism": [0.771, 0.764], "sft_rlvr": [0.752, 0.77], "difference": [0.019, -0.006],
-                    "mean": 0.0065, "std": 0.018},
+        "compare": {
+            "seeds": [0, 1], "held_out": 300, "sampling_error": 0.028, "teacher_errors": 0.2,
+            "arms": {"drifted": {"sampled": [0.41, 0.4], "greedy": [0.5, 0.52]},
+                     "direct_short": {"sampled": [0.493, 0.5], "greedy": [0.7, 0.71], "policy_updates": 100,
+                                      "teacher_texts": 0, "tokens": [1000, 1200], "seconds": [60.0, 61.0]},
+                     "prism": {"sampled": [0.631, 0.64], "greedy": [0.84, 0.85], "policy_updates": 160,
+                               "teacher_texts": 640}},
+            "differences": [{"of": "prism", "to": "direct_short", "how": "sampled", "each": [0.138, 0.14],
+                             "mean": 0.139, "low": 0.126, "high": 0.152}],
+            "probes": {"prism": [{"before": {"perception": {"auc_form": 0.56}}},
+                                 {"before": {"perception": {"auc_form": 0.58}}}]},
+        },
     }  # fmt: skip
     (out / "summary.json").write_text(json.dumps(summary))
 
@@ -163,7 +173,8 @@ def test_whole_run(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     for shown in ("55.1 %", "58.5 %", "77.1 %", "+22.0 points from SFT", "1.42", "22.5", "What happened, and what",
                   "perception 94.5 %",
-                  "Seed 17", "+1.9 points", "-0.6 points", "1.8 points", "impl.moe_mlp", "2.13.0+cpu", "Sum 2?",
+                  "Seed 17", "(c) PRISM less (a) RLVR", "+13.8, +14.0", "+12.6 to +15.2", "49.3, 50.0",
+                  "0.57", "20 % of the teacher", "2.8 points", "impl.moe_mlp", "2.13.0+cpu", "Sum 2?",
                   "entropy is nan, written as null"):  # fmt: skip
         assert shown in page.text, shown
     plots = [a for tag, a in page.elements if tag == "img" and a["src"].startswith("data:image/svg+xml")]

@@ -103,3 +103,21 @@ def test_watch_experts_and_sampler():
     old = {"early_entropy": [], "best_format": None, "held": {"format": 1}}  # of a checkpoint before these rules
     watch.load(old)
     assert watch.state() == old and watch.observe(StepStats(9, shares, {}, {})) == []
+
+
+def test_a_layer_of_read_tokens_alone_is_no_collapse():
+    """Alignment without a balance loss: its last layer computes the last token of every part, and they are alike."""
+    even, few = ([0.25] * 4, [0.49, 0.01, 0.01, 0.49])
+    read = {"student_caption": few, "teacher_caption": few}
+    layers = {0: {"prompt": even, "student_caption": even, "teacher_caption": even}, 1: read}
+    metrics = {
+        f"expert_load/{layer}/{kind}/{expert}": share
+        for layer, kinds in layers.items()
+        for kind, shares in kinds.items()
+        for expert, share in enumerate(shares)
+    }
+    watch = Watch(patience=2)
+    assert [watch.observe(StepStats(step, metrics)) for step in range(4)] == [[]] * 4
+    whole = metrics | {f"expert_load/1/prompt/{expert}": share for expert, share in enumerate(few)}
+    said = [line for step in range(4) for line in watch.observe(StepStats(step, whole))]
+    assert any("experts collapse in layer 1" in line for line in said)

@@ -139,6 +139,41 @@ def test_equal_parts_stand_once_and_the_teacher_in_every_part():
         assert all(torch.equal(told[int(labels.teacher[side, i])], item.teacher[side]) for side in range(2))
 
 
+def test_balance_is_added_with_its_coefficient():
+    """Its last layer's experts then see all tokens, not the read ones alone, and scores stay what they were."""
+    lessons, rollout, parts = batch()
+    stock, head = moe(), torch.randn(32)
+
+    def step(coef):
+        config, load = DiscriminatorStep(balance_coef=coef), ExpertLoad()
+        given = (Backprop(made(stock, head)), lessons, rollout, parts, config)
+        scores, metrics, _ = discriminator_gradient(*given, tokens_per_pack=4096, load=load)
+        return scores, metrics, load.fractions()
+
+    (plain, without, few), (scores, metrics, all_kinds) = step(0.0), step(0.5)
+    assert "loss/balance" not in without and metrics["loss/balance"] > 0
+    expected = without["loss/discriminator"] + 0.5 * metrics["loss/balance"]
+    assert_same(torch.tensor(metrics["loss/discriminator"]), torch.tensor(expected), roundings(stock, 100))
+    assert_same(scores.perception, plain.perception, roundings(stock, 100))
+    last = max(int(name.split("/")[1]) for name in all_kinds)
+    assert f"expert_load/{last}/prompt/0" in all_kinds and f"expert_load/{last}/prompt/0" not in few
+
+
+@pytest.mark.parametrize("tokens_per_pack", [4096, 60])
+def test_a_part_with_the_teachers_tokens_is_half_right(tokens_per_pack):
+    """Its score may differ from the teacher's by rounding, and an accuracy would toss a coin."""
+    lessons, rollout, parts = batch()
+    valid = [i for i, pair in enumerate(parts) if pair is not None]
+    copied = [lessons[int(rollout.group[i])].teacher[0] for i in range(8)]
+    parts = [None if pair is None else (copied[i], pair[1]) for i, pair in enumerate(parts)]
+    given = (Backprop(made(moe(), torch.randn(32))), lessons, rollout, parts, DiscriminatorStep())
+    scores, metrics, _ = discriminator_gradient(*given, tokens_per_pack=tokens_per_pack, load=ExpertLoad())
+    assert metrics["discriminator_accuracy/perception"] == 0.5 and metrics["equal_parts/perception"] == 1.0
+    better = [bool(scores.teacher_reasoning[rollout.group[i]] > scores.reasoning[i]) for i in valid]
+    assert metrics["discriminator_accuracy/reasoning"] == pytest.approx(sum(better) / len(valid))
+    assert metrics["equal_parts/reasoning"] == 0.0
+
+
 def test_advantage_clamps_scores_and_only_there():
     scores = Scores(
         torch.tensor([50.0, 10.0, -3.0]),
@@ -147,7 +182,7 @@ def test_advantage_clamps_scores_and_only_there():
         torch.zeros(1),
         torch.tensor([True, True, True]),
     )
-    got = alignment_advantage(scores, torch.zeros(3, dtype=torch.int64), AdvantageConfig(), 10.0)
+    got = alignment_advantage(scores, torch.zeros(3, dtype=torch.int64), AdvantageConfig(), DiscriminatorStep())
     difference = torch.tensor(-0.5 / (1 + 1e-6))  # perception ties at the clamp, reasoning differs by one z, and eps
     assert_same(got[0] - got[1], difference, 3 + 16, scale=got.abs().max())
 

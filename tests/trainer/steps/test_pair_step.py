@@ -72,6 +72,20 @@ def test_step_equals_the_definition(tokens_per_pack, monkeypatch):
         }
 
 
+@pytest.mark.parametrize("tokens_per_pack", [4096, 40])
+def test_equal_parts_are_half_right_and_counted(tokens_per_pack):
+    """Two captions of four are the teacher's own."""
+    made = records()
+    batch = [replace(r, student=(r.teacher[0], r.student[1])) if i % 2 else r for i, r in enumerate(made)]
+    mine = discriminator(moe(), torch.randn(32))
+    (metrics, _), _, _ = gradient(mine, batch, tokens_per_pack)
+    (others, _), _, _ = gradient(mine, [r for i, r in enumerate(batch) if i % 2 == 0], tokens_per_pack)
+    assert metrics["equal_parts/perception"] == 0.5 and metrics["equal_parts/reasoning"] == 0.0
+    assert metrics["pair_accuracy/perception"] == (0.5 + others["pair_accuracy/perception"]) / 2
+    held_out = pair_accuracy(Backprop(mine), batch, tokens_per_pack=tokens_per_pack)
+    assert held_out["pair_accuracy_perception"] == metrics["pair_accuracy/perception"]
+
+
 def test_balance_is_added_with_its_coefficient():
     mine, batch = discriminator(moe(), torch.randn(32)), records()
     (metrics, _), _, _ = gradient(mine, batch, 4096, balance_coef=0.5)
