@@ -148,14 +148,13 @@ def test_only_the_named_files_touch_transformers_insides_deepspeed_and_vllm():
         str(path.relative_to(ROOT)) for path in SOURCES if any(INSIDES.fullmatch(name) for name in imported(path))
     }
     assert "prism_fast/models/blocks.py" in insides
-    assert {name for name in insides if not name.startswith("prism_fast/models/")} <= {
-        "kernels/prism_kernels/integrations/transformers.py",
-    }
+    integrations = {f"kernels/prism_kernels/integrations/transformers{part}.py" for part in ("", "_moe", "_tree")}
+    assert {name for name in insides if not name.startswith("prism_fast/models/")} <= integrations
     assert importers(SOURCES, "deepspeed") == {"prism_fast/steps/update.py"}
     assert importers(SOURCES, "vllm") == {f"prism_fast/steps/{name}.py" for name in ("sampler_vllm", "vllm_worker")}
     assert importers(SOURCES, "prism_fast.steps.vllm_worker") == set()  # it is for vLLM's processes
     assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
-    assert importers(KERNELS, "transformers") <= {"kernels/prism_kernels/integrations/transformers.py"}
+    assert importers(KERNELS, "transformers") <= integrations
 
 
 def test_the_extension_knows_pointers_not_torch():
