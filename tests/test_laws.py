@@ -143,7 +143,7 @@ def test_names_that_shadow_other_packages_do_not_exist():
     assert [str(path) for path in [*KERNELS, *TRAINER] if path.stem in taken or path.parent.name in taken] == []
 
 
-def test_only_the_named_files_touch_transformers_insides_deepspeed_and_vllm():
+def test_only_the_named_files_touch_transformers_insides_deepspeed_vllm_and_trl():
     insides = {
         str(path.relative_to(ROOT)) for path in SOURCES if any(INSIDES.fullmatch(name) for name in imported(path))
     }
@@ -155,6 +155,7 @@ def test_only_the_named_files_touch_transformers_insides_deepspeed_and_vllm():
     assert importers(SOURCES, "prism_fast.steps.vllm_worker") == set()  # it is for vLLM's processes
     assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
     assert importers(KERNELS, "transformers") <= integrations
+    assert importers(SOURCES, "trl") == {"kernels/prism_kernels/integrations/trl.py"}
 
 
 def test_the_extension_knows_pointers_not_torch():
