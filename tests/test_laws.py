@@ -137,6 +137,18 @@ def test_prism_kernels_imports_with_torch_alone():
     assert done.returncode == 0, done.stderr
 
 
+def test_prism_kernels_loads_nothing_beyond_torch_triton_and_numpy():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import prism_kernels\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert {"prism_kernels"} <= set(done.stdout.split()) <= {"prism_kernels", "triton", "numpy"}, done.stderr
+
+
 def test_names_that_shadow_other_packages_do_not_exist():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     taken = {"kernels", "triton", "types", "select"}
