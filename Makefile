@@ -1,4 +1,4 @@
-# Targets: make setup | demo | test | test-portable | test-cluster | test-vllm | lint | fuzz | bench | gate | gpu | clean
+# Targets: make setup | demo | test | test-portable | test-cluster | test-vllm | test-embed | lint | fuzz | bench | gate | gpu | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable test-cluster test-vllm lint fuzz bench gate gpu clean
+.PHONY: setup demo test test-portable test-cluster test-vllm test-embed lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -53,6 +53,16 @@ $(VLLM_VENV)/.ready: pyproject.toml dev/vllm_environment.py dev/torchvision_sche
 	$(PYTHON) dev/vllm_environment.py $(VLLM_VENV)
 	touch $@
 
+# The kernels inside other trainers on a CPU, each in an environment of its own: some 2 minutes to build, then 3.
+EMBED_VENV   ?= .venv-embed
+EMBED_REPORT ?= runs/test-embed.md
+test-embed: $(EMBED_VENV)/trl/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
+
+$(EMBED_VENV)/%/.ready: pyproject.toml dev/embed_environment.py dev/vllm_environment.py dev/torchvision_schemas.py
+	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,6 +87,6 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(EMBED_VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f kernels/prism_kernels/_C*.so

@@ -137,25 +137,37 @@ def test_prism_kernels_imports_with_torch_alone():
     assert done.returncode == 0, done.stderr
 
 
+def test_prism_kernels_loads_nothing_beyond_torch_triton_and_numpy():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import prism_kernels\n"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert {"prism_kernels"} <= set(done.stdout.split()) <= {"prism_kernels", "triton", "numpy"}, done.stderr
+
+
 def test_names_that_shadow_other_packages_do_not_exist():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     taken = {"kernels", "triton", "types", "select"}
     assert [str(path) for path in [*KERNELS, *TRAINER] if path.stem in taken or path.parent.name in taken] == []
 
 
-def test_only_the_named_files_touch_transformers_insides_deepspeed_and_vllm():
+def test_only_the_named_files_touch_transformers_insides_deepspeed_vllm_and_trl():
     insides = {
         str(path.relative_to(ROOT)) for path in SOURCES if any(INSIDES.fullmatch(name) for name in imported(path))
     }
     assert "prism_fast/models/blocks.py" in insides
-    assert {name for name in insides if not name.startswith("prism_fast/models/")} <= {
-        "kernels/prism_kernels/integrations/transformers.py",
-    }
+    integrations = {f"kernels/prism_kernels/integrations/transformers{part}.py" for part in ("", "_moe", "_tree")}
+    assert {name for name in insides if not name.startswith("prism_fast/models/")} <= integrations
     assert importers(SOURCES, "deepspeed") == {"prism_fast/steps/update.py"}
     assert importers(SOURCES, "vllm") == {f"prism_fast/steps/{name}.py" for name in ("sampler_vllm", "vllm_worker")}
     assert importers(SOURCES, "prism_fast.steps.vllm_worker") == set()  # it is for vLLM's processes
     assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
-    assert importers(KERNELS, "transformers") <= {"kernels/prism_kernels/integrations/transformers.py"}
+    assert importers(KERNELS, "transformers") <= integrations
+    assert importers(SOURCES, "trl") == {"kernels/prism_kernels/integrations/trl.py"}
 
 
 def test_the_extension_knows_pointers_not_torch():

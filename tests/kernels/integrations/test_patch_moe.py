@@ -201,7 +201,7 @@ def test_loss_and_gradients_under_checkpointing(model, when):
 def test_recompute_keeps_the_experts(model, monkeypatch, reentrant, where):
     """Wherever it was switched on: the recompute is handed the experts and kinds of the first pass, whatever the router
     would choose then."""
-    import prism_kernels.integrations.transformers as integration
+    import prism_kernels.integrations.transformers_moe as integration
 
     calls = []
 

@@ -1,0 +1,24 @@
+"""Memory and time of TRL's log-probs at V = 32,768: full logits, its own chunks, ours; each in its own process."""
+
+import json
+import subprocess
+import sys
+
+from tests.embed import cost
+
+
+def measured(way):
+    done = subprocess.run([sys.executable, "-m", "tests.embed.cost", way], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_memory_at_a_vocabulary_of_32768(report):
+    full, chunked, ours = (measured(way) for way in ("full", "chunked", "ours"))
+    assert abs(ours["loss"] - full["loss"]) < 1e-5 and abs(chunked["loss"] - full["loss"]) < 1e-5
+    what = f"{cost.N:,} tokens, H = {cost.H}, V = {cost.V:,}, forward and backward; TRL's full logits, its chunks, ours"
+    ways = (full, chunked, ours)
+    report.add(f"peak memory, MB: {what}", ", ".join(f"{way['bytes'] / 1e6:,.0f}" for way in ways), "a third, no more")
+    report.add(f"CPU seconds: {what}", ", ".join(f"{way['seconds']:.1f}" for way in ways), "-")
+    assert 3 * ours["bytes"] <= full["bytes"]
+    assert ours["bytes"] <= chunked["bytes"]

@@ -1,0 +1,104 @@
+"""The integrations against the hosts' own signatures, read off their wheels (dev/host_signatures.py)."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dev.host_signatures import TABLE, WANTED
+from prism_kernels import linear_logprob, multi_reward_advantage
+from prism_kernels.integrations import trl
+
+
+@pytest.fixture(scope="module")
+def table():
+    return json.loads(Path(TABLE).read_text())
+
+
+def test_the_table_is_of_the_tested_versions(table):
+    assert table.keys() == WANTED.keys()
+    for package in table:
+        host, _, version = package.partition("==")
+        tested = {"trl": trl.TESTED}[host]
+        assert any(version.startswith(f"{known}.") for known in tested)
+
+
+def test_trls_function_is_called_as_ours(table):
+    seams = table["trl==1.16.0"]
+    (origin,) = seams["trl/trainer/utils.py: as _ChunkedLogProbFunction"]
+    assert origin == "..kernels.ChunkedLogProbFunction"
+    theirs = seams["trl/kernels/chunked_logprob.py: ChunkedLogProbFunction.forward"]
+    ours = [name for name in inspect.signature(trl.ChunkedLogProb.apply).parameters if name != "self"]
+    assert theirs == ["ctx", *ours[:-1], "final_logit_softcapping", "logit_scale", "outputs"]
+    for name in ("_calculate_rewards", "_generate_and_score_completions"):
+        assert f"trl/trainer/grpo_trainer.py: GRPOTrainer.{name}" in seams and hasattr(trl.PrismAdvantage, name)
+
+
+class TRL:
+    """Stands for TRL's function: says that it was asked."""
+
+    @staticmethod
+    def apply(*args):
+        return args
+
+
+def test_values_and_what_goes_to_trl():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(12, 8), torch.randn(12)
+    targets = torch.randint(12, (5,))
+    ours = trl.ChunkedLogProb(TRL, "auto")
+    found = ours.apply(hidden, weight, bias, targets, 0.7, 4, 3.0, 0.5, ("log_probs", "entropy"))
+    z = 3.0 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 3.0) / 0.7
+    expected = linear_logprob(z, torch.eye(12), targets, with_entropy=True)
+    torch.testing.assert_close(found[0], expected.logprob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], expected.entropy, rtol=1e-5, atol=1e-5)
+    assert found[2:] == (None, None, None)
+    without = ours.apply(hidden, weight, None, targets, 1.0, 4, None, 1.0, ("log_probs",))
+    torch.testing.assert_close(without[0], linear_logprob(hidden, weight, targets).logprob)
+    assert without[1] is None
+    for others in ((None, 1.0, ("log_probs", "is_top1")), ()):
+        assert ours.apply(hidden, weight, bias, targets, 0.7, 4, *others)[6:] == others
+    sharded = torch.nn.Parameter(weight)
+    sharded.ds_id = 3
+    with pytest.raises(RuntimeError, match="sharded by ZeRO 3"):
+        ours.apply(hidden, sharded, bias, targets, 1.0, 4, None, 1.0, ("log_probs",))
+
+
+class Trainer:
+    """As much of a GRPOTrainer as the mix-in reads: the second of two processes, two groups of two."""
+
+    reward_func_names = ("reasoning", "perception", "format_valid")
+    num_generations = num_generations_eval = 2
+    rewards = torch.tensor([[1.0, 2.0, 1.0], [3.0, 1.0, 1.0], [2.0, 5.0, 1.0], [float("nan"), float("nan"), 0.0]])
+
+    def __init__(self):
+        self.accelerator = type("Accelerator", (), {"process_index": 1})
+        self.model = torch.nn.Linear(1, 1)
+        self._logs = {"advantages": [9.0, 0.0, 0.0, 0.0, 0.0]}
+
+    def _calculate_rewards(self):
+        return self.rewards
+
+    def _generate_and_score_completions(self, inputs):
+        self._calculate_rewards()
+        return {"advantages": torch.zeros(2)}
+
+
+def test_prisms_advantage(monkeypatch):
+    monkeypatch.setattr("prism_kernels.integrations.hosts.version", lambda package: "1.16.0")
+    prism = type("Prism", (trl.PrismAdvantage, Trainer), {"prism_rule": {"format_penalty": 1.5}})()
+    out = prism._generate_and_score_completions([])
+    reasoning, perception, valid = Trainer.rewards.unbind(1)
+    groups = torch.tensor([0, 0, 1, 1])
+    expected = multi_reward_advantage(perception, reasoning, groups, format_valid=valid > 0, format_penalty=1.5)
+    assert torch.equal(out["advantages"], expected[2:])
+    assert expected[3] < -1.5
+    assert prism._logs["advantages"] == [9.0, *expected.tolist()]
+    unnamed = type("Unnamed", (trl.PrismAdvantage, Trainer), {"prism_accuracy": "right"})
+    with pytest.raises(ValueError, match="reward_funcs: expected a function named right, got reasoning, perception"):
+        unnamed()
+    moved = type("Moved", (trl.PrismAdvantage, Trainer), {"_calculate_rewards": Trainer._calculate_rewards})
+    with pytest.raises(RuntimeError, match="computes rewards elsewhere in this version"):
+        moved()._generate_and_score_completions([])
