@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -120,7 +121,11 @@ class Way:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        return {"unavailable": "its process ended"}
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        code = self.process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
+        return {"unavailable": f"its process ended ({how})"}
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
