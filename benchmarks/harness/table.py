@@ -66,6 +66,15 @@ PART_COLUMNS = {
     "TFLOP/s": _of("tflops", "{:.3g}".format),
     "peak memory": _of("peak_bytes", size),
 }
+ROLLOUT_COLUMNS = {
+    **_START,
+    "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
+    "ours over it": _of("times_ours", "{:.2f}x".format),
+    "prefill": _of("prefill_s", seconds),
+    "decode, tokens/s": _of("decode_tokens_per_s", "{:,.0f}".format),
+    "a token of all rows": _of("token_s", seconds),
+    "error": errors,
+}
 TRAINING_COLUMNS = {
     "device, allocated": _of("peak_bytes", size),
     "device, reserved": _of("reserved_bytes", size),
@@ -87,6 +96,8 @@ def columns(result: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
         return TRAINING_COLUMNS
     if "parts" in result:
         return PART_COLUMNS
+    if result["name"] == "rollout":
+        return ROLLOUT_COLUMNS
     return STEP_COLUMNS if "sizes" in result else OP_COLUMNS
 
 
@@ -96,6 +107,13 @@ def cells(result: dict[str, Any], row: Row) -> list[str]:
     if "median_s" not in row and found is not TRAINING_COLUMNS:
         return [row["name"], row.get("reason", row["status"]), *[""] * (len(found) - 2), errors(row)]
     return [row["name"], *(cell(row) for cell in found.values())]
+
+
+def launches(result: dict[str, Any]) -> str:
+    """What a GPU would launch for a token, where the result says so."""
+    if "launches" not in result:
+        return ""
+    return "launches of a token, uncaptured: {a layer} a layer, {besides} besides".format_map(result["launches"])
 
 
 def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[str]:
@@ -111,6 +129,8 @@ def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[s
     elif result.get("first"):
         told = ", ".join(f"{part} {seconds(value)}" for part, value in result["first"].items())
         found += [f"  optimizer: {result['held']}", f"  the first step, which compiles: {told}"]
+    if launches(result):
+        found.append(f"  {launches(result)}")
     if result.get("limit"):
         name, multiple = result["limit"]
         found.append(f"  limit: {name if multiple == 1 else f'{multiple:g} x {name}'}")

@@ -76,9 +76,7 @@ def counts_of_whole(updater: Backprop, packs: Packs, own: OwnPack, **options: An
     halves = packs.halves(own.number)
     assert halves is not None
     device = updater.module.device
-    with torch.random.fork_rng(
-        [device] if device.type == "cuda" else []
-    ):  # for the head's dropout
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the head's dropout
         first, second = (updater(halves[half].to(device), balance=True, **options).stats for half in range(2))
     return [a.counts + b.counts for a, b in zip(first, second)]
 

@@ -16,9 +16,11 @@ from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
 from prism_fast.records import DataError
 from prism_fast.steps.sampler import generate
 from prism_fast.steps.sampler_rows import Size
+from prism_kernels import qk_norm_rotate
 from prism_kernels.sample_tokens import noise
 from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, VOCAB, prompt, qwen, roundings
 from tests.oracle import assert_as_exact
+from tests.waits import watched
 
 FORBIDDEN = (IMAGE_TOKEN, VISION_START, VISION_END, PAD, 95)
 
@@ -155,7 +157,9 @@ def test_finished_rows_go_to_the_next_responses_and_a_prompt_is_read_once(monkey
     counts, read = [], []
     advance, prefill = rows_module.Rows._advance, stream_module._Stream._run_prefill
     monkeypatch.setattr(
-        rows_module.Rows, "_advance", lambda self, x: counts.append(int((x.own_length > 0).sum())) or advance(self, x)
+        rows_module.Rows,
+        "_advance",
+        lambda self, x, step: counts.append(int((x.own_length > 0).sum())) or advance(self, x, step),
     )
     monkeypatch.setattr(
         stream_module._Stream,
@@ -238,3 +242,43 @@ def test_a_hosts_cache_of_files_counts_as_free(tmp_path):
     file.write_text("MemTotal:       24000000 kB\nMemFree:          300000 kB\nMemAvailable:   19000000 kB\n")
     assert memory_module.available_bytes(file) == 19_000_000 * 1024
     assert memory_module.available_bytes(tmp_path / "none") > 1 << 20  # another system
+
+
+def test_a_prepared_step_is_the_step_again_and_again():
+    step = TokenStep(policy())
+    assert step.impl == "native"
+    rows, seen = 5, torch.rand(5, step.heads, 1)
+
+    def attend(layer, q, k, v, norm):
+        q, k = qk_norm_rotate(q, k, *norm, impl="native")
+        return (q + layer) * seen + k.repeat_interleave(2, 1) + v.repeat_interleave(2, 1)
+
+    def prepare(layer, q, k, v, norm, out):
+        return lambda: out.copy_(attend(layer, q, k, v, norm))
+
+    with torch.no_grad():
+        prepared = step.prepared(rows, prepare)
+        step.rotation(9)
+        for seed in (1, 2):
+            token, position = (torch.arange(rows) * 7 + seed) % 90, torch.arange(rows) + seed
+            assert torch.equal(prepared(token, position), step(token, position, attend))
+
+
+def test_the_host_waits_once_in_sixteen_tokens(monkeypatch):
+    """Decoding itself for nothing, as a GPU would run it; the stream once a look."""
+    assert stream_module.LOOK["cuda"] == 16
+    monkeypatch.setitem(rows_module.LOGITS, "meta", rows_module.LOGITS["cuda"])
+    with torch.no_grad():
+        step = TokenStep(Policy(qwen().to("meta").bfloat16(), forbidden=()))
+        rows = rows_module.Rows(step, Size(rows=8, prompts=2, pages=20), rows_module.Draws(1.0, 0, EOS, 70))
+        rows._layout(8)
+        with watched(monkeypatch) as waits:
+            rows.repeat(8, 16)
+    assert waits.found == []
+    p, looks, tokens = policy(eos_bias=-1e9), [], []
+    monkeypatch.setitem(stream_module.LOOK, "cpu", 16)
+    wait, advance = rows_module.Rows.wait, rows_module.Rows._advance
+    monkeypatch.setattr(rows_module.Rows, "wait", lambda self: looks.append(1) or wait(self))
+    monkeypatch.setattr(rows_module.Rows, "_advance", lambda *given: tokens.append(1) or advance(*given))
+    generate(p, Chat, PROMPTS[:2], sampling(4, 130), seed=1)
+    assert len(tokens) == 129 and len(looks) <= -(-129 // 16) + 1  # one at the very end
