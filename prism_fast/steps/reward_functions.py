@@ -22,7 +22,7 @@ from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.config import DiscriminatorStep, ModelConfig, OptimizerConfig
 from prism_fast.data.chat import IMAGE
-from prism_fast.data.encode import encode_all, lesson
+from prism_fast.data.encode import encoded, lesson
 from prism_fast.data.formats import Dataset
 from prism_fast.data.images import open_image
 from prism_fast.files import write_aside
@@ -136,7 +136,7 @@ class DiscriminatorReward:
         records = [number for theirs, _ in batch for number in theirs]
         asked = list(dict.fromkeys(records))
         encode = partial(lesson, chat=self.chat, max_prompt_tokens=self.max_prompt_tokens, config=self.config)
-        lessons = encode_all(self.data, asked, encode)
+        lessons = [made for _, made in encoded(self.data, asked, encode)]
         if len(lessons) != len(asked):
             raise DataError("reward functions: a record of the batch is bad; read the data without skip_bad")
         group = torch.tensor([asked.index(number) for number in records])
