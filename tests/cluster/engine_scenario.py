@@ -50,7 +50,7 @@ def run(form: str, engine: bool, overlap: int, fault: str | None = None) -> dict
 
     ``fault``: of the second process's engine alone; of the batch of step 1 where that is sampled ahead.
     """
-    made = policy(eos_bias=1.0)
+    made = policy(of=30)
     start = copy.deepcopy(made)
     updater = open_updater(made, OptimizerConfig(lr=1e-2), STEPS, ClusterConfig(sharding=form))
     engine_of = FakeEngine(start, Chat, fault if ranks.rank() == 1 and not overlap else None)

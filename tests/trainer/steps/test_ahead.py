@@ -35,12 +35,12 @@ class Run:
     """Steps that train by `moved`. ``overlap`` 1: by a copy of the weights, or with an engine."""
 
     def __init__(self, overlap=1, steps=STEPS, engine=False, fault=None):
-        self.policy, self.said, self.threads = policy(eos_bias=1.0), [], []
+        self.policy, self.said, self.threads = policy(of=30), [], []
         updater = Backprop(self.policy)
         if engine:
             self.sampler = EngineSampler(FakeEngine(self.policy, Chat, fault), updater, Chat, self.said.append)
         else:
-            copied = SnapshotSampler(policy(eos_bias=1.0), Chat)
+            copied = SnapshotSampler(policy(of=30), Chat)
             self.sampler = copied if overlap else BuiltinSampler(updater, Chat)
         config = SimpleNamespace(rollout=SimpleNamespace(overlap=overlap), steps=steps, cluster=ClusterConfig())
         self.ahead = Ahead(self.sampler, Chat, config, self.said.append)
@@ -61,7 +61,7 @@ class Run:
 
 def expected(overlap, steps=STEPS):
     """The batch of every step, from the weights that it should be sampled from."""
-    trained, weights = policy(eos_bias=1.0), []
+    trained, weights = policy(of=30), []
     for step in range(steps):
         weights.append({name: value.detach().clone() for name, value in trained.named_parameters()})
         moved(trained, step)

@@ -275,7 +275,7 @@ def test_the_host_waits_once_in_sixteen_tokens(monkeypatch):
         with watched(monkeypatch) as waits:
             rows.repeat(8, 16)
     assert waits.found == []
-    p, looks, tokens = policy(eos_bias=-1e9), [], []
+    p, looks, tokens = policy(of=0), [], []
     monkeypatch.setitem(stream_module.LOOK, "cpu", 16)
     wait, advance = rows_module.Rows.wait, rows_module.Rows._advance
     monkeypatch.setattr(rows_module.Rows, "wait", lambda self: looks.append(1) or wait(self))
