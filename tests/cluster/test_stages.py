@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tests.tiny_run import settings
 STAGES = ("sft", "warmup", "align", "rlvr")
 LIMIT = 1e-5
 # What is not the batch's, or is a difference of two numbers that are equal but for rounding.
-ASIDE = (names.SECONDS, "time", names.TOKENS_PER_SECOND, names.TOKENS, "balance/", "sampler_gap/", names.HOST_WAIT)
+ASIDE = (names.SECONDS, "time", names.TOKENS_PER_SECOND, names.TOKENS, "balance/", "sampler_gap/", "off_policy/")
+ASIDE += (names.OVERLAP_SECONDS, names.HOST_WAIT)
 
 
 def run(stage: str, tree: dict[str, Any], world: int, *options: str) -> list[Any]:
@@ -117,6 +119,28 @@ def test_every_stage_equals_one_process_and_resumes_bit_for_bit(form, tiny_folde
         mine, theirs = load_file(parted / "final" / file.relative_to(whole / "final")), load_file(file)
         for name, value in theirs.items():
             assert mine[name].equal(value), (file.name, name, float((mine[name] - value).abs().max()))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("form", ["none", "zero3", "fsdp2"])
+def test_batches_sampled_ahead_equal_one_process_and_resume_bit_for_bit(form, tiny_folder, tmp_path):
+    alone, whole, cut = (tmp_path / name for name in ("alone", "whole", "cut"))
+
+    def ahead(out: Path, form: str = "none") -> dict[str, Any]:
+        made = tree(tiny_folder, "align", out, form)
+        made["rollout"], made["run"] = {**made["rollout"], "overlap": 1}, {**made["run"], "save_every": 1}
+        return {**made, "steps": 3}
+
+    play(tmp_path, [("align", ahead(alone), False)], 0)
+    play(tmp_path, [("align", ahead(whole, form), False)], 2)
+    assert_same_run(whole, alone)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "final")
+    shutil.rmtree(cut / "checkpoints" / "step-000003")
+    play(tmp_path, [("align", ahead(cut, form), True)], 2)
+    for file in sorted((whole / "final").rglob("*.safetensors")):
+        mine, theirs = load_file(cut / "final" / file.relative_to(whole / "final")), load_file(file)
+        assert all(mine[name].equal(value) for name, value in theirs.items()), file.name
 
 
 def test_a_bad_record_of_one_process_is_told_once_and_ends_both(tiny_folder, tmp_path):
