@@ -141,8 +141,6 @@ void sample_tokens(bool wide, Arguments... arguments) {
   wide ? sample_as<double>(arguments...) : sample_as<float>(arguments...);
 }
 
-// sizes: rows, heads, kv_heads, dim, pages. tensors: q, k, v, k_pages, v_pages, prompt_page, prompt_length, own_page,
-// own_length, group, tile_row, out. tables: prompts, prompt_pages, own_pages, tiles, width.
 template <typename T>
 void norm_of(const std::array<uintptr_t, 5>& tensors, int64_t rows, int64_t width, double eps) {
   prism::rms_norm(at<const T>(tensors[0]), at<const T>(tensors[1]), at<const T>(tensors[2]), rows, width,
@@ -175,14 +173,19 @@ void swiglu(bool wide, const std::array<uintptr_t, 3>& tensors, const std::array
   }
 }
 
-bool shared_prompt_decode(const std::array<int64_t, 5>& sizes, const std::array<uintptr_t, 12>& tensors,
-                          const std::array<int64_t, 5>& tables, double scale, int number, int64_t threads) {
+// sizes: rows, heads, kv_heads, dim, pages, row strides of q, k and v. tensors: q, k, v, k_pages, v_pages, prompt_page,
+// prompt_length, own_page, own_length, group, tile_row, out; q_weight, k_weight, cos, sin, or 0 each. tables: prompts,
+// prompt_pages, own_pages, tiles, width. factors: scale, eps.
+bool shared_prompt_decode(const std::array<int64_t, 8>& sizes, const std::array<uintptr_t, 16>& tensors,
+                          const std::array<int64_t, 5>& tables, const std::array<double, 2>& factors, int number,
+                          int64_t threads) {
   py::gil_scoped_release release;
   const auto table = [&](int i) { return at<const int32_t>(tensors[i]); };
+  const auto any = [&](int i) { return at<void>(tensors[i]); };
   return prism::shared_prompt_decode(
-      {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], at<void>(tensors[0]), at<void>(tensors[1]),
-       at<void>(tensors[2]), at<void>(tensors[3]), at<void>(tensors[4]), table(5), table(6), table(7), table(8),
-       table(9), table(10), tables[0], tables[1], tables[2], tables[3], tables[4], scale, at<void>(tensors[11])},
+      {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], any(0), any(1), any(2), sizes[5], sizes[6], sizes[7], any(3),
+       any(4), table(5), table(6), table(7), table(8), table(9), table(10), tables[0], tables[1], tables[2], tables[3],
+       tables[4], factors[0], any(11), any(12), any(13), any(14), any(15), factors[1]},
       static_cast<prism::Number>(number), threads);
 }
 
@@ -220,7 +223,7 @@ void adamw_step_cuda(uintptr_t rows, int64_t num_rows, int64_t num_chunks, int k
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.attr("INTERFACE") = 4;  // kernels/prism_kernels/native.py expects this number
+  m.attr("INTERFACE") = 5;  // kernels/prism_kernels/native.py expects this number
   m.def("pack_trees", &pack_trees, "Packs as nested lists, or the index of a tree that does not fit.");
   m.def("balance", &balance, "Item indices per rank.");
   m.def("sample_tokens",

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "vectors.h"
+#include "norms.h"
 
 namespace prism {
 namespace {
@@ -34,14 +34,34 @@ PRISM_INLINE float wide(Half x) {
   return y;
 }
 
+// {sum_of(x[0]), ..., sum_of(x[7])}, to the bit: each of its steps on two vectors at a time, lanes where one
+// instruction of AVX leaves them.
 template <typename T>
-PRISM_INLINE T dot(const T* a, const T* b, int64_t dim) {
+PRISM_INLINE Vector<T> sums_of(const Vector<T>* x) {
   using V = Vector<T>;
-  V sum = V{};
+  V quarter[4], half[2];
+  for (int j = 0; j < 4; ++j)
+    quarter[j] = lanes_of<0, 1, 2, 3, 8, 9, 10, 11>(x[j], x[j + 4]) + lanes_of<4, 5, 6, 7, 12, 13, 14, 15>(x[j], x[j + 4]);
+  for (int j = 0; j < 2; ++j) {
+    const V a = quarter[2 * j], b = quarter[2 * j + 1];
+    half[j] = lanes_of<0, 1, 8, 9, 4, 5, 12, 13>(a, b) + lanes_of<2, 3, 10, 11, 6, 7, 14, 15>(a, b);
+  }
+  return lanes_of<0, 2, 8, 10, 4, 6, 12, 14>(half[0], half[1]) + lanes_of<1, 3, 9, 11, 5, 7, 13, 15>(half[0], half[1]);
+}
+
+// The dot products of a query with eight keys, which follow each other.
+template <typename T>
+PRISM_INLINE Vector<T> dots(const T* query, const T* keys, int64_t dim) {
+  using V = Vector<T>;
+  V sum[kLanes] = {};
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) sum += load<V>(a + d) * load<V>(b + d);
-  T total = sum_of<T>(sum);
-  for (; d < dim; ++d) total += a[d] * b[d];
+  for (; d + kLanes <= dim; d += kLanes) {
+    const V part = load<V>(query + d);
+    for (int j = 0; j < kLanes; ++j) sum[j] += part * load<V>(keys + j * dim + d);
+  }
+  V total = sums_of<T>(sum);
+  for (; d < dim; ++d)
+    for (int j = 0; j < kLanes; ++j) total[j] += query[d] * keys[j * dim + d];
   return total;
 }
 
@@ -69,16 +89,18 @@ PRISM_INLINE void attend(State<T>& state, const T* keys, const T* values, int64_
   using V = Vector<T>;
   constexpr T kNever = -std::numeric_limits<T>::infinity();
   T weight[kPage];
-  for (int64_t t = 0; t < tokens; ++t) weight[t] = dot(state.query, keys + t * dim, dim);
   const int64_t padded = (tokens + kLanes - 1) / kLanes * kLanes;
-  for (int64_t t = tokens; t < padded; ++t) weight[t] = kNever;
+  for (int64_t t = 0; t < padded; t += kLanes) store(weight + t, dots(state.query, keys + t * dim, dim));
+  for (int64_t t = tokens; t < padded; ++t) weight[t] = kNever;  // a page holds anything there
   V high = filled<T>(kNever);
   for (int64_t t = 0; t < padded; t += kLanes) {
     const V x = load<V>(weight + t);
     high = x > high ? x : high;
   }
   const T top = largest_of<T>(high);
-  if (top > state.top) {
+  if (state.total == 0) {  // nothing yet to shrink
+    state.top = top;
+  } else if (top > state.top) {
     const T shrink = exp_of(V{} + (state.top - top))[0];
     state.total *= shrink;
     for (int64_t d = 0; d < dim; ++d) state.out[d] *= shrink;
@@ -108,6 +130,13 @@ PRISM_INLINE const T* page_as(const void* pages, int64_t page, int64_t tokens, c
   return room;
 }
 
+template <typename T>
+PRISM_INLINE void turned(const Decode& decode, const T* from, const void* weight, int64_t row, T* to) {
+  const auto of = [](const void* table) __attribute__((always_inline)) { return static_cast<const T*>(table); };
+  norm_and_turn(from, of(weight), of(decode.cos) + row * decode.dim, of(decode.sin) + row * decode.dim, decode.dim,
+                static_cast<T>(decode.eps), to);
+}
+
 // The rows of one tile under one key-value head: their prompt's pages once for all, then each row's own.
 template <typename T, typename In>
 PRISM_INLINE void attend_tile(const Decode& decode, int64_t tile, int64_t head) {
@@ -125,8 +154,14 @@ PRISM_INLINE void attend_tile(const Decode& decode, int64_t tile, int64_t head) 
       for (int64_t d = 0; d < dim; ++d) out[at + d] = 0;
       if (decode.own_length[row] == 0) continue;
       T* query = queries.data() + static_cast<int64_t>(states.size()) * dim;
-      for (int64_t d = 0; d < dim; ++d)
-        query[d] = wide(static_cast<const In*>(decode.q)[at + d]) * static_cast<T>(decode.scale);
+      const In* from = static_cast<const In*>(decode.q) + row * decode.q_stride + (head * repeat + j) * dim;
+      if constexpr (std::is_same_v<T, In>) {
+        if (decode.q_weight != nullptr) {
+          turned(decode, from, decode.q_weight, row, query);
+          from = query;
+        }
+      }
+      for (int64_t d = 0; d < dim; ++d) query[d] = wide(from[d]) * static_cast<T>(decode.scale);
       states.push_back({query, -std::numeric_limits<T>::infinity(), T{0}, out + at});
     }
     if (decode.own_length[row] > 0) rows.push_back(row);
@@ -169,18 +204,37 @@ bool fits(const Decode& d) {
          within(d.tile_row, d.tiles * d.width, -1, d.rows);
 }
 
-void append(const Decode& d, int64_t size) {
-  const int64_t bytes = d.dim * size;
+// The new tokens' keys and values to their places.
+template <typename T>
+PRISM_INLINE void append(const Decode& d) {
   for (int64_t row = 0; row < d.rows; ++row) {
     const int64_t last = d.own_length[row] - 1;
     if (last < 0) continue;
     const int64_t page = d.own_page[row * d.own_pages + last / kPage];
     for (int64_t head = 0; head < d.kv_heads; ++head) {
-      const int64_t to = ((page * d.kv_heads + head) * kPage + last % kPage) * bytes;
-      const int64_t from = (row * d.kv_heads + head) * bytes;
-      std::memcpy(static_cast<char*>(d.k_pages) + to, static_cast<const char*>(d.k) + from, bytes);
-      std::memcpy(static_cast<char*>(d.v_pages) + to, static_cast<const char*>(d.v) + from, bytes);
+      const int64_t to = ((page * d.kv_heads + head) * kPage + last % kPage) * d.dim;
+      const T* key = static_cast<const T*>(d.k) + row * d.k_stride + head * d.dim;
+      const T* value = static_cast<const T*>(d.v) + row * d.v_stride + head * d.dim;
+      std::memcpy(static_cast<T*>(d.v_pages) + to, value, d.dim * sizeof(T));
+      if constexpr (std::is_floating_point_v<T>) {
+        if (d.k_weight != nullptr) {
+          turned(d, key, d.k_weight, row, static_cast<T*>(d.k_pages) + to);
+          continue;
+        }
+      }
+      std::memcpy(static_cast<T*>(d.k_pages) + to, key, d.dim * sizeof(T));
     }
+  }
+}
+
+PRISM_BY_CPU void append_floats(const Decode& d) { append<float>(d); }
+PRISM_BY_CPU void append_doubles(const Decode& d) { append<double>(d); }
+
+void append_all(const Decode& d, Number number) {
+  switch (number) {
+    case Number::kFloat: return append_floats(d);
+    case Number::kDouble: return append_doubles(d);
+    default: return append<uint16_t>(d);
   }
 }
 
@@ -188,7 +242,7 @@ void append(const Decode& d, int64_t size) {
 
 bool shared_prompt_decode(const Decode& decode, Number number, int64_t threads) {
   if (!fits(decode)) return false;
-  append(decode, number == Number::kDouble ? 8 : number == Number::kFloat ? 4 : 2);
+  append_all(decode, number);
   for_each(decode.tiles * decode.kv_heads, threads, [&](int64_t unit) {
     const int64_t tile = unit / decode.kv_heads, head = unit % decode.kv_heads;
     switch (number) {

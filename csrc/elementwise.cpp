@@ -1,25 +1,9 @@
 #include "elementwise.h"
 
-#include <cmath>
-
-#include "vectors.h"
+#include "norms.h"
 
 namespace prism {
 namespace {
-
-// 1 / sqrt(mean of squares + eps).
-template <typename T>
-PRISM_INLINE T scale_of(const T* x, int64_t width, T eps) {
-  Vector<T> squares = {};
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    const auto part = load<Vector<T>>(x + i);
-    squares += part * part;
-  }
-  T sum = sum_of<T>(squares);
-  for (; i < width; ++i) sum += x[i] * x[i];
-  return 1 / std::sqrt(sum / static_cast<T>(width) + eps);
-}
 
 template <typename T>
 PRISM_INLINE void norm_rows(const T* x, const T* residual, const T* weight, int64_t rows, int64_t width, T eps, T* __restrict y,
@@ -39,18 +23,9 @@ PRISM_INLINE void norm_rows(const T* x, const T* residual, const T* weight, int6
 template <typename T>
 PRISM_INLINE void rotate_rows(const T* x, int64_t stride, const T* weight, const T* cos, const T* sin, int64_t rows,
                               int64_t heads, int64_t dim, T eps, T* __restrict y) {
-  const int64_t half = dim / 2;
-  for (int64_t row = 0; row < rows; ++row, cos += dim, sin += dim) {
-    for (int64_t head = 0; head < heads; ++head, y += dim) {
-      const T* from = x + row * stride + head * dim;
-      const T scale = scale_of(from, dim, eps);
-      for (int64_t i = 0; i < half; ++i) {
-        const T first = weight[i] * (from[i] * scale), second = weight[half + i] * (from[half + i] * scale);
-        y[i] = first * cos[i] - second * sin[i];
-        y[half + i] = second * cos[half + i] + first * sin[half + i];
-      }
-    }
-  }
+  for (int64_t row = 0; row < rows; ++row, cos += dim, sin += dim)
+    for (int64_t head = 0; head < heads; ++head, y += dim)
+      norm_and_turn(x + row * stride + head * dim, weight, cos, sin, dim, eps, y);
 }
 
 template <typename T>

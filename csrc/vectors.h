@@ -55,6 +55,21 @@ PRISM_INLINE Vector<T> filled(T value) {
   return Vector<T>{} + value;
 }
 
+// Lanes of two vectors, the second's counted on from the first's.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define PRISM_SHUFFLE 1
+#endif
+#endif
+template <int... kLane, typename V>
+PRISM_INLINE V lanes_of(V a, V b) {
+#ifdef PRISM_SHUFFLE
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return V{(kLane < kLanes ? a[kLane % kLanes] : b[kLane % kLanes])...};
+#endif
+}
+
 template <typename T>
 PRISM_INLINE T largest_of(Vector<T> x) {
   T top = x[0];

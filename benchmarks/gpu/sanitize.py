@@ -259,8 +259,16 @@ def _decode(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
         _random(*shape, device=device, dtype=dtype, seed=seed)
         for seed, shape in enumerate(((5, 4, 20), (5, 2, 20), (5, 2, 20), (15, 2, 64, 20), (15, 2, 64, 20)))
     )
-    out = prism_kernels.shared_prompt_decode(q, k, v, *pages, layout, impl=impl)
+    norm = _decode_norm(device, dtype)
+    out = prism_kernels.shared_prompt_decode(q, k, v, *pages, layout, norm=norm, impl=impl)
     return [pages[0][1:], pages[1][1:], out]
+
+
+def _decode_norm(device: torch.device, dtype: torch.dtype) -> prism_kernels.HeadNorm:
+    """Of five rows and heads of 20."""
+    angle = _random(5, 10, device=device, seed=5).repeat(1, 2)
+    weights = (_random(20, device=device, dtype=dtype, seed=seed) for seed in (6, 7))
+    return prism_kernels.HeadNorm(*weights, angle.cos().to(dtype), angle.sin().to(dtype), 1e-6)
 
 
 def _merge(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:

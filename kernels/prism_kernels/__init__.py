@@ -20,10 +20,12 @@ from prism_kernels.spans import find_tag_spans
 from prism_kernels.swiglu import swiglu
 from prism_kernels.tree_attention.api import segment_attention, shared_prompt_decode, tree_attention
 from prism_kernels.tree_attention.decode_layout import DecodeLayout
+from prism_kernels.tree_attention.decode_step import HeadNorm
 from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
 __all__ = [
     "DecodeLayout",
+    "HeadNorm",
     "Impl",
     "LinearLogprob",
     "PackCost",

@@ -6,6 +6,7 @@ says whether it can be used, and if not, why and how to build it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 # csrc/bindings.cpp exports the same number. Both are raised whenever a signature changes, so that an extension left
 # over from older sources is named as such instead of failing with an AttributeError.
-INTERFACE = 4
+INTERFACE = 5
 
 HOW_TO_BUILD = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the repository root"
 HOW_TO_BUILD_CUDA = "with nvcc on PATH, `PRISM_BUILD_CUDA=1 pip install -e .` builds it"
@@ -64,6 +65,22 @@ def library() -> ModuleType:
     if module is None:
         raise RuntimeError(why_not)
     return module
+
+
+class Call:
+    """A function of the library with its arguments: made once, called again and again on tensors that stay in place.
+
+    Dispatch, checks and conversions cost ten times what the call itself does, where a row is a token.
+    """
+
+    __slots__ = ("arguments", "run", "tensors")
+
+    def __init__(self, run: Callable[..., object], arguments: tuple, tensors: tuple):
+        self.run, self.arguments = run, arguments
+        self.tensors = tensors  # whose addresses are among the arguments: they live as long as the call
+
+    def __call__(self) -> None:
+        self.run(*self.arguments)
 
 
 def forward_alone(op: str, *tensors: Tensor | None) -> None:

@@ -1,8 +1,11 @@
 """One more token of each of B responses: the text model's forward without its modules, as sampling runs it.
 
-At a token a row, time goes into calls: products that share their input are one product here, and every layer is nine
+At a token a row, time goes into calls: products that share their input are one product here, and every layer is eight
 calls, without a module's hooks or gathering in between. So weights must be whole (`Updater.gathered`), and are read
 when the step is made; no gradient goes through. What it computes is `Policy`'s forward: tests compare them.
+
+A GPU's calls are captured (captured.py). A CPU's are prepared: their arguments, checks and results' memory are made
+once for a number of rows, which is half of a small model's time.
 
 B rows, H hidden, Hq and Hkv heads of D, I intermediate, V words.
 """
@@ -10,20 +13,32 @@ B rows, H hidden, Hq and Hkv heads of D, I intermediate, V words.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from prism_fast.models.policy import Policy
-from prism_kernels import qk_norm_rotate, rms_norm, swiglu
+from prism_kernels import HeadNorm, rms_norm, swiglu
 from prism_kernels.native import need_native
+from prism_kernels.rms_norm.native import prepared_norm
+from prism_kernels.swiglu.native import prepared as prepared_swiglu
 
 
 class AttendToken(Protocol):
-    """What the new tokens see: q (B, Hq, D), k and v (B, Hkv, D) of layer ``layer`` -> as q."""
+    """What the new tokens see: q (B, Hq, D), k and v (B, Hkv, D) of layer ``layer``, not yet normed -> as q."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, norm: HeadNorm) -> Tensor: ...
+
+
+class PrepareAttend(Protocol):
+    """The same as a call into ``out``, as q, of tensors that keep their places."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, norm: HeadNorm, out: Tensor
+    ) -> Callable[[], object]: ...
 
 
 class _Layer(NamedTuple):
@@ -100,14 +115,55 @@ class TokenStep:
                 normed = rms_norm(hidden, layer.before_attention, self.eps, impl=self.impl)
             else:
                 normed, hidden = rms_norm(added, layer.before_attention, self.eps, residual=hidden, impl=self.impl)
-            heads = torch.mm(normed, layer.qkv).view(len(token), -1, self.dim)
-            q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-            q, k = qk_norm_rotate(q, k, layer.q_norm, layer.k_norm, cos, sin, self.eps, impl=self.impl)
-            added = torch.mm(attend(number, q, k, v).flatten(1), layer.out)
+            q, k, v = self._heads(torch.mm(normed, layer.qkv))
+            norm = HeadNorm(layer.q_norm, layer.k_norm, cos, sin, self.eps)
+            added = torch.mm(attend(number, q, k, v, norm).flatten(1), layer.out)
             normed, hidden = rms_norm(added, layer.before_mlp, self.eps, residual=hidden, impl=self.impl)
             added = torch.mm(swiglu(torch.mm(normed, layer.gate_up), impl=self.impl), layer.down)
         assert added is not None  # a model has layers
         return rms_norm(added, self.norm, self.eps, residual=hidden, impl=self.impl)[0]
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, (Hq + 2 Hkv) D) -> q, k, v."""
+        return x.view(len(x), -1, self.dim).split([self.heads, self.kv_heads, self.kv_heads], 1)
+
+    def prepared(self, rows: int, prepare: PrepareAttend) -> Callable[[Tensor, Tensor], Tensor]:
+        """This step of ``rows`` rows, where ``impl`` is native, as a function of token and position alone.
+
+        Its result lies where the next call's will.
+        """
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(rows, *shape, dtype=self.embedding.dtype)
+
+        first = self.layers[0]
+        hidden, normed, added, total = (empty(self.embedding.shape[1]) for _ in range(4))
+        cos, sin, out = empty(self.dim), empty(self.dim), empty(self.heads, self.dim)
+        projected, both, inner = (empty(x) for x in (first.qkv.shape[1], first.gate_up.shape[1], first.down.shape[0]))
+        q, k, v = self._heads(projected)
+        calls: list[Callable[[], object]] = [prepared_norm(hidden, first.before_attention, self.eps, normed)]
+        for number, layer in enumerate(self.layers):
+            after = self.layers[number + 1].before_attention if number + 1 < len(self.layers) else self.norm
+            calls += [
+                partial(torch.mm, normed, layer.qkv, out=projected),
+                prepare(number, q, k, v, HeadNorm(layer.q_norm, layer.k_norm, cos, sin, self.eps), out),
+                partial(torch.mm, out.flatten(1), layer.out, out=added),
+                prepared_norm(added, layer.before_mlp, self.eps, normed, hidden, total),
+                partial(torch.mm, normed, layer.gate_up, out=both),
+                prepared_swiglu(*both.chunk(2, 1), inner),
+                partial(torch.mm, inner, layer.down, out=added),
+                prepared_norm(added, after, self.eps, normed, total, hidden),
+            ]
+
+        def run(token: Tensor, position: Tensor) -> Tensor:
+            torch.index_select(self.embedding, 0, token, out=hidden)
+            torch.index_select(self.cos, 0, position, out=cos)
+            torch.index_select(self.sin, 0, position, out=sin)
+            for call in calls:
+                call()
+            return normed
+
+        return run
 
     def logits(self, state: Tensor) -> Tensor:
         """(B, H) -> (B, V) fp32: rounding them to less would part the sampler's log-probs from the trainer's."""

@@ -7,8 +7,9 @@ between tokens. B rows, G prompts that are held, V words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from prism_fast.models.captured import Captured, captured_sizes
 from prism_fast.models.token_step import TokenStep
-from prism_kernels import DecodeLayout, sample_tokens, shared_prompt_decode
+from prism_kernels import DecodeLayout, HeadNorm, sample_tokens, shared_prompt_decode
+from prism_kernels.native import Call
 from prism_kernels.tree_attention.decode_layout import PAGE
+from prism_kernels.tree_attention.decode_step import DecodeStep
+from prism_kernels.tree_attention.native import prepared
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}  # at a time, as numbers: 34 and 537 MB in fp32
 
@@ -149,7 +153,8 @@ class Rows:
         rows = self.rows_run(count)
         if rows not in self._runs:
             layout = self._layout(rows)
-            self._runs[rows] = Captured(lambda: self._advance(layout), self.device, self._pool)
+            step = self._step(layout)
+            self._runs[rows] = Captured(lambda: self._advance(layout, step), self.device, self._pool)
         self._runs[rows].repeat(times)
 
     def _layout(self, rows: int) -> DecodeLayout:
@@ -173,16 +178,27 @@ class Rows:
             )
         return self._layouts[rows]
 
-    def _advance(self, layout: DecodeLayout) -> None:
+    def _step(self, layout: DecodeLayout) -> Callable[[Tensor, Tensor], Tensor]:
+        """(token, position) -> the last hidden states of so many rows."""
+        step = self.step
+        if step.impl == "native":
+
+            def prepare(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: HeadNorm, out: Tensor) -> Call:
+                return prepared(DecodeStep(q, k, v, self.k[layer], self.v[layer], layout, step.scale, norm), out)
+
+            return step.prepared(len(layout.group), prepare)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: HeadNorm) -> Tensor:
+            return shared_prompt_decode(q, k, v, self.k[layer], self.v[layer], layout, scale=step.scale, norm=norm)
+
+        return partial(step, attend=attend)
+
+    def _advance(self, layout: DecodeLayout, step: Callable[[Tensor, Tensor], Tensor]) -> None:
         """One token of every row that goes on: nothing here waits for the device, or depends on what is in it."""
         rows = len(layout.group)
         token, position, response, lane = (x[:rows] for x in (self.token, self.position, self.response, self.lane))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return shared_prompt_decode(q, k, v, self.k[layer], self.v[layer], layout, scale=self.step.scale)
-
         index = layout.own_length.long()  # of the token that comes; 0: the row is idle
-        state = self.step(token, position, attend)
+        state = step(token, position)
         drawn, logprob = self.draw(state, response, index)
         self.tokens[lane, index] = drawn
         self.logprob[lane, index] = logprob

@@ -5,26 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.native import forward_alone, library
+from prism_kernels.native import Call, forward_alone, library
 from prism_kernels.rms_norm.heads import Heads, one_by_one
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     forward_alone("rms_norm", x, weight, residual)
-    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
-    y = torch.empty_like(x)
-    total = None
-    if residual is not None:
-        residual, total = residual.contiguous(), torch.empty_like(x)
-    tensors = (x, residual, weight, y, total)
-    library().rms_norm(
-        x.dtype == torch.float64,
-        tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        x.numel() // x.shape[-1],
-        x.shape[-1],
-        eps,
-    )
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = None if residual is None else torch.empty_like(y)
+    prepared_norm(x, weight, eps, y, residual, total)()
     return y if total is None else (y, total)
+
+
+def prepared_norm(
+    x: Tensor, weight: Tensor, eps: float, y: Tensor, residual: Tensor | None = None, total: Tensor | None = None
+) -> Call:
+    """The norm of contiguous ``x`` into ``y``; of its sum with ``residual``, which goes into ``total``, another."""
+    weight = weight.to(x.dtype).contiguous()
+    residual = residual if residual is None else residual.contiguous()
+    tensors = (x, residual, weight, y, total)
+    addresses = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    arguments = x.dtype == torch.float64, addresses, x.numel() // x.shape[-1], x.shape[-1], eps
+    return Call(library().rms_norm, arguments, tensors)
 
 
 def norm_rotate(heads: Heads) -> tuple[Tensor, Tensor | None]:

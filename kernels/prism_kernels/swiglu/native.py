@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_kernels.native import forward_alone, library
+from prism_kernels.native import Call, forward_alone, library
 
 
 def swiglu(gate_up: Tensor, up: Tensor | None) -> Tensor:
@@ -14,6 +14,12 @@ def swiglu(gate_up: Tensor, up: Tensor | None) -> Tensor:
     if gate.stride(1) != 1 or up.stride() != gate.stride():
         gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty(gate.shape, dtype=gate.dtype)
-    tensors = tuple(tensor.data_ptr() for tensor in (gate, up, y))
-    library().swiglu(gate.dtype == torch.float64, tensors, (gate.stride(0), *gate.shape))
+    prepared(gate, up, y)()
     return y
+
+
+def prepared(gate: Tensor, up: Tensor, y: Tensor) -> Call:
+    """``gate`` and ``up`` (T, I), rows of one stride, into contiguous ``y``."""
+    tensors = gate, up, y
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    return Call(library().swiglu, (gate.dtype == torch.float64, addresses, (gate.stride(0), *gate.shape)), tensors)

@@ -23,9 +23,10 @@ from prism_kernels.checks import (
 from prism_kernels.dispatch import GRAD, HALF, VMAP, Impl, Implementation, Op, need_triton
 from prism_kernels.native import need_native
 from prism_kernels.operators import check_first_derivative
+from prism_kernels.rms_norm import qk_norm_rotate
 from prism_kernels.tree_attention import decode_operator, flash_library, operators
 from prism_kernels.tree_attention.decode_layout import PAGE, DecodeLayout
-from prism_kernels.tree_attention.decode_step import DecodeStep
+from prism_kernels.tree_attention.decode_step import DecodeStep, HeadNorm, check_norm
 from prism_kernels.tree_attention.layout import QueryRows, TreeLayout
 
 
@@ -191,6 +192,7 @@ def shared_prompt_decode(
     layout: DecodeLayout,
     *,
     scale: float | None = None,
+    norm: HeadNorm | None = None,
     impl: str | Impl = "auto",
 ) -> Tensor:
     """Attention of one new token per row: to its group's prompt, which is stored once, and to the row's own tokens.
@@ -207,7 +209,9 @@ def shared_prompt_decode(
             nobody's, and may be written.
         layout: of B rows; tables and lengths that leave the pages are undefined on a GPU.
         scale: default D ** -0.5.
-        impl: "auto", "triton" (two launches), "native" (C++), "torch" or "reference".
+        norm: q and k become ``qk_norm_rotate(q, k, *norm)`` first: (q_weight, k_weight, cos, sin, eps). On a GPU, and
+            in C++ for fp32 and fp64, inside the same call.
+        impl: "auto", "triton" (one launch), "native" (C++), "torch" or "reference".
 
     Returns:
         (B, Hq, D) in the dtype of ``q``; 0 for an idle row, whose length is 0.
@@ -235,8 +239,18 @@ def shared_prompt_decode(
     for name, tensor in (("k_pages", k_pages), ("v_pages", v_pages)):
         if not tensor.is_contiguous() or len(tensor) < 1:
             raise wrong(name, "contiguous pages, one at least", f"{describe(tensor)} with strides {tensor.stride()}")
+    if len(layout.arrived) < rows * heads:
+        least = f"DecodeLayout.build(heads={heads}) or more"
+        raise wrong("layout", least, f"room for {len(layout.arrived) // rows} query heads")
     factor: float = dim**-0.5 if scale is None else number("scale", scale)
     chosen, run = _DECODE.select(impl, q.device, q, k, v, k_pages, v_pages)
     q, k, v, k_pages, v_pages = (x.detach() for x in (q, k, v, k_pages, v_pages))
-    step = DecodeStep(q, k, v, k_pages, v_pages, layout, factor)
+    if norm is not None:
+        norm = check_norm(norm, q)
+        if not (chosen is Impl.TRITON or (chosen is Impl.NATIVE and q.dtype in (torch.float32, torch.float64))):
+            how = "reference" if chosen is Impl.REFERENCE else "auto"
+            with torch.no_grad():
+                q, k = qk_norm_rotate(q, k, *norm, impl=how)
+            norm = None
+    step = DecodeStep(q, k, v, k_pages, v_pages, layout, factor, norm)
     return decode_operator.decode(step, str(chosen)) if torch.compiler.is_compiling() or q.is_meta else run(step)

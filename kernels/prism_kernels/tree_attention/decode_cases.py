@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 import triton.language as tl
 
 from prism_kernels.compile_gate import Configuration
@@ -20,21 +19,17 @@ def configurations() -> list[Configuration]:
     for dtype, size in ITEM.items():
         for dim in (64, 128):
             for rep in (2, 4, 8):
-                rows.append(_split(dtype, size, dim, rep))
-            shape = {"DIM": dim, "D_PAD": dim, "C_PAD": triton.next_power_of_2(2 * triton_decode.MOST_CUTS)}
-            signature = {"part_ptr": "*fp32", "sum_ptr": "*fp32", "own_length_ptr": "*i32", "out_ptr": f"*{dtype}"}
-            signature |= {"num_heads": "i32", "num_cuts": "i32"}
-            kernel = triton_decode.shared_prompt_decode_merge_kernel
-            rows.append(Configuration(f"decode merge {dtype} D{dim}", kernel, signature, shape, num_warps=2))
+                rows.append(_decode(dtype, size, dim, rep))
     return rows
 
 
-def _split(dtype: str, size: int, dim: int, rep: int) -> Configuration:
+def _decode(dtype: str, size: int, dim: int, rep: int) -> Configuration:
     names = ("q", "k", "v", "k_pages", "v_pages")
     signature = dict.fromkeys((f"{name}_ptr" for name in names), f"*{dtype}")
-    tables = ("prompt_page", "prompt_length", "own_page", "own_length", "group", "tile_row")
+    signature |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "out_ptr"), f"*{dtype}")
+    tables = ("prompt_page", "prompt_length", "own_page", "own_length", "group", "tile_row", "arrived")
     signature |= dict.fromkeys((f"{name}_ptr" for name in tables), "*i32")
-    signature |= {"part_ptr": "*fp32", "sum_ptr": "*fp32", "scale": "fp64"}
+    signature |= {"part_ptr": "*fp32", "sum_ptr": "*fp32", "scale": "fp64", "eps": "fp64"}
     strides = ("q_row_stride", "k_row_stride", "v_row_stride")
     lengths = (
         "num_heads",
@@ -47,11 +42,11 @@ def _split(dtype: str, size: int, dim: int, rep: int) -> Configuration:
         "own_cuts",
     )
     tile = triton_decode.tile_queries(WIDTH * rep, size, dim)
-    constants: dict[str, Any] = triton_decode.split_options(size, dim)
+    constants: dict[str, Any] = triton_decode.launch_options(size, dim, tile)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-    constants |= {"TILE_M": tile, "ROW_M": triton_decode.padded(rep)}
+    constants |= {"TILE_M": tile, "ROW_M": triton_decode.padded(rep), "NORM": True}
     constants |= {"DIM": dim, "D_PAD": dim, "WIDE": tl.float32}
     return Configuration(
-        f"decode {dtype} D{dim} rep {rep}", triton_decode.shared_prompt_decode_split_kernel,
+        f"decode {dtype} D{dim} rep {rep}", triton_decode.shared_prompt_decode_kernel,
         signature | dict.fromkeys((*strides, *lengths), "i32"), constants, warps, stages, divisible_by_16=strides,
     )  # fmt: skip

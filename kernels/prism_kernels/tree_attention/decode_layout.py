@@ -41,6 +41,7 @@ class DecodeLayout:
     group: Tensor  # (B,) int32: which prompt a row continues
     tile_row: Tensor  # (tiles, width) int32: rows that read one prompt together; -1: none
     slot: Tensor  # (B,) int32: where a row stands in tile_row, flat
+    arrived: Tensor  # (B * heads,) int32, for Hq <= heads: a GPU's programs count here, 0 between calls
 
     def __post_init__(self) -> None:
         rows, prompts = len(self.own_length), len(self.prompt_length)
@@ -48,6 +49,7 @@ class DecodeLayout:
         check_tensor("own_page", self.own_page, {"B": rows, "pages": None}, [torch.int32])
         check_tensor("tile_row", self.tile_row, {"tiles": None, "width": None}, [torch.int32])
         check_tensor("prompt_length", self.prompt_length, {"G": prompts}, [torch.int32])
+        check_tensor("arrived", self.arrived, {"B * heads": None}, [torch.int32])
         for name in ("own_length", "group", "slot"):
             check_tensor(name, getattr(self, name), {"B": rows}, [torch.int32])
         for name, tensor in vars(self).items():
@@ -64,6 +66,7 @@ class DecodeLayout:
         prompt_tokens: int,
         own_tokens: int,
         rows_per_tile: int = 16,
+        heads: int = 64,
         device: torch.device | str = "cpu",
     ) -> DecodeLayout:
         """All rows idle, at prompt 0, whose length is 0 as the others' are.
@@ -73,6 +76,7 @@ class DecodeLayout:
             prompt_tokens, own_tokens: what the longest prompt and the longest response may have, >= 1.
             rows_per_tile: rows of a group that read their prompt together; times the query heads of a key-value head,
                 64 fill a GPU's tile.
+            heads: the most query heads of a call.
 
         Raises ValueError naming the argument.
         """
@@ -84,6 +88,7 @@ class DecodeLayout:
         ]
         width = integer("rows_per_tile", rows_per_tile, 1, 128)
         tiles = min(rows, min(rows, prompts) + rows // width)
+        most = integer("heads", heads, 1, MAX_TOKENS)
         try:
             place = torch.device(device)
         except (TypeError, RuntimeError):
@@ -94,7 +99,7 @@ class DecodeLayout:
 
         layout = cls(
             zeros(prompts, pages[0]), zeros(prompts), zeros(rows, pages[1]), zeros(rows), zeros(rows),
-            zeros(tiles, width), zeros(rows),
+            zeros(tiles, width), zeros(rows), zeros(rows * most),
         )  # fmt: skip
         if layout.group.device.type != "meta":
             layout.place([0] * rows)

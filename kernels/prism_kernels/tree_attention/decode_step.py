@@ -7,8 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism_kernels.checks import check_values
+from prism_kernels.checks import FLOATING, check_device, check_tensor, check_values, number, shown, wrong
 from prism_kernels.tree_attention.decode_layout import PAGE, DecodeLayout
+
+
+class HeadNorm(NamedTuple):
+    """What queries and keys become before they meet: `qk_norm_rotate` of them and these. B rows, heads of D."""
+
+    q_weight: Tensor  # (D,)
+    k_weight: Tensor
+    cos: Tensor  # (B, D), both halves equal
+    sin: Tensor
+    eps: float
 
 
 class DecodeStep(NamedTuple):
@@ -21,6 +31,24 @@ class DecodeStep(NamedTuple):
     v_pages: Tensor
     layout: DecodeLayout
     scale: float
+    norm: HeadNorm | None = None
+
+
+def check_norm(norm: HeadNorm, q: Tensor) -> HeadNorm:
+    """Without gradients. Raises ValueError naming ``norm``'s part that does not fit ``q`` (B, Hq, D)."""
+    rows, _, dim = q.shape
+    if not isinstance(norm, tuple) or len(norm) != 5:
+        raise wrong("norm", "(q_weight, k_weight, cos, sin, eps)", shown(norm))
+    norm = HeadNorm(*norm)
+    if dim % 2:
+        raise wrong("q", "an even D, where there is a norm", f"D = {dim}")
+    for name in ("q_weight", "k_weight"):
+        check_tensor(f"norm.{name}", getattr(norm, name), {"D": dim}, FLOATING)
+    for name in ("cos", "sin"):
+        check_tensor(f"norm.{name}", getattr(norm, name), {"B": rows, "D": dim}, FLOATING)
+    for name in HeadNorm._fields[:4]:
+        check_device(f"norm.{name}", getattr(norm, name), "q", q)
+    return HeadNorm(*(x.detach() for x in norm[:4]), number("norm.eps", norm.eps, above=0))
 
 
 def append(step: DecodeStep) -> None:

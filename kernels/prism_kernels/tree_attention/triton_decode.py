@@ -1,11 +1,13 @@
-"""Decoding over pages: one launch for all partial softmaxes, one that merges them by log-sum-exp; no wait, no atomics.
+"""Decoding over pages in one launch: norm and rotation, partial softmaxes, their merge by log-sum-exp; no wait.
 
 Legend: B rows, G prompts, Hq query and Hkv key-value heads of D, rep = Hq / Hkv; M queries of a program, N = 64 tokens
 of a page; C cuts of a row: those of its prompt, then its own. Lengths are read on the device; a program takes every
 cut-th page of its table, so an early end leaves the later cuts of a row without work, not the GPU.
 
 A program reads either a tile's prompt (M = width * rep queries share each page) or one row's own pages (M = rep). The
-one that holds the row's last page also writes the new token there, and takes it from its registers.
+one that holds the row's last page also writes the new token there, and takes it from its registers. Who writes the last
+of a query's parts merges them, in the order of the cuts: results repeat bit for bit, whoever that is. Arrivals are
+counted in integers that are 0 again afterwards, so that a captured graph finds them so.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ def tile_queries(queries: int, itemsize: int, dim: int) -> int:
     return min(padded(queries), 64 if itemsize == 2 else 32 if dim <= 64 else 16)
 
 
-def split_options(itemsize: int, dim: int) -> dict[str, int]:
-    return {"num_warps": 4 if itemsize == 2 and dim <= 64 else 8, "num_stages": 2 if itemsize == 2 else 1}
+def launch_options(itemsize: int, dim: int, tile: int) -> dict[str, int]:
+    """Warps and stages that keep a program of so many queries out of local memory."""
+    return {"num_warps": 4 if itemsize == 2 and dim <= 64 and tile > 32 else 8, "num_stages": 2 if itemsize == 2 else 1}
 
 
 def padded(n: int) -> int:
@@ -107,20 +110,100 @@ def _attend(
 
 
 @triton.jit
-def shared_prompt_decode_split_kernel(
+def _heads(
+    p_head,  # (M, 1) where the heads begin
+    there,  # (M, 1)
+    p_turn,  # (M, 1) where their tokens' cos and sin begin, from each table's start
+    weight_ptr,  # (D,)
+    cos_ptr,
+    sin_ptr,
+    eps,
+    NORM: tl.constexpr,
+    DIM: tl.constexpr,
+    D_PAD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(M, D) heads, normed and rotated if NORM: element j turns with j + D / 2."""
+    i_d = tl.arange(0, D_PAD)[None, :]
+    inside = there & (i_d < DIM)
+    x = tl.load(p_head + i_d, mask=inside, other=0.0)
+    if NORM:
+        half: tl.constexpr = DIM // 2
+        left = i_d < half
+        i_pair = tl.where(left, i_d + half, i_d - half)
+        in_d = i_d < DIM
+        wide, pair = x.to(WIDE), tl.load(p_head + i_pair, mask=inside, other=0.0).to(WIDE)
+        root = tl.rsqrt(tl.sum(wide * wide, 1)[:, None] / DIM + eps)
+        wide = wide * root * tl.load(weight_ptr + i_d, mask=in_d, other=0.0).to(WIDE)
+        pair = pair * root * tl.load(weight_ptr + i_pair, mask=in_d, other=0.0).to(WIDE)
+        cos = tl.load(cos_ptr + p_turn + i_d, mask=inside, other=0.0).to(WIDE)
+        sin = tl.load(sin_ptr + p_turn + i_d, mask=inside, other=0.0).to(WIDE)
+        x = (wide * cos + tl.where(left, -pair, pair) * sin).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _arrive(
+    at,  # (M,) queries, of the batch's
+    there,  # (M,)
+    arrived_ptr,  # (B * Hq,) int32, 0 before and after all
+    part_ptr,
+    sum_ptr,
+    out_ptr,  # (B, Hq, D) out
+    cuts,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    D_PAD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Says that a part of these queries is written; merges those of which it was the last."""
+    tl.debug_barrier()  # all threads' parts, before one of them says so
+    before = tl.atomic_add(arrived_ptr + at, 1, mask=there, sem="acq_rel")
+    tl.debug_barrier()
+    last = there & (before == cuts - 1)
+    if tl.max(last.to(tl.int32), 0) > 0:
+        i_d = tl.arange(0, D_PAD)
+        at_cut = at * cuts
+        top = tl.full([TILE], float("-inf"), WIDE)
+        for i_cut in range(0, cuts):
+            top = tl.maximum(top, tl.load(sum_ptr + at_cut + i_cut, mask=last, other=0.0, cache_modifier=".cg"))
+        whole = tl.zeros([TILE], WIDE)
+        out = tl.zeros([TILE, D_PAD], WIDE)
+        for i_cut in range(0, cuts):
+            total = tl.load(sum_ptr + at_cut + i_cut, mask=last, other=float("-inf"), cache_modifier=".cg")
+            some = last & (total > float("-inf"))  # else the part was not written
+            weight = tl.where(some, tl.exp2(total - top), 0.0)
+            p_part = part_ptr + (at_cut + i_cut)[:, None] * DIM + i_d[None, :]
+            mask = some[:, None] & (i_d < DIM)[None, :]
+            out += tl.load(p_part, mask=mask, other=0.0, cache_modifier=".cg") * weight[:, None]
+            whole += weight
+        out = out / tl.where(last, whole, 1.0)[:, None]
+        p_out = out_ptr + at[:, None] * DIM + i_d[None, :]
+        tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=last[:, None] & (i_d < DIM)[None, :])
+        tl.store(arrived_ptr + at, 0, mask=last)
+
+
+@triton.jit
+def shared_prompt_decode_kernel(
     q_ptr,  # (B, Hq, D), contiguous but for its rows
     k_ptr,  # (B, Hkv, D), contiguous but for their rows
     v_ptr,
     k_pages_ptr,  # (N, Hkv, 64, D)
     v_pages_ptr,
+    q_weight_ptr,  # (D,), if NORM; so the next
+    k_weight_ptr,
+    cos_ptr,  # (B, D)
+    sin_ptr,
     prompt_page_ptr,  # (G, prompt_pages) int32
     prompt_length_ptr,  # (G,) int32
     own_page_ptr,  # (B, own_pages) int32
     own_length_ptr,  # (B,) int32
     group_ptr,  # (B,) int32
     tile_row_ptr,  # (tiles, width) int32
+    arrived_ptr,  # (B * Hq,) int32
     part_ptr,  # (B, Hq, C, D) out; where the next is -inf it is not written
     sum_ptr,  # (B, Hq, C) out, base-2 logs of the sums of exp
+    out_ptr,  # (B, Hq, D) out
     q_row_stride,
     k_row_stride,
     v_row_stride,
@@ -133,14 +216,17 @@ def shared_prompt_decode_split_kernel(
     prompt_cuts,
     own_cuts,
     scale: tl.float64,
+    eps: tl.float64,
     TILE_M: tl.constexpr,  # of width * rep
     ROW_M: tl.constexpr,  # rep, padded
+    NORM: tl.constexpr,
     DIM: tl.constexpr,
     D_PAD: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     scale = (tl.zeros([1, 1], tl.float64) + scale).to(WIDE)
+    eps = (tl.zeros([1, 1], tl.float64) + eps).to(WIDE)
     rep = num_heads // num_kv_heads
     cuts = prompt_cuts + own_cuts
     parts = tl.cdiv(width * rep, TILE_M)  # programs that share a tile's queries
@@ -155,72 +241,57 @@ def shared_prompt_decode_split_kernel(
         i_m = i_part * TILE_M + tl.arange(0, TILE_M)
         member = i_m // rep
         row = tl.load(tile_row_ptr + i_tile * width + member, mask=member < width, other=-1).to(tl.int64)  # (M,)
-        first = tl.load(tile_row_ptr + i_tile * width)
-        if first >= 0:
-            group = tl.load(group_ptr + first).to(tl.int64)
-            there = row >= 0
+        live = tl.load(own_length_ptr + row, mask=row >= 0, other=0) > 0
+        if tl.max(live.to(tl.int32), 0) > 0:
+            group = tl.load(group_ptr + tl.load(tile_row_ptr + i_tile * width)).to(tl.int64)
             head = i_head * rep + i_m % rep
-            p_q = q_ptr + row[:, None] * q_row_stride + head[:, None] * DIM + i_d[None, :]
-            q = tl.load(p_q, mask=there[:, None] & d_in[None, :], other=0.0)
+            p_q = q_ptr + (row * q_row_stride + head * DIM)[:, None]
+            q = _heads(
+                p_q, live[:, None], row[:, None] * DIM, q_weight_ptr, cos_ptr, sin_ptr, eps, NORM, DIM, D_PAD, WIDE
+            )
             none = tl.zeros([D_PAD], q.dtype)
             length = tl.load(prompt_length_ptr + group)
             out, total = _attend(
                 q, k_pages_ptr, v_pages_ptr, prompt_page_ptr + group * prompt_pages, length, i_cut, prompt_cuts, none,
                 none, i_head, num_kv_heads, scale, False, TILE_M, DIM, D_PAD, WIDE,
             )  # fmt: skip
-            at = (row * num_heads + head) * cuts + i_cut  # (M,)
-            tl.store(sum_ptr + at, total, mask=there)
-            there = there & (total > float("-inf"))
-            tl.store(part_ptr + at[:, None] * DIM + i_d[None, :], out, mask=there[:, None] & d_in[None, :])
+            query = row * num_heads + head  # (M,)
+            at = query * cuts + i_cut
+            tl.store(sum_ptr + at, total, mask=live)
+            some = live & (total > float("-inf"))
+            tl.store(part_ptr + at[:, None] * DIM + i_d[None, :], out, mask=some[:, None] & d_in[None, :])
+            _arrive(query, live, arrived_ptr, part_ptr, sum_ptr, out_ptr, cuts, TILE_M, DIM, D_PAD, WIDE)
     else:
         own = pid - num_shared
         i_cut = own % own_cuts
         i_head = own // own_cuts % num_kv_heads
         i_row = (own // (own_cuts * num_kv_heads)).to(tl.int64)
         length = tl.load(own_length_ptr + i_row)
+        i_r = tl.arange(0, ROW_M)
+        there = i_r < rep
+        head = i_head * rep + i_r
+        query = i_row * num_heads + head
         if length > 0:
-            i_m = tl.arange(0, ROW_M)
-            there = i_m < rep
-            head = i_head * rep + i_m
-            p_q = q_ptr + i_row * q_row_stride + head[:, None] * DIM + i_d[None, :]
-            q = tl.load(p_q, mask=there[:, None] & d_in[None, :], other=0.0)
-            k_new = tl.load(k_ptr + i_row * k_row_stride + i_head * DIM + i_d, mask=d_in, other=0.0)
+            p_q = q_ptr + (i_row * q_row_stride + head * DIM)[:, None]
+            turn = tl.zeros([1, 1], tl.int64) + i_row * DIM
+            q = _heads(p_q, there[:, None], turn, q_weight_ptr, cos_ptr, sin_ptr, eps, NORM, DIM, D_PAD, WIDE)
+            one = tl.full([1, 1], 1, tl.int1)
+            p_k = k_ptr + i_row * k_row_stride + i_head * DIM + tl.zeros([1, 1], tl.int64)
+            key = _heads(p_k, one, turn, k_weight_ptr, cos_ptr, sin_ptr, eps, NORM, DIM, D_PAD, WIDE)  # (1, D)
+            k_new = tl.sum(key.to(WIDE), 0).to(q.dtype)
             v_new = tl.load(v_ptr + i_row * v_row_stride + i_head * DIM + i_d, mask=d_in, other=0.0)
             out, total = _attend(
                 q, k_pages_ptr, v_pages_ptr, own_page_ptr + i_row * own_pages, length, i_cut, own_cuts, k_new, v_new,
                 i_head, num_kv_heads, scale, True, ROW_M, DIM, D_PAD, WIDE,
             )  # fmt: skip
-            at = (i_row * num_heads + head) * cuts + prompt_cuts + i_cut
+            at = query * cuts + prompt_cuts + i_cut
             tl.store(sum_ptr + at, total, mask=there)
-            there = there & (total > float("-inf"))
-            tl.store(part_ptr + at[:, None] * DIM + i_d[None, :], out, mask=there[:, None] & d_in[None, :])
-
-
-@triton.jit
-def shared_prompt_decode_merge_kernel(
-    part_ptr,  # (B, Hq, C, D)
-    sum_ptr,  # (B, Hq, C)
-    own_length_ptr,  # (B,) int32
-    out_ptr,  # (B, Hq, D) out
-    num_heads,
-    num_cuts,
-    DIM: tl.constexpr,
-    D_PAD: tl.constexpr,
-    C_PAD: tl.constexpr,
-):
-    i_row = tl.program_id(0).to(tl.int64)
-    at = i_row * num_heads + tl.program_id(1)
-    i_c, i_d = tl.arange(0, C_PAD), tl.arange(0, D_PAD)
-    written = tl.where(tl.load(own_length_ptr + i_row) > 0, num_cuts, 0)  # nobody writes the parts of an idle row
-    total = tl.load(sum_ptr + at * num_cuts + i_c, mask=i_c < written, other=float("-inf"))  # (C,)
-    some = total > float("-inf")
-    top = tl.max(total, 0)
-    weight = tl.where(some, tl.exp2(total - tl.where(written > 0, top, 0.0)), 0.0)
-    p_part = part_ptr + (at * num_cuts + i_c[:, None]) * DIM + i_d[None, :]
-    part = tl.load(p_part, mask=some[:, None] & (i_d < DIM)[None, :], other=0.0)  # (C, D)
-    whole = tl.where(written > 0, tl.sum(weight, 0), 1.0)
-    out = tl.sum(part * weight[:, None], 0) / whole
-    tl.store(out_ptr + at * DIM + i_d, out.to(out_ptr.dtype.element_ty), mask=i_d < DIM)
+            some = there & (total > float("-inf"))
+            tl.store(part_ptr + at[:, None] * DIM + i_d[None, :], out, mask=some[:, None] & d_in[None, :])
+            _arrive(query, there, arrived_ptr, part_ptr, sum_ptr, out_ptr, cuts, ROW_M, DIM, D_PAD, WIDE)
+        elif i_cut == 0:  # an idle row, whose parts nobody writes
+            nothing = tl.zeros([ROW_M, D_PAD], WIDE).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + query[:, None] * DIM + i_d[None, :], nothing, mask=there[:, None] & d_in[None, :])
 
 
 def cuts(pages: int, programs: int) -> int:
@@ -244,18 +315,16 @@ def shared_prompt_decode(step: DecodeStep) -> Tensor:
     total = step.q.new_empty(rows, heads, shared + own, dtype=wide)
     q, k, v = (_by_rows(x) for x in (step.q, step.k, step.v))
     out = step.q.new_empty(rows, heads, dim)
-    shape = {"DIM": dim, "D_PAD": padded(dim)}
+    norm = step.norm
+    turn = (q,) * 4 if norm is None else tuple(x.contiguous() for x in norm[:4])
     with on_device_of(q), as_given(q):
-        shared_prompt_decode_split_kernel[(kv_heads * (programs * shared + rows * own),)](
-            q, k, v, step.k_pages, step.v_pages, layout.prompt_page, layout.prompt_length, layout.own_page,
-            layout.own_length, layout.group, layout.tile_row, part, total, q.stride(0), k.stride(0), v.stride(0),
-            heads, kv_heads, tiles, width, prompt_pages, own_pages, shared, own, step.scale * LOG2_E,
-            TILE_M=tile, ROW_M=padded(rep), **shape,
-            WIDE=tl.float64 if wide == torch.float64 else tl.float32, **split_options(step.q.element_size(), dim),
-        )  # fmt: skip
-        shared_prompt_decode_merge_kernel[(rows, heads)](
-            part, total, layout.own_length, out, heads, shared + own, C_PAD=triton.next_power_of_2(shared + own),
-            num_warps=2, **shape,
+        shared_prompt_decode_kernel[(kv_heads * (programs * shared + rows * own),)](
+            q, k, v, step.k_pages, step.v_pages, *turn, layout.prompt_page, layout.prompt_length, layout.own_page,
+            layout.own_length, layout.group, layout.tile_row, layout.arrived, part, total, out, q.stride(0),
+            k.stride(0), v.stride(0), heads, kv_heads, tiles, width, prompt_pages, own_pages, shared, own,
+            step.scale * LOG2_E, 1.0 if norm is None else norm.eps, TILE_M=tile, ROW_M=padded(rep),
+            NORM=norm is not None, DIM=dim, D_PAD=padded(dim), WIDE=tl.float64 if wide == torch.float64 else tl.float32,
+            **launch_options(step.q.element_size(), dim, tile),
         )  # fmt: skip
     return out
 

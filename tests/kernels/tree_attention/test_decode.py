@@ -1,11 +1,14 @@
 """shared_prompt_decode equals attention of every row on its own, in float64; rows come, share prompts and leave."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_kernels import DecodeLayout, dispatch, shared_prompt_decode
+from prism_kernels import DecodeLayout, HeadNorm, dispatch, qk_norm_rotate, shared_prompt_decode
 from tests.oracle import assert_as_exact, assert_same
 
 TABLE = dispatch._OPS["shared_prompt_decode"].table
@@ -55,6 +58,21 @@ class Case:
     def run(self, impl, **options):
         return shared_prompt_decode(self.q, *self.new, *self.pages, self.layout, impl=impl, **options)
 
+    def with_norm(self, dtype=None):
+        """What norms queries and keys; weights and angles as large as a model's."""
+        rows, _, dim = self.q.shape
+        angle = torch.rand(rows, dim // 2, dtype=torch.float64).mul(6).repeat(1, 2)
+        weights = [1 + 0.3 * torch.randn(dim, dtype=torch.float64) for _ in range(2)]
+        return HeadNorm(*(x.to(dtype or self.q.dtype) for x in (*weights, angle.cos(), angle.sin())), 1e-6)
+
+    def normed(self, norm):
+        """The case that has queries and new keys as they are after the norm; in pages of its own."""
+        other = copy.copy(self)
+        q, k = qk_norm_rotate(self.q, self.new[0], *norm, impl="reference")
+        other.q, other.new, other.pages = q, [k, self.new[1]], [x.clone() for x in self.pages]
+        other.tokens = [[torch.cat([x[:-1], k[b : b + 1]]) if len(x) else x, y] for b, (x, y) in enumerate(self.tokens)]
+        return other
+
     def truth(self, scale, dtype=torch.float64):
         """Row by row."""
         out = torch.zeros_like(self.q, dtype=dtype)
@@ -94,9 +112,36 @@ def test_is_as_exact_as_torch(impl, dtype, dim):
         pytest.skip("tl.dot on bf16 is wrong in the interpreter")
     case = Case(dtype, dim=dim)
     got = case.run(impl)
-    assert got.dtype == dtype
+    assert got.dtype == dtype and not case.layout.arrived.any()
     scale = dim**-0.5
     assert_as_exact(got, case.truth(scale), case.truth(scale, dtype), terms(case.layout, dim), "out")
+
+
+@every
+@pytest.mark.parametrize("changes", [c for c in SHAPES if c.get("dim", 8) % 2 == 0])
+def test_norms_and_rotates_first(impl, changes):
+    case = Case(torch.float64, **changes)
+    norm = case.with_norm()
+    after = case.normed(norm)
+    assert_same(case.run(impl, norm=norm, scale=0.3), after.truth(0.3), terms(case.layout, 2 * case.q.shape[2]))
+    for b, n in enumerate(case.own):
+        if n:
+            at = case.layout.own_page[b, (n - 1) // PAGE], slice(None), (n - 1) % PAGE
+            assert_same(case.pages[0][at], after.new[0][b], 2 * case.q.shape[2])
+            assert torch.equal(case.pages[1][at], case.new[1][b])
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_as_exactly_as_torch(impl, dtype):
+    case = Case(dtype, dim=64)
+    norm = case.with_norm()
+    exact = copy.copy(case)
+    exact.q, exact.new = case.q.double(), [x.double() for x in case.new]
+    exact.pages, exact.tokens = case.pages, [[x.double() for x in pair] for pair in case.tokens]
+    truth = exact.normed(HeadNorm(*(x.double() for x in norm[:4]), norm.eps)).truth(0.125)
+    eager = case.normed(norm).truth(0.125, dtype)
+    assert_as_exact(case.run(impl, norm=norm), truth, eager, terms(case.layout, 128), "out")
 
 
 @every
@@ -191,6 +236,15 @@ def test_arguments_are_checked():
         shared_prompt_decode(q, k, v, pages[0][:, :, :32], pages[1], layout)
     with pytest.raises(ValueError, match=r"v_pages: expected contiguous pages"):
         shared_prompt_decode(q, k, v, pages[0], pages[1].transpose(2, 3).contiguous().transpose(2, 3), layout)
+    with pytest.raises(ValueError, match=r"layout: expected .*heads=4.* or more, got room for 1 query heads"):
+        shared_prompt_decode(q, k, v, *pages, replace(layout, arrived=layout.arrived[:5]))
+    norm = case.with_norm()
+    with pytest.raises(ValueError, match=r"norm: expected \(q_weight, k_weight, cos, sin, eps\), got"):
+        case.run("auto", norm=norm[:3])
+    with pytest.raises(ValueError, match=r"norm.cos: expected floating \(B = 5, D = 8\), got"):
+        case.run("auto", norm=norm._replace(cos=norm.cos[:2]))
+    with pytest.raises(ValueError, match=r"norm.eps: "):
+        case.run("auto", norm=norm._replace(eps=0))
     with pytest.raises(ValueError, match="impl of shared_prompt_decode"):
         shared_prompt_decode(q, k, v, *pages, layout, impl="sdpa")
 
@@ -216,7 +270,7 @@ def test_is_an_operator_that_says_what_it_writes():
     assert torch.equal(run(case.q, *case.new, *before), plain)
     assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(before, case.pages))
     pages = [x.nan_to_num() for x in case.pages]
-    arguments = (case.q, *case.new, *pages, *vars(case.layout).values(), 0.3, "native")
+    arguments = (case.q, *case.new, *pages, *vars(case.layout).values(), None, None, None, None, 1.0, 0.3, "native")
     torch.library.opcheck(torch.ops.prism_kernels.shared_prompt_decode.default, arguments)
 
 

@@ -8,7 +8,7 @@ from tests.kernels.linear_logprob.linear_cases import skip_interpreted
 pytestmark = skip_interpreted
 
 # Tiles with and without room, idle rows, several pages and cuts, heads that fill no tile; fp16, fp32, fp64.
-WAYS = "(every_row and not changes1 and not changes3) or (exact and 20) or fp16 or written"
+WAYS = "(every_row and not changes1 and not changes3) or (exact and 20) or fp16 or written or (norms and not changes3)"
 
 
 @pytest.mark.numerical

@@ -16,6 +16,7 @@ from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
 from prism_fast.records import DataError
 from prism_fast.steps.sampler import generate
 from prism_fast.steps.sampler_rows import Size
+from prism_kernels import qk_norm_rotate
 from prism_kernels.sample_tokens import noise
 from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, prompt, qwen, roundings
 from tests.oracle import assert_as_exact
@@ -154,7 +155,9 @@ def test_finished_rows_go_to_the_next_responses_and_a_prompt_is_read_once(monkey
     counts, read = [], []
     advance, prefill = rows_module.Rows._advance, stream_module._Stream._run_prefill
     monkeypatch.setattr(
-        rows_module.Rows, "_advance", lambda self, x: counts.append(int((x.own_length > 0).sum())) or advance(self, x)
+        rows_module.Rows,
+        "_advance",
+        lambda self, x, step: counts.append(int((x.own_length > 0).sum())) or advance(self, x, step),
     )
     monkeypatch.setattr(
         stream_module._Stream,
@@ -237,3 +240,23 @@ def test_a_hosts_cache_of_files_counts_as_free(tmp_path):
     file.write_text("MemTotal:       24000000 kB\nMemFree:          300000 kB\nMemAvailable:   19000000 kB\n")
     assert memory_module.available_bytes(file) == 19_000_000 * 1024
     assert memory_module.available_bytes(tmp_path / "none") > 1 << 20  # another system
+
+
+def test_a_prepared_step_is_the_step_again_and_again():
+    step = TokenStep(policy())
+    assert step.impl == "native"
+    rows, seen = 5, torch.rand(5, step.heads, 1)
+
+    def attend(layer, q, k, v, norm):
+        q, k = qk_norm_rotate(q, k, *norm, impl="native")
+        return (q + layer) * seen + k.repeat_interleave(2, 1) + v.repeat_interleave(2, 1)
+
+    def prepare(layer, q, k, v, norm, out):
+        return lambda: out.copy_(attend(layer, q, k, v, norm))
+
+    with torch.no_grad():
+        prepared = step.prepared(rows, prepare)
+        step.rotation(9)
+        for seed in (1, 2):
+            token, position = (torch.arange(rows) * 7 + seed) % 90, torch.arange(rows) + seed
+            assert torch.equal(prepared(token, position), step(token, position, attend))
