@@ -61,6 +61,11 @@ CATALOG = {
         "steps.policy", "whole step: policy log-probs and update, against the reference's way", "policy", 50,
         ("--rounds", "2"), group="linear",
     ),
+    # As large as a stage's; by far the longest where peers are slow.
+    "rollout": Entry(
+        "steps.rollout", "sampling: tokens/s beside transformers' and vLLM's, or another commit's", "rollout", 480, (),
+        asked=True,
+    ),
     # Of three forms 240 s each at most; the first is what counts.
     "train-4b": Entry(
         "steps.training", "training a 4B policy at a recipe's lengths: memory beside the plan, seconds", "train-4b",

@@ -58,6 +58,15 @@ STEP_COLUMNS = {
     "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
     **_END,
 }
+ROLLOUT_COLUMNS = {
+    **_START,
+    "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
+    "ours over it": _of("times_ours", "{:.2f}x".format),
+    "prefill": _of("prefill_s", seconds),
+    "decode, tokens/s": _of("decode_tokens_per_s", "{:,.0f}".format),
+    "a token of all rows": _of("token_s", seconds),
+    "error": errors,
+}
 TRAINING_COLUMNS = {
     "device, allocated": _of("peak_bytes", size),
     "device, reserved": _of("reserved_bytes", size),
@@ -77,6 +86,8 @@ def columns(result: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
     """Those of an op's problem, or of a whole step, way by way, or of training, form by form."""
     if result["name"] == "training":
         return TRAINING_COLUMNS
+    if result["name"] == "rollout":
+        return ROLLOUT_COLUMNS
     return STEP_COLUMNS if "sizes" in result else OP_COLUMNS
 
 
@@ -86,6 +97,13 @@ def cells(result: dict[str, Any], row: Row) -> list[str]:
     if "median_s" not in row and found is not TRAINING_COLUMNS:
         return [row["name"], row.get("reason", row["status"]), *[""] * (len(found) - 2), errors(row)]
     return [row["name"], *(cell(row) for cell in found.values())]
+
+
+def launches(result: dict[str, Any]) -> str:
+    """What a GPU would launch for a token, where the result says so."""
+    if "launches" not in result:
+        return ""
+    return "launches of a token, uncaptured: {a layer} a layer, {besides} besides".format_map(result["launches"])
 
 
 def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[str]:
@@ -98,6 +116,8 @@ def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[s
         found.append(f"  {result['status']}, no speed is shown: {result.get('reason', '')}")
     elif "checked" in result:
         found += _of_step(result)
+    if launches(result):
+        found.append(f"  {launches(result)}")
     if result.get("limit"):
         name, multiple = result["limit"]
         found.append(f"  limit: {name if multiple == 1 else f'{multiple:g} x {name}'}")

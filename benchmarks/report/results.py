@@ -138,6 +138,8 @@ def _problem(problem: dict[str, Any], refused: bool) -> list[str]:
         return [*lines, REFUSED]
     if problem["status"] != "ok":
         lines.append(f"{problem['status']}, no speed: {problem.get('reason', '')}")
+    if table.launches(problem):
+        lines += ["", table.launches(problem)]
     rows = [table.cells(problem, row) for row in problem["rows"]]
     return [*lines, "", *_table(["", *table.columns(problem)], rows)]
 

@@ -124,6 +124,7 @@ EXPERTS = "Mixture of experts (bf16, E 4, top-2, H 2048, I 6144)"
 ATTENTION = "Tree attention (bf16, ragged packs of some 33,000 tokens)"
 STEPS = "Whole steps, against the reference's path on the same machine in the same run"
 TRAINING = "Training a 4B policy on one GPU (bf16, two packs of 24,576 tokens a step), against the plan's count"
+SAMPLING = "Sampling: 64 and 256 rows; GPU: 4B dimensions, bf16, prompts of 1,024 tokens; CPU: the demo's, one thread"
 
 
 Add = Callable[..., Target]
@@ -230,7 +231,25 @@ def _training() -> Iterator[Target]:
     yield gpu("zero2 with offload: host memory over the plan", of("zero2 with offload", "host_over_plan"), 1.1)
 
 
-TARGETS: list[Target] = [*_head(), *_advantage(), *_moe(), *_attention(), *_steps(), *_training()]
+def _sampling() -> Iterator[Target]:
+    def at(load: str, kind: str) -> Add:
+        return _in(SAMPLING, kind, "rollout", "rollout", {"load": load})
+
+    speed = of("base 1ff322e", "times_ours")
+    yield at("64", "cpu")("64 rows, CPU: tokens/s over those of 1ff322e", speed, 1.5, least=True)
+    yield at("64-ragged", "cpu")("64 rows, ragged, CPU: the same", speed, 1.5, least=True)
+    yield at("256-ragged", "cpu")("256 rows, ragged, CPU: the same", speed, 2.0, least=True)
+    for name, peer in (("a prompt at a time", "a prompt at a time"), ("in batches", "batches of rows")):
+        value = of(peer, "times_ours")
+        yield at("64", "cpu")(f"64 rows of 16 a prompt, CPU: over transformers generate, {name}", value, 3, least=True)
+    yield at("4b-64", "cuda")("64 rows, GPU: a token", of("ours", "token_s", 1e3), 4, unit="ms")
+    yield at("4b-256", "cuda")("256 rows, GPU: a token", of("ours", "token_s", 1e3), 9, unit="ms")
+    for load in ("4b-64", "4b-256"):
+        behind = inverse(of("vLLM", "times_ours"))
+        yield at(load, "cuda")(f"{load[3:]} rows, GPU: ours over vLLM, by tokens/s", behind, 1.3)
+
+
+TARGETS: list[Target] = [*_head(), *_advantage(), *_moe(), *_attention(), *_steps(), *_training(), *_sampling()]
 
 
 def look_up(target: Target, documents: Sequence[dict[str, Any]]) -> tuple[float | None, dict[str, Any]] | None:

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.dispatch import on_device_of
-from prism_kernels.operators import as_given
 from prism_kernels.tree_attention.decode_step import DecodeStep
 
 PROGRAMS = 512  # to fill a GPU with
@@ -317,7 +316,7 @@ def shared_prompt_decode(step: DecodeStep) -> Tensor:
     out = step.q.new_empty(rows, heads, dim)
     norm = step.norm
     turn = (q,) * 4 if norm is None else tuple(x.contiguous() for x in norm[:4])
-    with on_device_of(q), as_given(q):
+    with on_device_of(q):
         shared_prompt_decode_kernel[(kv_heads * (programs * shared + rows * own),)](
             q, k, v, step.k_pages, step.v_pages, *turn, layout.prompt_page, layout.prompt_length, layout.own_page,
             layout.own_length, layout.group, layout.tile_row, layout.arrived, part, total, out, q.stride(0),

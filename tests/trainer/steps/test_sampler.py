@@ -20,6 +20,7 @@ from prism_kernels import qk_norm_rotate
 from prism_kernels.sample_tokens import noise
 from tests.models import EOS, IMAGE_TOKEN, PAD, VISION_END, VISION_START, prompt, qwen, roundings
 from tests.oracle import assert_as_exact
+from tests.waits import watched
 
 FORBIDDEN = (IMAGE_TOKEN, VISION_START, VISION_END, PAD, 95)
 
@@ -260,3 +261,23 @@ def test_a_prepared_step_is_the_step_again_and_again():
         for seed in (1, 2):
             token, position = (torch.arange(rows) * 7 + seed) % 90, torch.arange(rows) + seed
             assert torch.equal(prepared(token, position), step(token, position, attend))
+
+
+def test_the_host_waits_once_in_sixteen_tokens(monkeypatch):
+    """Decoding itself for nothing, as a GPU would run it; the stream once a look."""
+    assert stream_module.LOOK["cuda"] == 16
+    monkeypatch.setitem(rows_module.LOGITS, "meta", rows_module.LOGITS["cuda"])
+    with torch.no_grad():
+        step = TokenStep(Policy(qwen().to("meta").bfloat16(), forbidden=()))
+        rows = rows_module.Rows(step, Size(rows=8, prompts=2, pages=20), rows_module.Draws(1.0, 0, EOS, 70))
+        rows._layout(8)
+        with watched(monkeypatch) as waits:
+            rows.repeat(8, 16)
+    assert waits.found == []
+    p, looks, tokens = policy(eos_bias=-1e9), [], []
+    monkeypatch.setitem(stream_module.LOOK, "cpu", 16)
+    wait, advance = rows_module.Rows.wait, rows_module.Rows._advance
+    monkeypatch.setattr(rows_module.Rows, "wait", lambda self: looks.append(1) or wait(self))
+    monkeypatch.setattr(rows_module.Rows, "_advance", lambda *given: tokens.append(1) or advance(*given))
+    generate(p, Chat, PROMPTS[:2], sampling(4, 130), seed=1)
+    assert len(tokens) >= 129 and len(looks) <= len(tokens) // 16 + 1  # one at the very end
