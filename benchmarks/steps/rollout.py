@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,6 +62,7 @@ class Load:
     prompt: int
     limit: int
     mean: int = 0
+    peers: bool = True  # transformers pads what is ragged, and takes minutes on a CPU
 
     def drawn(self, words: int) -> list[list[int]]:
         """The prompts."""
@@ -79,8 +81,8 @@ MODELS: dict[str, tuple[Shape, torch.dtype]] = {
 }
 LOADS = {
     "64": Load("tiny", 4, 16, 64, 36, 48),
-    "64-ragged": Load("tiny", 8, 8, 64, 36, 128, mean=24),
-    "256-ragged": Load("tiny", 32, 16, 256, 36, 128, mean=24),
+    "64-ragged": Load("tiny", 8, 8, 64, 36, 128, mean=24, peers=False),
+    "256-ragged": Load("tiny", 32, 16, 256, 36, 128, mean=24, peers=False),
     "4b-64": Load("4b", 4, 16, 64, 1024, 256),
     "4b-256": Load("4b", 16, 16, 256, 1024, 256),
     "4b-256-ragged": Load("4b", 32, 16, 256, 1024, 1024, mean=400),
@@ -120,7 +122,11 @@ class Way:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        return {"unavailable": "its process ended"}
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        code = self.process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
+        return {"unavailable": f"its process ended ({how})"}
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
@@ -198,7 +204,8 @@ def result(name: str, load: Load, folder: Path, trees: dict[str, Path], options:
         "launches": launches_of_a_token(), "rows": [],
     }  # fmt: skip
     ways = {OURS: ("builtin", ROOT)} | {f"base {commit}": ("builtin", tree) for commit, tree in trees.items()}
-    wanted = [n for n in PEERS if options.peers is None or any(part in n for part in options.peers)]
+    parts = options.peers if options.peers is not None else ("",) if load.peers else ()
+    wanted = [n for n in PEERS if any(part in n for part in parts)]
     for peer in wanted:
         if version(PEERS[peer][1]) is not None:
             ways[peer] = PEERS[peer][0], ROOT

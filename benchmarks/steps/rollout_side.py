@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 CHECKED = 4  # responses
+PAGE = 32  # tokens, of generate_batch
 Ids = list[list[int]]
 Run = Callable[[dict[str, Any]], list[Tensor]]
 
@@ -152,15 +153,19 @@ class Continuous(Side):
         self.model = self.stock()
 
     def run(self, request: dict[str, Any]) -> list[Tensor]:
-        from transformers import GenerationConfig
+        from transformers import ContinuousBatchingConfig, GenerationConfig
 
+        # What all rows need, as this takes nearly all memory by itself, and ends the process on a CPU.
+        longest = max(map(len, request["prompts"])) + request["limit"]
+        pages = request["rows"] * (-(-longest // PAGE) + 1)
+        size = ContinuousBatchingConfig(num_blocks=pages, block_size=PAGE, max_batch_tokens=max(1024, request["rows"]))
         torch.manual_seed(request["seed"])
         config = GenerationConfig(
             do_sample=True, top_k=0, max_new_tokens=request["limit"], eos_token_id=self.end, pad_token_id=self.end,
             sequence_bias=[[[self.end], float(request["favour"])]],
         )  # fmt: skip
         inputs = [ids for ids in request["prompts"] for _ in range(request["samples"])]
-        answers = self.model.generate_batch(inputs=inputs, generation_config=config)
+        answers = self.model.generate_batch(inputs=inputs, generation_config=config, continuous_batching_config=size)
         if len(answers) < len(inputs):
             raise RuntimeError(f"generate_batch answered {len(answers)} of {len(inputs)} requests")
         return [torch.tensor(answer.generated_tokens) for answer in answers.values()]

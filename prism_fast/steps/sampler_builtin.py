@@ -130,7 +130,8 @@ class _Stream:
             self._admit()
             self._reserve()
             self._seat()
-            self.rows.repeat(len(self.seated), self.look)
+            left = self.draws.limit - min(row.length for row in self.seated)  # of the longest that there can be
+            self.rows.repeat(len(self.seated), min(self.look, left))
             yield from self._look()
         self.rows.wait()
         yield from self._left()

@@ -280,4 +280,4 @@ def test_the_host_waits_once_in_sixteen_tokens(monkeypatch):
     monkeypatch.setattr(rows_module.Rows, "wait", lambda self: looks.append(1) or wait(self))
     monkeypatch.setattr(rows_module.Rows, "_advance", lambda *given: tokens.append(1) or advance(*given))
     generate(p, Chat, PROMPTS[:2], sampling(4, 130), seed=1)
-    assert len(tokens) >= 129 and len(looks) <= len(tokens) // 16 + 1  # one at the very end
+    assert len(tokens) == 129 and len(looks) <= -(-129 // 16) + 1  # one at the very end
