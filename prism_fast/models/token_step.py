@@ -141,6 +141,7 @@ class TokenStep:
         cos, sin, out = empty(self.dim), empty(self.dim), empty(self.heads, self.dim)
         projected, both, inner = (empty(x) for x in (first.qkv.shape[1], first.gate_up.shape[1], first.down.shape[0]))
         q, k, v = self._heads(projected)
+        gate, up = both.chunk(2, 1)
         calls: list[Callable[[], object]] = [prepared_norm(hidden, first.before_attention, self.eps, normed)]
         for number, layer in enumerate(self.layers):
             after = self.layers[number + 1].before_attention if number + 1 < len(self.layers) else self.norm
@@ -150,7 +151,7 @@ class TokenStep:
                 partial(torch.mm, out.flatten(1), layer.out, out=added),
                 prepared_norm(added, layer.before_mlp, self.eps, normed, hidden, total),
                 partial(torch.mm, normed, layer.gate_up, out=both),
-                prepared_swiglu(*both.chunk(2, 1), inner),
+                prepared_swiglu(gate, up, inner),
                 partial(torch.mm, inner, layer.down, out=added),
                 prepared_norm(added, after, self.eps, normed, total, hidden),
             ]

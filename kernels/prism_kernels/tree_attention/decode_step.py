@@ -48,7 +48,8 @@ def check_norm(norm: HeadNorm, q: Tensor) -> HeadNorm:
         check_tensor(f"norm.{name}", getattr(norm, name), {"B": rows, "D": dim}, FLOATING)
     for name in HeadNorm._fields[:4]:
         check_device(f"norm.{name}", getattr(norm, name), "q", q)
-    return HeadNorm(*(x.detach() for x in norm[:4]), number("norm.eps", norm.eps, above=0))
+    q_weight, k_weight, cos, sin = (x.detach() for x in norm[:4])
+    return HeadNorm(q_weight, k_weight, cos, sin, number("norm.eps", norm.eps, above=0))
 
 
 def append(step: DecodeStep) -> None:
