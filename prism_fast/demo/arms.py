@@ -83,25 +83,19 @@ class SeedOfArms(Demo):
         self.compare = load_config(CompareSettings, None, base=recipe.pop("compare", {}))
         super().__init__(out, seed, recipe, console, resume=True)
         self.errors = self.compare.teacher_errors
-        for arm in ARMS:
-            self.stage_settings(arm)
+        self._check_arms()
         if not self.recipe["rlvr"]["steps"] < self.compare.direct_steps:
             raise DataError("demo recipe: compare.direct_steps: expected more than rlvr.steps, as it has no alignment")
 
-    def stage_settings(self, arm: str) -> None:
-        """Raises DataError where an arm's own settings are wrong: before the first stage runs."""
-        given = {"path": self.out}
-        policy, data = {"policy": given}, {"data": {"files": [self.out]}}
-        if arm == "prism_hard":
-            self.config(PairsConfig, "pairs", over=self.compare.hard.pairs, model=given, out=self.out, **data)
-            self.config(WarmupConfig, "warmup", over=self.compare.hard.warmup, discriminator=given, **data)
-        elif arm == "control":
-            self.config(SFTConfig, "sft", over=self.compare.control, model=given, **data)
-        elif arm == "direct":
-            self.config(RLVRConfig, "rlvr", over={"steps": self.compare.direct_steps}, **policy, **data)
-            self.config(SFTConfig, "sft", over=self.compare.drift.sft, model=given, **data)
-        else:
-            self._probing(given, given, self.out)
+    def _check_arms(self) -> None:
+        """The arms' own settings, before the first stage runs."""
+        given, data = {"path": self.out}, {"data": {"files": [self.out]}}
+        own = self.compare
+        self.config(SFTConfig, "sft", over=own.drift.sft, model=given, **data)
+        self.config(SFTConfig, "sft", over=own.control, model=given, **data)
+        self.config(PairsConfig, "pairs", over=own.hard.pairs, model=given, out=self.out, **data)
+        self.config(WarmupConfig, "warmup", over=own.hard.warmup, discriminator=given, **data)
+        self._probing(given, given, self.out)
 
     def config(self, cls, section: str, stage: str | None = None, over: dict[str, Any] | None = None, **paths: Any):
         """As the demo's, with an arm's own settings over the section's."""

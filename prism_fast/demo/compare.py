@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +82,7 @@ def _run(out: Path, seeds: Sequence[int], console: Console) -> None:
     waiting = [piece for piece in waiting if not result_file(out, piece.seed, piece.name).exists()]
     running: dict[_Piece, subprocess.Popen] = {}
     at_once = min(len(ARMS), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    before = signal.signal(signal.SIGTERM, _leave) if threading.current_thread() is threading.main_thread() else None
     try:
         while waiting or running:
             for piece in [piece for piece in waiting if piece.ready(out)][: at_once - len(running)]:
@@ -97,6 +100,13 @@ def _run(out: Path, seeds: Sequence[int], console: Console) -> None:
             process.terminate()  # a stage saves and ends
         for process in running.values():
             process.wait()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _leave(signum: int, frame: object) -> None:
+    """Ends this process as an exception does, so that the pieces end too."""
+    sys.exit(128 + signum)
 
 
 def _started(out: Path, piece: _Piece) -> subprocess.Popen:

@@ -30,7 +30,7 @@ def alignment_advantage(
 
 def advantage_metrics(scores: Scores, group: Tensor, step: DiscriminatorStep, advantages: Tensor) -> dict[str, float]:
     """How much the clamp took, how far apart a group's scores are, which z blows up to 1, and what came of both."""
-    found = {names.ADVANTAGE_STD: float(advantages.std()) if len(advantages) > 1 else 0.0}
+    found: dict[str, float] = {names.ADVANTAGE_STD: float(advantages.std()) if len(advantages) > 1 else 0.0}
     valid = scores.format_valid
     several = [rows for g in group.unique() if len(rows := (valid & (group == g)).nonzero().flatten()) > 1]
     for side in names.SIDES if valid.any() else ():

@@ -81,13 +81,14 @@ def _centred_ranks(values: Tensor) -> Tensor:
 def sides(rollout: Rollout, scores: Scores, parts: Sequence, right: Sequence[Tensor]) -> dict[str, Side]:
     """By name, of the valid responses alone; ``right``: (B,) bool of the captions, of the reasonings."""
     valid = scores.format_valid.nonzero().flatten()
-    counts = (count_caption_items, count_reasoning_steps)
+    rows: list[int] = valid.tolist()
+    forms = [[count(rollout.text[i]) for i in rows] for count in (count_caption_items, count_reasoning_steps)]
     return {
         name: Side(
             getattr(scores, name)[valid],
             right[number][valid].bool(),
-            torch.tensor([counts[number](rollout.text[i]) for i in valid.tolist()], dtype=torch.int64),
-            torch.tensor([len(parts[i][number]) for i in valid.tolist()], dtype=torch.int64),
+            torch.tensor(forms[number], dtype=torch.int64),
+            torch.tensor([len(parts[i][number]) for i in rows], dtype=torch.int64),
             rollout.group[valid],
         )
         for number, name in enumerate(names.SIDES)
