@@ -24,6 +24,7 @@ from prism_fast.steps.discriminator_step import discriminator_gradient, not_fini
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.free_memory import free_bytes
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Updater, open_updater
@@ -33,7 +34,7 @@ from prism_kernels.group_advantage.rules import RULES
 def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Moves config.policy towards the teacher; writes config.run.out/final/{policy,discriminator}."""
     with Session("align", config, resume, accept_changes) as session:
-        policy, chat, discriminator, data = _open(config, session)
+        policy, chat, discriminator, data, per_pack = _open(config, session)
         place = (config.steps, config.cluster, session.out)
         updater = open_updater(policy, config.policy_optimizer, *place)
         judge_updater = open_updater(discriminator, config.discriminator_optimizer, *place, name="discriminator")
@@ -46,7 +47,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             evaluate=evaluator(sampler, chat, config.data, config.eval, config.run.seed, bad=data.bad),
             watch=config.watch,
         )
-        prompts, per_pack = config.rollout.prompts_per_step, {"tokens_per_pack": config.run.tokens_per_pack}
+        prompts = config.rollout.prompts_per_step
         load, encode, objective = ExpertLoad(), partial(lesson, chat=chat, **_limits(config)), config.objective
         for step in range(first, config.steps):
             clock, metrics = Clock(), {names.LEARNING_RATE: updater.lr}
@@ -93,12 +94,15 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
         return session.finish(data.bad.messages)
 
 
-def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Dataset]:
+def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Dataset, dict[str, int]]:
+    """... and how large a pack is."""
     policy, chat = open_policy(config.policy, session.saved("policy"))
     discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
     data = read_align(config.data.files, **config.data.reading)
-    session.loaded(len(data), policy=policy, discriminator=discriminator)
-    return policy, chat, discriminator, data
+    models = {"policy": policy, "discriminator": discriminator}
+    session.loaded(len(data), **models)
+    per_pack = {"tokens_per_pack": session.tokens_per_pack(free_bytes(policy.device), **models)}
+    return policy, chat, discriminator, data, per_pack
 
 
 def _collected(updater: Updater, judge_updater: Updater, chat: Chat) -> dict[str, CollectModel]:

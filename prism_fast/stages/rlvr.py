@@ -18,6 +18,7 @@ from prism_fast.run.session import Clock, Session
 from prism_fast.steps.advantage import reward_advantage
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import experience, experience_metrics, mixed_groups, uniform_prompts
+from prism_fast.steps.free_memory import free_bytes
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Backprop, open_updater
@@ -27,11 +28,11 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
     """Trains config.policy on verifiable rewards; writes config.run.out/final/policy."""
     with Session("rlvr", config, resume, accept_changes) as session, started(config.reward):
         policy, chat = open_policy(config.policy, session.saved("policy"))
-        reference = None
-        if config.reference is not None:
-            reference = Backprop(load_policy(config.reference, chat).requires_grad_(False))
+        frozen = None if config.reference is None else load_policy(config.reference, chat).requires_grad_(False)
+        reference = None if frozen is None else Backprop(frozen)
         data = read_rlvr(config.data.files, **config.data.reading)
         session.loaded(len(data), policy=policy)
+        per_pack = session.tokens_per_pack(free_bytes(policy.device), policy=policy, reference=frozen)
         updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)
         sampler = session.closing(open_sampler(config.sampler, updater, chat, session.saved("policy"), session.warn))
         first = session.begin(
@@ -45,7 +46,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
             watch=config.watch,
         )
         objective = config.objective.build(config.rollout.max_response_tokens, config.rollout.importance_cap)
-        settings = {"temperature": config.rollout.temperature, "tokens_per_pack": config.run.tokens_per_pack}
+        settings = {"temperature": config.rollout.temperature, "tokens_per_pack": per_pack}
         encode = partial(question, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens)
         dapo = config.dynamic_sampling
         take = uniform_prompts if dapo is None else partial(mixed_groups, config=dapo)
