@@ -1,6 +1,6 @@
 """Bytes of one process in training, by count: from the models' dimensions, the form of sharding and the pack.
 
-On a GPU nothing of it is measured. Everything
+On a GPU nothing of it is measured; on a CPU it is compared with the peak of real steps (dev/plan_check.py). Everything
 is in bytes; GB are 10**9 of them.
 """
 
