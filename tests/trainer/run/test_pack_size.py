@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from prism_fast import ranks
 from prism_fast.config import CONFIGS, load_config
 from prism_fast.models.policy import Policy
 from prism_fast.records import DataError
@@ -14,6 +15,7 @@ from prism_fast.run.memory import Setup, Trained, need
 from prism_fast.run.monitor import read_metrics
 from prism_fast.run.pack_size import MOST, Lengths, choose, held_bytes, pack_limit
 from prism_fast.run.plan import unnamed
+from prism_fast.run.session import Session
 from tests.models import qwen
 from tests.tiny_run import run_stage, settings
 
@@ -73,6 +75,21 @@ def test_blocks_that_are_freed_go_back():
         assert pack_size.give_freed_blocks_back() is False
     finally:
         pack_size.ctypes.CDLL = before
+
+
+def test_the_process_with_the_least_memory_decides_for_all(tmp_path, monkeypatch):
+    config = load_config(
+        CONFIGS["rlvr"], "rlvr_4b_grpo", ["run.tokens_per_pack=auto", f"run.out={tmp_path}"],
+        base=unnamed(CONFIGS["rlvr"]),
+    )  # fmt: skip
+    seen = []
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, value and value - 5])
+    monkeypatch.setattr(pack_size, "choose", lambda *given: seen.append(given) or 512)
+    session = Session("rlvr", config, False)
+    assert session.tokens_per_pack(100, policy="model", reference=None) == 512
+    assert seen == [(config, {"policy": "model"}, 95, 1)]
+    fixed = config.model_copy(update={"run": config.run.model_copy(update={"tokens_per_pack": 77_777})})
+    assert Session("rlvr", fixed, False).tokens_per_pack(100, policy="model") == 77_777 and len(seen) == 1
 
 
 @pytest.mark.usefixtures("torch_settings")
