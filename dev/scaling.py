@@ -199,7 +199,7 @@ def memory_table(ranks: Sequence[int]) -> str:
     """By prism_fast/run/memory.py, for packs of the recipe."""
     rows = []
     for name in FORMS:
-        needs = [memory.need(MODELS, name, n, 24_576) for n in ranks]
+        needs = [memory.need(MODELS, memory.Setup(name, n), memory.typical(24_576)) for n in ranks]
         rows.append([f"`{name}`", *(f"{need.states / 1e9:.1f} / {need.training / 1e9:.1f}" for need in needs)])
     return table(["form", *(f"N = {n:,}" for n in ranks)], rows)
 

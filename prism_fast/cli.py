@@ -445,23 +445,53 @@ def launch(
 @app.command()
 def plan(
     stage: Annotated[str, typer.Argument(help="sft, warmup, align or rlvr.")],
-    policy: Annotated[str, typer.Option(help="4b or 8b.")] = "4b",
+    config: ConfigFile = None,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200; with --config.")] = "h100",
     gpus: Annotated[int | None, typer.Option(min=1, max=100_000, help="In all; without it 1, 2, 4, 8 and 16.")] = None,
-    memory: Annotated[float, typer.Option(min=1, help="GB of one GPU.")] = 80,
-    tokens: Annotated[int, typer.Option(min=1, help="run.tokens_per_pack.")] = 24_576,
+    memory: Annotated[float | None, typer.Option(min=1, help="GB of one GPU; else the GPU's own, or 80.")] = None,
+    policy: Annotated[str | None, typer.Option(help="4b or 8b, where no folder of a model tells.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="run.tokens_per_pack.")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt, as a mean; with --config.")] = None,
+    response: Annotated[int | None, typer.Option(min=1, help="Of a response.")] = None,
+    flops_share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the datasheet's, that is reached.")] = 0.5,
+    bytes_share: Annotated[float, typer.Option(min=0.01, max=1, help="Of its bandwidths.")] = 0.8,
+    overrides: Overrides = None,
 ) -> None:
-    """GB of a GPU in training by form of sharding and number of GPUs: counted, not measured."""
+    """GB of a GPU in training by form of sharding and number of GPUs; with --config all of a recipe's, the largest
+    tokens_per_pack and the seconds of a step. Counted, not measured; needs no GPU and no model."""
     from prism_fast.run.launch import check_stage
-    from prism_fast.run.memory import table
 
     check_stage(stage)
-    heads, rows = table(stage, policy, [gpus] if gpus else [1, 2, 4, 8, 16], memory, tokens)
-    shown = Table(*heads)
+    console = Console(highlight=False)
+    if config is None:
+        if overrides:
+            raise DataError(f"plan: {overrides[0]}: goes with --config alone; name a recipe or a file")
+        from prism_fast.run.memory import table
+
+        gb = memory or 80.0
+        heads, rows = table(stage, policy or "4b", [gpus] if gpus else [1, 2, 4, 8, 16], gb, tokens or 24_576)
+        _show(console, heads, rows)
+        console.print(f"GB of each GPU in training; * does not fit {gb:g} GB. By count: bf16, AdamW, checkpointing.")
+        return
+    from prism_fast.config import CONFIGS, load_config
+    from prism_fast.run.plan import Efficiency, Plan, Question, unnamed
+
+    words = [*(overrides or ()), *([] if tokens is None else [f"run.tokens_per_pack={tokens}"])]
+    settings = load_config(CONFIGS[stage], config, words, base=unnamed(CONFIGS[stage]))
+    efficiency = Efficiency(flops_share, bytes_share)
+    asked = Question(gpu, gpus or 1, memory, policy, prompt, response, efficiency)
+    for section in Plan.of(stage, settings, asked, config.stem).sections():
+        console.print(section.title, style="bold")
+        _show(console, section.heads, section.rows)
+        for note in section.notes:
+            console.print(note)
+
+
+def _show(console: Console, heads: list[str], rows: list[list[str]]) -> None:
+    table = Table(*heads)
     for row in rows:
-        shown.add_row(*row)
-    console = Console()
-    console.print(shown)
-    console.print(f"GB of each GPU in training; * does not fit {memory:g} GB. By count: bf16, AdamW, checkpointing.")
+        table.add_row(*row)
+    console.print(table)
 
 
 # Every argument is the benchmark's own, --help too: what ships knows nothing of what does not.

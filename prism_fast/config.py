@@ -212,8 +212,10 @@ class RunConfig(Node):
     threads: Annotated[int, Field(ge=1, le=MAX_THREADS), NUMBER] | None = Field(
         None, description="torch threads on a CPU, null: one per core; resuming bit for bit needs the same number"
     )
-    tokens_per_pack: Annotated[int, Field(ge=1, le=2**24), NUMBER] = Field(
-        16384, description="tokens in one forward; more is faster and takes more memory"
+    tokens_per_pack: Annotated[int, Field(ge=1, le=2**24), NUMBER] | Literal["auto"] = Field(
+        16384,
+        description="tokens in one forward; more is faster and takes more memory; auto: the most that the memory has "
+        "room for when the run begins, by count",
     )
     eval_every: Every = Field(0, description="steps; 0: only at the end")
     save_every: Every = Field(100, description="steps; 0: only at the end")
@@ -462,9 +464,10 @@ class DiscriminatorStep(Node):
 def _responses_fit(run: RunConfig, info: ValidationInfo) -> RunConfig:
     """A response at its limit is packed with its prompt."""
     rollout = info.data.get("rollout")
-    if rollout is not None and run.tokens_per_pack <= rollout.max_response_tokens:
+    per_pack = run.tokens_per_pack
+    if rollout is not None and per_pack != "auto" and per_pack <= rollout.max_response_tokens:
         raise ValueError(
-            f"tokens_per_pack = {run.tokens_per_pack} holds no prompt with a response of rollout.max_response_tokens = "
+            f"tokens_per_pack = {per_pack} holds no prompt with a response of rollout.max_response_tokens = "
             f"{rollout.max_response_tokens}; raise the one or lower the other"
         )
     return run

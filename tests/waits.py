@@ -39,7 +39,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "prism_kernels" and any(tensor.is_meta for tensor in _tensors(args)):
-            operator = _operator(func)
+            operator = operator_of(func)
             with self:
                 return operator.run(*operator.records(*args))
         if is_composite(func):
@@ -85,7 +85,7 @@ class HostValues(TorchFunctionMode):
 
 
 @cache
-def _operator(func):
+def operator_of(func):
     """Whose body may have been imported a moment ago."""
     return next(found for found in gc.get_objects() if type(found) is Operator and found.overload is func)
 

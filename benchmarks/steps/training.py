@@ -225,6 +225,13 @@ def _steps(
         )
 
 
+def planned(model: memory.Model, form: Form, lengths: Lengths) -> memory.Need:
+    """Of its first pack, on one GPU."""
+    image = lengths.grid[0] * lengths.grid[1] // MERGE**2
+    pack = memory.Pack.of([memory.Tree(lengths.prompt, lengths.responses(0), image)])
+    return memory.need((model,), memory.Setup(form.sharding, offload=form.offload), pack)
+
+
 def finished(row: dict[str, Any], plan: memory.Need, work: float) -> dict[str, Any]:
     """A row of a table: medians over the measured steps, peaks over the plan. ``work``: operations of a gradient."""
     steps = row["steps"][WARMUPS:]
@@ -284,9 +291,9 @@ class Training:
         for form in FORMS:
             if options.only and form.name not in options.only:
                 continue
-            plan = memory.need((model,), form.sharding, 1, lengths.tokens_per_pack, offload=form.offload)
-            planned = {"peak_bytes": plan.training, "host_taken_bytes": plan.host, "parameters": model.parameters}
-            row = {"name": f"{form.name}, planned", "role": "plan", "status": "ok", **planned}
+            plan = planned(model, form, lengths)
+            counts = {"peak_bytes": plan.training, "host_taken_bytes": plan.host, "parameters": model.parameters}
+            row = {"name": f"{form.name}, planned", "role": "plan", "status": "ok", **counts}
             result["rows"].append(row)
             row = {"name": form.name, "role": "ours"}
             result["rows"].append(row)

@@ -21,7 +21,7 @@ from prism_fast import ranks
 from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, WarmupConfig, WatchConfig
 from prism_fast.files import system_reason, write_aside, write_json
 from prism_fast.records import DataError, StepStats
-from prism_fast.run import checkpoint, record
+from prism_fast.run import checkpoint, pack_size, record
 from prism_fast.run.alerts import Watch, halved_packs, sentence
 from prism_fast.run.lock import FILE_NAME as LOCK
 from prism_fast.run.lock import FolderLock
@@ -75,6 +75,8 @@ def set_up_torch(config: RunConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     on_gpu = torch.cuda.is_available()
+    if config.tokens_per_pack == "auto" and not on_gpu:
+        pack_size.give_freed_blocks_back()
     if config.deterministic if config.deterministic is not None else not on_gpu:
         # Root rows repeat in a tree; the backward of an index with repeated rows is otherwise not repeatable.
         torch.use_deterministic_algorithms(True)
@@ -143,6 +145,7 @@ class Session:
         self._lock, self._open = contextlib.ExitStack(), contextlib.ExitStack()  # the latter holds the monitor
         self._record: dict[str, Any] = {}
         self._notes: list[str] = []  # warnings from before there was a monitor
+        self._chosen: dict[str, Any] = {}  # what was chosen where settings say auto, by the checkpoint's record
         self._changed: list[str] = []  # since the checkpoint, and accepted
         self._skipped = 0  # updates in a row
         self._halved = False  # packs were, and it was said
@@ -208,6 +211,7 @@ class Session:
         else:
             changed += record.changes(before, self._record, self.settings)
             self._record["starts"] = before["starts"]
+            self._chosen = before.get("chosen", {})
             if other := record.moved(before, self._record):
                 self._notes.append(
                     f"resumed on other software or hardware, which may round otherwise: {', '.join(other)}"
@@ -243,6 +247,26 @@ class Session:
             device += f", {ranks.world()} processes"
         if ranks.is_first():
             print(f"{self.stage}: {records:,} records, {', '.join([*sizes, device])} -> {self.out}", flush=True)
+
+    def tokens_per_pack(self, free: int, **models: Any) -> int:
+        """The setting; for auto what a resumed run began with, else the most that the plan has room for.
+
+        ``free``: bytes beside the ``models``, which are as they were loaded, by the names of their settings; None: no
+        such model. Where the processes' differ the least decides. Bits depend on it, so it is in the run's record.
+        """
+        if self.config.tokens_per_pack != "auto":
+            return self.config.tokens_per_pack
+        least = min(ranks.gather(free))
+        with ranks.together():
+            chosen = self._chosen.get(record.PER_PACK) if ranks.is_first() else None
+            if ranks.is_first() and chosen is None:
+                there = {name: model for name, model in models.items() if model is not None}
+                chosen = pack_size.choose(self.settings, there, least, ranks.world())
+        chosen = ranks.from_first(chosen)
+        self._record["chosen"] = {record.PER_PACK: chosen}
+        if ranks.is_first():
+            print(f"{record.PER_PACK}: auto is {chosen:,}, as {least / 1e9:.1f} GB were free", flush=True)
+        return chosen
 
     def begin(
         self,

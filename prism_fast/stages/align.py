@@ -26,6 +26,7 @@ from prism_fast.steps.draws import Taught, draw_lessons, lesson_encoder
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import answer_accuracy
 from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.free_memory import free_bytes
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.probe import content_metrics
 from prism_fast.steps.sampler import open_sampler
@@ -35,7 +36,7 @@ from prism_fast.steps.update import Updater, open_updater
 def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
     """Moves config.policy towards the teacher; writes config.run.out/final/{policy,discriminator}."""
     with Session("align", config, resume, accept_changes) as session:
-        policy, chat, discriminator, batches = _open(config, session)
+        policy, chat, discriminator, batches, per_pack = _open(config, session)
         place = (config.steps, config.cluster, session.out)
         updater = open_updater(policy, config.policy_optimizer, *place)
         judge_updater = open_updater(discriminator, config.discriminator_optimizer, *place, name="discriminator")
@@ -49,8 +50,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
             evaluate=evaluator(sampler, chat, session.data, config.eval, config.run.seed, bad=batches.bad),
             watch=config.watch,
         )
-        load, per_pack = ExpertLoad(), {"tokens_per_pack": config.run.tokens_per_pack}
-        draw = draw_lessons(ahead, batches, config)
+        load, draw = ExpertLoad(), draw_lessons(ahead, batches, config)
         for step in range(first, config.steps):
             clock, metrics = Clock(), {names.LEARNING_RATE: updater.lr}
             with clock("rollout"):
@@ -92,15 +92,18 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
         return session.finish(batches.bad.messages)
 
 
-def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Batches[Lesson]]:
+def _open(config: AlignConfig, session: Session) -> tuple[Policy, Chat, Discriminator, Batches[Lesson], dict[str, int]]:
+    """... and how large a pack is."""
     policy, chat = open_policy(config.policy, session.saved("policy"))
     discriminator = load_discriminator(config.discriminator, session.saved("discriminator"), chat=chat)
     chat.images.keep(session.data.image_cache)
     data = read_align(session.data.files, **session.data.reading)
-    session.loaded(len(data), policy=policy, discriminator=discriminator)
+    models = {"policy": policy, "discriminator": discriminator}
+    session.loaded(len(data), **models)
+    per_pack = {"tokens_per_pack": session.tokens_per_pack(free_bytes(policy.device), **models)}
     encode = lesson_encoder(chat, config)
     batches = session.closing(Batches(data, len(data), encode, config.run.seed, session.data.workers))
-    return policy, chat, discriminator, batches
+    return policy, chat, discriminator, batches, per_pack
 
 
 def _collected(updater: Updater, judge_updater: Updater, chat: Chat) -> dict[str, CollectModel]:

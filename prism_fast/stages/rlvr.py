@@ -18,6 +18,7 @@ from prism_fast.steps.ahead import Ahead
 from prism_fast.steps.draws import draw_experience, question_encoder
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.experience import Taken, experience_metrics
+from prism_fast.steps.free_memory import free_bytes
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Backprop, open_updater
@@ -27,10 +28,12 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
     """Trains config.policy on verifiable rewards; writes config.run.out/final/policy."""
     with Session("rlvr", config, resume, accept_changes) as session, started(config.reward):
         policy, chat = open_policy(config.policy, session.saved("policy"))
-        reference = Backprop(load_policy(config.reference, chat).requires_grad_(False)) if config.reference else None
+        frozen = None if config.reference is None else load_policy(config.reference, chat).requires_grad_(False)
+        reference = None if frozen is None else Backprop(frozen)
         chat.images.keep(session.data.image_cache)
         data = read_rlvr(session.data.files, **session.data.reading)
         session.loaded(len(data), policy=policy)
+        per_pack = session.tokens_per_pack(free_bytes(policy.device), policy=policy, reference=frozen)
         updater = open_updater(policy, config.optimizer, config.steps, config.cluster, session.out)
         sampler = session.closing(open_sampler(config.sampler, updater, chat, session.saved("policy"), session.warn))
         ahead = session.closing(Ahead[Taken](sampler, chat, config, session.warn))
@@ -45,7 +48,7 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
             watch=config.watch,
         )
         objective = config.objective.build(config.rollout.max_response_tokens, config.rollout.importance_cap)
-        settings = {"tokens_per_pack": config.run.tokens_per_pack, **config.rollout.sampled}
+        settings = {"tokens_per_pack": per_pack, **config.rollout.sampled}
         encode = question_encoder(chat, config)
         batches = session.closing(Batches(data, len(data), encode, config.run.seed, session.data.workers))
         draw = draw_experience(ahead, batches, config, session.state.get("position", 0))

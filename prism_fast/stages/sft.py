@@ -13,6 +13,7 @@ from prism_fast.data.formats import read_sft
 from prism_fast.models.load import ProductChoices, collected, open_policy
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.evaluate import evaluator
+from prism_fast.steps.free_memory import free_bytes
 from prism_fast.steps.sampler import BuiltinSampler
 from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import open_updater
@@ -25,6 +26,7 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
         chat.images.keep(session.data.image_cache)
         data = read_sft(session.data.files, **session.data.reading)
         session.loaded(len(data), policy=policy)
+        per_pack = session.tokens_per_pack(free_bytes(policy.device), model=policy)
         total = config.steps or math.ceil(config.epochs * len(data) / config.batch_size)
         updater = open_updater(policy, config.optimizer, total, config.cluster, session.out)
         first = session.begin(
@@ -44,7 +46,7 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
             clock, warnings, fault = Clock(), [], None
             with clock("data"):
                 records = batches.take(step * config.batch_size, config.batch_size)
-                packs = demonstration_packs(records, config.run.tokens_per_pack, policy.image)
+                packs = demonstration_packs(records, per_pack, policy.image)
             metrics: dict[str, float] = {names.LEARNING_RATE: updater.lr}
             if not packs:
                 warnings.append(NO_RECORDS)

@@ -16,6 +16,7 @@ from prism_fast.pack import pack
 from prism_fast.records import DataError, PairRecord, Sample
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.free_memory import free_bytes
 from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
 from prism_fast.steps.update import Updater, open_updater
 
@@ -28,6 +29,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
         chat.images.keep(session.data.image_cache)
         data = read_warmup(session.data.files, **session.data.reading)
         session.loaded(len(data), discriminator=discriminator)
+        per_pack = session.tokens_per_pack(free_bytes(discriminator.device), discriminator=discriminator)
         encode = partial(
             pair_record, chat=chat, max_prompt_tokens=config.data.max_prompt_tokens, max_tokens=config.max_tokens
         )
@@ -41,7 +43,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
             models={"discriminator": collected(discriminator, chat, updater.stream)},
             optimizers={"": updater},
             parts={"product_choices": ProductChoices(), "bad_records": data.bad},
-            evaluate=lambda: _evaluate(updater, held_out, config),
+            evaluate=lambda: _evaluate(updater, held_out, per_pack),
             watch=config.watch,
         )
         for step in range(first, total):
@@ -54,7 +56,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
                 continue
             with clock("data"):
                 trees, labels = pair_trees(records)
-                packs = pack(trees, config.run.tokens_per_pack, discriminator.image)
+                packs = pack(trees, per_pack, discriminator.image)
             with clock("update"):
                 metrics, broken = pair_gradient(updater, packs, labels, balance_coef=config.balance_coef, load=load)
                 metrics[names.LEARNING_RATE] = lr
@@ -89,7 +91,7 @@ def _held_out(
     return count, held_out
 
 
-def _evaluate(updater: Updater, held_out: Sequence[PairRecord], config: WarmupConfig) -> tuple[dict[str, float], float]:
+def _evaluate(updater: Updater, held_out: Sequence[PairRecord], per_pack: int) -> tuple[dict[str, float], float]:
     """(pair accuracies, their sum, by which checkpoints compare)."""
-    figures = pair_accuracy(updater, held_out, tokens_per_pack=config.run.tokens_per_pack)
+    figures = pair_accuracy(updater, held_out, tokens_per_pack=per_pack)
     return figures, sum(figures.values())

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
-
-import torch
-
 from prism_fast.config import Sampling
 from prism_fast.models.token_step import TokenStep
+from prism_fast.steps.free_memory import free_bytes
 from prism_fast.steps.sampler_rows import Size
 from prism_kernels.tree_attention.decode_layout import PAGE
 
 MOST_ROWS = {"cpu": 256, "cuda": 512}  # of auto: more rows win little, as products are large enough by then
 PART = {"cpu": 0.5, "cuda": 0.85}  # of the free memory; the rest is for prefill and logits
 PROMPT_PAGES = 32  # that a prompt is expected to take at most: 2,048 tokens
-MEMINFO = Path("/proc/meminfo")
 LONG_PROMPT = 256  # pages that are there in any case, if memory has room
 
 
@@ -25,7 +19,7 @@ def size_of(step: TokenStep, sampling: Sampling, responses: int) -> Size:
     since few responses reach it; where all pages are taken, the youngest responses wait (see `sampler_builtin`)."""
     kind = step.device.type
     of_row = -(-sampling.max_response_tokens // PAGE)
-    room = max(2, int(PART[kind] * _free_bytes(step.device)) // page_bytes(step))
+    room = max(2, int(PART[kind] * free_bytes(step.device)) // page_bytes(step))
     rows = sampling.rows_at_once
     if rows == "auto":
         rows = min(MOST_ROWS[kind], max(1, room // (max(1, of_row // 2) + -(-PROMPT_PAGES // sampling.samples))))
@@ -38,21 +32,3 @@ def size_of(step: TokenStep, sampling: Sampling, responses: int) -> Size:
 def page_bytes(step: TokenStep) -> int:
     """Of one page in all layers, keys and values."""
     return 2 * len(step.layers) * step.kv_heads * PAGE * step.dim * step.embedding.element_size()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    return available_bytes(MEMINFO)
-
-
-def available_bytes(meminfo: Path) -> int:
-    """Of the host: what its cache of files would give back is counted, which is most of what a running host has."""
-    try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found is not None:
-        return int(found[1]) << 10
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -79,7 +79,7 @@ def test_a_form_trains(form):
     assert row["status"] == "ok" and row["parameters"] == model.parameters
     assert [step["tokens"] for step in row["steps"]] == 3 * [lengths.packs * lengths.tokens_per_pack]
     assert all(step["norm"] > 0 for step in row["steps"]) and row["host_bytes"] > 0
-    found = training.finished(row, memory.need((model,), form.sharding, 1, 96), work=1e12)
+    found = training.finished(row, training.planned(model, form, lengths), work=1e12)
     assert found["samples"] == 2 and found["median_s"] >= found["gradient_s"] > 0 and found["tflops"] > 0
 
 
@@ -131,7 +131,10 @@ def test_what_deepspeed_keeps_on_the_host_is_what_the_plan_counts():
     kept = {"masters": 4.0, "gradients": 4.0, "weights on their way": 2.0, "moments": 8.0, "sums": 0.0}
     assert done.stdout.splitlines()[-1] == str(kept)
     model = training.MODELS["tiny"]
-    assert memory.need((model,), "zero2", 1, 96, offload=True).host == sum(kept.values()) * model.parameters
+    assert (
+        memory.need((model,), memory.Setup("zero2", offload=True), memory.typical(96)).host
+        == sum(kept.values()) * model.parameters
+    )
 
 
 def test_the_part_runs_only_where_it_is_named():

@@ -52,7 +52,10 @@ def test_the_command_line_is_frozen():
             *("--accept-changes", "--config", "--cpus", "--endpoint", "--gpus", "--nodes", "--partition"),
             *("--resume", "--slurm", "--time"),
         ],
-        "plan": ["--gpus", "--memory", "--policy", "--tokens"],
+        "plan": [
+            *("--bytes-share", "--config", "--flops-share", "--gpu", "--gpus", "--memory", "--policy", "--prompt"),
+            *("--response", "--tokens"),
+        ],
         "bench": [],
         "doctor": [],
         "data convert": ["--column", "--out", "--skip-bad-records", "--to"],
@@ -207,7 +210,11 @@ def test_launch_prints_and_warns_and_starts_nothing(tmp_path, capsys, monkeypatc
 
 def test_plan_counts(capsys, monkeypatch):
     status, out, _ = run(capsys, monkeypatch, "plan", "align", "--gpus", 8)
-    assert status == 0 and "49.9" in out and "By count" in out
+    assert status == 0 and "54.2" in out and "By count" in out
+    status, out, _ = run(capsys, monkeypatch, "plan", "sft", "--config", "sft_4b", "--tokens", 8192)
+    assert status == 0 and "packs of 8,192 tokens" in " ".join(out.split()) and "a step" in out
+    status, _, err = run(capsys, monkeypatch, "plan", "sft", "optimizer.lr=1")
+    assert status == 2 and err.startswith("error: plan: optimizer.lr=1: goes with --config alone")
     status, _, err = run(capsys, monkeypatch, "plan", "align", "--policy", "70b")
     assert status == 2 and err == "error: plan: --policy: expected 4b or 8b, got '70b'\n"
 

@@ -204,11 +204,11 @@ def test_rows_by_memory(monkeypatch):
     step = TokenStep(policy())
     page = memory_module.page_bytes(step)
     assert page == 2 * 3 * 2 * 64 * 16 * 4
-    monkeypatch.setattr(memory_module, "_free_bytes", lambda device: 2 * 1000 * page)
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 2 * 1000 * page)
     assert memory_module.size_of(step, sampling(16, 640), 512) == Size(142, 32 + 1 + 1, 1000)
     assert memory_module.size_of(step, sampling(16, 640, rows_at_once=8), 512) == Size(8, 10, 8 * 10 + 10 * 32 + 256)
     assert memory_module.size_of(step, sampling(2, 640), 4).rows == 4
-    monkeypatch.setattr(memory_module, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 0)
     assert memory_module.size_of(step, sampling(16, 640), 512).rows == 1
 
 
@@ -235,13 +235,6 @@ def test_prompts_that_were_read_ahead_give_way_to_the_last_response_that_goes_on
     whole = generate(p, Chat, prompts, drawn, seed=2)
     monkeypatch.setattr(stream_module, "size_of", lambda *_: Size(6, 4, 1 + 1 + 4))  # nobody's, a prompt, a response
     assert generate(p, Chat, prompts, drawn, seed=2).text == whole.text
-
-
-def test_a_hosts_cache_of_files_counts_as_free(tmp_path):
-    file = tmp_path / "meminfo"
-    file.write_text("MemTotal:       24000000 kB\nMemFree:          300000 kB\nMemAvailable:   19000000 kB\n")
-    assert memory_module.available_bytes(file) == 19_000_000 * 1024
-    assert memory_module.available_bytes(tmp_path / "none") > 1 << 20  # another system
 
 
 def test_a_prepared_step_is_the_step_again_and_again():
