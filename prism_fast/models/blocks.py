@@ -26,12 +26,12 @@ from prism_kernels import (
     RoutingStats,
     TreeLayout,
     moe_mlp,
-    moe_route,
     qk_norm_rotate,
     rms_norm,
     swiglu,
     tree_attention,
 )
+from prism_kernels.moe import moe_route_through
 from prism_kernels.rms_norm import rms_norm_rotate
 
 
@@ -158,9 +158,10 @@ class Router(nn.Module):
     weight: Tensor  # (E, H)
     top_k: int
 
-    def forward(self, x: Tensor, kind: Tensor | None, expert_index: Tensor | None) -> Routing:
-        """x (T, H), kind (T,) of pack.KIND_NAMES; ``expert_index``: the experts to take instead of choosing."""
-        return moe_route(
+    def forward(self, x: Tensor, kind: Tensor | None, expert_index: Tensor | None) -> tuple[Routing, Tensor]:
+        """x (T, H), kind (T,) of pack.KIND_NAMES; ``expert_index``: the experts to take instead of choosing. With the
+        routing comes x, for the experts: the router adds to its gradient."""
+        return moe_route_through(
             x,
             self.weight,
             self.top_k,
@@ -183,7 +184,7 @@ class SparseMLP(nn.Module):
     experts: Experts
 
     def forward(self, x: Tensor, kind: Tensor | None, expert_index: Tensor | None) -> tuple[Tensor, Routing]:
-        routing = self.gate(x, kind, expert_index)
+        routing, x = self.gate(x, kind, expert_index)
         return self.experts(x, routing), routing
 
 
@@ -223,7 +224,7 @@ class TreeLayer(nn.Module):
         chosen = {} if chosen is None else chosen
         whole = None
         if read is not None and read.balance:
-            whole = sparse.gate(normed, kind, chosen.get("every"))
+            whole, _ = sparse.gate(normed, kind, chosen.get("every"))
             chosen.setdefault("every", whole.expert_index.detach())
             hidden = hidden[read.rows.row]
             normed = self.post_attention_layernorm(hidden)

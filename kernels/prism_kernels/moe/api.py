@@ -83,6 +83,40 @@ def moe_route(
         ValueError: an argument of another shape, dtype, device or value; names it.
         RuntimeError: ``impl`` cannot run here.
     """
+    return _route(hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index, impl)[0]
+
+
+def moe_route_through(
+    hidden: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    renormalize: bool = True,
+    segment_kind: Tensor | None = None,
+    num_kinds: int = 0,
+    expert_index: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Routing, Tensor]:
+    """:func:`moe_route`, and ``hidden`` for :func:`moe_mlp`: the same values, whose gradient goes through the router's
+    backward, which adds its own where it computes it. Otherwise autograd reads both parts again and writes their sum,
+    which torch.compile still does.
+
+    >>> routing, hidden = moe_route_through(hidden, router_weight, 2)
+    >>> out = moe_mlp(hidden, gate_up, down, routing)
+    """
+    return _route(hidden, router_weight, top_k, renormalize, segment_kind, num_kinds, expert_index, impl)
+
+
+def _route(
+    hidden: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    renormalize: bool,
+    segment_kind: Tensor | None,
+    num_kinds: int,
+    expert_index: Tensor | None,
+    impl: str,
+) -> tuple[Routing, Tensor]:
     check_tensor("hidden", hidden, {"T": None, "H": None}, FLOATING)
     check_tensor("router_weight", router_weight, {"E": None, "H": hidden.shape[1]}, FLOATING)
     check_device("router_weight", router_weight, "hidden", hidden)
@@ -107,7 +141,7 @@ def moe_route(
     check_indices(experts, expert_index, arguments.segment_kind, num_kinds)
     chosen, run = ROUTE.select(impl, hidden.device, hidden, router_weight)
     if _by_operator(hidden) and chosen != Impl.REFERENCE:
-        return operators.moe_route(hidden, router_weight, arguments, str(chosen))
+        return operators.moe_route(hidden, router_weight, arguments, str(chosen)), hidden
     with on_device_of(hidden), _no_autocast(hidden.device):
         return run(hidden, router_weight, arguments)
 

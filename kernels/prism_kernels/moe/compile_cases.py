@@ -34,7 +34,7 @@ def _wide(dtype: str) -> str:
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(constexprs, launch options) of what a launcher passes by keyword."""
-    launch = {name: value for name, value in options.items() if name.startswith("num_")}
+    launch = {name: value for name, value in options.items() if name.startswith("num_") or name == "maxnreg"}
     return {name: value for name, value in options.items() if name not in launch}, launch
 
 
@@ -78,21 +78,21 @@ def _route() -> list[Configuration]:
             )
         )
         if not kind and (experts, k) == next(row for row in EXPERTS if row[0] == experts):  # k does not change it
-            rows.append(_d_router(name, dtype, router, experts))
+            rows += [_d_router(name, dtype, router, experts, passed) for passed in (False, True)]
     return rows
 
 
-def _d_router(name: str, dtype: str, router: str, experts: int) -> Configuration:
+def _d_router(name: str, dtype: str, router: str, experts: int, passed: bool) -> Configuration:
     wide = f"*{_wide(router)}"
     blocks, launch = _split(triton_route.d_router_options(experts, DTYPES[_wide(router)].itemsize))
     signature = {"d_logits_ptr": wide, "x_ptr": f"*{dtype}", "router_ptr": f"*{router}", "d_x_ptr": f"*{dtype}"}
-    signature |= {"d_router_ptr": wide}
+    signature |= {"passed_ptr": f"*{dtype}", "d_router_ptr": wide}
     lengths = ("num_tokens", "tokens_per_split", "hidden", "num_experts", "x_stride")
     return Configuration(
-        f"d_router {name}",
+        f"d_router {name}{' passed' if passed else ''}",
         triton_route.moe_route_bwd_drouter_kernel,
         signature | dict.fromkeys(lengths, "i32"),
-        {"E_PAD": triton_plan.padded(experts), **blocks, "WITH_D_X": True},
+        {"E_PAD": triton_plan.padded(experts), **blocks, "WITH_D_X": True, "HAS_PASSED": passed},
         divisible_by_16=_aligned(experts, "hidden", "x_stride", "tokens_per_split"),
         **launch,
     )
@@ -123,6 +123,7 @@ def _plan() -> list[Configuration]:
         signature = dict.fromkeys(("index_ptr", "block_count_ptr"), "*i32")
         signature |= dict.fromkeys(("num_tokens", "num_experts", "num_blocks"), "i32")
         common["BLOCK_T"] = blocks["BLOCK_T"]
+        launch.pop("maxnreg", None)
         rows.append(Configuration(f"count {name}", triton_plan.moe_plan_fwd_count_kernel, signature, common, **launch))
     return rows
 

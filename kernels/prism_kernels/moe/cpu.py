@@ -28,9 +28,10 @@ def _math(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> Routing:
-    index, weight, order, offset, counts, prob_sum = _Route.apply(hidden, router_weight, arguments)
-    return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum))
+def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Routing, Tensor]:
+    """The routing, and the hidden states, to whose gradient the router adds its own."""
+    index, weight, order, offset, counts, prob_sum, hidden = _Route.apply(hidden, router_weight, arguments)
+    return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum)), hidden
 
 
 class _Route(torch.autograd.Function):
@@ -40,17 +41,22 @@ class _Route(torch.autograd.Function):
         *outputs, probability = route_forward(hidden, router_weight, arguments)
         index, _, order, offset, counts, _ = outputs
         ctx.save_for_backward(hidden, router_weight, probability, index, arguments.segment_kind)
-        ctx.renormalize = arguments.renormalize
+        ctx.renormalize, ctx.num_kinds = arguments.renormalize, arguments.num_kinds
         ctx.mark_non_differentiable(index, order, offset, counts)
-        return tuple(outputs)
+        ctx.set_materialize_grads(False)
+        return *outputs, hidden
 
     @staticmethod
     @first_derivative("moe_route")
     @custom_bwd(device_type="cpu")
-    def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
+    def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum, passed):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
         saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
-        return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2]), None
+        d_weight = probability.new_zeros(index.shape) if d_weight is None else d_weight
+        if d_prob_sum is None:
+            d_prob_sum = probability.new_zeros(ctx.num_kinds, probability.shape[1])
+        d_hidden, d_router = route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2])
+        return d_hidden if d_hidden is None or passed is None else d_hidden + passed, d_router, None
 
 
 def route_forward(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Tensor, ...]:

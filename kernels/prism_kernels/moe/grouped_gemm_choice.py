@@ -1,8 +1,8 @@
 """Which backend of grouped_gemm.py computes the experts' GEMMs: pinned, measured, saved, settled over ranks.
 
 ``PRISM_GROUPED_MM=torch|triton|loop`` pins one. Otherwise GPU, dtype and alignment decide: where the library's grouped
-GEMM serves, it is taken. Where it does not, the first call of a (GPU, dtype, E, H, I, layout) times the others, at a size
-that depends on these alone, and keeps the fastest for every number of tokens. On a CPU the choice is fixed: ``loop``.
+GEMM serves, it is taken. Where it does not, the first call of a (GPU, dtype, E, H, I, layout) times the others, at a
+size that depends on these alone, and keeps the fastest for every number of tokens. On a CPU it is ``loop``.
 
 Backends differ in the last bits, so a choice must not be made twice. :func:`product_choices` goes into a checkpoint,
 :func:`load_product_choices` takes it back before the first step. In a job of several

@@ -12,7 +12,8 @@ from torch import Tensor
 from prism_kernels.moe.routing import RouteArguments, Routing, RoutingStats
 
 
-def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> Routing:
+def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Routing, Tensor]:
+    """The routing, and the hidden states as they are."""
     top_k, renormalize, segment_kind, num_kinds, expert_index = arguments
     math = torch.promote_types(hidden.dtype, torch.float32)
     experts = router_weight.shape[0]
@@ -31,7 +32,7 @@ def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) 
         counts=torch.stack([torch.where(of_kind, chosen, 0.0).sum(dim=0) for of_kind in kinds]),
         prob_sum=torch.stack([torch.where(of_kind, probability, 0.0).sum(dim=0) for of_kind in kinds]),
     )
-    return Routing(index.int(), weight, *plan_routing(index, experts), stats)
+    return Routing(index.int(), weight, *plan_routing(index, experts), stats), hidden
 
 
 def plan_routing(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,10 @@ def block_tokens(experts: int) -> int:
 
 def order_options(experts: int) -> dict[str, int]:
     pad = padded(experts)
-    blocks = {
-        "BLOCK_T": block_tokens(experts),
-        "SUM_BLOCK": max(16, SUM_CELLS // pad),
-        "STATISTICS_BLOCK": STATISTICS_BLOCK,
-    }
-    return {**blocks, "num_warps": 8 if pad == 64 else 4}
+    options = {"BLOCK_T": block_tokens(experts), "SUM_BLOCK": max(16, SUM_CELLS // pad)}
+    options |= {"STATISTICS_BLOCK": STATISTICS_BLOCK, "num_warps": 8 if pad == 64 else 4}
+    # Without a bound ptxas settles for 80 or 96 registers and spills; E 128 needs more than 128.
+    return options | ({"maxnreg": 128} if pad <= 64 else {})
 
 
 @triton.jit

@@ -221,6 +221,7 @@ def moe_route_bwd_drouter_kernel(
     x_ptr,  # (T, H), last stride 1
     router_ptr,  # (E, H) contiguous
     d_x_ptr,  # (T, H) contiguous, out
+    passed_ptr,  # (T, H) contiguous: another part of it, or d_x_ptr
     d_router_ptr,  # (SPLITS, E, H) out, to be summed
     num_tokens,
     tokens_per_split,  # a multiple of BLOCK_T
@@ -231,8 +232,9 @@ def moe_route_bwd_drouter_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     WITH_D_X: tl.constexpr,
+    HAS_PASSED: tl.constexpr,
 ):
-    """d_x = d_logits @ router and one split's part of d_router = d_logits^T @ x: x is read once."""
+    """d_x = d_logits @ router [+ passed] and one split's part of d_router = d_logits^T @ x: x is read once."""
     i_split = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_row = column < hidden
@@ -254,13 +256,17 @@ def moe_route_bwd_drouter_kernel(
         d_router = _dot_exact(tl.trans(b_d), b_x.to(wide), d_router)
         if WITH_D_X:
             d_x = _dot_exact(b_d, b_router, tl.zeros([BLOCK_T, BLOCK_H], dtype=wide))
-            tl.store(d_x_ptr + token[:, None] * hidden + column[None, :], d_x.to(d_x_ptr.dtype.element_ty), mask=in_x)
+            at = token[:, None] * hidden + column[None, :]
+            if HAS_PASSED:
+                d_x += tl.load(passed_ptr + at, mask=in_x, other=0.0).to(wide)
+            tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=in_x)
     tl.store(d_router_ptr + i_split.to(tl.int64) * num_experts * hidden + cell, d_router, mask=in_router)
 
 
-def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> Routing:
-    index, weight, order, offset, counts, prob_sum = _Route.apply(hidden, router_weight, arguments)
-    return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum))
+def moe_route(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Routing, Tensor]:
+    """The routing, and the hidden states, to whose gradient the router adds its own in the pass that computes it."""
+    index, weight, order, offset, counts, prob_sum, hidden = _Route.apply(hidden, router_weight, arguments)
+    return Routing(index, weight, order, offset, RoutingStats(counts, prob_sum)), hidden
 
 
 class _Route(torch.autograd.Function):
@@ -270,17 +276,21 @@ class _Route(torch.autograd.Function):
         *outputs, probability = route_forward(hidden, router_weight, arguments)
         index, _, order, offset, counts, _ = outputs
         ctx.save_for_backward(hidden, router_weight, probability, index, arguments.segment_kind)
-        ctx.renormalize = arguments.renormalize
+        ctx.renormalize, ctx.num_kinds = arguments.renormalize, arguments.num_kinds
         ctx.mark_non_differentiable(index, order, offset, counts)
-        return tuple(outputs)
+        ctx.set_materialize_grads(False)
+        return *outputs, hidden
 
     @staticmethod
     @first_derivative("moe_route", batches=False)
     @custom_bwd(device_type="cuda")
-    def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum):
+    def backward(ctx, _index, d_weight, _order, _offset, _counts, d_prob_sum, passed):
         hidden, router_weight, probability, index, kind = ctx.saved_tensors
         saved = RouteSaved(hidden, router_weight, probability, index, kind, ctx.renormalize)
-        return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2]), None
+        d_weight = probability.new_zeros(index.shape) if d_weight is None else d_weight
+        if d_prob_sum is None:
+            d_prob_sum = probability.new_zeros(ctx.num_kinds, probability.shape[1])
+        return *route_backward(saved, d_weight, d_prob_sum, *ctx.needs_input_grad[:2], passed), None
 
 
 def route_forward(hidden: Tensor, router_weight: Tensor, arguments: RouteArguments) -> tuple[Tensor, ...]:
@@ -329,8 +339,14 @@ def route_forward(hidden: Tensor, router_weight: Tensor, arguments: RouteArgumen
 
 
 def route_backward(
-    saved: RouteSaved, d_weight: Tensor, d_prob_sum: Tensor, want_hidden: bool, want_router: bool
+    saved: RouteSaved,
+    d_weight: Tensor,
+    d_prob_sum: Tensor,
+    want_hidden: bool,
+    want_router: bool,
+    passed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """``passed`` (T, H): what the gradient of hidden has from elsewhere, and is added to."""
     hidden, router_weight, probability, index, segment_kind, renormalize = saved
     tokens, experts = probability.shape
     if tokens == 0:
@@ -367,6 +383,7 @@ def route_backward(
         x,
         router,
         d_hidden,
+        d_hidden if passed is None else passed.contiguous(),
         parts,
         tokens,
         tokens_per_split,
@@ -375,6 +392,7 @@ def route_backward(
         x.stride(0),
         E_PAD=padded(experts),
         WITH_D_X=want_hidden,
+        HAS_PASSED=passed is not None,
         **options,
     )
     d_router = parts.sum(dim=0).to(router_weight.dtype) if want_router else None

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prism_kernels import moe_route
-from prism_kernels.moe import plan_routing
+from prism_kernels import moe_mlp, moe_route
+from prism_kernels.moe import moe_route_through, plan_routing
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter alone")
@@ -20,7 +20,7 @@ class Launches(TorchDispatchMode):
         from prism_kernels.moe import triton_mlp, triton_plan, triton_route
 
         super().__init__()
-        self.found, self.others = Counter(), set()
+        self.found, self.others = Counter(), Counter()
         for module in (triton_mlp, triton_plan, triton_route):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, self.counted(name, getattr(module, name)))
@@ -34,7 +34,7 @@ class Launches(TorchDispatchMode):
         return Counted()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.others.add(function.name())
+        self.others[function.name()] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -71,3 +71,25 @@ def test_programs_share_blocks_and_statistics(programs, monkeypatch):
         assert torch.equal(getattr(ours, name), getattr(truth, name))
     assert torch.equal(ours.stats.counts, truth.stats.counts)
     assert torch.allclose(ours.stats.prob_sum, truth.stats.prob_sum)
+
+
+def test_the_router_adds_to_the_gradient_that_passes_it(monkeypatch):
+    """Launches of a backward, and that it needs no sum of the experts' part and the router's."""
+    monkeypatch.setenv("PRISM_GROUPED_MM", "loop")
+    x, router, gate_up, down, kind = layer()
+    sums, found = [], []
+    for route in (lambda *a, **k: (moe_route(*a, **k), x), moe_route_through):
+        routing, hidden = route(x, router, 2, segment_kind=kind, num_kinds=3, impl="triton")
+        out = moe_mlp(hidden, gate_up, down, routing, impl="triton").sum() + routing.stats.prob_sum.square().sum()
+        with Launches(monkeypatch) as count:
+            found.append(torch.autograd.grad(out, (x, router, gate_up, down)))
+        sums.append(count.others["aten::add.Tensor"])
+        monkeypatch.undo()
+        monkeypatch.setenv("PRISM_GROUPED_MM", "loop")
+    assert sums[0] == sums[1] + 1
+    assert count.found == {
+        "moe_mlp_permute_kernel": 2, "moe_mlp_bwd_swiglu_kernel": 1, "moe_mlp_combine_kernel": 1,
+        "moe_route_bwd_dlogits_kernel": 1, "moe_route_bwd_drouter_kernel": 1,
+    }  # fmt: skip
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)

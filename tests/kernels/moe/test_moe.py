@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_kernels import Routing, RoutingStats, load_balancing_loss, moe_mlp, moe_route
-from prism_kernels.moe import cpu, plan_routing
+from prism_kernels.moe import cpu, moe_route_through, plan_routing
 from tests.kernels.linear_logprob.linear_cases import INTERPRETED, skip_interpreted
 from tests.oracle import assert_as_exact, assert_same
 
@@ -259,13 +259,16 @@ def test_half_precision_errs_no_more_than_eager(impl, device):
 
 
 @both
-def test_routed_layer_end_to_end(impl, device):
+@pytest.mark.parametrize("through", [False, True])
+def test_routed_layer_end_to_end(impl, device, through):
     """Router and experts together, fp32: gradients reach the router through the weights."""
     x = normal(45, 16, device=device, dtype=torch.float32, seed=5).requires_grad_()
     router = normal(4, 16, device=device, dtype=torch.float32, seed=6).requires_grad_()
     gate_up, down = weights(4, 16, 12, "v5", device, torch.float32)
     leaves = (x, router, gate_up, down)
-    out = moe_mlp(x, gate_up, down, moe_route(x, router, 2, impl=impl), impl=impl)
+    routing, hidden = moe_route_through(x, router, 2, impl=impl) if through else (moe_route(x, router, 2, impl=impl), x)
+    assert torch.equal(hidden, x)
+    out = moe_mlp(hidden, gate_up, down, routing, impl=impl)
     exact = [t.detach().double().requires_grad_() for t in leaves]
     index = (exact[0] @ exact[1].T).topk(2).indices
     d_out = normal(45, 16, device=device, dtype=torch.float32, seed=7)
@@ -278,6 +281,23 @@ def test_routed_layer_end_to_end(impl, device):
     ours = (out, *torch.autograd.grad(out, leaves, d_out))
     for mine, true, eager in zip(ours, plain(*exact), plain(*leaves)):
         assert_as_exact(mine, true, eager, 2 * (16 + 4 + 16 + 12) + 45)
+
+
+@both
+def test_any_part_of_a_routers_gradient_may_be_absent(impl, device):
+    x = normal(45, 16, device=device, dtype=torch.float32, seed=5).requires_grad_()
+    router = normal(4, 16, device=device, dtype=torch.float32, seed=6).requires_grad_()
+    routing, hidden = moe_route_through(x, router, 2, impl=impl)
+    parts = routing.weight[:, 0].sum(), routing.stats.prob_sum.square().sum(), (hidden * 3).sum()
+    whole = torch.autograd.grad(sum(parts), (x, router), retain_graph=True)
+    alone = [torch.autograd.grad(part, (x, router), retain_graph=True, allow_unused=True) for part in parts]
+    assert torch.equal(alone[2][0], torch.full_like(x, 3))
+    for i in range(2):
+        each = [found[i] for found in alone if found[i] is not None]
+        assert_same(sum(each), whole[i], 45 + 16, scale=max(float(part.abs().max()) for part in each))
+    x.requires_grad_(False)
+    routing, hidden = moe_route_through(x, router, 2, impl=impl)
+    assert torch.equal(torch.autograd.grad(routing.weight[:, 0].sum(), router)[0], alone[0][1])
 
 
 @both
