@@ -40,20 +40,21 @@ def _head(dtype: str, wide: str, head: dict[str, bool]) -> tuple[dict[str, str],
     return signature, {f"HAS_{name.upper()}": on for name, on in head.items()}
 
 
-def _blocks(kernel: str, wide: str) -> tuple[dict[str, int], int]:
-    blocks = block_options(kernel, TOKEN_SIZE[wide])
-    return blocks, blocks.pop("num_warps")
+def _blocks(kernel: str, wide: str, softcap: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """(constexprs, launch options)."""
+    blocks = block_options(kernel, TOKEN_SIZE[wide], softcap)
+    return blocks, {name: blocks.pop(name) for name in ("num_warps", "maxnreg") if name in blocks}
 
 
 def _statistics(dtype: str, wide: str) -> Iterator[Configuration]:
-    blocks, warps = _blocks("statistics", wide)
     for head, entropy in product(_heads(), (False, True)):
+        blocks, launch = _blocks("statistics", wide, head["softcap"])
         signature, flags = _head(dtype, wide, head)
         signature |= dict.fromkeys(("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr"), f"*{wide}")
         name = _named(f"statistics {dtype}", **head, entropy=entropy)
         flags |= {"WITH_ENTROPY": entropy, **blocks}
         row = Configuration(
-            name, lm_head_stats_kernel, signature, flags, warps, divisible_by_16=("row_stride", "vocab_size")
+            name, lm_head_stats_kernel, signature, flags, divisible_by_16=("row_stride", "vocab_size"), **launch
         )
         yield row
         if len({*head.values(), entropy}) == 1:
@@ -61,17 +62,17 @@ def _statistics(dtype: str, wide: str) -> Iterator[Configuration]:
 
 
 def _gradients(dtype: str, wide: str) -> Iterator[Configuration]:
-    blocks, warps = _blocks("gradient", wide)
     strides = ("row_stride", "dz_row_stride")
     names = ("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr")
     names += ("d_logprob_ptr", "d_logsumexp_ptr", "d_entropy_ptr")
     for head, d_logsumexp, d_entropy in product(_heads(), (False, True), (False, True)):
+        blocks, launch = _blocks("gradient", wide, head["softcap"])
         signature, flags = _head(dtype, wide, head)
         signature |= {"dz_ptr": f"*{dtype}", "dz_row_stride": "i32"} | dict.fromkeys(names, f"*{wide}")
         flags |= {"HAS_D_LOGSUMEXP": d_logsumexp, "HAS_D_ENTROPY": d_entropy, "NARROW": dtype != wide, **blocks}
         name = _named(f"gradient {dtype}", **head, d_logsumexp=d_logsumexp, d_entropy=d_entropy)
         row = Configuration(
-            name, lm_head_grad_kernel, signature, flags, warps, divisible_by_16=(*strides, "vocab_size")
+            name, lm_head_grad_kernel, signature, flags, divisible_by_16=(*strides, "vocab_size"), **launch
         )
         yield row
         if len({*head.values(), d_logsumexp, d_entropy}) == 1:

@@ -49,8 +49,10 @@ def d_router_options(experts: int, itemsize: int) -> dict[str, int]:
     if itemsize == 8:
         return {"BLOCK_T": 16, "BLOCK_H": 16, "num_warps": 4}
     pad = padded(experts)
-    if pad <= 32:
-        return {"BLOCK_T": 32, "BLOCK_H": 64, "num_warps": 4 if pad == 16 else 8}
+    if pad == 16:  # without a bound ptxas settles for 128 registers on sm_100, and spills
+        return {"BLOCK_T": 32, "BLOCK_H": 64, "num_warps": 4, "maxnreg": 168}
+    if pad == 32:
+        return {"BLOCK_T": 32, "BLOCK_H": 64, "num_warps": 8}
     return {"BLOCK_T": 32 if pad <= 64 else 16, "BLOCK_H": 32 if pad <= 64 else 16, "num_warps": 8}
 
 
