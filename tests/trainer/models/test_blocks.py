@@ -151,14 +151,14 @@ def test_weights_are_read_inside_their_modules_call(model, units):
 def test_a_recompute_takes_the_experts_of_the_first_run(monkeypatch, balance, reentrant):
     mine = Discriminator(moe(), torch.randn(32))
     mine.checkpoint_activations(use_reentrant=reentrant)
-    taken, route = [], blocks.moe_route
+    taken, route = [], blocks.moe_route_through
 
     def watched(*args, **kwargs):
-        routing = route(*args, **kwargs)
+        routing, x = route(*args, **kwargs)
         taken.append(routing.expert_index)
-        return routing
+        return routing, x
 
-    monkeypatch.setattr(blocks, "moe_route", watched)
+    monkeypatch.setattr(blocks, "moe_route_through", watched)
     judgement = mine(pack_of(forest()), balance=balance)
     first = len(taken)
     assert first == 3 + balance
