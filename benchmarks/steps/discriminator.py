@@ -246,6 +246,7 @@ def flops_of_ways(case: Case, *, checkpointing: bool = False) -> list[float]:
     branches = [len(part) for pair in [lesson, *case.parts] for part in pair]
     scores = image + flops.head(shape, len(branches), 1)
     whole, read = (scores + flops.tree(shape, branches, read_out=last) for last in (False, True))
+    own = scores + flops.tree(shape, branches, read_out=True, kernels=True)
     found = [
         students.forward() + update,
         update,
@@ -253,9 +254,9 @@ def flops_of_ways(case: Case, *, checkpointing: bool = False) -> list[float]:
         once.trained(checkpointing),
         whole.trained(checkpointing),
         read.trained(checkpointing),
-        read.trained(checkpointing),
+        own.trained(checkpointing),
     ]
-    return [*found, read.trained(False)] if checkpointing else found
+    return [*found, own.trained(False)] if checkpointing else found
 
 
 def smallest_margin(case: Case) -> float:

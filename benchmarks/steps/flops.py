@@ -65,9 +65,12 @@ def layer(shape: Shape, queries: int, keys: int, pairs: int) -> float:
     return 2 * (projections + mlp + 2 * pairs * inner)
 
 
-def down(shape: Shape, rows: int) -> float:
-    """The last product of a dense layer. Experts have none: their routing weights read it."""
-    return 0.0 if shape.experts else 2.0 * rows * shape.hidden * shape.inner
+def down(shape: Shape, rows: int, kernels: bool = False) -> float:
+    """The last product of a layer, where a recompute leaves it out: of experts only ours do, by ``kernels``; elsewhere
+    routing weights read it."""
+    if shape.experts and not kernels:
+        return 0.0
+    return 2.0 * rows * (shape.top_k if shape.experts else 1) * shape.hidden * shape.inner
 
 
 def sequence(shape: Shape, length: int) -> Work:
@@ -77,13 +80,15 @@ def sequence(shape: Shape, length: int) -> Work:
     )
 
 
-def tree(shape: Shape, branches: Sequence[int], *, read_out: bool = False) -> Work:
-    """The text side of one packed tree; ``read_out``: queries and MLP of the last layer at read-out rows alone."""
+def tree(shape: Shape, branches: Sequence[int], *, read_out: bool = False, kernels: bool = False) -> Work:
+    """The text side of one packed tree; ``read_out``: queries and MLP of the last layer at read-out rows alone;
+    ``kernels``: with our experts."""
     root, tokens = shape.prompt, shape.prompt + sum(branches)
     pairs = root**2 + sum(length * (root + length) for length in branches)
     whole = layer(shape, tokens, tokens, pairs)
     last = layer(shape, len(branches), tokens, len(branches) * tokens) if read_out else whole
-    ends = (shape.layers - 1) * down(shape, tokens) + down(shape, len(branches) if read_out else tokens)
+    rows = len(branches) if read_out else tokens
+    ends = (shape.layers - 1) * down(shape, tokens, kernels) + down(shape, rows, kernels)
     return Work(repeated=(shape.layers - 1) * whole + last, last=ends)
 
 

@@ -68,11 +68,19 @@ class Builtin(Side):
             from prism_fast.policy import Policy  # pyright: ignore[reportMissingImports]  # the first commit's
         options = {"forbidden": tuple(self.barred), "dtype": self.dtype, "device": device}
         self.policy = Policy.load(folder, **options)
-        self.plain = self.policy.bias.clone()
+        self.favour = torch.zeros(self.policy.head.shape[0], device=device)
+        if hasattr(self.policy, "bias"):  # of the first commit's policy, dense
+            self.plain = self.policy.bias.clone()
+        else:
+            from prism_fast.models.token_step import TokenStep
+
+            given = TokenStep.logits
+            TokenStep.logits = lambda step, hidden: given(step, hidden).add_(self.favour)
 
     def run(self, request: dict[str, Any]) -> list[Tensor]:
-        self.policy.bias.copy_(self.plain)
-        self.policy.bias[self.end] += request["favour"]
+        self.favour.zero_()[self.end] = request["favour"]
+        if hasattr(self.policy, "bias"):
+            torch.add(self.plain, self.favour, out=self.policy.bias)
         self.rollout = self.generate(request)
         return list(self.rollout.response_ids)
 

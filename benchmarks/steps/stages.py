@@ -159,14 +159,14 @@ def align(stage: Stage, clock: Clock, number: int) -> tuple[dict[str, float], di
         )
     stage.optimize(clock, judge)
     with clock("host"):
-        advantages = alignment_advantage(scores, rollout.group, AdvantageConfig(), stage.config.score_clamp)
+        advantages = alignment_advantage(scores, rollout.group, AdvantageConfig(), stage.config)
     work, tokens = stage.update(clock, rollout, advantages)
     stage.optimize(clock, stage.policy)
     score = Work()
     for group, each in enumerate(lessons):
         mine = [pair for pair, of in zip(parts, rollout.group.tolist()) if of == group]
         branches = stage_case.part_lengths(mine, each.teacher)
-        score += flops.vision(load.judge) + flops.tree(load.judge, branches, read_out=True)
+        score += flops.vision(load.judge) + flops.tree(load.judge, branches, read_out=True, kernels=True)
         score += flops.head(load.judge, len(branches), 1)
     counted = {"score": score.trained(stage.checkpointing), "update": work.trained(stage.checkpointing)}
     return counted, {"rollout": rollout.num_tokens, "score": judged, "update": tokens}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prism_fast import metric_names as names
 from prism_fast.config import ProbeConfig
-from prism_fast.data.encode import encode_all, lesson
+from prism_fast.data.encode import encoded, lesson
 from prism_fast.data.formats import read_align
 from prism_fast.files import try_new, write_json
 from prism_fast.models.load import load_discriminator, open_policy
@@ -39,7 +39,7 @@ def probe(config: ProbeConfig, progress: Progress | None = None) -> dict[str, An
     prompts = responses = 0
     with closing(open_sampler(config.sampler, Backprop(policy), chat)) as sampler:
         for start in range(0, total, PROMPTS):
-            lessons = encode_all(data, range(start, min(start + PROMPTS, total)), encode)
+            lessons = [made for _, made in encoded(data, range(start, min(start + PROMPTS, total)), encode)]
             if not lessons:
                 continue
             rollout = sampler.generate([item.prompt for item in lessons], config, seed=config.seed * 1_000_003 + start)

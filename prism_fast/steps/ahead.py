@@ -84,6 +84,10 @@ class Ahead(Generic[B]):
         self._made: list[_Call] = []
         self._kept: list[_Call] | None = None  # of a checkpoint, which answer its calls
 
+    def figures(self) -> dict[str, float]:
+        """None: the optimizers measure what a process does by itself."""
+        return {}
+
     # ---- a step
 
     def take(self, draw: Callable[[int, B | None], B], step: int) -> B:

@@ -11,6 +11,7 @@ from prism_fast.models.captured import Captured, capture_of_decoding, captured_s
 from prism_fast.models.policy import Policy
 from prism_fast.models.token_step import TokenStep
 from prism_fast.pack import KIND_RESPONSE, Tree, build_pack
+from prism_kernels import qk_norm_rotate
 from tests.models import prompt, qwen, roundings, tokens
 from tests.oracle import assert_as_exact
 
@@ -34,7 +35,8 @@ def by_tokens(policy, ids):
         keys[layer], values[layer] = [k], [v]
         return tree_attention(q, k, v, pack.layout, scale=scale)
 
-    def attend(layer, q, k, v):
+    def attend(layer, q, k, v, norm):
+        q, k = qk_norm_rotate(q, k, *norm)
         keys[layer].append(k)
         values[layer].append(v)
         k, v = (torch.cat(x[layer]).repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
