@@ -37,8 +37,8 @@ def order_options(experts: int) -> dict[str, int]:
     pad = padded(experts)
     options = {"BLOCK_T": block_tokens(experts), "SUM_BLOCK": max(16, SUM_CELLS // pad)}
     options |= {"STATISTICS_BLOCK": STATISTICS_BLOCK, "num_warps": 8 if pad == 64 else 4}
-    # Without a bound ptxas settles for 80 or 96 registers and spills; E 128 needs more than 128.
-    return options | ({"maxnreg": 128} if pad <= 64 else {})
+    # Without a bound ptxas settles for 80, 96 or 128 registers and spills; E 128 needs more than 128.
+    return options | {"maxnreg": 128 if pad <= 64 else 192}
 
 
 @triton.jit

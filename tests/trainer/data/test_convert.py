@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import datasets
 import pytest
 from typer.testing import CliRunner
 
@@ -15,6 +14,7 @@ from prism_fast.data.images import content
 from prism_fast.records import DataError
 from tests.trainer.data.test_formats import CAPTION, REASONING, png, record, refuse, write
 
+datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
 OURS = {"sft": "sft", "warm-up": "warmup", "alignment": "align", "rlvr": "rlvr"}
 
 

@@ -14,7 +14,7 @@ from tests.tiny_run import run_stage, settings
 from tests.trainer.stages.test_resume import losses, warnings, weights
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
-TIMES = ("seconds/", "time", names.TOKENS_PER_SECOND, names.OVERLAP_SECONDS)
+TIMES = ("seconds/", "time", names.TOKENS_PER_SECOND, names.OVERLAP_SECONDS, names.HOST_WAIT)
 
 
 def tree_of(folder, stage, out, where, **changes):
