@@ -46,9 +46,10 @@ def assert_stages_write_the_declared_names(out):
     lines = [line for stage in stages for line in read_metrics(out / stage / "metrics.jsonl")]
     written = {name for line in lines for name in line} - {"step", "time", "warning"}
     assert {name for name in written if metric_names.find(name) is None} == set()
-    # Told where they are not 0, or of pairs that few responses do not have.
+    # Told where they are not 0, of pairs that few responses do not have, and of runs with rollout.overlap.
     rare = {metric_names.EVAL_JUDGE_LATE, metric_names.EVAL_JUDGE_COSTLY, metric_names.HALVED_PACKS}
     rare |= {*metric_names.CONTENT.values(), *metric_names.STYLE.values()}
+    rare |= {metric_names.OVERLAP_SECONDS, metric_names.OFF_POLICY_KL, *metric_names.OFF_POLICY_CLIPPED.values()}
     assert metric_names.DECLARED.keys() - written - rare == set(metric_names.RANKS.values())  # these of several ranks
 
 
