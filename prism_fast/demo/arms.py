@@ -27,12 +27,11 @@ from prism_fast.config import (
     UpcycleConfig,
     WarmupConfig,
     load_config,
-    merge,
 )
 from prism_fast.data.formats import read_align
 from prism_fast.data.order import order
-from prism_fast.demo.demo import MARK, Demo, Scenes
-from prism_fast.demo.digits import Voices, write_demonstrations, write_teacher_texts
+from prism_fast.demo.demo import MARK, Demo, ShareOfAll
+from prism_fast.demo.digits import write_teacher_texts
 from prism_fast.files import write_json
 from prism_fast.models.load import open_policy
 from prism_fast.records import DataError
@@ -50,13 +49,6 @@ from prism_fast.steps.update import Backprop
 
 START = "start"  # the piece that the arms begin from: a base, and its drift
 HOW = {"sampled": 1.0, "greedy": 0.0}  # temperature of held-out responses
-ShareOfAll = Annotated[float, Field(ge=0, le=1)]
-
-
-class DriftSettings(Node):
-    records: Scenes
-    public: ShareOfAll
-    sft: dict[str, Any] = Field({})
 
 
 class HardSettings(Node):
@@ -70,13 +62,14 @@ class CompareSettings(Node):
     direct_steps: Annotated[int, Field(ge=1, le=10**6)]
     teacher_errors: ShareOfAll = 0.0
     probe: dict[str, Any] = Field({})
-    drift: DriftSettings
     control: dict[str, Any] = Field({})
     hard: HardSettings = HardSettings()
 
 
 class SeedOfArms(Demo):
     """The folder of one seed: its data, its base, and a folder of stages for every arm."""
+
+    watched = False
 
     def __init__(self, out: Path, seed: int, recipe: dict[str, Any], console: Console):
         recipe = dict(recipe)
@@ -91,30 +84,15 @@ class SeedOfArms(Demo):
         """The arms' own settings, before the first stage runs."""
         given, data = {"path": self.out}, {"data": {"files": [self.out]}}
         own = self.compare
-        self.config(SFTConfig, "sft", over=own.drift.sft, model=given, **data)
         self.config(SFTConfig, "sft", over=own.control, model=given, **data)
         self.config(PairsConfig, "pairs", over=own.hard.pairs, model=given, out=self.out, **data)
         self.config(WarmupConfig, "warmup", over=own.hard.warmup, discriminator=given, **data)
         self._probing(given, given, self.out)
 
-    def config(self, cls, section: str, stage: str | None = None, over: dict[str, Any] | None = None, **paths: Any):
-        """As the demo's, with an arm's own settings over the section's."""
-        kept = self.recipe
-        self.recipe = merge(kept, {section: over or {}})
-        try:
-            return super().config(cls, section, stage, **paths)
-        finally:
-            self.recipe = kept
-
     def start(self) -> dict[str, Any]:
         self.prepare()
-        base = self._stage("sft", sft, self._sft("sft", self.out / "base")) / "policy"
-        demonstrations = self.out / "data" / "drift.json"
-        drift, voices = self.compare.drift, Voices(self.compare.drift.public, self.errors)
-        if not demonstrations.exists():
-            write_demonstrations(demonstrations, self.seed, drift.records, self.settings.preset, voices)
-        config = self._sft("drift", base, drift.sft, demonstrations)
-        drifted = self._stage("drift", sft, config) / "policy"
+        base = self.run_sft()
+        drifted = self.run_drift(base)
         return {"base": self.judge("base", base), "drifted": self.judge("drifted", drifted)}
 
     def direct(self) -> dict[str, Any]:
@@ -135,7 +113,7 @@ class SeedOfArms(Demo):
         count = len(self._align_records())
         if not texts.exists():
             write_teacher_texts(texts, self.files.align)
-        config = self._sft("control/sft", self.drifted, self.compare.control, texts)
+        config = self._sft("control/sft", self.drifted, texts, self.compare.control)
         taught = self._stage("control/sft", sft, config) / "policy"
         final = self._stage("control/rlvr", rlvr, self._rlvr("control", taught)) / "policy"
         seen = min(count, config.steps * config.batch_size)
@@ -198,10 +176,6 @@ class SeedOfArms(Demo):
             found |= {how: result.accuracy, f"{how}_valid": result.format_valid, "held_out": len(held_out)}
         self.console.print(f"{name}: sampled {found['sampled']:.1%}, greedy {found['greedy']:.1%}")
         return found
-
-    def _sft(self, stage: str, model: Path, over: dict[str, Any] | None = None, file: Path | None = None) -> SFTConfig:
-        data = self._data(file or self.files.sft)
-        return self.config(SFTConfig, "sft", stage, over=over, model={"path": model}, data=data)
 
     def _rlvr(self, arm: str, policy: Path, over: dict[str, Any] | None = None) -> RLVRConfig:
         data = self._data(self.files.rlvr)

@@ -1,4 +1,5 @@
-"""The whole of PRISM in miniature: SFT -> discriminator warm-up -> adversarial alignment -> RLVR on real images.
+"""The whole of PRISM in miniature, on real images: a policy that SFT made drift -> discriminator warm-up -> adversarial
+alignment -> RLVR; and RLVR alone from the same drift.
 
 The demo is a user: it writes the published file formats to disk, and calls the stages on them.
 """
@@ -38,7 +39,7 @@ from prism_fast.config import (
     read_yaml,
 )
 from prism_fast.data.formats import read_sft
-from prism_fast.demo.digits import DemoFiles, DemoSizes, write_demo_data
+from prism_fast.demo.digits import DemoFiles, DemoSizes, Voices, write_demo_data, write_demonstrations
 from prism_fast.demo.tiny import make_tiny_model
 from prism_fast.files import write_json
 from prism_fast.models.load import open_policy
@@ -75,11 +76,23 @@ class SizesConfig(Node):
     eval: Scenes | None = None
 
 
+ShareOfAll = Annotated[float, Field(ge=0, le=1)]
+
+
+class DriftConfig(Node):
+    """What SFT makes the policy drift on: demonstrations, mostly of the public voice; ``sft`` is over the section's."""
+
+    records: Scenes
+    public: ShareOfAll
+    sft: dict[str, Any] = Field({})
+
+
 class DemoSettings(Node):
     """The demo's own keys; the other sections of recipes/demo.yaml are the stages' settings without their paths."""
 
     preset: Literal["easy", "full"] = "easy"
     sizes: SizesConfig = SizesConfig()
+    drift: DriftConfig
 
 
 SECTIONS = ("sft", "upcycle", "pairs", "warmup", "align", "filter", "rlvr")  # as CONFIGS names them
@@ -89,6 +102,7 @@ class Demo:
     """The folder of one demo, and its stages."""
 
     errors = 0.0  # share of the teacher's texts that are wrong
+    watched = True  # stages are evaluated while they train
 
     def __init__(self, out: Path, seed: int, recipe: dict[str, Any], console: Console, resume: bool):
         self.out, self.seed, self.console, self.resume = out, seed, console, resume
@@ -109,19 +123,20 @@ class Demo:
 
     def _check(self) -> None:
         """All stages' settings, before the first one runs."""
-        for section in SECTIONS:
+        settings = {section: {} for section in SECTIONS}
+        for section, over in [*settings.items(), ("sft", self.settings.drift.sft)]:
             cls, given = CONFIGS[section], {"path": self.out}
             paths = {name: given for name in ("model", "policy", "discriminator") if name in cls.model_fields}
             paths |= {"data": {"files": [self.out]}} if "data" in cls.model_fields else {}
             paths |= {"out": self.out} if "out" in cls.model_fields else {}
             try:
-                self.config(cls, section, **paths)
+                self.config(cls, section, over=over, **paths)
             except DataError as error:
                 raise DataError(f"demo recipe, section {section} (with run and eval): {error}") from None
 
-    def config(self, cls, section: str, stage: str | None = None, **paths: Any):
-        """The stage's settings of the recipe with this demo's paths, seed and shared settings."""
-        tree = merge(self.recipe.get(section, {}), paths)
+    def config(self, cls, section: str, stage: str | None = None, over: dict[str, Any] | None = None, **paths: Any):
+        """The stage's settings of the recipe, ``over`` over them, with this demo's paths, seed and shared settings."""
+        tree = merge(merge(self.recipe.get(section, {}), over or {}), paths)
         if "run" in cls.model_fields:
             tree = merge({"run": {**self.recipe.get("run", {}), "seed": self.seed}}, tree)
             tree = merge(tree, {"run": {"out": self.out / (stage or section)}})
@@ -174,13 +189,19 @@ class Demo:
         return result
 
     def run_sft(self) -> Path:
-        config = self.config(
-            SFTConfig, "sft", model={"path": self.out / "base"}, data=self._data(self.files.sft, evaluated=True)
-        )
-        return self._stage("sft", sft, config) / "policy"
+        """The competent base."""
+        return self._stage("sft", sft, self._sft("sft", self.out / "base", self.files.sft)) / "policy"
+
+    def run_drift(self, policy: Path) -> Path:
+        """SFT on demonstrations that are mostly the public voice's."""
+        demonstrations, drift = self.out / "data" / "drift.json", self.settings.drift
+        if not demonstrations.exists():
+            voices = Voices(drift.public, self.errors)
+            write_demonstrations(demonstrations, self.seed, drift.records, self.settings.preset, voices)
+        return self._stage("drift", sft, self._sft("drift", policy, demonstrations, drift.sft)) / "policy"
 
     def run_warmup(self, policy: Path) -> Path:
-        """Upcycles the SFT policy, rolls it out on the teacher's prompts and trains on the pairs."""
+        """Upcycles the policy, rolls it out on the teacher's prompts and trains on the pairs."""
         dense, moe, records = {"path": policy}, self.out / "discriminator", self.out / "data" / "pairs.jsonl"
         if not moe.exists():
             upcycle_directory(self.config(UpcycleConfig, "upcycle", model=dense, out=moe))
@@ -202,18 +223,23 @@ class Demo:
         )
         return self._stage("align", align, config) / "policy"
 
-    def run_rlvr(self, policy: Path) -> Path:
-        prompts = self.out / "data" / "rlvr-kept.parquet"
+    def run_rlvr(self, policy: Path, stage: str = "rlvr") -> Path:
+        prompts = self.out / "data" / f"{stage}-kept.parquet"
         if "filter" in self.recipe and not prompts.exists():
             data = self._data(self.files.rlvr)
             counts = filter_prompts(self.config(FilterConfig, "filter", model={"path": policy}, data=data, out=prompts))
             self.console.print(f"[bold]filter[/]  {counts['kept']} of {counts['prompts']} prompts kept by pass rate")
         files = prompts if prompts.exists() else self.files.rlvr
-        config = self.config(RLVRConfig, "rlvr", policy={"path": policy}, data=self._data(files, evaluated=True))
-        return self._stage("rlvr", rlvr, config) / "policy"
+        data = self._data(files, evaluated=True)
+        config = self.config(RLVRConfig, "rlvr", stage, policy={"path": policy}, data=data)
+        return self._stage(stage, rlvr, config) / "policy"
+
+    def _sft(self, stage: str, model: Path, file: Path, over: dict[str, Any] | None = None) -> SFTConfig:
+        data = self._data(file, evaluated=True)
+        return self.config(SFTConfig, "sft", stage, over=over, model={"path": model}, data=data)
 
     def _data(self, file: Path, evaluated: bool = False) -> dict[str, Any]:
-        return {"files": [file], "eval_files": [self.files.eval] if evaluated else []}
+        return {"files": [file], "eval_files": [self.files.eval] if evaluated and self.watched else []}
 
     def _stage(self, name: str, run, config) -> Path:
         final = self.out / name / "final"
@@ -226,7 +252,7 @@ class Demo:
         stages: dict[str, dict[str, Any]] = {}
         for name, result in self.evaluations.items():
             stages[name] = {**result.figures(), "by_type": result.by_type}
-        for name in ("sft", "warmup", "align", "rlvr"):
+        for name in ("sft", "drift", "warmup", "align", "rlvr", "direct"):
             lines = read_metrics(self.out / name / "metrics.jsonl")
             parts, tokens = breakdown(lines)
             entry = stages.setdefault(name, {})
@@ -276,10 +302,13 @@ def _pipeline(run: Demo) -> dict[str, Any]:
     run.measure("base", run.out / "base")
     supervised = run.run_sft()
     run.measure("sft", supervised)
-    discriminator = run.run_warmup(supervised)
-    aligned = run.run_align(supervised, discriminator)
+    drifted = run.run_drift(supervised)
+    run.measure("drift", drifted)
+    discriminator = run.run_warmup(drifted)
+    aligned = run.run_align(drifted, discriminator)
     run.measure("align", aligned)
     run.measure("rlvr", run.run_rlvr(aligned))
+    run.measure("direct", run.run_rlvr(drifted, "direct"))
     summary = run.summary(time.perf_counter() - began)
     write_json(run.out / "summary.json", summary, indent=1)
     return summary
@@ -330,7 +359,7 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     heads = ("stage", "accuracy", "valid\nformat", "drift:\ncaption", "drift:\nreasoning", "seconds", "tokens/s")
     for head in heads:
         table.add_column(head, justify="left" if head == "stage" else "right", overflow="fold")
-    for name in ("base", "sft", "align", "rlvr"):
+    for name in ("base", "sft", "drift", "align", "rlvr", "direct"):
         stage, distance = summary["stages"][name], summary["drift"][name]
         rate, seconds = stage.get("tokens_per_second"), stage.get("seconds")
         table.add_row(
@@ -347,4 +376,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     console.print(
         f"discriminator after warm-up: the teacher's caption scores higher in {warm['pair_accuracy_perception']:.1%} "
         f"of held-out pairs, its reasoning in {warm['pair_accuracy_reasoning']:.1%}"
+    )
+    drifted, both, alone = (summary["stages"][name]["accuracy"] for name in ("drift", "rlvr", "direct"))
+    console.print(
+        f"after the drift {drifted:.1%}; from there alignment and RLVR reach {both:.1%}, as much RLVR alone {alone:.1%}"
     )

@@ -33,6 +33,7 @@ from prism_fast.report.data import (
     load_run,
     numbers,
     stage_figures,
+    started_from,
     visible,
 )
 from prism_fast.report.draw import render
@@ -146,23 +147,28 @@ def _tiles(run: Run) -> list[Tile]:
 
 
 def _accuracy_tile(run: Run) -> Tile | None:
-    accuracy = {stage: stage_figures(run, stage).get("accuracy") for stage in ("sft", "align", "rlvr")}
+    accuracy = {stage: stage_figures(run, stage).get("accuracy") for stage in ("sft", "drift", "align", "rlvr")}
     known = [(stage, value) for stage, value in accuracy.items() if value is not None]
     if not known:
         return None
     stage, last = known[-1]
-    detail = f"after {LABEL[stage]}"
-    if accuracy["sft"] is not None and stage != "sft":
-        detail += f"; {_points(last - accuracy['sft'])} from SFT"
+    detail, start = f"after {LABEL[stage]}", "sft" if accuracy["drift"] is None else "drift"
+    before, alone = accuracy[start], stage_figures(run, "direct").get("accuracy")
+    if before is not None and stage != start:
+        detail += f"; {_points(last - before)} from {LABEL[start]}"
+    if alone is not None and stage == "rlvr":
+        detail += f"; as much RLVR alone {100 * alone:.1f} %"
     return Tile("Held-out accuracy", f"{100 * last:.1f} %", detail)
 
 
 def _drift_tile(run: Run, kind: str) -> Tile | None:
     drift = entries(run.summary, "drift")
-    before, after = (finite(entries(drift, stage).get(kind)) for stage in ("sft", "align"))
+    start = started_from(run, "align")[0] or "sft"
+    before, after = (finite(entries(drift, stage).get(kind)) for stage in (start, "align"))
     if before is None or after is None:
         return None
-    return Tile(f"{DRIFT[kind]}: W₁ to the teacher", f"{before:.2f} → {after:.2f}", "SFT → aligned; smaller is nearer")
+    detail = f"{LABEL[start]} → aligned; smaller is nearer"
+    return Tile(f"{DRIFT[kind]}: W₁ to the teacher", f"{before:.2f} → {after:.2f}", detail)
 
 
 def _time_tile(run: Run) -> Tile | None:

@@ -14,15 +14,18 @@ from prism_fast.records import DataError
 from prism_fast.run.monitor import FILE_NAME, read_metrics
 from prism_fast.run.record import FILE_NAME as RECORD
 
-TRAINED = ("sft", "warmup", "align", "rlvr")  # stages that leave metrics
-JUDGED = ("base", "sft", "align", "rlvr")  # stages that leave a policy to evaluate
+TRAINED = ("sft", "drift", "warmup", "align", "rlvr", "direct")  # stages that leave metrics
+JUDGED = ("base", "sft", "drift", "align", "rlvr", "direct")  # stages that leave a policy to evaluate
+DEMOS = ("drift", "direct")  # which only the demo has: SFT that makes its policy drift, and RLVR without alignment
 LABEL = {
     "teacher": "Teacher",
     "base": "Base",
     "sft": "SFT",
     "warmup": "Warm-up",
+    "drift": "Drifted",
     "align": "Aligned",
     "rlvr": "RLVR (final)",
+    "direct": "RLVR alone",
 }
 # Of a comparison (prism_fast/demo/compare.py).
 ARM = {
@@ -34,8 +37,18 @@ ARM = {
     "prism_hard": "(c+) PRISM, hard negatives",
     "control": "(b) SFT on the teacher's texts",
 }
-RUNNING = {"sft": "SFT", "warmup": "Warm-up", "align": "Alignment", "rlvr": "RLVR"}  # while it trains
+RUNNING = {
+    "sft": "SFT", "drift": "Drift", "warmup": "Warm-up", "align": "Alignment", "rlvr": "RLVR", "direct": "RLVR alone",
+}  # while it trains  # fmt: skip
 
+
+_FROM = {
+    "sft": ("base",),
+    "drift": ("sft", "base"),
+    "align": ("drift", "sft", "base"),
+    "rlvr": ("align", "drift", "sft", "base"),
+    "direct": ("drift", "sft", "base"),
+}
 
 LARGEST = 1e100  # of a figure; sums and squares of larger ones overflow
 
@@ -67,7 +80,7 @@ def load_run(out: Path) -> Run:
     def wanted(name: str) -> Path | None:
         path = out / name
         if not path.is_file():
-            missing.append(name)
+            missing.extend([] if path.parent.name in DEMOS or path.stem in DEMOS else [name])
             return None
         return path
 
@@ -99,6 +112,13 @@ def stage_figures(run: Run, stage: str) -> dict[str, float]:
         if known:
             figures.setdefault(name, known[0])
     return figures
+
+
+def started_from(run: Run, stage: str) -> tuple[str | None, bool]:
+    """The policy of ``run`` that a stage began with, and whether it is the one that should stand before it."""
+    present = [name for name in _FROM[stage] if name in run.metrics or stage_figures(run, name)]
+    expected = [name for name in _FROM[stage] if name not in DEMOS or name in present]
+    return (present[0], present[0] == expected[0]) if present else (None, False)
 
 
 def entries(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -29,6 +29,8 @@ COLOUR = {
     "warmup": "#cc79a7",
     "align": "#0072b2",
     "rlvr": "#009e73",
+    "drift": "#56b4e9",
+    "direct": "#661100",
 }
 SIDE = {"perception": "#332288", "reasoning": "#d55e00"}
 # Parts of a step and experts: Paul Tol's muted set, so that no part looks like a stage.

@@ -19,6 +19,7 @@ from prism_fast.report.data import (
     finite_of,
     series,
     stage_figures,
+    started_from,
 )
 from prism_fast.run.alerts import (
     CHANCE,
@@ -36,7 +37,6 @@ from prism_fast.run.alerts import (
 )
 
 DRIFT = {"caption_items": "caption items", "reasoning_steps": "reasoning steps"}
-POLICIES = ("base", "sft", "align", "rlvr")  # each from the one before that was trained
 LAST = 20  # steps whose mean stands for the beginning or the end of a stage
 LAST_LOADS = 5  # steps: at the end of a stage
 MARGIN = 0.1  # share by which a distance may grow before it is a drift
@@ -46,7 +46,10 @@ CUT = 0.9  # of the longest response that is allowed
 SOME = 0.01  # share of parts that are the teacher's, from which it is said
 IDLE = 0.5  # of the steps, without an update
 UNEVEN = 1.5  # the busiest process over the mean
-COURSES = {"sft": (names.LOSS, "loss"), "warmup": (names.LOSS, "loss"), "rlvr": (names.REWARD, "reward")}
+COURSES = {
+    **dict.fromkeys(("sft", "drift", "warmup"), (names.LOSS, "loss")),
+    **dict.fromkeys(("rlvr", "direct"), (names.REWARD, "reward")),
+}
 NORMS = (names.GRAD_NORM, names.POLICY_GRAD_NORM, names.DISCRIMINATOR_GRAD_NORM)
 BESIDE = ("step", "time")
 COVERED = {"invalid": "format"}  # not said where the live rule has spoken
@@ -340,10 +343,9 @@ def _ends(run: Run, stage: str) -> tuple[float, float] | None:
 
 def _before(run: Run, stage: str, name: str) -> tuple[float | None, str]:
     """A held-out figure of the policy that the stage started from, else of its own first evaluation; and of which."""
-    earlier = POLICIES[: POLICIES.index(stage)]
-    present = [other for other in earlier if other in run.metrics or stage_figures(run, other)]
-    if present and name in (figures := stage_figures(run, present[-1])):
-        return figures[name], "" if present[-1] == earlier[-1] else f" (after {LABEL[present[-1]]})"
+    start, expected = started_from(run, stage)
+    if start is not None and name in (figures := stage_figures(run, start)):
+        return figures[name], "" if expected else f" (after {LABEL[start]})"
     steps, values = series(run.metrics.get(stage, ()), f"{names.EVAL}{name}")
     return (values[0], f" (step {steps[0]:,.0f})") if len(values) > 1 else (None, "")
 
@@ -357,7 +359,8 @@ def _pair_accuracy(run: Run, side: str) -> float | None:
 
 def _distances(run: Run, kind: str) -> tuple[float | None, float | None]:
     drift = entries(run.summary, "drift")
-    before, after = (finite(entries(drift, stage).get(kind)) for stage in ("sft", "align"))
+    start, _ = started_from(run, "align")
+    before, after = (finite(entries(drift, stage or "").get(kind)) for stage in (start, "align"))
     return before, after
 
 

@@ -24,6 +24,7 @@ from prism_fast.report.data import (
     numbers,
     series,
     stage_figures,
+    started_from,
 )
 from prism_fast.report.draw import COLOUR, CYCLE, SIDE, curve, decades, finish, label_of, panels, wilson
 from prism_fast.run.monitor import breakdown
@@ -93,16 +94,16 @@ def _bar(
 
 def held_out_curves(run: Run) -> Figure | None:
     """Held-out accuracy and format validity while a stage trains."""
-    stages = [s for s in ("sft", "align", "rlvr") if series(run.metrics.get(s, ()), names.EVAL_ACCURACY)[0]]
+    stages = [s for s in JUDGED if series(run.metrics.get(s, ()), names.EVAL_ACCURACY)[0]]
     if not stages:
         return None
     figure, axes = panels(len(stages), 2.7, sharey=True)
     for axis, stage in zip(axes[0], stages):
-        before = stage_figures(run, {"sft": "base", "align": "sft", "rlvr": "align"}[stage])
+        before = stage_figures(run, started_from(run, stage)[0] or "")
         held_out = ((names.EVAL_ACCURACY, "accuracy"), (names.EVAL_FORMAT_VALID, "format_valid"))
         first = {metric: before[name] for metric, name in held_out if name in before}
         sampled = {"color": COLOUR[stage], "alpha": 0.4, "linewidth": 1.0}
-        if stage != "sft":  # which samples no responses
+        if stage not in ("sft", "drift"):  # which sample no responses
             curve(axis, run.metrics[stage], names.ACCURACY, label="accuracy, in training", **sampled)
             curve(axis, run.metrics[stage], names.FORMAT_VALID, linestyle=":", **sampled)
         lines = [{"step": 0, **first}, *run.metrics[stage]]
@@ -117,7 +118,7 @@ def held_out_curves(run: Run) -> Figure | None:
 
 def reward_and_format(run: Run) -> Figure | None:
     """Reward, accuracy and format validity of the sampled responses."""
-    align, rlvr = run.metrics.get("align", ()), run.metrics.get("rlvr", ())
+    align, rlvr, direct = (run.metrics.get(stage, ()) for stage in ("align", "rlvr", "direct"))
     figure, axes = panels(2, 2.8)
     curve(axes[0, 0], align, names.FORMAT_VALID, color=COLOUR["align"], label="format valid")
     finish(axes[0, 0], "Alignment", "share of responses", share=True)
@@ -129,6 +130,7 @@ def reward_and_format(run: Run) -> Figure | None:
         (names.FORMAT_VALID, "format valid", ":"),
     ):
         curve(axes[0, 1], rlvr, name, color=COLOUR["rlvr"], linestyle=style, label=label)
+    curve(axes[0, 1], direct, names.REWARD, color=COLOUR["direct"], label="reward, RLVR alone")
     finish(axes[0, 1], "RLVR", "reward, share of responses", share=True)
     low = min(series(rlvr, names.REWARD)[1], default=0.0)
     if low < -0.02:  # the overlong penalty can make a reward negative
@@ -160,10 +162,10 @@ def scores(run: Run) -> Figure | None:
 def losses(run: Run) -> Figure | None:
     """The losses of every stage."""
     shown = {
-        "sft": ((names.LOSS, "cross-entropy", "-"),),
+        **dict.fromkeys(("sft", "drift"), ((names.LOSS, "cross-entropy", "-"),)),
         "warmup": tuple((names.PAIR_LOSS[side], f"{side} pairs", colour) for side, colour in SIDE.items()),
         "align": ((names.LOSS, "policy", "-"), (names.DISCRIMINATOR_LOSS, "discriminator", "--")),
-        "rlvr": ((names.LOSS, "policy", "-"),),
+        **dict.fromkeys(("rlvr", "direct"), ((names.LOSS, "policy", "-"),)),
     }
     stages = [s for s in TRAINED if any(series(run.metrics.get(s, ()), name)[0] for name, _, _ in shown[s])]
     if not stages:
@@ -173,7 +175,7 @@ def losses(run: Run) -> Figure | None:
         for name, label, look in shown[stage]:
             style = {"color": look} if look.startswith("#") else {"color": COLOUR[stage], "linestyle": look}
             curve(axis, run.metrics[stage], name, label=label, **style)
-        unit = {"sft": "nats a token", "warmup": "nats a pair"}.get(stage, "loss")
+        unit = {"sft": "nats a token", "drift": "nats a token", "warmup": "nats a pair"}.get(stage, "loss")
         finish(axis, RUNNING[stage], unit)
     return figure
 

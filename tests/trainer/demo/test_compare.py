@@ -122,7 +122,7 @@ def test_batches_of_alignment_and_of_rlvr_are_equal():
 FEW = {
     "demo": {"sizes": {"sft": 256, "align": 24, "rlvr": 24, "eval": 9}},
     "pairs": {"limit": 24, "samples": 2},
-    "compare": {"teacher_errors": 0.2, "probe": {"limit": 4}, "drift": {"records": 24}},
+    "compare": {"teacher_errors": 0.2, "probe": {"limit": 4}},
 }
 
 
@@ -157,6 +157,6 @@ def test_every_arm_with_a_few_steps(tmp_path):
 
 
 def test_an_arm_says_what_is_wrong_in_one_line(tmp_path):
-    recipe = recipe_of(["demo", "compare"], {"compare": {"drift": {"records": 0}}}, None)
+    recipe = recipe_of(["demo", "compare"], {"demo": {"drift": {"records": 0}}}, None)
     with pytest.raises(DataError, match="records"):
         SeedOfArms(tmp_path, 0, recipe, QUIET)

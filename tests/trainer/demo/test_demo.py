@@ -18,7 +18,10 @@ from prism_fast.run.monitor import read_metrics
 from prism_fast.stages.rlvr import rlvr
 
 FEW = {
-    "demo": {"sizes": {"sft": 256, "align": 32, "rlvr": 32, "eval": 12}},
+    "demo": {
+        "sizes": {"sft": 256, "align": 32, "rlvr": 32, "eval": 12},
+        "drift": {"records": 32, "sft": {"steps": 2, "batch_size": 4}},
+    },
     "run": {"threads": 1, "save_every": 2},
     "sft": {"steps": 30, "batch_size": 16},
     "pairs": {"limit": 32, "samples": 2},
@@ -42,7 +45,7 @@ def assert_stages_write_the_declared_names(out):
     for name, more in (("dynamic", dynamic), ("reference", reference)):
         run = {"out": out / name, "threads": 1}
         rlvr(load_config(RLVRConfig, None, base={**base, **more, "optimizer": {"lr": 1e-4}, "run": run}))
-    stages = ("sft", "warmup", "align", "rlvr", "dynamic", "reference")
+    stages = ("sft", "drift", "warmup", "align", "rlvr", "direct", "dynamic", "reference")
     lines = [line for stage in stages for line in read_metrics(out / stage / "metrics.jsonl")]
     written = {name for line in lines for name in line} - {"step", "time", "warning"}
     assert {name for name in written if metric_names.find(name) is None} == set()
@@ -78,7 +81,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     returned = demo(out, smoke=True, seed=1, overrides=FEW)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["seed"] == 1 and summary["environment"]["packages"]["torch"]
-    for stage in ("base", "sft", "align", "rlvr"):
+    for stage in ("base", "sft", "drift", "align", "rlvr", "direct"):
         assert 0 <= summary["stages"][stage]["accuracy"] <= 1
         assert 0 <= summary["stages"][stage]["format_valid"] <= 1
         assert summary["drift"][stage].keys() == {"caption_items", "reasoning_steps"}
@@ -125,7 +128,7 @@ def test_a_folder_in_use_or_in_the_way_is_refused(tmp_path):
 
 def test_the_summary_fits_into_58_columns():
     figures = {"accuracy": 1.0, "format_valid": 1.0, "seconds": 12345.0, "tokens_per_second": 123456.0}
-    stages = {name: figures for name in ("base", "sft", "align", "rlvr")}
+    stages = {name: figures for name in ("base", "sft", "drift", "align", "rlvr", "direct")}
     warm = {f"pair_accuracy_{side}": 0.9 for side in ("perception", "reasoning")}
     drift = {name: {"caption_items": 10.25, "reasoning_steps": 10.25} for name in stages}
     console = Console(width=58, file=io.StringIO())
