@@ -21,6 +21,8 @@ RUN = (sys.executable, "-m")
 STAGES = ("first", "checks", "speed")
 STAGE_SECONDS = 560  # of ten minutes: the rest starts, stops and packs
 BUILD_SECONDS = 60
+# Tests that need an environment of their own (make test-embed, make test-vllm): peers' wheels alone do not import.
+ELSEWHERE = ("tests/embed", "tests/vllm")
 CHECK_SECONDS = 420  # of the parts that run at once: tests and sanitizer, most of whose time compiles kernels
 # What KERNELS' stress tests need first: products above 2^31 elements, repeats, capture, the host that never waits.
 STRESS = (
@@ -100,10 +102,11 @@ def _checks(dry_run: bool) -> list[Part]:
         found.append(_check(f"tests-{entry.part}", (*few, entry.tests), ("tests", *groups)))
         found += _sanitized(entry.part, groups, dry_run)
     found += _sanitized("other", (), dry_run)
+    elsewhere = [word for path in ELSEWHERE for word in ("--ignore", path)]
     others = [word for entry in tested.values() for word in ("--ignore", entry.tests)]
-    found.append(_check("tests-other", (*few, "tests", *others), ("tests",)))
+    found.append(_check("tests-other", (*few, "tests", *others, *elsewhere), ("tests",)))
     # As CI runs them, on the versions that are here: without the GPU, which would change the trainer's dtype.
-    everything = (*_pytest(dry_run), "tests", *_workers(max(1, cores // 2)), "-m", "not gpu and not slow")
+    everything = (*_pytest(dry_run), "tests", *elsewhere, *_workers(max(1, cores // 2)), "-m", "not gpu and not slow")
     hidden = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return [*found, _check("tests-all", everything, ("tests",), hidden)]
 
