@@ -1,0 +1,51 @@
+"""What README and docs/training.md say of the comparison is what dev/reports/compare.json holds."""
+
+import json
+from pathlib import Path
+from statistics import fmean, median
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOUND = json.loads((ROOT / "dev/reports/compare.json").read_bytes())["compare"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+NAMES = {
+    "base": "base",
+    "drifted": "after the drift",
+    "direct_short": "(a) RLVR, 100 updates",
+    "direct_long": "(a) 160 updates",
+    "prism": "(c) PRISM, 60 + 100",
+    "prism_hard": "(c+) with hard negatives",
+    "control": "(b) SFT on the texts, then RLVR 100",
+}
+SHORT = {"prism": "(c)", "prism_hard": "(c+)", "control": "(b)"}
+
+
+@pytest.mark.parametrize("arm", NAMES)
+def test_every_seed_and_every_mean(arm):
+    figures = FOUND["arms"][arm]
+    both = list(zip(figures["sampled"], figures["greedy"]))
+    both.append((fmean(figures["sampled"]), fmean(figures["greedy"])))
+    cells = [f"{100 * sampled:.1f} ({100 * greedy:.1f})" for sampled, greedy in both]
+    assert f"| {NAMES[arm]} | {' | '.join(cells)} |" in PAGE
+    assert all(f"{100 * value:.1f}" in README for value in both[-1])
+
+
+def test_every_difference():
+    known = {(each["of"], each["to"], each["how"]): each for each in FOUND["differences"]}
+    for (of, to, how), each in known.items():
+        if how != "sampled":
+            continue
+        kind = {"direct_short": ", equal RLVR", "direct_long": ", equal policy updates"}.get(to, "")
+        greedy, seeds = known[of, to, "greedy"], ", ".join(f"{100 * value:+.1f}" for value in each["each"])
+        mean, low, high = (f"{100 * each[name]:+.1f}" for name in ("mean", "low", "high"))
+        others = " to ".join(f"{100 * greedy[name]:+.1f}" for name in ("low", "high"))
+        row = f"| {SHORT[of]} - {SHORT.get(to, '(a)')}{kind} | {seeds} | {mean} ({low} to {high}) |"
+        assert f"{row} {100 * greedy['mean']:+.1f} ({others}) |" in PAGE
+
+
+def test_the_discriminator_with_hard_negatives_reads():
+    after = [probe["after"]["perception"] for probe in FOUND["probes"]["prism_hard"]]
+    assert len(after) == 5 and median(part["auc"] for part in after) >= 0.85
+    assert f"**{median(part['auc_form'] for part in after):.2f}**" in PAGE
