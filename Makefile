@@ -67,6 +67,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
 
 # Damaged inputs by the thousand: dev/fuzz_*.py, each of which fails where one is neither read nor refused in one line.
 fuzz: setup

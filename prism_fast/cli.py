@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -30,6 +30,14 @@ app.add_typer(data_app, name="data")
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or the name of a recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, values in YAML.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in run.out.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check settings, paths and memory, print the plan, start and write nothing. Exit status 0: in order, "
+        "1: does not fit the memory, 2: something is wrong or missing.",
+    ),
+]
 AcceptChanges = Annotated[bool, typer.Option("--accept-changes", help="--resume with other settings or data.")]
 
 # The deepspeed launcher puts it before the command, others behind; LOCAL_RANK says the same.
@@ -48,15 +56,18 @@ def main() -> None:
     app(prog_name="prism-fast")
 
 
-def _settings(cls, config: Path | None, overrides: list[str] | None):
-    """The configuration of a command that opens models."""
-    from prism_fast.config import load_config
+def _settings(cls, config: Path | None, overrides: list[str] | None, dry_run: bool = False, resume: bool = False):
+    """The configuration of a command that opens models. ``dry_run`` ends the command."""
+    from prism_fast.config import CONFIGS, load_config
 
-    rank, _ = place()
+    rank, world = place()
     say = print if rank == 0 else lambda *_, **__: None
     settings = load_config(cls, config, overrides or (), note=lambda text: say(f"note: {text}"))
     if not hasattr(settings, "cluster"):
         alone()
+    if dry_run:
+        stage = next(name for name, each in CONFIGS.items() if each is cls)
+        _dry_run(stage, settings, config, Console(highlight=False, quiet=rank > 0), world, resume)
     models = [getattr(settings, name).path for name in ("model", "policy", "discriminator") if hasattr(settings, name)]
     files = settings.data.files if hasattr(settings, "data") else ()
     say(f"loading {', '.join(map(str, (*models, *files)))}", flush=True)
@@ -64,12 +75,41 @@ def _settings(cls, config: Path | None, overrides: list[str] | None):
     return settings
 
 
+def _dry_run(
+    stage: str, settings, config: Path | None, console: Console, processes: int = 1, resume: bool = False
+) -> NoReturn:
+    """Tells what a command with these settings would hold and lack, and ends with the status of that."""
+    from prism_fast.data.check import glance
+    from prism_fast.run import dry_run
+
+    hint = "" if config is None else config.stem
+    _looked(dry_run.dry_run(stage, settings, glance, processes=processes, resume=resume, hint=hint), console)
+
+
+def _looked(found, console: Console) -> NoReturn:
+    _show_sections(console, found.sections)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    status = found.status
+    end = "it would not fit the memory" if status else "in order"
+    console.print(f"dry run: {end}; nothing was started or written")
+    raise typer.Exit(status)
+
+
 def _stage(
-    stage: str, cls, config: Path | None, overrides: list[str] | None, resume: bool, accept_changes: bool
+    stage: str,
+    config: Path | None,
+    overrides: list[str] | None,
+    *,
+    resume: bool,
+    accept_changes: bool,
+    dry_run: bool,
 ) -> None:
+    from prism_fast.config import CONFIGS
+
     if accept_changes and not resume:
         raise DataError("--accept-changes: goes with --resume alone; a new run needs no leave")
-    settings = _settings(cls, config, overrides)
+    settings = _settings(CONFIGS[stage], config, overrides, dry_run, resume)
     from prism_fast.run.launch import check_environment
 
     check_environment(settings.cluster.sharding, os.environ)
@@ -139,21 +179,20 @@ def sft(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
     local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 1: supervised fine-tuning."""
-    from prism_fast.config import SFTConfig
-
-    _stage("sft", SFTConfig, config, overrides, resume, accept_changes)
+    _stage("sft", config, overrides, resume=resume, accept_changes=accept_changes, dry_run=dry_run)
 
 
 @app.command()
-def upcycle(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def upcycle(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrides = None) -> None:
     """Stage 2a: a dense model becomes a mixture-of-experts discriminator."""
     from prism_fast.config import UpcycleConfig
 
-    settings = _settings(UpcycleConfig, config, overrides)
+    settings = _settings(UpcycleConfig, config, overrides, dry_run)
     from prism_fast.stages.upcycle import upcycle_directory
 
     interruptible()
@@ -165,13 +204,12 @@ def warmup(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
     local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 2b: the discriminator learns from (teacher, student) pairs."""
-    from prism_fast.config import WarmupConfig
-
-    _stage("warmup", WarmupConfig, config, overrides, resume, accept_changes)
+    _stage("warmup", config, overrides, resume=resume, accept_changes=accept_changes, dry_run=dry_run)
 
 
 @app.command()
@@ -179,13 +217,12 @@ def align(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
     local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 2c: adversarial alignment."""
-    from prism_fast.config import AlignConfig
-
-    _stage("align", AlignConfig, config, overrides, resume, accept_changes)
+    _stage("align", config, overrides, resume=resume, accept_changes=accept_changes, dry_run=dry_run)
 
 
 @app.command()
@@ -193,13 +230,12 @@ def rlvr(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
     local_rank: LocalRank = None,
     overrides: Overrides = None,
 ) -> None:
     """Stage 3: reinforcement learning with verifiable rewards."""
-    from prism_fast.config import RLVRConfig
-
-    _stage("rlvr", RLVRConfig, config, overrides, resume, accept_changes)
+    _stage("rlvr", config, overrides, resume=resume, accept_changes=accept_changes, dry_run=dry_run)
 
 
 def _amount(accuracy: float) -> str:
@@ -208,12 +244,12 @@ def _amount(accuracy: float) -> str:
 
 
 @app.command("eval")
-def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def evaluate(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrides = None) -> None:
     """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
     from prism_fast.config import EvaluateConfig
     from prism_fast.files import try_new
 
-    settings = _settings(EvaluateConfig, config, overrides)
+    settings = _settings(EvaluateConfig, config, overrides, dry_run)
     try_new(settings.out)
     from prism_fast.stages.evaluate import evaluate_policy
 
@@ -234,12 +270,12 @@ def evaluate(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def probe(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def probe(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrides = None) -> None:
     """Does a discriminator know content? Its scores beside what is right, apart from form and length."""
     from prism_fast.config import ProbeConfig
     from prism_fast.files import try_new
 
-    settings = _settings(ProbeConfig, config, overrides)
+    settings = _settings(ProbeConfig, config, overrides, dry_run)
     try_new(settings.out)
     from prism_fast.stages.probe import probe as run
 
@@ -302,11 +338,16 @@ def data_check(
     histogram: Annotated[
         Path | None, typer.Option(callback=home, help="With --model: a PNG of the lengths, of one file.")
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, lengths, and one rendered sample."""
     from prism_fast.data.bad_records import BadRecords
-    from prism_fast.data.check import Packing, check
+    from prism_fast.data.check import Packing, check, glance
 
+    if dry_run:
+        from prism_fast.run.dry_run import dry_files
+
+        _looked(dry_files(files, glance, model=model), Console(highlight=False))
     chat = None
     if model is not None:
         from prism_fast.data.chat import Chat
@@ -333,11 +374,12 @@ def data_convert(
     to: Annotated[str, typer.Option(help="sft, warm-up, alignment or rlvr; default: as the first file is.")] = "",
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for a field of another name.")] = None,
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are left out.")] = 0,
+    dry_run: DryRun = False,
 ) -> None:
     """Rewrites files as one of another format or container; images are copied where they are bytes."""
     from rich.progress import Progress
 
-    from prism_fast.data.check import kind_of
+    from prism_fast.data.check import glance, kind_of
     from prism_fast.data.convert import KINDS, convert
     from prism_fast.data.formats import FORMATS, Dataset
     from prism_fast.files import try_new
@@ -345,6 +387,10 @@ def data_convert(
     columns = dict(_pair(text, "--column") for text in column or ())
     if to and to not in KINDS:
         raise DataError(f"--to: expected one of {', '.join(KINDS)}, got {to}")
+    if dry_run:
+        from prism_fast.run.dry_run import dry_files
+
+        _looked(dry_files(files, glance, out=out, columns=columns), Console(highlight=False))
     try_new(out, "--out")
     interruptible()
     kind = kind_of(files[0], columns)
@@ -368,6 +414,7 @@ def data_pairs(
     hard_negatives: Annotated[
         bool, typer.Option("--hard-negatives", help="Also the teacher's texts made wrong: half of the records.")
     ] = False,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> None:
     """Rolls out a policy on the teacher's prompts and writes warm-up pairs."""
@@ -375,15 +422,15 @@ def data_pairs(
 
     given = any(each.startswith("hard_negatives.share=") for each in overrides or ())
     more = [f"hard_negatives.share={RECOMMENDED_HARD_NEGATIVES}"] if hard_negatives and not given else []
-    _prepare("pairs", PairsConfig, config, [*more, *(overrides or ())])
+    _prepare("pairs", PairsConfig, config, [*more, *(overrides or ())], dry_run)
 
 
 @data_app.command("filter")
-def data_filter(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def data_filter(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrides = None) -> None:
     """Keeps the RLVR prompts whose pass rate over k rollouts lies between low and high."""
     from prism_fast.config import FilterConfig
 
-    _prepare("filter", FilterConfig, config, overrides)
+    _prepare("filter", FilterConfig, config, overrides, dry_run)
 
 
 @contextlib.contextmanager
@@ -396,8 +443,8 @@ def _responses(console: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None) -> None:
-    settings = _settings(cls, config, overrides)
+def _prepare(stage: str, cls, config: Path | None, overrides: list[str] | None, dry_run: bool) -> None:
+    settings = _settings(cls, config, overrides, dry_run)
     from prism_fast.stages import prepare
 
     run = {"pairs": prepare.pairs, "filter": prepare.filter_prompts}[stage]
@@ -423,6 +470,7 @@ def launch(
     config: ConfigFile = None,
     resume: Resume = False,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> None:
     """Prints how a stage is started on several GPUs, for sh or sbatch; checks its settings, starts nothing."""
@@ -437,14 +485,17 @@ def launch(
     flags = [flag for flag, given in (("--resume", resume), ("--accept-changes", accept_changes)) if given]
     words = [*([] if config is None else ["--config", str(config)]), *(overrides or ()), *flags]
     job = plan.Launch(stage, tuple(words), nodes, gpus, endpoint, settings.run.out, time, partition, cpus)
-    print(plan.batch_file(job) if slurm else plan.command(job))
+    shown = plan.batch_file(job) if slurm else plan.command(job)
+    print(shown, file=sys.stderr if dry_run else sys.stdout)  # a dry run leaves nothing for a pipe into sh
     for text in plan.warnings(job, settings):
         print(f"warning: {text}", file=sys.stderr)
+    if dry_run:
+        _dry_run(stage, settings, config, Console(highlight=False, stderr=True), nodes * gpus, resume)
 
 
 @app.command()
 def plan(
-    stage: Annotated[str, typer.Argument(help="sft, warmup, align or rlvr.")],
+    stage: Annotated[str, typer.Argument(help="sft, warmup, align, rlvr; or, with --config, any that opens models.")],
     config: ConfigFile = None,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200; with --config.")] = "h100",
     gpus: Annotated[int | None, typer.Option(min=1, max=100_000, help="In all; without it 1, 2, 4, 8 and 16.")] = None,
@@ -453,6 +504,7 @@ def plan(
     tokens: Annotated[int | None, typer.Option(min=1, help="run.tokens_per_pack.")] = None,
     prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt, as a mean; with --config.")] = None,
     response: Annotated[int | None, typer.Option(min=1, help="Of a response.")] = None,
+    records: Annotated[int | None, typer.Option(min=1, help="Of the data: hours where settings say epochs.")] = None,
     flops_share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the datasheet's, that is reached.")] = 0.5,
     bytes_share: Annotated[float, typer.Option(min=0.01, max=1, help="Of its bandwidths.")] = 0.8,
     overrides: Overrides = None,
@@ -461,9 +513,9 @@ def plan(
     tokens_per_pack and the seconds of a step. Counted, not measured; needs no GPU and no model."""
     from prism_fast.run.launch import check_stage
 
-    check_stage(stage)
     console = Console(highlight=False)
     if config is None:
+        check_stage(stage)
         if overrides:
             raise DataError(f"plan: {overrides[0]}: goes with --config alone; name a recipe or a file")
         from prism_fast.run.memory import table
@@ -474,13 +526,19 @@ def plan(
         console.print(f"GB of each GPU in training; * does not fit {gb:g} GB. By count: bf16, AdamW, checkpointing.")
         return
     from prism_fast.config import CONFIGS, load_config
-    from prism_fast.run.plan import Efficiency, Plan, Question, unnamed
+    from prism_fast.run.plan import Efficiency, Question, unnamed
+    from prism_fast.run.plans import check_planned, plan_of
 
+    check_planned(stage)
     words = [*(overrides or ()), *([] if tokens is None else [f"run.tokens_per_pack={tokens}"])]
     settings = load_config(CONFIGS[stage], config, words, base=unnamed(CONFIGS[stage]))
     efficiency = Efficiency(flops_share, bytes_share)
-    asked = Question(gpu, gpus or 1, memory, policy, prompt, response, efficiency)
-    for section in Plan.of(stage, settings, asked, config.stem).sections():
+    asked = Question(gpu, gpus or 1, memory, policy, prompt, response, efficiency, records)
+    _show_sections(console, plan_of(stage, settings, asked, config.stem).sections())
+
+
+def _show_sections(console: Console, sections) -> None:
+    for section in sections:
         console.print(section.title, style="bold")
         _show(console, section.heads, section.rows)
         for note in section.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -80,19 +81,43 @@ def try_new(path: Path, key: str = "out") -> None:
 
     For results of long work, before it begins: what is there is never overwritten.
     """
+    refuse_existing(path, key)
     try:
-        if path.is_symlink() or path.exists():
-            raise DataError(f"{path}: exists already; choose another {key}, or remove it")
-        if "\0" in str(path):
-            raise ValueError("a NUL in the name")
-        folder = path.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        _try_to_write(folder, len(os.fsencode(path.name)) + 12)  # as long as the names of files written aside
+        _try_to_write(_nearest(path), len(os.fsencode(path.name)) + 12)  # as long as names of what is written aside
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise _unwritable(path, key, error) from None
+
+
+def refuse_existing(path: Path, key: str = "out") -> None:
+    """Raises DataError where something is at ``path``."""
+    try:
+        there = path.is_symlink() or path.exists()
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, key, error) from None
+    if there:
+        raise DataError(f"{path}: exists already; choose another {key}, or remove it")
+
+
+def refuse_unwritable(path: Path, key: str = "out") -> None:
+    """Raises DataError where ``path`` could not be made or written to, as far as rights tell; writes nothing."""
+    try:
+        folder = _nearest(path)
+        if not folder.is_dir():
+            raise NotADirectoryError
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, key, error) from None
+
+
+def _nearest(path: Path) -> Path:
+    """``path``, or what of it is there."""
+    if "\0" in str(path):
+        raise ValueError("a NUL in the name")
+    found = path.absolute()
+    while not found.exists():
+        found = found.parent
+    return found
 
 
 def _try_to_write(folder: Path, length: int) -> None:

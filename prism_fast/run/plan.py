@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prism_fast.config import ModelConfig
+from prism_fast.config import ModelConfig, WarmupConfig
 from prism_fast.records import DataError
 from prism_fast.run.activations import Activations
 from prism_fast.run.dimensions import DISCRIMINATOR, POLICIES, Model, Pack
@@ -22,6 +22,8 @@ from prism_fast.run.seconds import GPU, GPUS, Batch, Efficiency, cache, parts, r
 
 MOST = 1 << 20  # tokens of a pack that are looked at
 STEP = 256
+MODELS = ("model", "policy", "discriminator")  # as settings name them
+HUB_NAME = r"[\w.-]+/[\w.-]+"
 MEAN = 3  # a response's limit by its mean: docs/method.md's lengths
 DEMONSTRATION = 500  # tokens of a response to learn from, and of a pair's part
 
@@ -45,6 +47,7 @@ class Question(NamedTuple):
     prompt: int | None = None  # tokens, as a mean
     response: int | None = None
     efficiency: Efficiency = Efficiency()
+    records: int | None = None  # of the data, where settings name no number of steps
 
 
 class Plan(NamedTuple):
@@ -57,21 +60,12 @@ class Plan(NamedTuple):
     tokens: int  # of a pack
     gpu: GPU
     asked: Question
+    steps: int | None = None  # where it is known
 
     @classmethod
     def of(cls, stage: str, settings: Any, asked: Question, hint: str = "") -> Plan:
         """``settings`` of the stage; ``hint``: a text, such as a recipe's name, that may name the policy's size."""
-        if asked.gpu not in GPUS:
-            raise DataError(f"plan: --gpu: expected one of {', '.join(GPUS)}, got {asked.gpu!r}")
-        if asked.policy not in (None, *POLICIES):
-            raise DataError(f"plan: --policy: expected {' or '.join(POLICIES)}, got {asked.policy!r}")
-        gpu = GPUS[asked.gpu]
-        gpu = gpu if asked.memory is None else gpu._replace(memory=asked.memory * 1e9)
-        models = {
-            name: _model(name, value, asked.policy, hint)
-            for name in type(settings).model_fields
-            if isinstance(value := getattr(settings, name), ModelConfig)
-        }
+        gpu, models = gpu_of(asked), models_of(settings, asked, hint)
         optimizer, form = optimizer_of(settings), settings.cluster.sharding
         size = 4 if next(getattr(settings, name) for name in models).dtype == "float32" else 2
         setup = Setup(form, asked.gpus, optimizer.offload, optimizer.moments, size=size, memory=gpu.memory)
@@ -80,7 +74,8 @@ class Plan(NamedTuple):
             held = float(sum(size * one.model.parameters for one in models.values()))
             room = held + PART * (gpu.memory - held - CONTEXT)
             tokens = pack_limit(list(models.values()), setup, Lengths.of(settings), room)
-        return cls(stage, models, setup, _batch(stage, settings, asked), tokens, gpu, asked)
+        steps = _steps(settings, asked.records)
+        return cls(stage, models, setup, _batch(stage, settings, asked), tokens, gpu, asked, steps)
 
     def need(self, tokens: int, checkpointing: bool | None = None) -> Need:
         """``checkpointing``: None: as the models have it."""
@@ -99,6 +94,10 @@ class Plan(NamedTuple):
     @property
     def trained(self) -> tuple[Trained, ...]:
         return tuple(self.models.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.need(self.tokens).training <= self.gpu.memory
 
     def sections(self) -> Iterator[Section]:
         found = self.need(self.tokens)
@@ -120,17 +119,54 @@ class Plan(NamedTuple):
 
 def unnamed(config: type[Any]) -> dict[str, Any]:
     """What a stage's settings must name and a plan does not read: below a recipe that leaves it to the user."""
-    models = {name for name in ("model", "policy", "discriminator") if name in config.model_fields}
-    return {**{name: {"path": name} for name in models}, "data": {"files": "data"}, "run": {"out": "run"}}
+    base: dict[str, Any] = {name: {"path": name} for name in MODELS if name in config.model_fields}
+    named = {"data": {"files": "data"}, "run": {"out": "run"}, "out": "out"}
+    return base | {name: value for name, value in named.items() if name in config.model_fields}
+
+
+def gpu_of(asked: Question) -> GPU:
+    if asked.gpu not in GPUS:
+        raise DataError(f"plan: --gpu: expected one of {', '.join(GPUS)}, got {asked.gpu!r}")
+    gpu = GPUS[asked.gpu]
+    return gpu if asked.memory is None else gpu._replace(memory=asked.memory * 1e9)
+
+
+def models_of(settings: Any, asked: Question, hint: str) -> dict[str, Trained]:
+    """By the names that they have in the settings; the one that samples comes first."""
+    if asked.policy not in (None, *POLICIES):
+        raise DataError(f"plan: --policy: expected {' or '.join(POLICIES)}, got {asked.policy!r}")
+    given = {name: getattr(settings, name) for name in type(settings).model_fields}
+    found = {name: given[name] for name in (*MODELS, "reference") if isinstance(given.get(name), ModelConfig)}
+    return {name: _model(name, value, asked.policy, hint) for name, value in found.items()}
+
+
+def config_file(path: Path) -> Path | None:
+    """The config.json of a folder, or of a model of the hub that is in its cache; None where neither is here."""
+    if (path / "config.json").is_file():
+        return path / "config.json"
+    if path.exists() or not re.fullmatch(HUB_NAME, str(path)):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(str(path), "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def read_model(file: Path) -> Model:
+    try:
+        return Model.of(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, DataError) as error:
+        raise DataError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
 
 
 def _model(name: str, settings: ModelConfig, policy: str | None, hint: str) -> Trained:
-    file = Path(settings.path) / "config.json"
-    if file.is_file():
-        try:
-            model = Model.of(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, DataError) as error:
-            raise DataError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+    file = config_file(settings.path)
+    if file is not None:
+        model = read_model(file)
     elif name == "discriminator":
         model = DISCRIMINATOR
     else:
@@ -153,6 +189,18 @@ def _batch(stage: str, settings: Any, asked: Question) -> Batch:
     return Batch(settings.batch_size, branches, prompt, image, response, response, sampled=False)
 
 
+def _steps(settings: Any, records: int | None) -> int | None:
+    if settings.steps is not None or records is None:
+        return settings.steps
+    if isinstance(settings, WarmupConfig) and not settings.data.eval_files:
+        records -= max(1, round(settings.eval_fraction * records))
+    return math.ceil(settings.epochs * records / settings.batch_size)
+
+
+def hours(count: int, what: str, each: float) -> str:
+    return f"{count:,} {what}: {count * each / 3600:,.1f} hours."
+
+
 def gb(value: float) -> str:
     return f"{value / 1e9:.1f}"
 
@@ -162,7 +210,7 @@ def _states(plan: Plan, found: Need) -> tuple[list[str], list[list[str]], list[s
     rows = [[name, gb(getattr(found, name))] for name in names]
     rows += [["a pass over a pack", gb(found.peak)], ["or an update", gb(found.update)], ["context", gb(found.context)]]
     rows.append(["in training", gb(found.training)])
-    fits = "fits" if found.training <= plan.gpu.memory else "does not fit"
+    fits = "fits" if plan.fits else "does not fit"
     notes = [f"{gb(found.training)} of {plan.gpu.memory / 1e9:g} GB: {fits}. By count, nothing is measured."]
     most, kept = plan.most(), plan.most(False)
     notes.append(f"Largest run.tokens_per_pack: {most:,}; without activation checkpointing {kept:,}.")
@@ -215,4 +263,6 @@ def _seconds(plan: Plan) -> Section:
         f"A step: {what}{batch.response:,} tokens behind each. Assumed: {e.flops:.0%} of the datasheet's FLOP/s, "
         f"{e.bytes:.0%} of its bandwidths, {1e3 * e.prompt:g} ms of the host a prompt, {1e3 * e.response:g} a response."
     ]
+    if plan.steps is not None:
+        notes.append(f"{hours(plan.steps, 'steps', found.total)} Evaluations and checkpoints are not in it.")
     return Section("Seconds of a step, predicted.", ["part", "s"], rows, notes)

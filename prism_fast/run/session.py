@@ -113,6 +113,29 @@ def begun(out: Path) -> bool:
     return (out / LOCK).exists() or bool(checkpoint.steps(out / "checkpoints"))
 
 
+def refuse_other_folder(out: Path, stage: str, resume: bool) -> None:
+    """Raises DataError where no run may begin in this folder, or none can be resumed. Before it is locked."""
+    if any((out / file).exists() for file in ("config.json", "model.safetensors")):
+        raise DataError(f"{out}: is the folder of a model; choose another run.out, such as {out}-{stage}")
+    if resume and not begun(out):
+        raise DataError(f"{out}: holds no run to resume; correct run.out, or leave out --resume to begin one")
+
+
+def refuse_earlier_run(out: Path, resume: bool) -> None:
+    """Raises DataError where what lies in this folder is in the way of a run. When nobody else works in it."""
+    checkpoints, final = out / "checkpoints", out / "final"
+    for folder in (checkpoints, final):
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{folder}: is a file, expected a folder; choose another run.out")
+    for file in (METRICS, record.FILE_NAME):
+        if (out / file).is_dir():
+            raise DataError(f"{out / file}: is a folder, expected a file; choose another run.out")
+    if not resume and (final.exists() or checkpoint.steps(checkpoints)):
+        raise DataError(f"{out}: holds an earlier run; add --resume to go on, or choose another run.out")
+    if not record.is_ours(out / record.FILE_NAME):
+        raise DataError(f"{out / record.FILE_NAME}: is of another program; choose another run.out")
+
+
 class Session:
     """One stage in its folder ``config.run.out``: resumed where it was left, stopped at the end of a step.
 
@@ -180,24 +203,10 @@ class Session:
 
     def _claim_folder(self, entered: contextlib.ExitStack) -> None:
         """Locks the folder, and raises DataError where it is not one for this run."""
-        if any((self.out / file).exists() for file in ("config.json", "model.safetensors")):
-            raise DataError(
-                f"{self.out}: is the folder of a model; choose another run.out, such as {self.out}-{self.stage}"
-            )
-        if self.resume and not begun(self.out):
-            raise DataError(f"{self.out}: holds no run to resume; correct run.out, or leave out --resume to begin one")
+        refuse_other_folder(self.out, self.stage, self.resume)
         if not entered.enter_context(FolderLock(self.out)).supported:
             self._notes.append(f"{self.out}: its file system has no locks; start no second run in this folder")
-        for folder in (self.folder, self.final):
-            if folder.exists() and not folder.is_dir():
-                raise DataError(f"{folder}: is a file, expected a folder; choose another run.out")
-        for file in (METRICS, record.FILE_NAME):
-            if (self.out / file).is_dir():
-                raise DataError(f"{self.out / file}: is a folder, expected a file; choose another run.out")
-        if not self.resume and (self.final.exists() or checkpoint.steps(self.folder)):
-            raise DataError(f"{self.out}: holds an earlier run; add --resume to go on, or choose another run.out")
-        if not record.is_ours(self.out / record.FILE_NAME):
-            raise DataError(f"{self.out / record.FILE_NAME}: is of another program; choose another run.out")
+        refuse_earlier_run(self.out, self.resume)
 
     def _compare(self, found: Path) -> None:
         """Raises DataError where the checkpoint was made with other settings or data, and that is not accepted."""

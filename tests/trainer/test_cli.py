@@ -37,34 +37,35 @@ def test_the_command_line_is_frozen():
         for inner, leaf in getattr(sub, "commands", {"": sub}).items():
             flags = [o for p in leaf.params for o in p.opts if o.startswith("--")]
             options[f"{name} {inner}".strip()] = sorted(flags)
+    trains = ["--accept-changes", "--config", "--dry-run", "--local-rank", "--local_rank", "--resume"]
     expected = {
         "demo": ["--compare", "--out", "--preset", "--resume", "--seed", "--seeds", "--smoke", "--teacher-errors"],
-        "sft": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
-        "upcycle": ["--config"],
-        "warmup": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
-        "align": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
-        "rlvr": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
-        "eval": ["--config"],
-        "probe": ["--config"],
+        "sft": trains,
+        "upcycle": ["--config", "--dry-run"],
+        "warmup": trains,
+        "align": trains,
+        "rlvr": trains,
+        "eval": ["--config", "--dry-run"],
+        "probe": ["--config", "--dry-run"],
         "report": [],
         "config": ["--config"],
         "launch": [
-            *("--accept-changes", "--config", "--cpus", "--endpoint", "--gpus", "--nodes", "--partition"),
-            *("--resume", "--slurm", "--time"),
+            *("--accept-changes", "--config", "--cpus", "--dry-run", "--endpoint", "--gpus", "--nodes"),
+            *("--partition", "--resume", "--slurm", "--time"),
         ],
         "plan": [
             *("--bytes-share", "--config", "--flops-share", "--gpu", "--gpus", "--memory", "--policy", "--prompt"),
-            *("--response", "--tokens"),
+            *("--records", "--response", "--tokens"),
         ],
         "bench": [],
         "doctor": [],
-        "data convert": ["--column", "--out", "--skip-bad-records", "--to"],
+        "data convert": ["--column", "--dry-run", "--out", "--skip-bad-records", "--to"],
         "data check": [
-            *("--batch-size", "--histogram", "--max-prompt-tokens", "--model", "--skip-bad-records"),
+            *("--batch-size", "--dry-run", "--histogram", "--max-prompt-tokens", "--model", "--skip-bad-records"),
             "--tokens-per-pack",
         ],
-        "data pairs": ["--config", "--hard-negatives"],
-        "data filter": ["--config"],
+        "data pairs": ["--config", "--dry-run", "--hard-negatives"],
+        "data filter": ["--config", "--dry-run"],
     }
     assert options == expected
 
