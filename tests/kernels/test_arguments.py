@@ -53,7 +53,7 @@ def slope(logprob, entropy, rows):
 
 IDS = torch.tensor([0, 0, 1, 1, 1])
 HEAD = {"hidden": random(5, 4), "weight": random(9, 4), "targets": torch.tensor([0, -100, 2, 3, 8])}
-SHAPED = {"bias": random(9), "softcap": 5.0, "chunk_bytes": 1000}
+SHAPED = {"bias": random(9), "softcap": 5.0, "chunk_bytes": 1000, "logit_scale": 2.0}
 ROUTING = moe_route(random(5, 4), random(4, 4), 2)
 GRPO = PolicyObjective.grpo()
 PIECES = [b"<a>", b"x", b"</a", b"> <b", b">y</b>", b""]

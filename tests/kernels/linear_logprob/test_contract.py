@@ -206,3 +206,18 @@ def test_compile_does_not_break_the_graph():
     assert_same(compiled(*arguments), loss(*arguments), case.terms)
     for a, b in zip(gradients(compiled(*arguments), case.leaves), gradients(loss(*arguments), case.leaves)):
         assert_same(a, b, case.terms)
+
+
+@pytest.mark.parametrize(
+    "scale,temperature,said",
+    [
+        (0.0, 1.0, "logit_scale: expected a finite number > 0, got 0.0"),
+        (float("inf"), 1.0, "logit_scale: expected a finite number > 0, got inf"),
+        ("2", 1.0, "logit_scale: expected a finite number > 0, got '2'"),
+        (1e-300, 1e300, "logit_scale: expected one by which temperature and softcap can be divided, got 1e-300"),
+    ],
+)
+def test_a_logit_scale_that_is_none_is_refused(scale, temperature, said):
+    case = make(3, 20)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        linear_logprob(case.hidden, case.weight, case.targets, temperature=temperature, logit_scale=scale)
