@@ -67,7 +67,7 @@ VALID = {
         "perception": random(5), "reasoning": random(5), "group_ids": IDS, "accuracy": IDS.clone(),
         "rule": "verified", "perception_weight": 0.5, "align_coef": 1.0, "wrong_penalty": 1.0, "eps": 1e-6,
     },
-    linear_logprob: {**HEAD, **SHAPED, "temperature": 0.7, "with_entropy": True},
+    linear_logprob: {**HEAD, **SHAPED, "temperature": 0.7, "with_entropy": True, "also": ["is_top1"]},
     linear_cross_entropy: {**HEAD, **SHAPED, "row_weight": torch.rand(5), "normalizer": 3.0},
     linear_objective: {**HEAD, **SHAPED, "glue": slope, "temperature": 0.7, "with_entropy": True},
     linear_policy_loss: {

@@ -14,7 +14,15 @@ from torch import Tensor
 from prism_kernels.checks import flag, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op, choose, implementation, need_triton, untransformed
 from prism_kernels.linear_logprob import autograd
-from prism_kernels.linear_logprob.checks import Scaling, as_scalar, check_head, check_policy, check_rows, chunk_size
+from prism_kernels.linear_logprob.checks import (
+    Scaling,
+    as_scalar,
+    check_also,
+    check_head,
+    check_policy,
+    check_rows,
+    chunk_size,
+)
 from prism_kernels.linear_logprob.objectives import PolicyObjective
 from prism_kernels.linear_logprob.records import (
     CrossEntropyBatch,
@@ -63,6 +71,7 @@ def linear_logprob(
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
     logit_scale: float = 1.0,
+    also: Sequence[str] = (),
 ) -> LinearLogprob:
     """Log-probability of each row's target, log-sum-exp and entropy of its logits.
 
@@ -81,8 +90,13 @@ def linear_logprob(
             memory of a GPU. The reference keeps all logits.
         logit_scale: > 0: multiplies hidden @ weight.T + bias, before softcap and temperature (Cohere's and, as a
             divisor, Granite's). Costs nothing: it is the same as another temperature and another softcap.
+        also: further statistics of the same pass over the words, among "is_top1" (bool: ``z.argmax(-1) == targets``),
+            "mean_logits" (``z.mean(-1)``, of the ids that are allowed) and "log_sum_sq_probs"
+            (``z.softmax(-1).square().sum(-1).log()``), the logits, guesses and p^2 that trainers log or weigh by.
+            Constants: no gradient goes through them.
     Returns:
         LinearLogprob(logprob, logsumexp, entropy | None), each (T,), fp32 (fp64 for fp64 inputs), natural logarithms.
+        With ``also`` a LinearLogprobAlso: these three, then is_top1, mean_logits, log_sum_sq_probs, None where unasked.
     Raises:
         ValueError: shapes, dtypes, ranges; targets outside [0, V) or of probability 0 where the host can see them (on a
             CPU; on a GPU such a row gives NaN).
@@ -91,7 +105,7 @@ def linear_logprob(
     scaling = Scaling(temperature, softcap, logit_scale)
     head = check_head(hidden, weight, targets, bias, scaling, forbidden, vocab_size)
     options = Options(flag("with_entropy", with_entropy), chunk_bytes=chunk_size(chunk_bytes))
-    return _run("linear_logprob", impl, head, targets, options)
+    return _run("linear_logprob", impl, head, targets, options, check_also(also))
 
 
 def linear_cross_entropy(

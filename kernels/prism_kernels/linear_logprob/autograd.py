@@ -17,15 +17,17 @@ from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
 from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
-from prism_kernels.linear_logprob.engine import GradientDtypes, Needs, Statistics, Upstream
+from prism_kernels.linear_logprob.engine import Further, GradientDtypes, Needs, Statistics, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import PolicyObjective
 from prism_kernels.linear_logprob.plan import make_plan
 from prism_kernels.linear_logprob.records import (
+    Also,
     CrossEntropyBatch,
     Glue,
     Head,
     LinearLogprob,
+    LinearLogprobAlso,
     Options,
     PolicyBatch,
     PolicyLoss,
@@ -48,27 +50,40 @@ def _beside(hidden: Tensor, batch: Batch) -> Batch:
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
-def linear_logprob(head: Head, targets: Tensor, options: Options, impl: str) -> LinearLogprob:
-    logprob, logsumexp, _, entropy = _logprob(head, targets, options, impl)
-    return LinearLogprob(logprob, logsumexp, entropy if options.with_entropy else None)
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def linear_logprob(
+    head: Head, targets: Tensor, options: Options, also: Also, impl: str
+) -> LinearLogprob | LinearLogprobAlso:
+    logprob, logsumexp, _, entropy, *further = _logprob(head, targets, options, also, impl)
+    out = LinearLogprob(logprob, logsumexp, entropy if options.with_entropy else None)
+    if not any(also):
+        return out
+    return LinearLogprobAlso(*out, *[rows if asked else None for rows, asked in zip(further, also)])
 
 
 @operator("linear_logprob")
-def _logprob(head: Head, targets: Tensor, options: Options, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, logsumexp, what it lost, entropy; each (T,), the last maybe empty."""
+def _logprob(head: Head, targets: Tensor, options: Options, also: Also, impl: str) -> Rows:
+    """logprob, logsumexp, what it lost, entropy, and the three of ``also``; each (T,), those after lost maybe empty."""
     check_targets(targets, head)
     plan = make_plan(head, targets, chunk_bytes=options.chunk_bytes)
     kernels = implementation("linear_logprob", impl)
-    out = engine.log_probs(head, plan, kernels, options.with_entropy)
-    entropy = out.logprob.new_empty(0) if out.entropy is None else plan.spread(out.entropy)
-    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), entropy
+    further = Further.empty(also, plan.targets.shape[0], head.hidden, head.wide)
+    out = engine.log_probs(head, plan, kernels, options.with_entropy, further)
+    nothing = out.logprob.new_empty
+    maybe = [nothing(0) if rows is None else plan.spread(rows) for rows in (out.entropy, *further)]
+    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), *maybe
 
 
 @_logprob.fake
-def _(head: Head, targets: Tensor, options: Options, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = head.hidden.new_empty(head.hidden.shape[0], dtype=head.wide)
+def _(head: Head, targets: Tensor, options: Options, also: Also, impl: str) -> Rows:
+    num_rows = head.hidden.shape[0]
+    rows = head.hidden.new_empty(num_rows, dtype=head.wide)
     entropy = torch.empty_like(rows) if options.with_entropy else rows.new_empty(0)
-    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy
+    further = Further.empty(also, num_rows, head.hidden, head.wide)
+    maybe = [rows.new_empty(0) if values is None else values for values in further]
+    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy, *maybe
 
 
 @operator("linear_logprob_backward")
@@ -103,15 +118,15 @@ def _fake_gradients(head: Head, needs: Needs, dtypes: GradientDtypes) -> tuple[T
 
 
 def _setup_logprob(ctx: Any, inputs: tuple, output: tuple) -> None:
-    head, targets, ctx.options, ctx.impl = _logprob.records(*inputs)
+    head, targets, ctx.options, _, ctx.impl = _logprob.records(*inputs)
     ctx.constants, ctx.num_inputs = head[3:], len(inputs)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(output[2], *output[4:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(head.hidden, head.weight, head.bias, targets, *output)
+    ctx.save_for_backward(head.hidden, head.weight, head.bias, targets, *output[:4])
 
 
 def _backward_logprob(
-    ctx: Any, d_logprob: Tensor | None, d_logsumexp: Tensor | None, _: None, d_entropy: Tensor | None
+    ctx: Any, d_logprob: Tensor | None, d_logsumexp: Tensor | None, _: None, d_entropy: Tensor | None, *further: None
 ):
     check_first_derivative("linear_logprob")
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors

@@ -18,12 +18,14 @@ from prism_kernels.checks import (
     describe,
     integer,
     is_number,
+    items,
     number,
+    one_of,
     shown,
     wrong,
 )
 from prism_kernels.linear_logprob.objectives import PolicyObjective
-from prism_kernels.linear_logprob.records import IGNORE, Head, PolicyBatch
+from prism_kernels.linear_logprob.records import IGNORE, Also, Head, PolicyBatch
 
 MAX_BYTES = 1 << 62
 
@@ -119,6 +121,14 @@ def as_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> Tensor
         check_constant(name, value)
         return value.to(hidden.device, dtype, non_blocking=True)
     return torch.full((), number(name, value, at_least=0), dtype=dtype, device=hidden.device)
+
+
+def check_also(also: Sequence[str]) -> Also:
+    """The names as flags."""
+    names = items("also", also, f"a list of {', '.join(Also._fields)}")
+    for name in names:
+        one_of("also", name, Also._fields)
+    return Also(*[name in names for name in Also._fields])
 
 
 def chunk_size(chunk_bytes: int | None) -> int:

@@ -13,6 +13,7 @@ from prism_kernels.linear_logprob.triton_kernel import block_options, lm_head_gr
 TYPES = (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64"))  # of hidden, of logits
 LENGTHS = dict.fromkeys(("row_stride", "vocab_size", "num_words", "num_forbidden"), "i32")
 SCALARS = dict.fromkeys(("inverse_temperature", "cap"), "fp64")
+FURTHER = {"is_top1": "WITH_TOP1", "mean_logits": "WITH_MEAN", "log_sum_sq_probs": "WITH_SQUARES"}
 TOKEN_SIZE = {"fp32": 4, "fp64": 8}
 
 
@@ -40,24 +41,30 @@ def _head(dtype: str, wide: str, head: dict[str, bool]) -> tuple[dict[str, str],
     return signature, {f"HAS_{name.upper()}": on for name, on in head.items()}
 
 
-def _blocks(kernel: str, wide: str, softcap: bool) -> tuple[dict[str, int], dict[str, int]]:
+def _blocks(kernel: str, wide: str, softcap: bool, further: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """(constexprs, launch options)."""
-    blocks = block_options(kernel, TOKEN_SIZE[wide], softcap)
+    blocks = block_options(kernel, TOKEN_SIZE[wide], softcap, further)
     return blocks, {name: blocks.pop(name) for name in ("num_warps", "maxnreg") if name in blocks}
 
 
 def _statistics(dtype: str, wide: str) -> Iterator[Configuration]:
-    for head, entropy in product(_heads(), (False, True)):
-        blocks, launch = _blocks("statistics", wide, head["softcap"])
+    # What TRL's trainers ask for: nothing, the entropy, the guesses beside it (SFT), all (DPO).
+    asked = [(False, ()), (True, ()), (True, ("is_top1",)), (True, tuple(FURTHER))]
+    for head, (entropy, wanted) in product(_heads(), asked):
+        blocks, launch = _blocks("statistics", wide, head["softcap"], bool(wanted))
         signature, flags = _head(dtype, wide, head)
         signature |= dict.fromkeys(("logprob_ptr", "logsumexp_ptr", "lost_ptr", "entropy_ptr"), f"*{wide}")
-        name = _named(f"statistics {dtype}", **head, entropy=entropy)
+        signature |= {f"{name}_ptr": f"*{wide}" for name in FURTHER}
+        if "is_top1" in wanted:
+            signature["is_top1_ptr"] = "*u8"
+        name = _named(f"statistics {dtype}", **head, entropy=entropy, **dict.fromkeys(wanted, True))
         flags |= {"WITH_ENTROPY": entropy, **blocks}
+        flags |= {flag: name in wanted for name, flag in FURTHER.items()}
         row = Configuration(
             name, lm_head_stats_kernel, signature, flags, divisible_by_16=("row_stride", "vocab_size"), **launch
         )
         yield row
-        if len({*head.values(), entropy}) == 1:
+        if len({*head.values(), entropy}) == 1 and len(wanted) != 1:
             yield replace(row, name=f"{name} odd V", divisible_by_16=("row_stride",))
 
 

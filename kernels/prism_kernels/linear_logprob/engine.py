@@ -15,7 +15,7 @@ from torch import Tensor
 from prism_kernels.linear_logprob import gemm
 from prism_kernels.linear_logprob.checks import check_glue
 from prism_kernels.linear_logprob.plan import Plan, padded
-from prism_kernels.linear_logprob.records import IGNORE, Glue, Head
+from prism_kernels.linear_logprob.records import IGNORE, Also, Glue, Head
 
 FP16_TARGET = 1024.0  # dZ in fp16 is scaled so that its largest coefficient is about this: fp16 ends at 65504 and 6e-8
 
@@ -32,6 +32,23 @@ class Statistics(NamedTuple):
     entropy: Tensor | None
 
 
+class Further(NamedTuple):
+    """More statistics of some rows, each (rows,), that the row kernels write where there is one to be written."""
+
+    is_top1: Tensor | None = None  # bool
+    mean_logits: Tensor | None = None  # in the accumulator's dtype, as the next
+    log_sum_sq_probs: Tensor | None = None
+
+    @classmethod
+    def empty(cls, also: Also, rows: int, like: Tensor, dtype: torch.dtype) -> Further:
+        """What the caller asked for, to be written."""
+        dtypes = (torch.bool, dtype, dtype)
+        return cls(*[like.new_empty(rows, dtype=dtype) if asked else None for asked, dtype in zip(also, dtypes)])
+
+
+NOTHING_FURTHER = Further()
+
+
 class Upstream(NamedTuple):
     """dLoss by a row's statistics, each (rows,) in the accumulator's dtype; None is 0."""
 
@@ -43,14 +60,15 @@ class Upstream(NamedTuple):
 class RowKernels(NamedTuple):
     """What an implementation brings. ``z`` (rows, V) is the chunk of raw logits, rows maybe padded past V.
 
-    prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy) -> Statistics.
+    prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy, further) ->
+    Statistics, and fills ``further``.
     gradient(z, targets, head, statistics, upstream) -> dZ by the raw logits (rows, V), in place of z; in the dtype of
     hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere.
     """
 
     narrows: bool
     prepare: Callable[[Tensor, Head], None]
-    statistics: Callable[[Tensor, Tensor, Head, bool], Statistics]
+    statistics: Callable[..., Statistics]
     gradient: Callable[[Tensor, Tensor, Head, Statistics, Upstream], Tensor]
 
 
@@ -134,10 +152,12 @@ class Gradients:
         return d_hidden, d_weight, d_bias
 
 
-def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> Statistics:
-    """Statistics of the plan's rows, each (R,): one GEMM."""
+def log_probs(
+    head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool, further: Further = NOTHING_FURTHER
+) -> Statistics:
+    """Statistics of the plan's rows, each (R,), and those of ``further``: one GEMM."""
     parts = [
-        kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
+        kernels.statistics(z, plan.targets[start:stop], head, with_entropy, _cut(further, start, stop))
         for start, stop, _, z in _logits(head, plan, kernels)
     ]
     return _concatenate(head, parts, with_entropy)

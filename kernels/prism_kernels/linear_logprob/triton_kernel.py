@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.linear_logprob.engine import RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.engine import NOTHING_FURTHER, Further, RowKernels, Statistics, Upstream
 from prism_kernels.linear_logprob.records import IGNORE, Head
 from prism_kernels.tuned_options import tuned
 
@@ -26,12 +26,13 @@ BLOCKS = {"statistics": {4: (2048, 8), 8: (512, 8)}, "gradient": {4: (4096, 8), 
 _IGNORE = tl.constexpr(IGNORE)
 
 
-def block_options(kernel: str, itemsize: int, softcap: bool) -> dict[str, int]:
+def block_options(kernel: str, itemsize: int, softcap: bool, further: bool = False) -> dict[str, int]:
     """BLOCK and warps of "statistics" or "gradient" on logits of so many bytes. Left to itself ptxas takes 48 registers
-    for some statistics under a softcap, and spills."""
+    for some statistics under a softcap, and spills; with ``further`` ones it needs more than 80."""
     block, warps = BLOCKS[kernel][itemsize]
     options = tuned("linear_logprob", f"{kernel} {itemsize}", {"BLOCK": block, "num_warps": warps})
-    return options | ({"maxnreg": 80} if softcap and kernel == "statistics" and itemsize == 4 else {})
+    bound = {"maxnreg": 128 if further else 80}
+    return options | (bound if softcap and kernel == "statistics" and itemsize == 4 else {})
 
 
 @triton.jit
@@ -94,6 +95,9 @@ def lm_head_stats_kernel(
     logsumexp_ptr,
     lost_ptr,
     entropy_ptr,
+    is_top1_ptr,  # (R,) uint8, as the next two one of the others where nobody wants it
+    mean_logits_ptr,  # (R,), as the next
+    log_sum_sq_probs_ptr,
     row_stride,
     vocab_size,
     num_words,
@@ -104,6 +108,9 @@ def lm_head_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_FORBIDDEN: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_TOP1: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+    WITH_SQUARES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -119,6 +126,12 @@ def lm_head_stats_kernel(
         tl.store(lost_ptr + i_row, nothing)
         if WITH_ENTROPY:
             tl.store(entropy_ptr + i_row, nothing)
+        if WITH_TOP1:
+            tl.store(is_top1_ptr + i_row, 0)
+        if WITH_MEAN:
+            tl.store(mean_logits_ptr + i_row, nothing)
+        if WITH_SQUARES:
+            tl.store(log_sum_sq_probs_ptr + i_row, nothing)
         return
     p_row = z_ptr + i_row * row_stride
     if HAS_FORBIDDEN:
@@ -135,12 +148,23 @@ def lm_head_stats_kernel(
     b_top = tl.zeros((BLOCK,), p_target.dtype) + first
     b_sum = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of exp(z - top)
     b_mean = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of exp(z - top) (z - top)
+    b_squares = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of exp(z - top)^2
+    b_total = tl.full((BLOCK,), 0.0, p_target.dtype)  # sum of z
+    b_ahead = tl.zeros((BLOCK,), tl.int32)  # whether a word comes before the target in z's order
     for start in range(0, num_words, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab_size  # a mask by num_words, which 16 does not divide, would cut the loads into words
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
         b_z = _logits(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN)[0]
         b_z = tl.where(column < num_words, b_z, float("-inf"))
+        if WITH_TOP1:
+            before, after = (b_z >= target_logit) & (column < target), (b_z > target_logit) & (column > target)
+            b_ahead |= (before | after).to(tl.int32)
+        if WITH_MEAN:
+            allowed = column < num_words
+            if HAS_FORBIDDEN:
+                allowed &= b_z > float("-inf")
+            b_total += tl.where(allowed, b_z, 0.0)
         # One exponential does for both cases: z above the maximum so far, which it becomes, or below.
         b_over = b_z - b_top
         b_e = tl.exp(-tl.abs(b_over))
@@ -149,6 +173,9 @@ def lm_head_stats_kernel(
             # e z of a column that is masked or forbidden is 0 * -inf: it must be 0.
             b_under = tl.where(b_e > 0, b_over, 0.0)
             b_mean = tl.where(above, (b_mean - b_sum * b_over) * b_e, b_mean + b_e * b_under)
+        if WITH_SQUARES:
+            b_e2 = b_e * b_e
+            b_squares = tl.where(above, b_squares * b_e2 + 1.0, b_squares + b_e2)
         b_sum = tl.where(above, b_sum * b_e + 1.0, b_sum + b_e)
         b_top = tl.where(above, b_z, b_top)
     top = tl.max(b_top, 0)
@@ -156,6 +183,8 @@ def lm_head_stats_kernel(
     b_e = tl.exp(b_under)
     if WITH_ENTROPY:
         b_mean = (b_mean + b_sum * b_under) * b_e
+    if WITH_SQUARES:
+        b_squares *= b_e * b_e
     b_sum *= b_e
     total = tl.sum(b_sum, 0)
     log_total = tl.log(total)
@@ -167,6 +196,12 @@ def lm_head_stats_kernel(
     tl.store(lost_ptr + i_row, (top - (logsumexp - grown)) + (log_total - grown))
     if WITH_ENTROPY:
         tl.store(entropy_ptr + i_row, log_total - tl.sum(b_mean, 0) / total)
+    if WITH_TOP1:
+        tl.store(is_top1_ptr + i_row, (tl.max(b_ahead, 0) == 0).to(tl.uint8))
+    if WITH_MEAN:
+        tl.store(mean_logits_ptr + i_row, tl.sum(b_total, 0) / (num_words - num_forbidden))
+    if WITH_SQUARES:
+        tl.store(log_sum_sq_probs_ptr + i_row, tl.log(tl.sum(b_squares, 0)) - 2.0 * log_total)
 
 
 @triton.jit(do_not_specialize=["num_words", "num_forbidden"])
@@ -253,8 +288,11 @@ def prepare(z: Tensor, head: Head) -> None:
     """Nothing: both kernels apply bias, softcap, temperature and what is forbidden as they read."""
 
 
-def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Statistics:
+def statistics(
+    z: Tensor, targets: Tensor, head: Head, with_entropy: bool, further: Further = NOTHING_FURTHER
+) -> Statistics:
     num_rows, vocab_size = z.shape
+    asked = any(rows is not None for rows in further)
     logprob, logsumexp, lost = (z.new_empty(num_rows) for _ in range(3))
     entropy = z.new_empty(num_rows) if with_entropy else None
     lm_head_stats_kernel[(num_rows,)](
@@ -266,6 +304,9 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
         logsumexp,
         lost,
         entropy if with_entropy else logprob,
+        logprob if further.is_top1 is None else further.is_top1.view(torch.uint8),
+        logprob if further.mean_logits is None else further.mean_logits,
+        logprob if further.log_sum_sq_probs is None else further.log_sum_sq_probs,
         z.stride(0),
         vocab_size,
         head.words,
@@ -275,7 +316,10 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
         HAS_SOFTCAP=head.softcap is not None,
         HAS_FORBIDDEN=bool(head.forbidden),
         WITH_ENTROPY=with_entropy,
-        **block_options("statistics", z.element_size(), head.softcap is not None),
+        WITH_TOP1=further.is_top1 is not None,
+        WITH_MEAN=further.mean_logits is not None,
+        WITH_SQUARES=further.log_sum_sq_probs is not None,
+        **block_options("statistics", z.element_size(), head.softcap is not None, asked),
     )
     return Statistics(logprob, logsumexp, lost, entropy)
 
