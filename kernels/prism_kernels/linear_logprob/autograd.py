@@ -17,9 +17,9 @@ from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
 from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
-from prism_kernels.linear_logprob.engine import Further, GradientDtypes, Needs, Statistics, Upstream
-from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
-from prism_kernels.linear_logprob.objectives import PolicyObjective
+from prism_kernels.linear_logprob.engine import Further, GradientDtypes, InTorch, Needs, Statistics, Upstream
+from prism_kernels.linear_logprob.glue import statistic_names
+from prism_kernels.linear_logprob.objectives import STATISTICS, PolicyObjective
 from prism_kernels.linear_logprob.plan import make_plan
 from prism_kernels.linear_logprob.records import (
     Also,
@@ -209,10 +209,10 @@ def _cross_entropy(
     check_normalizer(normalizer)
     unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
     plan = make_plan(head, targets, chunk_bytes=chunk_bytes, unread=unread)
-    glue = CrossEntropy(_beside(head.hidden, batch), head.wide)
     kernels = implementation("linear_cross_entropy", impl)
-    loss, _, gradients = engine.objective(head, plan, kernels, glue, False, needs)
-    return loss, *gradients
+    objective = kernels.cross_entropy(_beside(head.hidden, batch), plan, head.wide)
+    _, gradients = engine.objective(head, plan, kernels, objective, False, needs)
+    return objective.totals()[0], *gradients
 
 
 @_cross_entropy.fake
@@ -230,9 +230,8 @@ def linear_policy_loss(
     head: Head, batch: PolicyBatch, objective: PolicyObjective, options: Options, impl: str
 ) -> PolicyLoss:
     loss, logprob, entropy, means, *_ = _policy_loss(head, batch, objective.spec, options, _needs(head), impl)
-    stats: dict[str, Tensor] = dict(
-        zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind())
-    )
+    named = dict(zip(STATISTICS, means.detach().unbind()))
+    stats = {name: named[name] for name in statistic_names(objective, batch, options.with_entropy)}
     if not torch.compiler.is_compiling() and head.hidden.device.type == "cpu" and stats["rows"] == 0:
         stats = {"rows": stats["rows"]}
     return PolicyLoss(
@@ -261,16 +260,17 @@ def _policy_loss(
         unread=None if options.with_logprob or options.with_entropy else _zero_advantage(parsed, batch),
         sequence_start=batch.sequence_start if couples else None,
     )
-    glue = Policy(parsed, _beside(head.hidden, batch), head.wide)
+    loss = kernels.policy(parsed, _beside(head.hidden, batch), plan, head.wide)
     if couples and not plan.whole_sequences:
-        glue.see_all(plan.spread(engine.log_probs(head, plan, kernels, False).logprob))
+        loss.see_all(engine.log_probs(head, plan, kernels, False).logprob)
     need_entropy = options.with_entropy or parsed.entropy_coef != 0
-    loss, out, gradients = engine.objective(head, plan, kernels, glue, need_entropy, needs)
+    out, gradients = engine.objective(head, plan, kernels, loss, need_entropy, needs)
     logprob, entropy = (
         plan.spread(rows) if rows is not None and wanted else out.logprob.new_empty(0)
         for rows, wanted in ((out.logprob, options.with_logprob), (out.entropy, options.with_entropy))
     )
-    return loss, logprob, entropy, glue.means(statistic_names(parsed, batch, options.with_entropy)), *gradients
+    total, means = loss.totals()
+    return total, logprob, entropy, means, *gradients
 
 
 def _zero_advantage(objective: PolicyObjective, batch: PolicyBatch) -> Tensor | None:
@@ -290,12 +290,11 @@ def _zero_advantage(objective: PolicyObjective, batch: PolicyBatch) -> Tensor | 
 def _(
     head: Head, batch: PolicyBatch, objective: str, options: Options, needs: Needs, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    names = statistic_names(PolicyObjective.parse(objective), batch, options.with_entropy)
     loss = head.hidden.new_empty((), dtype=head.wide)
     logprob = loss.new_empty(head.hidden.shape[0] if options.with_logprob else 0)
     entropy = loss.new_empty(head.hidden.shape[0] if options.with_entropy else 0)
     gradients = _fake_gradients(head, needs, GradientDtypes.before_scaling(head))
-    return loss, logprob, entropy, loss.new_empty(len(names)), *gradients
+    return loss, logprob, entropy, loss.new_empty(len(STATISTICS)), *gradients
 
 
 _policy_loss.differentiate(_setup_loss, _backward_loss)
@@ -310,8 +309,9 @@ def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, 
     kernels, needs = implementation("linear_objective", impl), _needs(head)
 
     def run(head: Head) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        loss, _, gradients = engine.objective(head, plan, kernels, glue, options.with_entropy, needs)
-        return loss, gradients
+        objective = InTorch(glue, plan, head.wide)
+        _, gradients = engine.objective(head, plan, kernels, objective, options.with_entropy, needs)
+        return objective.loss, gradients
 
     return _Objective.apply(head.hidden, head.weight, head.bias, head[3:], run)
 

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from prism_kernels.compile_gate import Configuration
+from prism_kernels.linear_logprob import triton_glue, triton_objective
 from prism_kernels.linear_logprob.triton_kernel import block_options, lm_head_grad_kernel, lm_head_stats_kernel
 
 TYPES = (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64"))  # of hidden, of logits
@@ -24,7 +25,8 @@ def _named(prefix: str, **flags: bool) -> str:
 def configurations() -> list[Configuration]:
     """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as
     strides are; "odd V" is none. The trainer's heads are without bias, with and without forbidden words."""
-    return [row for types in TYPES for row in (*_statistics(*types), *_gradients(*types))]
+    rows = [row for types in TYPES for row in (*_statistics(*types), *_gradients(*types))]
+    return [*rows, *_objectives("fp32"), *_objectives("fp64")]
 
 
 def _heads() -> Iterator[dict[str, bool]]:
@@ -84,3 +86,29 @@ def _gradients(dtype: str, wide: str) -> Iterator[Configuration]:
         yield row
         if len({*head.values(), d_logsumexp, d_entropy}) == 1:
             yield replace(row, name=f"{name} odd V", divisible_by_16=strides)
+
+
+def _objectives(wide: str) -> Iterator[Configuration]:
+    """The glue; which objective it is, is known at run time."""
+    floats = "logprob advantage mean old ref rollout divisor d_logprob d_entropy entropy partial loss means"
+    types = dict.fromkeys([f"{name}_ptr" for name in floats.split()], f"*{wide}")
+    types |= {"target_ptr": "*i64", "rows_ptr": "*i64", "sequence_ptr": "*i32", "count_ptr": "*i32"}
+    types |= {"start_ptr": "*i32", "position_ptr": "*i32"}
+    types |= dict.fromkeys(triton_objective.UNSPECIALIZED, "i32")
+    scalars = ["clip_low", "clip_high", "dual_clip", "cap", "kl_coef", "entropy_coef", "max_length"]
+    types |= dict.fromkeys(scalars, "fp64")
+    for part, block in (
+        ("_count", triton_glue.ROWS),
+        ("_mean", triton_glue.ROWS),
+        ("", triton_glue.ROWS),
+        ("_total", 64),
+    ):
+        kernel = getattr(triton_objective, f"lm_head_objective_fwd{part}_kernel")
+        signature = {name: types[name] for name in kernel.arg_names if name != "BLOCK"}
+        yield Configuration(
+            f"objective{part.replace('_', ' ')} {wide}",
+            kernel,
+            signature,
+            {"BLOCK": block},
+            num_warps=triton_glue.WARPS,
+        )

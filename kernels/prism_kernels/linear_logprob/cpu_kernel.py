@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.linear_logprob.engine import NOTHING_FURTHER, Further, RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.glue import CrossEntropy, Policy
 from prism_kernels.linear_logprob.records import Head
 
 BLOCK_ELEMENTS = 1 << 17  # 512 KB of fp32: a block and its temporaries fit a core's L2 of 2 MB
@@ -117,4 +118,4 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
     return z
 
 
-ROW_KERNELS = RowKernels(False, prepare, statistics, gradient)
+ROW_KERNELS = RowKernels(False, prepare, statistics, gradient, CrossEntropy, Policy)
