@@ -156,9 +156,17 @@ _logprob.differentiate(_setup_logprob, _backward_logprob)
 def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
-    ctx.num_inputs = len(inputs)
+    ctx.num_inputs, ctx.impl, ctx.own = len(inputs), inputs[-1], False
     ctx.dtypes = GradientDtypes.final(Head(*inputs[: len(Head._fields)]))
     ctx.save_for_backward(*output[-3:])
+
+
+def _let_go(loss: Tensor) -> Tensor:
+    """The loss of an operator whose other outputs nobody but its backward holds: it may overwrite them."""
+    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
+        node: Any = loss.grad_fn  # the ctx of the two functions beside
+        node.own = True
+    return loss
 
 
 def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -167,23 +175,22 @@ def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | 
     return (*_scaled(ctx, d_loss), *[None] * (ctx.num_inputs - 3))
 
 
-def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
+def _scaled(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
     """[dX, dW, db] times the loss's gradient, in their final dtypes.
 
     New tensors: what an operator gave is not ours to change, and a later backward may read it. But dW may be larger
-    than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and on a
-    CPU, where looking waits for nothing, a factor of 1 is none.
+    than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and not
+    touched by a factor of 1.
     """
     check_first_derivative("the losses of an LM head")
-    last = _is_last_backward(d_loss)
 
-    def times(gradient: Tensor) -> Tensor:
-        if last and own:
-            return gradient.mul_(d_loss)
-        return gradient if last and d_loss.device.type == "cpu" and d_loss.item() == 1 else gradient * d_loss
+    def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return (gradient * factor).to(dtype)
 
+    if ctx.own and _is_last_backward(d_loss):
+        times = implementation("linear_objective", ctx.impl).scaled
     saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
-    return [times(gradient).to(dtype) if need else None for gradient, dtype, need in saved]
+    return [times(gradient, d_loss, dtype) if need else None for gradient, dtype, need in saved]
 
 
 def _is_last_backward(d_loss: Tensor) -> bool:
@@ -196,7 +203,7 @@ def _is_last_backward(d_loss: Tensor) -> bool:
 
 
 def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options, impl: str) -> Tensor:
-    return _cross_entropy(head, batch, options.chunk_bytes, _needs(head), impl)[0]
+    return _let_go(_cross_entropy(head, batch, options.chunk_bytes, _needs(head), impl)[0])
 
 
 @operator("linear_cross_entropy")
@@ -235,7 +242,7 @@ def linear_policy_loss(
     if not torch.compiler.is_compiling() and head.hidden.device.type == "cpu" and stats["rows"] == 0:
         stats = {"rows": stats["rows"]}
     return PolicyLoss(
-        loss,
+        _let_go(loss),
         logprob.detach() if options.with_logprob else None,
         entropy.detach() if options.with_entropy else None,
         stats,
@@ -313,21 +320,21 @@ def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, 
         _, gradients = engine.objective(head, plan, kernels, objective, options.with_entropy, needs)
         return objective.loss, gradients
 
-    return _Objective.apply(head.hidden, head.weight, head.bias, head[3:], run)
+    return _Objective.apply(head.hidden, head.weight, head.bias, head[3:], run, impl)
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: tuple, run: Callable
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: tuple, run: Callable, impl: str
     ) -> Tensor:
         head = Head(hidden, weight, bias, *constants)
         with on_device_of(hidden), as_given(hidden):
             loss, gradients = run(head)
-        ctx.dtypes = GradientDtypes.final(head)
+        ctx.dtypes, ctx.impl, ctx.own = GradientDtypes.final(head), impl, True
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor):
-        return (*_scaled(ctx, d_loss, own=True), None, None)
+        return (*_scaled(ctx, d_loss), None, None, None)

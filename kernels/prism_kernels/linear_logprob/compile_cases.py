@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from prism_kernels.compile_gate import Configuration
-from prism_kernels.linear_logprob import triton_glue, triton_objective
+from prism_kernels.linear_logprob import triton_glue, triton_objective, triton_scale
 from prism_kernels.linear_logprob.triton_kernel import block_options, lm_head_grad_kernel, lm_head_stats_kernel
 
 TYPES = (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64"))  # of hidden, of logits
@@ -26,7 +26,7 @@ def configurations() -> list[Configuration]:
     """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as
     strides are; "odd V" is none. The trainer's heads are without bias, with and without forbidden words."""
     rows = [row for types in TYPES for row in (*_statistics(*types), *_gradients(*types))]
-    return [*rows, *_objectives("fp32"), *_objectives("fp64")]
+    return [*rows, *_objectives("fp32"), *_objectives("fp64"), *_scales()]
 
 
 def _heads() -> Iterator[dict[str, bool]]:
@@ -112,3 +112,12 @@ def _objectives(wide: str) -> Iterator[Configuration]:
             {"BLOCK": block},
             num_warps=triton_glue.WARPS,
         )
+
+
+def _scales() -> Iterator[Configuration]:
+    """dX and db, which are rounded as they are scaled, and dW in place."""
+    for dtype, out in (("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")):
+        signature = {"x_ptr": f"*{dtype}", "out_ptr": f"*{out}", "factor_ptr": "*fp64" if out == "fp64" else "*fp32"}
+        flags = {"IN_PLACE": dtype == out, "BLOCK": triton_scale.BLOCK}
+        kernel, launch = triton_scale.lm_head_bwd_scale_kernel, {"num_warps": triton_scale.WARPS}
+        yield Configuration(f"scale {dtype} {out}", kernel, signature | {"num_elements": "i32"}, flags, **launch)

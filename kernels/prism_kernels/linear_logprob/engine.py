@@ -100,6 +100,7 @@ class RowKernels(NamedTuple):
     gradient(z, targets, head, statistics, upstream) -> dZ by the raw logits (rows, V), in place of z; in the dtype of
     hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere. cross_entropy(batch, plan, dtype)
     and policy(objective, batch, plan, dtype) make an objective of a batch beside hidden.
+    scaled(gradient, factor, dtype) -> gradient times a 0-d factor beside it; the gradient is its to overwrite.
     """
 
     narrows: bool
@@ -108,6 +109,7 @@ class RowKernels(NamedTuple):
     gradient: Callable[[Tensor, Tensor, Head, Statistics, Upstream], Tensor]
     cross_entropy: Callable[[CrossEntropyBatch, Plan, torch.dtype], Objective]
     policy: Callable[[PolicyObjective, PolicyBatch, Plan, torch.dtype], Coupled]
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 class Needs(NamedTuple):

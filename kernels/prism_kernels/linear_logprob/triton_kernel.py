@@ -19,6 +19,7 @@ from torch import Tensor
 from prism_kernels.linear_logprob.engine import NOTHING_FURTHER, Further, RowKernels, Statistics, Upstream
 from prism_kernels.linear_logprob.records import IGNORE, Head
 from prism_kernels.linear_logprob.triton_glue import CrossEntropy, Policy
+from prism_kernels.linear_logprob.triton_scale import scaled
 from prism_kernels.tuned_options import tuned
 
 # (BLOCK, num_warps) by bytes of a logit: 8 or 16 fp32 or 2 fp64 a thread and step. Statistics keep a maximum and sums
@@ -360,4 +361,4 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
     return dz
 
 
-ROW_KERNELS = RowKernels(True, prepare, statistics, gradient, CrossEntropy, Policy)
+ROW_KERNELS = RowKernels(True, prepare, statistics, gradient, CrossEntropy, Policy, scaled)

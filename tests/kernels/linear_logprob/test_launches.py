@@ -43,7 +43,7 @@ def launches(monkeypatch, objective, chunks=1, on_policy=False, normalizer=True,
                 old_logprob=None if on_policy else old, rollout_logprob=rollout, **options,
             ).loss  # fmt: skip
         if backward:
-            loss.backward()
+            loss.backward(retain_graph=backward == "retain_graph")
     return found
 
 
@@ -71,3 +71,12 @@ def test_cross_entropy(monkeypatch):
     assert found.kernels == {**OF_THE_HEAD, **once} and found.others == A_CHUNK
     found = launches(monkeypatch, None, normalizer=False)
     assert found.kernels == {**OF_THE_HEAD, **once} and found.others == {**A_CHUNK, "ne": 1, "sum": 1}
+
+
+def test_a_backward_copies_no_gradient_of_the_weight(monkeypatch):
+    """A launch each for dX, which it rounds, and for dW, where it ends at once if the loss's own gradient is 1."""
+    found = launches(monkeypatch, OBJECTIVES["grpo"], backward=True)
+    assert found.kernels == {**OF_THE_HEAD, **ONCE, "lm_head_bwd_scale_kernel": 2}
+    assert found.others == {**A_CHUNK, "ones_like": 1}
+    found = launches(monkeypatch, OBJECTIVES["grpo"], backward="retain_graph")  # what the forward left is read again
+    assert found.others == {**A_CHUNK, "ones_like": 1, "mul": 2, "_to_copy": 1}

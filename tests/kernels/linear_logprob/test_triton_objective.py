@@ -1,4 +1,4 @@
-"""The glue's kernels where the host sees less than on a CPU: skipped rows are computed, offsets are not checked.
+"""The kernels of losses where the host sees less than on a CPU: skipped rows are computed, offsets are not checked.
 
 In the interpreter, where test_triton.py runs this file; on a GPU the other tests show it.
 """
@@ -72,3 +72,17 @@ def test_rows_of_no_sequence_are_nan(starts, unseen, monkeypatch):
     inputs.starts = torch.tensor(starts, dtype=torch.int32)
     loss = inputs(OBJECTIVES["dapo"], "triton", ref=False, rollout=False).loss
     assert loss.isnan() == (starts[-1] <= ROWS)
+
+
+@pytest.mark.parametrize("dtype,out", [("float32", "bfloat16"), ("float32", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
+@pytest.mark.parametrize("size", [0, 1, 63, 1003])
+def test_the_gradient_of_the_loss(dtype, out, factor, size, monkeypatch):
+    from prism_kernels.linear_logprob import triton_scale
+
+    monkeypatch.setattr(triton_scale, "BLOCK", 32)
+    monkeypatch.setattr(triton_scale, "PROGRAMS", 3)
+    gradient = torch.randint(-8, 9, (size,)).to(getattr(torch, dtype))  # exact in bf16, too, times the factor
+    expected = (gradient * factor).to(getattr(torch, out))
+    found = triton_scale.scaled(gradient, torch.tensor(factor, dtype=gradient.dtype), expected.dtype)
+    assert torch.equal(found, expected) and (found is gradient) == (dtype == out)
