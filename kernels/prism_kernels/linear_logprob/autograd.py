@@ -218,7 +218,7 @@ def _cross_entropy(
     plan = make_plan(head, targets, chunk_bytes=chunk_bytes, unread=unread)
     kernels = implementation("linear_cross_entropy", impl)
     objective = kernels.cross_entropy(_beside(head.hidden, batch), plan, head.wide)
-    _, gradients = engine.objective(head, plan, kernels, objective, False, needs)
+    *_, gradients = engine.objective(head, plan, kernels, objective, False, needs)
     return objective.totals()[0], *gradients
 
 
@@ -271,11 +271,10 @@ def _policy_loss(
     if couples and not plan.whole_sequences:
         loss.see_all(engine.log_probs(head, plan, kernels, False).logprob)
     need_entropy = options.with_entropy or parsed.entropy_coef != 0
-    out, gradients = engine.objective(head, plan, kernels, loss, need_entropy, needs)
-    logprob, entropy = (
-        plan.spread(rows) if rows is not None and wanted else out.logprob.new_empty(0)
-        for rows, wanted in ((out.logprob, options.with_logprob), (out.entropy, options.with_entropy))
-    )
+    logprob, entropy, gradients = engine.objective(head, plan, kernels, loss, need_entropy, needs)
+    nothing = logprob.new_empty(0)
+    logprob = plan.spread(logprob) if options.with_logprob else nothing
+    entropy = plan.spread(entropy) if entropy is not None and options.with_entropy else nothing
     total, means = loss.totals()
     return total, logprob, entropy, means, *gradients
 
@@ -317,7 +316,7 @@ def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, 
 
     def run(head: Head) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         objective = InTorch(glue, plan, head.wide)
-        _, gradients = engine.objective(head, plan, kernels, objective, options.with_entropy, needs)
+        *_, gradients = engine.objective(head, plan, kernels, objective, options.with_entropy, needs)
         return objective.loss, gradients
 
     return _Objective.apply(head.hidden, head.weight, head.bias, head[3:], run, impl)

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from prism_kernels.compile_gate import Configuration
-from prism_kernels.linear_logprob import triton_glue, triton_objective, triton_scale
+from prism_kernels.linear_logprob import triton_glue, triton_objective, triton_scale, triton_two_pass
 from prism_kernels.linear_logprob.triton_kernel import block_options, lm_head_grad_kernel, lm_head_stats_kernel
 
 TYPES = (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64"))  # of hidden, of logits
@@ -26,7 +26,7 @@ def configurations() -> list[Configuration]:
     """hidden and bias in the first type, logits in the second. V (151,936) is a multiple of 16, as
     strides are; "odd V" is none. The trainer's heads are without bias, with and without forbidden words."""
     rows = [row for types in TYPES for row in (*_statistics(*types), *_gradients(*types))]
-    return [*rows, *_objectives("fp32"), *_objectives("fp64"), *_scales()]
+    return [*rows, *_objectives("fp32"), *_objectives("fp64"), *_scales(), *_two_passes()]
 
 
 def _heads() -> Iterator[dict[str, bool]]:
@@ -88,30 +88,54 @@ def _gradients(dtype: str, wide: str) -> Iterator[Configuration]:
             yield replace(row, name=f"{name} odd V", divisible_by_16=strides)
 
 
-def _objectives(wide: str) -> Iterator[Configuration]:
-    """The glue; which objective it is, is known at run time."""
+def _of_an_objective(wide: str) -> dict[str, str]:
+    """Arguments of the kernels that know one, by name."""
     floats = "logprob advantage mean old ref rollout divisor d_logprob d_entropy entropy partial loss means"
     types = dict.fromkeys([f"{name}_ptr" for name in floats.split()], f"*{wide}")
     types |= {"target_ptr": "*i64", "rows_ptr": "*i64", "sequence_ptr": "*i32", "count_ptr": "*i32"}
     types |= {"start_ptr": "*i32", "position_ptr": "*i32"}
     types |= dict.fromkeys(triton_objective.UNSPECIALIZED, "i32")
     scalars = ["clip_low", "clip_high", "dual_clip", "cap", "kl_coef", "entropy_coef", "max_length"]
-    types |= dict.fromkeys(scalars, "fp64")
-    for part, block in (
-        ("_count", triton_glue.ROWS),
-        ("_mean", triton_glue.ROWS),
-        ("", triton_glue.ROWS),
-        ("_total", 64),
-    ):
+    return types | dict.fromkeys(scalars, "fp64")
+
+
+def _objectives(wide: str) -> Iterator[Configuration]:
+    """The glue; which objective it is, is known at run time."""
+    types, launch = _of_an_objective(wide), {"num_warps": triton_glue.WARPS}
+    for part in ("_count", "_mean", "", "_total"):
         kernel = getattr(triton_objective, f"lm_head_objective_fwd{part}_kernel")
         signature = {name: types[name] for name in kernel.arg_names if name != "BLOCK"}
-        yield Configuration(
-            f"objective{part.replace('_', ' ')} {wide}",
+        flags = {"BLOCK": triton_glue.SUMS if part == "_total" else triton_glue.ROWS}
+        yield Configuration(f"objective{part.replace('_', ' ')} {wide}", kernel, signature, flags, **launch)
+
+
+def _two_passes() -> Iterator[Configuration]:
+    """Not in fp16. Each part of a head alone is a pass's own configuration; here none, forbidden words, and all."""
+    kernel = triton_two_pass.lm_head_objective_fwd_rows_kernel
+    heads = ((False, False, False), (False, False, True), (True, True, True))
+    outputs = ((False, False), (True, False), (True, True))  # entropy, dL/dentropy
+    strides = ("row_stride", "dz_row_stride")
+    for (dtype, wide), (bias, softcap, forbidden), (entropy, d_entropy) in product(TYPES, heads, outputs):
+        if dtype == "fp16":
+            continue
+        head = {"bias": bias, "softcap": softcap, "forbidden": forbidden}
+        signature, flags = _head(dtype, wide, head)
+        signature = _of_an_objective(wide) | signature | {"dz_ptr": f"*{dtype}", "dz_row_stride": "i32"}
+        signature |= {"importance_cap": "fp64"}
+        launch = triton_two_pass.block_options(TOKEN_SIZE[wide], softcap)
+        flags |= {"WITH_ENTROPY": entropy, "HAS_D_ENTROPY": d_entropy, "NARROW": dtype != wide}
+        flags["BLOCK"] = launch.pop("BLOCK")
+        row = Configuration(
+            _named(f"two passes {dtype}", **head, entropy=entropy, d_entropy=d_entropy),
             kernel,
-            signature,
-            {"BLOCK": block},
-            num_warps=triton_glue.WARPS,
+            {name: signature[name] for name in kernel.arg_names if name not in flags},
+            flags,
+            **launch,
+            divisible_by_16=(*strides, "vocab_size"),
         )
+        yield row
+        if len({*head.values(), entropy, d_entropy}) == 1:
+            yield replace(row, name=f"{row.name} odd V", divisible_by_16=strides)
 
 
 def _scales() -> Iterator[Configuration]:

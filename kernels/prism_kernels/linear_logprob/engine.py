@@ -59,9 +59,9 @@ class Upstream(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss of one call: told the statistics of rows [start, stop) of the plan, it says dLoss by them."""
+    """A loss of one call: told log-probs and entropies of rows [start, stop) of the plan, it says dLoss by them."""
 
-    def __call__(self, start: int, stop: int, part: Statistics) -> Upstream: ...
+    def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor | None) -> Upstream: ...
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """(loss, statistics in the order of ``STATISTICS``, empty where the objective has none), of all chunks."""
@@ -81,9 +81,9 @@ class InTorch:
         self.glue, self.plan = glue, plan
         self.loss = torch.zeros((), dtype=dtype, device=plan.targets.device)
 
-    def __call__(self, start: int, stop: int, part: Statistics) -> Upstream:
-        given = self.glue(part.logprob, part.entropy, self.plan.index(start, stop))
-        loss, d_logprob, d_entropy = check_glue(given, part.logprob, part.entropy)
+    def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor | None) -> Upstream:
+        given = self.glue(logprob, entropy, self.plan.index(start, stop))
+        loss, d_logprob, d_entropy = check_glue(given, logprob, entropy)
         self.loss += loss
         dtype = self.loss.dtype
         return Upstream(d_logprob.to(dtype), None, None if d_entropy is None else d_entropy.to(dtype))
@@ -101,6 +101,8 @@ class RowKernels(NamedTuple):
     hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere. cross_entropy(batch, plan, dtype)
     and policy(objective, batch, plan, dtype) make an objective of a batch beside hidden.
     scaled(gradient, factor, dtype) -> gradient times a 0-d factor beside it; the gradient is its to overwrite.
+    at_once(z, head, with_entropy, objective, start) -> (logprob, entropy, dZ) of the rows from ``start`` on, where the
+    objective and the device allow one pass for all three.
     """
 
     narrows: bool
@@ -110,6 +112,7 @@ class RowKernels(NamedTuple):
     cross_entropy: Callable[[CrossEntropyBatch, Plan, torch.dtype], Objective]
     policy: Callable[[PolicyObjective, PolicyBatch, Plan, torch.dtype], Coupled]
     scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    at_once: Callable[[Tensor, Head, bool, Objective, int], tuple[Tensor, Tensor | None, Tensor] | None] | None = None
 
 
 class Needs(NamedTuple):
@@ -217,17 +220,26 @@ def backward(
 
 def objective(
     head: Head, plan: Plan, kernels: RowKernels, objective: Objective, with_entropy: bool, needs: Needs
-) -> tuple[Statistics, tuple[Tensor, Tensor, Tensor]]:
-    """(statistics (R,), gradients of the loss, not rounded yet): three GEMMs, no logits kept."""
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    """(log-probs (R,), entropies (R,) | None, gradients of the loss, not rounded yet): three GEMMs, no logits kept."""
     gradients = Gradients(head, plan, needs)
-    parts = []
+    logprobs, entropies = [], []
     for start, stop, x, z in _logits(head, plan, kernels):
-        part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
-        parts.append(part)
-        upstream = objective(start, stop, part)
-        if any(needs):
-            _gradients_of_chunk(gradients, kernels, z, x, start, stop, part, upstream)
-    return _concatenate(head, parts, with_entropy), gradients.result(GradientDtypes.before_scaling(head))
+        done = kernels.at_once(z, head, with_entropy, objective, start) if kernels.at_once and any(needs) else None
+        if done is not None:
+            logprob, entropy, dz = done
+            objective(start, stop, logprob, entropy)
+            gradients.add(dz, x, start, stop, 1.0)
+        else:
+            part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
+            logprob, entropy = part.logprob, part.entropy
+            upstream = objective(start, stop, logprob, entropy)
+            if any(needs):
+                _gradients_of_chunk(gradients, kernels, z, x, start, stop, part, upstream)
+        logprobs.append(logprob)
+        entropies.append(entropy)
+    entropy = _joined(head, entropies) if with_entropy else None
+    return _joined(head, logprobs), entropy, gradients.result(GradientDtypes.before_scaling(head))
 
 
 def _logits(head: Head, plan: Plan, kernels: RowKernels) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -271,13 +283,15 @@ def _fp16_scale(upstream: Upstream, temperature: float) -> float:
     return 2.0 ** round(torch.tensor(largest / FP16_TARGET).log2().item())
 
 
-def _concatenate(head: Head, parts: list[Statistics], with_entropy: bool) -> Statistics:
+def _joined(head: Head, parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    empty = torch.empty(0, dtype=head.wide, device=head.hidden.device)
-    logprob, logsumexp, lost, entropy = zip(*parts) if parts else ((), (), (), ())
-    logprob, logsumexp, lost = (torch.cat([empty, *column]) for column in (logprob, logsumexp, lost))
-    return Statistics(logprob, logsumexp, lost, torch.cat([empty, *entropy]) if with_entropy else None)
+    return torch.cat([torch.empty(0, dtype=head.wide, device=head.hidden.device), *parts])
+
+
+def _concatenate(head: Head, parts: list[Statistics], with_entropy: bool) -> Statistics:
+    columns = [[part[i] for part in parts] for i in range(3 + with_entropy)]
+    return Statistics(*[_joined(head, column) for column in columns], *([] if with_entropy else [None]))
 
 
 def _cut(columns: Any, start: int, stop: int) -> Any:

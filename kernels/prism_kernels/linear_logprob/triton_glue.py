@@ -5,23 +5,39 @@ T rows of the input, R rows computed (plan), S sequences.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prism_kernels.linear_logprob import triton_objective as kernels
-from prism_kernels.linear_logprob.engine import Statistics, Upstream
+from prism_kernels.linear_logprob.engine import Upstream
 from prism_kernels.linear_logprob.objectives import STATISTICS, PolicyObjective
 from prism_kernels.linear_logprob.plan import Plan
 from prism_kernels.linear_logprob.records import IGNORE, CrossEntropyBatch, PolicyBatch
 from prism_kernels.linear_logprob.triton_objective import COLUMNS
 
 ROWS, WARPS = 512, 4  # of a program
+SUMS = 64  # programs at a time whose sums are added up
 
 
-class _Objective:
-    """An objective of one call, its batch beside hidden: called chunk by chunk with their statistics."""
+class Scalars(NamedTuple):
+    """Numbers that the kernels take, in their order."""
+
+    clip_low: float = 1.0  # bounds of the ratio
+    clip_high: float = 1.0
+    dual_clip: float = 1.0
+    cap: float = 1.0
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    max_length: float = 1.0
+
+
+class Objective:
+    """An objective of one call, its batch beside hidden: called chunk by chunk with their statistics. ``couples``: a
+    row's gradient depends on other rows' log-probs."""
+
+    couples = False
 
     def __init__(self, plan: Plan, dtype: torch.dtype):
         self.plan, self.dtype = plan, dtype
@@ -33,7 +49,7 @@ class _Objective:
         self.sequence = self.count = plan.targets
         self.advantage = self.mean = self.old = self.ref = self.rollout = self.divisor = self.partial
         self.flags = _bits((kernels.COMPACT, plan.rows is not None))
-        self.scalars = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)
+        self.scalars = Scalars()
 
     @property
     def by_row(self) -> tuple[Tensor, ...]:
@@ -43,19 +59,19 @@ class _Objective:
             self.divisor,
         )  # fmt: skip
 
-    def __call__(self, start: int, stop: int, part: Statistics) -> Upstream:
-        """Of rows [start, stop) of the plan, whose statistics are these."""
-        d_logprob = torch.empty_like(part.logprob)
-        d_entropy = torch.empty_like(part.logprob) if self.scalars[5] != 0 else None
+    def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor | None) -> Upstream:
+        """Of rows [start, stop) of the plan, whose log-probs and entropies are these."""
+        d_logprob = torch.empty_like(logprob)
+        d_entropy = torch.empty_like(logprob) if self.scalars.entropy_coef != 0 else None
         kernels.lm_head_objective_fwd_kernel[(-(-(stop - start) // ROWS),)](
-            part.logprob,
-            part.logprob if part.entropy is None else part.entropy,
+            logprob,
+            logprob if entropy is None else entropy,
             self.plan.targets,
             *self.by_row,
             d_logprob,
             d_logprob if d_entropy is None else d_entropy,
             self.partial,
-            self.flags | _bits((kernels.ENTROPY, part.entropy is not None)),
+            self.flags | _bits((kernels.ENTROPY, entropy is not None)),
             start,
             stop,
             self.first[start],
@@ -69,12 +85,12 @@ class _Objective:
         """(loss, STATISTICS) of all chunks."""
         loss, means = self.partial.new_empty(()), self.partial.new_empty(len(STATISTICS))
         kernels.lm_head_objective_fwd_total_kernel[(1,)](
-            self.partial, loss, means, len(self.partial), BLOCK=64, num_warps=4
+            self.partial, loss, means, len(self.partial), BLOCK=SUMS, num_warps=WARPS
         )
         return loss, means
 
 
-class CrossEntropy(_Objective):
+class CrossEntropy(Objective):
     """sum(row_weight * -logprob) / normalizer."""
 
     def __init__(self, batch: CrossEntropyBatch, plan: Plan, dtype: torch.dtype):
@@ -86,7 +102,7 @@ class CrossEntropy(_Objective):
             self.advantage = row_weight.contiguous()
 
 
-class Policy(_Objective):
+class Policy(Objective):
     """The policy loss of README.md. Where a sequence has one ratio, chunks hold whole ones or ``see_all`` is first."""
 
     def __init__(self, objective: PolicyObjective, batch: PolicyBatch, plan: Plan, dtype: torch.dtype):
@@ -110,7 +126,7 @@ class Policy(_Objective):
             (kernels.PER_SEQUENCE, objective.aggregate == "sequence_mean"),
         )
         cap, bound = objective.importance_cap, objective.dual_clip
-        self.scalars = (
+        self.scalars = Scalars(
             1 - objective.clip_low,
             1 + objective.clip_high,
             1.0 if bound is None else bound,
@@ -164,10 +180,10 @@ class Policy(_Objective):
             stop, BLOCK=ROWS, num_warps=WARPS,
         )  # fmt: skip
 
-    def __call__(self, start: int, stop: int, part: Statistics) -> Upstream:
+    def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor | None) -> Upstream:
         if self.couples and not self.seen_all:
-            self._mean(start, stop, part.logprob)
-        return super().__call__(start, stop, part)
+            self._mean(start, stop, logprob)
+        return super().__call__(start, stop, logprob, entropy)
 
 
 def _bits(*given: tuple[Any, bool]) -> int:

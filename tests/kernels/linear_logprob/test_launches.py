@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prism_kernels import PolicyObjective, linear_cross_entropy, linear_policy_loss
+from prism_kernels.tuned_options import forced
 from tests.kernels.linear_logprob.linear_cases import skip_interpreted
 from tests.launches import counted
 
@@ -55,6 +56,23 @@ def test_the_glue_of_a_chunk_is_one_launch(name, on_policy, monkeypatch):
     two, three = (launches(monkeypatch, OBJECTIVES[name], chunks, on_policy).total for chunks in (2, 3))
     # From the second chunk on dW is added up in fp32, by the same product.
     assert three - two == sum(OF_THE_HEAD.values()) + sum(A_CHUNK.values())
+
+
+@pytest.mark.parametrize("megabytes,rows", [(0, 132), (0.0128, 2)])
+def test_rows_that_fit_the_cache_take_one_launch(megabytes, rows, monkeypatch):
+    """A row for each multiprocessor, or as many as a table allows; more of them than fit take two."""
+    from prism_kernels.linear_logprob import triton_two_pass
+
+    monkeypatch.setattr(triton_two_pass, "_gpu", lambda _: (132, 132 * 4 * WORDS / triton_two_pass.CACHE_SHARE + 1))
+    with forced("linear_logprob", "two_pass 4", {"MEGABYTES": megabytes}):
+        options = triton_two_pass.options(on_a_gpu(ROWS, WORDS), False)
+        assert options[0] == rows
+        for objective in (OBJECTIVES["everything"], None):
+            found = launches(monkeypatch, objective)
+            assert found.others == A_CHUNK and found.kernels["lm_head_objective_fwd_rows_kernel"] == 1
+            assert not found.kernels.keys() & {"lm_head_stats_kernel", "lm_head_grad_kernel"}
+    monkeypatch.setattr(triton_two_pass, "_gpu", lambda _: (132, 132 * 4 * WORDS))
+    assert launches(monkeypatch, None).kernels["lm_head_grad_kernel"] == 1
 
 
 def test_what_else_is_launched_once(monkeypatch):

@@ -86,3 +86,92 @@ def test_the_gradient_of_the_loss(dtype, out, factor, size, monkeypatch):
     expected = (gradient * factor).to(getattr(torch, out))
     found = triton_scale.scaled(gradient, torch.tensor(factor, dtype=gradient.dtype), expected.dtype)
     assert torch.equal(found, expected) and (found is gradient) == (dtype == out)
+
+
+@pytest.fixture
+def two_passes(monkeypatch):
+    """Rows in one launch, by two programs; how often."""
+    from prism_kernels.linear_logprob import triton_kernel, triton_two_pass
+
+    launches, kernel = [], triton_kernel.lm_head_objective_fwd_rows_kernel
+
+    class Counted:
+        def __getitem__(_, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(triton_two_pass, "_gpu", lambda _: (2, 1 << 30))
+    monkeypatch.setattr(triton_two_pass, "BLOCKS", {4: (64, 4), 8: (64, 4)})
+    monkeypatch.setattr(triton_kernel, "lm_head_objective_fwd_rows_kernel", Counted())
+    return launches
+
+
+@pytest.mark.parametrize("name", ["dapo", "k3", "importance"])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_two_passes(name, on_policy, unseen, two_passes):
+    objective, inputs = OBJECTIVES[name], Inputs()
+    loss, seen, logprob, entropy, truth = inputs.truth(objective, on_policy, temperature=1.1, softcap=9.0)
+    out = inputs(objective, "triton", on_policy, with_entropy=True, temperature=1.1, softcap=9.0)
+    assert_exact(out.loss, gradients(out.loss, inputs.case.leaves), loss, truth, inputs)
+    oracle.assert_same(out.logprob, logprob, inputs.terms)
+    oracle.assert_same(out.entropy, entropy, inputs.terms)
+    check_stats(out.stats, seen, set(out.stats), inputs.terms)
+    assert set(two_passes) == {(2,)}
+
+
+def test_two_passes_of_a_ratio_per_sequence(unseen, two_passes):
+    """On-policy it couples no rows."""
+    objective, inputs = OBJECTIVES["everything"], Inputs()
+    for on_policy in (True, False):
+        loss, *_, truth = inputs.truth(objective, on_policy)
+        out = inputs(objective, "triton", on_policy)
+        assert_exact(out.loss, gradients(out.loss, inputs.case.leaves), loss, truth, inputs)
+        assert bool(two_passes) == on_policy
+        two_passes.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows,words", [(0, 100), (1, 100), (13, 1003)])
+@pytest.mark.parametrize("forbidden", [(), (3, 64, 90)])
+def test_two_passes_of_cross_entropy(dtype, rows, words, forbidden, two_passes):
+    """Rows that the host sees; words not a multiple of the block; ids of probability 0, and from a limit on."""
+    case = make(rows, words, dtype=dtype, bias=True)
+    limit = words - 2 if forbidden else words
+    kept = torch.tensor([i for i in range(limit) if i not in forbidden])
+    case.targets = torch.where(case.targets == -100, -100, kept[case.targets % len(kept)])
+    loss = linear_cross_entropy(
+        case.hidden, case.weight, case.targets, bias=case.bias, forbidden=forbidden, vocab_size=limit, impl="triton"
+    )
+
+    def plain(leaves):
+        z = leaves[0] @ leaves[1].T + leaves[2]
+        nll = torch.nn.functional.cross_entropy(z[:, kept], torch.searchsorted(kept, case.targets), reduction="none")
+        nll = nll.to(torch.promote_types(z.dtype, torch.float32))[case.targets != -100]
+        return nll.sum() / max(1, len(nll))
+
+    leaves_of_truth = oracle.double(*case.leaves)
+    truth, eager = plain(leaves_of_truth), plain(case.leaves)
+    oracle.assert_as_exact(loss, truth, eager, case.terms)
+    # The interpreter truncates bf16, which errs twice as much as eager's rounding; dZ is rounded besides the result.
+    factor = oracle.FACTOR * (2 if dtype is torch.bfloat16 else 1)
+    found = [gradients(each, case.leaves) for each in (loss, eager)]
+    exact = torch.autograd.grad(truth, leaves_of_truth)
+    for a, e, t in zip(*found, exact):
+        oracle.assert_as_exact(a, t, e, case.terms, factor=factor)
+    count = int((case.targets != -100).sum())
+    assert two_passes == ([(min(2, count),)] if count else [])
+
+
+@pytest.mark.parametrize("target", [90, -1, 1 << 40])
+def test_two_passes_of_targets_outside(target, unseen, two_passes, monkeypatch):
+    """NaN in their row and in all of dW; a skipped row may hold NaN, and is 0."""
+    monkeypatch.setattr(autograd, "check_targets", lambda *_: None)
+    case = make(ROWS, 90)
+    case.targets[:3] = torch.tensor([5, target, -100])
+    with torch.no_grad():
+        case.hidden[2] = float("nan")
+    d_hidden, d_weight = gradients(
+        linear_cross_entropy(case.hidden, case.weight, case.targets, normalizer=3.0, impl="triton"), case.leaves
+    )
+    assert d_hidden.isnan().all(1).tolist() == [i == 1 for i in range(ROWS)] and d_weight.isnan().all()
+    assert (d_hidden[case.targets == -100] == 0).all() and two_passes
