@@ -53,7 +53,7 @@ class Objective:
 
     @property
     def by_row(self) -> tuple[Tensor, ...]:
-        """What ``objective_of_rows`` reads."""
+        """What ``_objective_of_rows`` reads."""
         return (
             self.rows, self.sequence, self.advantage, self.count, self.mean, self.old, self.ref, self.rollout,
             self.divisor,

@@ -20,7 +20,7 @@ from prism_kernels.linear_logprob.engine import NOTHING_FURTHER, Further, Object
 from prism_kernels.linear_logprob.records import IGNORE, Head
 from prism_kernels.linear_logprob.triton_glue import CrossEntropy, Policy
 from prism_kernels.linear_logprob.triton_glue import Objective as InTriton
-from prism_kernels.linear_logprob.triton_row import as_dtype, bar, gradient_of_row, statistics_of_row
+from prism_kernels.linear_logprob.triton_row import _as_dtype, _bar, _gradient_of_row, _statistics_of_row
 from prism_kernels.linear_logprob.triton_scale import scaled
 from prism_kernels.linear_logprob.triton_two_pass import lm_head_objective_fwd_rows_kernel
 from prism_kernels.linear_logprob.triton_two_pass import options as two_pass_options
@@ -91,8 +91,8 @@ def lm_head_stats_kernel(
         return
     p_row = z_ptr + i_row * row_stride
     if HAS_FORBIDDEN:
-        bar(p_row, forbidden_ptr, num_forbidden)
-    logprob, logsumexp, lost, entropy, is_top1, mean_logits, log_sum_sq_probs = statistics_of_row(
+        _bar(p_row, forbidden_ptr, num_forbidden)
+    logprob, logsumexp, lost, entropy, is_top1, mean_logits, log_sum_sq_probs = _statistics_of_row(
         p_row, target, bias_ptr, vocab_size, num_words, num_forbidden, inverse_temperature, cap, HAS_BIAS, HAS_SOFTCAP,
         HAS_FORBIDDEN, WITH_ENTROPY, WITH_TOP1, WITH_MEAN, WITH_SQUARES, BLOCK,
     )  # fmt: skip
@@ -146,11 +146,11 @@ def lm_head_grad_kernel(
     p_row = z_ptr + i_row * row_stride
     p_out = dz_ptr + i_row * dz_row_stride
     if HAS_FORBIDDEN:
-        bar(p_row, forbidden_ptr, num_forbidden)
+        _bar(p_row, forbidden_ptr, num_forbidden)
     logprob = tl.load(logprob_ptr + i_row)
     logsumexp, lost = tl.load(logsumexp_ptr + i_row), tl.load(lost_ptr + i_row)
-    sharpness = as_dtype(logprob.dtype, inverse_temperature)
-    softcap = as_dtype(logprob.dtype, cap)
+    sharpness = _as_dtype(logprob.dtype, inverse_temperature)
+    softcap = _as_dtype(logprob.dtype, cap)
     g = tl.load(d_logprob_ptr + i_row) * sharpness
     common = -g  # coefficient of p in every column
     if HAS_D_LOGSUMEXP:
@@ -159,7 +159,7 @@ def lm_head_grad_kernel(
     if HAS_D_ENTROPY:
         d_entropy = tl.load(d_entropy_ptr + i_row) * sharpness
         entropy = tl.load(entropy_ptr + i_row)
-    gradient_of_row(
+    _gradient_of_row(
         p_row, p_out, target, skipped, bias_ptr, vocab_size, num_words, logprob, logsumexp, lost, entropy, g, common,
         d_entropy, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN, HAS_D_ENTROPY, NARROW, BLOCK,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from prism_kernels.linear_logprob.objectives import LOG_RATIO_LIMIT, STATISTICS
 from prism_kernels.linear_logprob.records import IGNORE
-from prism_kernels.linear_logprob.triton_row import as_dtype
+from prism_kernels.linear_logprob.triton_row import _as_dtype
 
 COLUMNS = 16  # of partial: the loss, then STATISTICS
 _IGNORE = tl.constexpr(IGNORE)
@@ -51,7 +51,7 @@ def _clamped(x):
 
 
 @triton.jit
-def objective_of_rows(
+def _objective_of_rows(
     i,  # int64 scalar or block, as the next three: the computed row
     kept,  # neither skipped nor outside
     logprob,
@@ -85,7 +85,7 @@ def objective_of_rows(
     advantage = tl.load(advantage_ptr + at, mask=tl.where(known, flags & ONES, 1) == 0, other=1.0).to(dtype)
     advantage = tl.where(kept & (sequence < 0), float("nan"), advantage)
     count = tl.load(count_ptr + sequence, mask=_if(known, flags, PER_SEQUENCE), other=1).to(dtype)
-    weight = 1.0 / (tl.load(divisor_ptr).to(dtype) * as_dtype(dtype, max_length) * count)
+    weight = 1.0 / (tl.load(divisor_ptr).to(dtype) * _as_dtype(dtype, max_length) * count)
 
     old = tl.load(old_ptr + row, mask=_if(kept, flags, OLD), other=0.0).to(dtype)
     old = tl.where(flags & OLD != 0, old, logprob)
@@ -95,22 +95,22 @@ def objective_of_rows(
     mean = tl.load(mean_ptr + sequence, mask=_if(known, flags, MEAN), other=0.0).to(dtype)
     ratio = tl.exp(tl.where(flags & MEAN != 0, mean, log_ratio))
     slope = tl.where(tl.where(flags & MEAN != 0, 0.0, tl.abs(raw)) > _LIMIT, 0.0, 1.0).to(dtype)
-    low, high = as_dtype(dtype, clip_low), as_dtype(dtype, clip_high)
+    low, high = _as_dtype(dtype, clip_low), _as_dtype(dtype, clip_high)
     free = ratio * advantage
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
     # Where free is NaN both are: whoever looks at gradients alone must see it.
     loss = -tl.where(free > clipped, clipped, free)
     d_logprob = tl.where(free > clipped, 0.0, -free * slope)
     below, above = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
-    bound = -as_dtype(dtype, dual_clip) * advantage
+    bound = -_as_dtype(dtype, dual_clip) * advantage
     bounded = _if((advantage < 0) & (loss > bound), flags, BOUNDED)
     loss, d_logprob = tl.where(bounded, bound, loss), tl.where(bounded, 0.0, d_logprob)
 
     rollout = tl.load(rollout_ptr + row, mask=_if(kept, flags, ROLLOUT), other=0.0).to(dtype)
     difference = tl.where(flags & ROLLOUT != 0, old - rollout, 0.0)
     weighing = tl.exp(difference)
-    capped = weighing > as_dtype(dtype, cap)
-    importance = tl.where(flags & CAPPED != 0, tl.where(capped, as_dtype(dtype, cap), weighing), 1.0)
+    capped = weighing > _as_dtype(dtype, cap)
+    importance = tl.where(flags & CAPPED != 0, tl.where(capped, _as_dtype(dtype, cap), weighing), 1.0)
     loss, d_logprob = loss * importance, d_logprob * importance
 
     ref = tl.load(ref_ptr + row, mask=_if(kept, flags, REF), other=0.0).to(dtype)
@@ -119,7 +119,7 @@ def objective_of_rows(
     inside = tl.where(tl.abs(away) <= _LIMIT, 1.0, 0.0).to(dtype)
     kl = tl.where(flags & K3 != 0, tl.exp(u) - u - 1.0, tl.where(flags & K2 != 0, u * u / 2.0, -away))
     d_kl = tl.where(flags & K3 != 0, (1.0 - tl.exp(u)) * inside, tl.where(flags & K2 != 0, -u * inside, 1.0))
-    k, e = as_dtype(dtype, kl_coef), as_dtype(dtype, entropy_coef)
+    k, e = _as_dtype(dtype, kl_coef), _as_dtype(dtype, entropy_coef)
     # A term without a coefficient is only a statistic, which may be infinite.
     loss, d_logprob = tl.where(k != 0, loss + k * kl, loss), tl.where(k != 0, d_logprob + k * d_kl, d_logprob)
     loss = tl.where(e != 0, loss - e * entropy, loss)
@@ -195,7 +195,7 @@ def lm_head_objective_fwd_kernel(
     logprob_ptr,  # (stop - start,), as the next; those of the chunk
     entropy_ptr,
     target_ptr,  # (R,) int64
-    rows_ptr,  # from here to divisor_ptr: see objective_of_rows
+    rows_ptr,  # from here to divisor_ptr: see _objective_of_rows
     sequence_ptr,
     advantage_ptr,
     count_ptr,
@@ -227,7 +227,7 @@ def lm_head_objective_fwd_kernel(
     logprob = tl.load(logprob_ptr + local, mask=kept, other=0.0)
     entropy = tl.load(entropy_ptr + local, mask=_if(kept, flags, ENTROPY), other=0.0)
     loss, d_logprob, d_entropy, ratio, below, above, kl_old, bounded, kl, difference, importance, capped = (
-        objective_of_rows(
+        _objective_of_rows(
             i, kept, logprob, entropy, rows_ptr, sequence_ptr, advantage_ptr, count_ptr, mean_ptr, old_ptr, ref_ptr,
             rollout_ptr, divisor_ptr, flags, clip_low, clip_high, dual_clip, cap, kl_coef, entropy_coef, max_length,
         )

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def logits_of(
+def _logits_of(
     raw,
     bias_ptr,
     column,
@@ -46,13 +46,13 @@ def logits_of(
 
 
 @triton.jit
-def as_dtype(dtype: tl.constexpr, value):
+def _as_dtype(dtype: tl.constexpr, value):
     """An fp64 argument, which the interpreter passes as a Python float, in the dtype of the logits."""
     return (tl.full((), 0.0, tl.float64) + value).to(dtype)
 
 
 @triton.jit
-def bar(p_row, forbidden_ptr, num_forbidden):
+def _bar(p_row, forbidden_ptr, num_forbidden):
     """Raw logits of forbidden words become -inf in memory: looked for in every step, they would take a fifth more
     registers. The row's other threads read them after the barrier."""
     for i in range(num_forbidden):
@@ -61,7 +61,7 @@ def bar(p_row, forbidden_ptr, num_forbidden):
 
 
 @triton.jit
-def statistics_of_row(
+def _statistics_of_row(
     p_row,  # its raw logits (V,); forbidden ones are -inf there
     target,
     bias_ptr,
@@ -81,9 +81,9 @@ def statistics_of_row(
 ):
     """(logprob, logsumexp, lost, entropy, is_top1, mean_logits, log_sum_sq_probs)."""
     p_target = tl.load(p_row + target)
-    sharpness = as_dtype(p_target.dtype, inverse_temperature)
-    softcap = as_dtype(p_target.dtype, cap)
-    target_logit = logits_of(
+    sharpness = _as_dtype(p_target.dtype, inverse_temperature)
+    softcap = _as_dtype(p_target.dtype, cap)
+    target_logit = _logits_of(
         p_target, bias_ptr, target, True, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN
     )[0]
 
@@ -99,7 +99,7 @@ def statistics_of_row(
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab_size  # a mask by num_words, which 16 does not divide, would cut the loads into words
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
-        b_z = logits_of(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN)[0]
+        b_z = _logits_of(b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN)[0]
         b_z = tl.where(column < num_words, b_z, float("-inf"))
         if WITH_TOP1:
             before, after = (b_z >= target_logit) & (column < target), (b_z > target_logit) & (column > target)
@@ -151,7 +151,7 @@ def statistics_of_row(
 
 
 @triton.jit
-def gradient_of_row(
+def _gradient_of_row(
     p_row,  # its raw logits (V,); forbidden ones are -inf there
     p_out,  # (V,) out: the same memory, maybe in a narrower type
     target,  # int32, as columns are: int64 comparisons would spill
@@ -180,7 +180,7 @@ def gradient_of_row(
         column = start + tl.arange(0, BLOCK)
         inside = column < vocab_size
         b_z = tl.load(p_row + column, mask=inside, other=0.0)  # (BLOCK,)
-        b_z, b_slope = logits_of(
+        b_z, b_slope = _logits_of(
             b_z, bias_ptr, column, inside, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN
         )
         b_z = tl.where(column < num_words, b_z, float("-inf"))

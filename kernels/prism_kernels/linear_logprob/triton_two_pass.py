@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prism_kernels.linear_logprob.records import IGNORE
-from prism_kernels.linear_logprob.triton_objective import UNSPECIALIZED, objective_of_rows
-from prism_kernels.linear_logprob.triton_row import as_dtype, bar, gradient_of_row, statistics_of_row
+from prism_kernels.linear_logprob.triton_objective import UNSPECIALIZED, _objective_of_rows
+from prism_kernels.linear_logprob.triton_row import _as_dtype, _bar, _gradient_of_row, _statistics_of_row
 from prism_kernels.tuned_options import tuned
 
 # (BLOCK, num_warps) by bytes of a logit: one program a multiprocessor, so that it asks for as much as it can. Under a
@@ -33,7 +33,7 @@ def lm_head_objective_fwd_rows_kernel(
     forbidden_ptr,  # (num_forbidden,) int32, or target_ptr
     logprob_ptr,  # (R,) out, as the next
     entropy_ptr,
-    rows_ptr,  # from here to divisor_ptr: see objective_of_rows
+    rows_ptr,  # from here to divisor_ptr: see _objective_of_rows
     sequence_ptr,
     advantage_ptr,
     count_ptr,
@@ -78,10 +78,10 @@ def lm_head_objective_fwd_rows_kernel(
                 odd |= tl.load(forbidden_ptr + f) == target
         p_row = z_ptr + i_row * row_stride
         if HAS_FORBIDDEN:
-            bar(p_row, forbidden_ptr, num_forbidden)
+            _bar(p_row, forbidden_ptr, num_forbidden)
         # The first pass: over no words where there is nothing to compute.
         at = tl.where(odd, 0, target)
-        logprob, logsumexp, lost, entropy, _, _, _ = statistics_of_row(
+        logprob, logsumexp, lost, entropy, _, _, _ = _statistics_of_row(
             p_row, at, bias_ptr, vocab_size, tl.where(odd, 0, num_words), num_forbidden, inverse_temperature, cap,
             HAS_BIAS, HAS_SOFTCAP, HAS_FORBIDDEN, WITH_ENTROPY, False, False, False, BLOCK,
         )  # fmt: skip
@@ -91,16 +91,16 @@ def lm_head_objective_fwd_rows_kernel(
         tl.store(logprob_ptr + i_row, logprob)
         if WITH_ENTROPY:
             tl.store(entropy_ptr + i_row, entropy)
-        _, g, d_entropy, _, _, _, _, _, _, _, _, _ = objective_of_rows(
+        _, g, d_entropy, _, _, _, _, _, _, _, _, _ = _objective_of_rows(
             i, kept, logprob, entropy, rows_ptr, sequence_ptr, advantage_ptr, count_ptr, mean_ptr, old_ptr, ref_ptr,
             rollout_ptr, divisor_ptr, flags, clip_low, clip_high, dual_clip, importance_cap, kl_coef, entropy_coef,
             max_length,
         )  # fmt: skip
-        sharpness = as_dtype(logprob.dtype, inverse_temperature)
-        softcap = as_dtype(logprob.dtype, cap)
+        sharpness = _as_dtype(logprob.dtype, inverse_temperature)
+        softcap = _as_dtype(logprob.dtype, cap)
         g = g * sharpness
         # The second: the sums of the first were barriers, every thread has read what it overwrites.
-        gradient_of_row(
+        _gradient_of_row(
             p_row, dz_ptr + i_row * dz_row_stride, at.to(tl.int32), target == _IGNORE, bias_ptr, vocab_size, num_words,
             logprob, logsumexp, lost, entropy, g, -g, d_entropy * sharpness, softcap, sharpness, HAS_BIAS, HAS_SOFTCAP,
             HAS_FORBIDDEN, HAS_D_ENTROPY, NARROW, BLOCK,
@@ -132,8 +132,8 @@ def options(z: Tensor, softcap: bool) -> tuple[int, dict[str, int]]:
 
 
 def _gpu(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of L2 cache); none where there is no GPU."""
+    """(multiprocessors, bytes of L2 cache). In the interpreter one, whose cache holds nothing."""
     if device.type != "cuda":
-        return 0, 0
+        return 1, 0
     found = torch.cuda.get_device_properties(device)
     return found.multi_processor_count, found.L2_cache_size
