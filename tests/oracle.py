@@ -12,19 +12,20 @@ def double(*tensors):
     return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
 
 
-def logits(hidden, weight, bias=None, temperature=1.0, softcap=None):
+def logits(hidden, weight, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
     z = hidden @ weight.T
     if bias is not None:
         z = z + bias
+    z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature
 
 
-def log_probs(hidden, weight, targets, bias=None, temperature=1.0, softcap=None):
+def log_probs(hidden, weight, targets, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
     """(logprob, logsumexp, entropy), each (T,), of any dtype: in bf16 this is what eager torch does."""
     kept = targets != -100
-    z = logits(hidden, weight, bias, temperature, softcap)
+    z = logits(hidden, weight, bias, temperature, softcap, logit_scale)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     log_p = z.log_softmax(-1)
     logprob = log_p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)

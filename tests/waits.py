@@ -38,7 +38,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "prism_kernels" and any(tensor.is_meta for tensor in _tensors(args)):
+        if func.namespace == "prism_kernels" and any(tensor.is_meta for tensor in tensors_in(args)):
             operator = operator_of(func)
             with self:
                 return operator.run(*operator.records(*args))
@@ -101,14 +101,14 @@ def _waits(name, args, kwargs):
         return goes and not kwargs.get("non_blocking")
     if name == "copy_":
         return args[0].is_meta and not args[1].is_meta and not (len(args) > 2 and args[2])
-    if not any(tensor.is_meta for tensor in _tensors((args, kwargs))):
+    if not any(tensor.is_meta for tensor in tensors_in((args, kwargs))):
         return False
     if name.startswith("index"):  # by a mask: how many there are is on the device; by what is on the host: it is copied
-        return any(i.dtype in (torch.bool, torch.uint8) or not i.is_meta for i in _tensors(args[1]))
+        return any(i.dtype in (torch.bool, torch.uint8) or not i.is_meta for i in tensors_in(args[1]))
     return name in READS or (name == "repeat_interleave" and kwargs.get("output_size") is None)
 
 
-def _tensors(values):
+def tensors_in(values):
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 import prism_kernels
 from benchmarks.harness.measure import short
 from benchmarks.harness.processes import environment
-from prism_kernels import compile_gate
+from prism_kernels import compile_gate, tuned_options
 from prism_kernels.dispatch import interpreting
 from prism_kernels.group_advantage.rules import RULES
 from prism_kernels.moe import grouped_gemm, plan_routing
@@ -48,7 +48,10 @@ def checks(device: torch.device) -> dict[str, Callable[[str], Outputs]]:
     for dtype in [torch.float32, torch.bfloat16, torch.float16] if on_gpu else [torch.float32]:
         label, how = str(dtype).removeprefix("torch."), {"dtype": dtype, "device": device}
         found[f"linear_logprob {label}"] = partial(_logprob, **how)
-        found[f"linear_policy_loss {label}"] = partial(_policy, **how)
+        # Statistics and dZ by two kernels, and by one that a table of tuned options lets run.
+        found[f"linear_policy_loss {label}"] = partial(_policy, **how, megabytes=1e-9)
+        found[f"linear_policy_loss, two passes {label}"] = partial(_policy, **how, megabytes=1)
+        found[f"linear_policy_loss, a ratio per sequence {label}"] = partial(_policy, **how, ratio="sequence")
         for backend in _backends(dtype, device):
             found[f"moe routed {label} {backend}"] = partial(_routed, **how, backend=backend)
             found[f"moe planned {label} {backend}"] = partial(_planned, **how, backend=backend)
@@ -95,18 +98,19 @@ def _logprob(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
     return [out.logprob, out.entropy, *torch.autograd.grad(total, [hidden, weight, bias])]
 
 
-def _policy(impl: str, dtype: torch.dtype, device: torch.device) -> Outputs:
+def _policy(impl: str, dtype: torch.dtype, device: torch.device, megabytes: float = 0, ratio: str = "token") -> Outputs:
     hidden, weight, bias, targets = _head(dtype, device)
     start = torch.tensor([0, 20, 20, 67], dtype=torch.int32, device=device)
     old, ref = (_random(67, device=device, seed=seed) * 0.1 - 7 for seed in (5, 6))
-    objective = prism_kernels.PolicyObjective.dapo(kl_coef=0.1, kl_estimator="k3", entropy_coef=0.01)
+    objective = prism_kernels.PolicyObjective.dapo(ratio=ratio, kl_coef=0.1, kl_estimator="k3", entropy_coef=0.01)
     advantages = torch.tensor([1.0, 0.5, -1.0], device=device)
     # A chunk of a few rows: the kernels see a first, a middle and a last chunk.
     chunk = {} if impl == "reference" else {"chunk_bytes": 4 * 9008 * 24}
-    out = prism_kernels.linear_policy_loss(
-        hidden, weight, targets, advantages, start, objective, old_logprob=old, ref_logprob=ref, bias=bias, impl=impl,
-        **chunk,
-    )  # fmt: skip
+    with tuned_options.forced("linear_logprob", "two_pass 4", {"MEGABYTES": megabytes}):
+        out = prism_kernels.linear_policy_loss(
+            hidden, weight, targets, advantages, start, objective, old_logprob=old, ref_logprob=ref, bias=bias,
+            impl=impl, **chunk,
+        )  # fmt: skip
     return [out.loss, *torch.autograd.grad(out.loss, [hidden, weight, bias])]
 
 

@@ -65,6 +65,9 @@ def cases() -> Iterator[Case]:
     blocks = grid(BLOCK=[1024, 2048, 4096, 8192, 16384], num_warps=[4, 8, 16])
     yield Case("linear_logprob", "statistics 4", blocks, _of("linear_logprob", "logprob_entropy", HEAD, TOY_HEAD))
     yield Case("linear_logprob", "gradient 4", blocks, _of("linear_logprob", "cross_entropy", HEAD, TOY_HEAD))
+    # Of 608 KB a row: none, or 33, 66, 132 rows under way.
+    passes = grid(MEGABYTES=[0, 21, 41, 81])
+    yield Case("linear_logprob", "two_pass 4", passes, _of("linear_logprob", "cross_entropy", HEAD, TOY_HEAD))
     tiles = grid(BLOCK_M=[64, 128], BLOCK_N=[128, 256], BLOCK_R=[32, 64], num_warps=[4, 8], num_stages=[3, 4])
     yield Case("moe", "tile 2", tiles, _grouped)
     routes = grid(BLOCK_H=[64, 128, 256], num_warps=[2, 4, 8])

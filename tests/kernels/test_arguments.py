@@ -53,7 +53,7 @@ def slope(logprob, entropy, rows):
 
 IDS = torch.tensor([0, 0, 1, 1, 1])
 HEAD = {"hidden": random(5, 4), "weight": random(9, 4), "targets": torch.tensor([0, -100, 2, 3, 8])}
-SHAPED = {"bias": random(9), "softcap": 5.0, "chunk_bytes": 1000}
+SHAPED = {"bias": random(9), "softcap": 5.0, "chunk_bytes": 1000, "logit_scale": 2.0}
 ROUTING = moe_route(random(5, 4), random(4, 4), 2)
 GRPO = PolicyObjective.grpo()
 PIECES = [b"<a>", b"x", b"</a", b"> <b", b">y</b>", b""]
@@ -67,7 +67,7 @@ VALID = {
         "perception": random(5), "reasoning": random(5), "group_ids": IDS, "accuracy": IDS.clone(),
         "rule": "verified", "perception_weight": 0.5, "align_coef": 1.0, "wrong_penalty": 1.0, "eps": 1e-6,
     },
-    linear_logprob: {**HEAD, **SHAPED, "temperature": 0.7, "with_entropy": True},
+    linear_logprob: {**HEAD, **SHAPED, "temperature": 0.7, "with_entropy": True, "also": ["is_top1"]},
     linear_cross_entropy: {**HEAD, **SHAPED, "row_weight": torch.rand(5), "normalizer": 3.0},
     linear_objective: {**HEAD, **SHAPED, "glue": slope, "temperature": 0.7, "with_entropy": True},
     linear_policy_loss: {

@@ -81,6 +81,22 @@ CASES = {  # sizes of the leaves, and what is compiled
     "plan_routing and moe_mlp, v4": (EXPERTS, experts("v4")),
     "moe_mlp, reference": (EXPERTS, experts("v5", "reference")),
     "linear_logprob": (((5, 4), (9, 4)), lambda h, w: linear_logprob(h, w, TARGETS).logprob),
+    "linear_logprob, all of it": (
+        ((5, 4), (9, 4)),
+        lambda h, w: torch.stack(
+            [
+                rows.to(h.dtype)
+                for rows in linear_logprob(
+                    h,
+                    w,
+                    TARGETS,
+                    with_entropy=True,
+                    logit_scale=0.5,
+                    also=("is_top1", "mean_logits", "log_sum_sq_probs"),
+                )
+            ]
+        ),
+    ),
     "linear_logprob, some words": (
         ((5, 4), (9, 4)),
         lambda h, w: torch.cat(linear_logprob(h, w, TARGETS, forbidden=[1, 4], vocab_size=8, with_entropy=True)),

@@ -180,12 +180,11 @@ def _loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-    if head_logits.scale != 1:
-        rows, bias = rows * head_logits.scale, None if bias is None else bias * head_logits.scale
     count = num_items_in_batch.reshape(()) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     return linear_cross_entropy(
-        rows, weight, targets, normalizer=count, bias=bias, softcap=head_logits.softcap, impl=head_logits.impl
-    )
+        rows, weight, targets, normalizer=count, bias=bias, softcap=head_logits.softcap, impl=head_logits.impl,
+        logit_scale=head_logits.scale,
+    )  # fmt: skip
 
 
 class _Body:

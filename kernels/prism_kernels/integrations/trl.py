@@ -59,12 +59,10 @@ class ChunkedLogProb:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if logit_scale != 1:
-            hidden, bias = hidden * logit_scale, None if bias is None else bias * logit_scale
         with torch.autocast(device, enabled=False):
             out = linear_logprob(
                 hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap,
-                with_entropy="entropy" in outputs, impl=self.impl,
+                with_entropy="entropy" in outputs, impl=self.impl, logit_scale=logit_scale,
             )  # fmt: skip
         return out.logprob, out.entropy, None, None, None
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from prism_kernels.checks import flag, wrong
 from prism_kernels.dispatch import Impl, Implementation, Op, choose, implementation, need_triton, untransformed
 from prism_kernels.linear_logprob import autograd
-from prism_kernels.linear_logprob.checks import as_scalar, check_head, check_policy, check_rows, chunk_size
+from prism_kernels.linear_logprob.checks import (
+    Scaling,
+    as_scalar,
+    check_also,
+    check_head,
+    check_policy,
+    check_rows,
+    chunk_size,
+)
 from prism_kernels.linear_logprob.objectives import PolicyObjective
 from prism_kernels.linear_logprob.records import (
     CrossEntropyBatch,
@@ -62,10 +70,12 @@ def linear_logprob(
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
+    logit_scale: float = 1.0,
+    also: Sequence[str] = (),
 ) -> LinearLogprob:
     """Log-probability of each row's target, log-sum-exp and entropy of its logits.
 
-    ``z = softcap * tanh((hidden @ weight.T + bias) / softcap) / temperature``;
+    ``z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature``;
     ``logprob = z.log_softmax(-1).gather(-1, targets)``, ``logsumexp = z.logsumexp(-1)``,
     ``entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)``, all differentiable in hidden, weight and bias.
 
@@ -78,16 +88,24 @@ def linear_logprob(
         vocab_size: ids from there on have probability 0 (an embedding may hold more rows than words). Default V.
         chunk_bytes: most bytes of fp32 logits at a time (one row at least); None: 48 MB on a CPU, a thirtieth of the
             memory of a GPU. The reference keeps all logits.
+        logit_scale: > 0: multiplies hidden @ weight.T + bias, before softcap and temperature (Cohere's and, as a
+            divisor, Granite's). Costs nothing: it is the same as another temperature and another softcap.
+        also: further statistics of the same pass over the words, among "is_top1" (bool: ``z.argmax(-1) == targets``),
+            "mean_logits" (``z.mean(-1)``, of the ids that are allowed) and "log_sum_sq_probs"
+            (``z.softmax(-1).square().sum(-1).log()``), the logits, guesses and p^2 that trainers log or weigh by.
+            Constants: no gradient goes through them.
     Returns:
         LinearLogprob(logprob, logsumexp, entropy | None), each (T,), fp32 (fp64 for fp64 inputs), natural logarithms.
+        With ``also`` a LinearLogprobAlso: these three, then is_top1, mean_logits, log_sum_sq_probs, None where unasked.
     Raises:
         ValueError: shapes, dtypes, ranges; targets outside [0, V) or of probability 0 where the host can see them (on a
             CPU; on a GPU such a row gives NaN).
         RuntimeError: ``impl`` cannot run here.
     """
-    head = check_head(hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size)
+    scaling = Scaling(temperature, softcap, logit_scale)
+    head = check_head(hidden, weight, targets, bias, scaling, forbidden, vocab_size)
     options = Options(flag("with_entropy", with_entropy), chunk_bytes=chunk_size(chunk_bytes))
-    return _run("linear_logprob", impl, head, targets, options)
+    return _run("linear_logprob", impl, head, targets, options, check_also(also))
 
 
 def linear_cross_entropy(
@@ -103,11 +121,12 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
+    logit_scale: float = 1.0,
 ) -> Tensor:
     """``sum(row_weight * F.cross_entropy(logits, targets, reduction="none")) / normalizer`` over unmasked rows.
 
     Args:
-        hidden, weight, targets, bias, softcap, forbidden, vocab_size: as in :func:`linear_logprob`.
+        hidden, weight, targets, bias, softcap, forbidden, vocab_size, logit_scale: as in :func:`linear_logprob`.
         row_weight: (T,) floating, a constant (no gradient), or None for ones.
         normalizer: number or 0-d tensor; default the number of unmasked rows. Ranks pass the global one.
     Returns:
@@ -115,7 +134,8 @@ def linear_cross_entropy(
     Raises:
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
-    head = check_head(hidden, weight, targets, bias, 1.0, softcap, forbidden, vocab_size)
+    scaling = Scaling(1.0, softcap, logit_scale)
+    head = check_head(hidden, weight, targets, bias, scaling, forbidden, vocab_size)
     check_rows("row_weight", row_weight, head, host=True)
     batch = CrossEntropyBatch(targets, row_weight, as_scalar("normalizer", normalizer, hidden))
     return _run("linear_cross_entropy", impl, head, batch, Options(chunk_bytes=chunk_size(chunk_bytes)))
@@ -135,11 +155,13 @@ def linear_objective(
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
+    logit_scale: float = 1.0,
 ) -> Tensor:
     """Any objective that is a function of the rows' log-probs and entropies, in three GEMMs.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size: as in :func:`linear_logprob`.
+        hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size, logit_scale: as in
+            :func:`linear_logprob`.
         glue: ``glue(logprob (R,), entropy (R,) | None, rows (R,) int64) -> (loss, dloss_dlogprob (R,),
             dloss_dentropy (R,) | None)``; ``rows`` index the input, skipped rows are absent. Runs without grad, once
             per chunk of rows; their losses add up. :func:`~prism_kernels.linear_logprob.cispo` is an example.
@@ -149,7 +171,8 @@ def linear_objective(
     Raises:
         ValueError, RuntimeError: as :func:`linear_logprob`.
     """
-    head = check_head(hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size)
+    scaling = Scaling(temperature, softcap, logit_scale)
+    head = check_head(hidden, weight, targets, bias, scaling, forbidden, vocab_size)
     if not callable(glue):
         raise wrong("glue", "a function (logprob, entropy, rows) -> ...", f"a {type(glue).__name__}")
     options = Options(flag("with_entropy", with_entropy), chunk_bytes=chunk_size(chunk_bytes))
@@ -177,11 +200,13 @@ def linear_policy_loss(
     with_logprob: bool = True,
     chunk_bytes: int | None = None,
     impl: str | Impl = "auto",
+    logit_scale: float = 1.0,
 ) -> PolicyLoss:
     """Policy-gradient loss of packed sequences; the formula is in linear_logprob/README.md.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size: as in :func:`linear_logprob`.
+        hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size, logit_scale: as in
+            :func:`linear_logprob`.
         advantages: (S,), or (T,) where T differs from S. A constant.
         sequence_start: (S + 1,) int32: rows [sequence_start[i], sequence_start[i + 1]) are sequence i; from 0 to T.
         objective: a :class:`PolicyObjective`.
@@ -199,7 +224,8 @@ def linear_policy_loss(
         ValueError, RuntimeError: as :func:`linear_logprob`; ValueError for importance_cap without rollout_logprob
         and for kl_coef without ref_logprob.
     """
-    head = check_head(hidden, weight, targets, bias, temperature, softcap, forbidden, vocab_size)
+    scaling = Scaling(temperature, softcap, logit_scale)
+    head = check_head(hidden, weight, targets, bias, scaling, forbidden, vocab_size)
     divisor = as_scalar("normalizer", normalizer, hidden)
     batch = PolicyBatch(targets, advantages, sequence_start, old_logprob, ref_logprob, rollout_logprob, divisor)
     check_policy(head, batch, objective)

@@ -17,15 +17,17 @@ from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
 from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
-from prism_kernels.linear_logprob.engine import GradientDtypes, Needs, Statistics, Upstream
-from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
-from prism_kernels.linear_logprob.objectives import PolicyObjective
+from prism_kernels.linear_logprob.engine import Further, GradientDtypes, InTorch, Needs, Statistics, Upstream
+from prism_kernels.linear_logprob.glue import statistic_names
+from prism_kernels.linear_logprob.objectives import STATISTICS, PolicyObjective
 from prism_kernels.linear_logprob.plan import make_plan
 from prism_kernels.linear_logprob.records import (
+    Also,
     CrossEntropyBatch,
     Glue,
     Head,
     LinearLogprob,
+    LinearLogprobAlso,
     Options,
     PolicyBatch,
     PolicyLoss,
@@ -48,27 +50,40 @@ def _beside(hidden: Tensor, batch: Batch) -> Batch:
 # ------------------------------------------------------------------------------------------------- linear_logprob
 
 
-def linear_logprob(head: Head, targets: Tensor, options: Options, impl: str) -> LinearLogprob:
-    logprob, logsumexp, _, entropy = _logprob(head, targets, options, impl)
-    return LinearLogprob(logprob, logsumexp, entropy if options.with_entropy else None)
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def linear_logprob(
+    head: Head, targets: Tensor, options: Options, also: Also, impl: str
+) -> LinearLogprob | LinearLogprobAlso:
+    logprob, logsumexp, _, entropy, *further = _logprob(head, targets, options, also, impl)
+    out = LinearLogprob(logprob, logsumexp, entropy if options.with_entropy else None)
+    if not any(also):
+        return out
+    return LinearLogprobAlso(*out, *[rows if asked else None for rows, asked in zip(further, also)])
 
 
 @operator("linear_logprob")
-def _logprob(head: Head, targets: Tensor, options: Options, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, logsumexp, what it lost, entropy; each (T,), the last maybe empty."""
+def _logprob(head: Head, targets: Tensor, options: Options, also: Also, impl: str) -> Rows:
+    """logprob, logsumexp, what it lost, entropy, and the three of ``also``; each (T,), those after lost maybe empty."""
     check_targets(targets, head)
     plan = make_plan(head, targets, chunk_bytes=options.chunk_bytes)
     kernels = implementation("linear_logprob", impl)
-    out = engine.log_probs(head, plan, kernels, options.with_entropy)
-    entropy = out.logprob.new_empty(0) if out.entropy is None else plan.spread(out.entropy)
-    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), entropy
+    further = Further.empty(also, plan.targets.shape[0], head.hidden, head.wide)
+    out = engine.log_probs(head, plan, kernels, options.with_entropy, further)
+    nothing = out.logprob.new_empty
+    maybe = [nothing(0) if rows is None else plan.spread(rows) for rows in (out.entropy, *further)]
+    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), *maybe
 
 
 @_logprob.fake
-def _(head: Head, targets: Tensor, options: Options, impl: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = head.hidden.new_empty(head.hidden.shape[0], dtype=head.wide)
+def _(head: Head, targets: Tensor, options: Options, also: Also, impl: str) -> Rows:
+    num_rows = head.hidden.shape[0]
+    rows = head.hidden.new_empty(num_rows, dtype=head.wide)
     entropy = torch.empty_like(rows) if options.with_entropy else rows.new_empty(0)
-    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy
+    further = Further.empty(also, num_rows, head.hidden, head.wide)
+    maybe = [rows.new_empty(0) if values is None else values for values in further]
+    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy, *maybe
 
 
 @operator("linear_logprob_backward")
@@ -103,15 +118,15 @@ def _fake_gradients(head: Head, needs: Needs, dtypes: GradientDtypes) -> tuple[T
 
 
 def _setup_logprob(ctx: Any, inputs: tuple, output: tuple) -> None:
-    head, targets, ctx.options, ctx.impl = _logprob.records(*inputs)
+    head, targets, ctx.options, _, ctx.impl = _logprob.records(*inputs)
     ctx.constants, ctx.num_inputs = head[3:], len(inputs)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(output[2], *output[4:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(head.hidden, head.weight, head.bias, targets, *output)
+    ctx.save_for_backward(head.hidden, head.weight, head.bias, targets, *output[:4])
 
 
 def _backward_logprob(
-    ctx: Any, d_logprob: Tensor | None, d_logsumexp: Tensor | None, _: None, d_entropy: Tensor | None
+    ctx: Any, d_logprob: Tensor | None, d_logsumexp: Tensor | None, _: None, d_entropy: Tensor | None, *further: None
 ):
     check_first_derivative("linear_logprob")
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
@@ -141,9 +156,17 @@ _logprob.differentiate(_setup_logprob, _backward_logprob)
 def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
-    ctx.num_inputs = len(inputs)
+    ctx.num_inputs, ctx.impl, ctx.own = len(inputs), inputs[-1], False
     ctx.dtypes = GradientDtypes.final(Head(*inputs[: len(Head._fields)]))
     ctx.save_for_backward(*output[-3:])
+
+
+def _let_go(loss: Tensor) -> Tensor:
+    """The loss of an operator whose other outputs nobody but its backward holds: it may overwrite them."""
+    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
+        node: Any = loss.grad_fn  # the ctx of the two functions beside
+        node.own = True
+    return loss
 
 
 def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -152,23 +175,22 @@ def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | 
     return (*_scaled(ctx, d_loss), *[None] * (ctx.num_inputs - 3))
 
 
-def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
+def _scaled(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
     """[dX, dW, db] times the loss's gradient, in their final dtypes.
 
     New tensors: what an operator gave is not ours to change, and a later backward may read it. But dW may be larger
-    than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and on a
-    CPU, where looking waits for nothing, a factor of 1 is none.
+    than a chunk, and its copy a step's peak. So in the last backward what is our ``own`` is scaled in place, and not
+    touched by a factor of 1.
     """
     check_first_derivative("the losses of an LM head")
-    last = _is_last_backward(d_loss)
 
-    def times(gradient: Tensor) -> Tensor:
-        if last and own:
-            return gradient.mul_(d_loss)
-        return gradient if last and d_loss.device.type == "cpu" and d_loss.item() == 1 else gradient * d_loss
+    def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return (gradient * factor).to(dtype)
 
+    if ctx.own and _is_last_backward(d_loss):
+        times = implementation("linear_objective", ctx.impl).scaled
     saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
-    return [times(gradient).to(dtype) if need else None for gradient, dtype, need in saved]
+    return [times(gradient, d_loss, dtype) if need else None for gradient, dtype, need in saved]
 
 
 def _is_last_backward(d_loss: Tensor) -> bool:
@@ -181,7 +203,7 @@ def _is_last_backward(d_loss: Tensor) -> bool:
 
 
 def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options, impl: str) -> Tensor:
-    return _cross_entropy(head, batch, options.chunk_bytes, _needs(head), impl)[0]
+    return _let_go(_cross_entropy(head, batch, options.chunk_bytes, _needs(head), impl)[0])
 
 
 @operator("linear_cross_entropy")
@@ -194,10 +216,10 @@ def _cross_entropy(
     check_normalizer(normalizer)
     unread = row_weight == 0 if row_weight is not None and row_weight.device.type == "cpu" else None
     plan = make_plan(head, targets, chunk_bytes=chunk_bytes, unread=unread)
-    glue = CrossEntropy(_beside(head.hidden, batch), head.wide)
     kernels = implementation("linear_cross_entropy", impl)
-    loss, _, gradients = engine.objective(head, plan, kernels, glue, False, needs)
-    return loss, *gradients
+    objective = kernels.cross_entropy(_beside(head.hidden, batch), plan, head.wide)
+    *_, gradients = engine.objective(head, plan, kernels, objective, False, needs)
+    return objective.totals()[0], *gradients
 
 
 @_cross_entropy.fake
@@ -215,13 +237,12 @@ def linear_policy_loss(
     head: Head, batch: PolicyBatch, objective: PolicyObjective, options: Options, impl: str
 ) -> PolicyLoss:
     loss, logprob, entropy, means, *_ = _policy_loss(head, batch, objective.spec, options, _needs(head), impl)
-    stats: dict[str, Tensor] = dict(
-        zip(statistic_names(objective, batch, options.with_entropy), means.detach().unbind())
-    )
+    named = dict(zip(STATISTICS, means.detach().unbind()))
+    stats = {name: named[name] for name in statistic_names(objective, batch, options.with_entropy)}
     if not torch.compiler.is_compiling() and head.hidden.device.type == "cpu" and stats["rows"] == 0:
         stats = {"rows": stats["rows"]}
     return PolicyLoss(
-        loss,
+        _let_go(loss),
         logprob.detach() if options.with_logprob else None,
         entropy.detach() if options.with_entropy else None,
         stats,
@@ -246,16 +267,16 @@ def _policy_loss(
         unread=None if options.with_logprob or options.with_entropy else _zero_advantage(parsed, batch),
         sequence_start=batch.sequence_start if couples else None,
     )
-    glue = Policy(parsed, _beside(head.hidden, batch), head.wide)
+    loss = kernels.policy(parsed, _beside(head.hidden, batch), plan, head.wide)
     if couples and not plan.whole_sequences:
-        glue.see_all(plan.spread(engine.log_probs(head, plan, kernels, False).logprob))
+        loss.see_all(engine.log_probs(head, plan, kernels, False).logprob)
     need_entropy = options.with_entropy or parsed.entropy_coef != 0
-    loss, out, gradients = engine.objective(head, plan, kernels, glue, need_entropy, needs)
-    logprob, entropy = (
-        plan.spread(rows) if rows is not None and wanted else out.logprob.new_empty(0)
-        for rows, wanted in ((out.logprob, options.with_logprob), (out.entropy, options.with_entropy))
-    )
-    return loss, logprob, entropy, glue.means(statistic_names(parsed, batch, options.with_entropy)), *gradients
+    logprob, entropy, gradients = engine.objective(head, plan, kernels, loss, need_entropy, needs)
+    nothing = logprob.new_empty(0)
+    logprob = plan.spread(logprob) if options.with_logprob else nothing
+    entropy = plan.spread(entropy) if entropy is not None and options.with_entropy else nothing
+    total, means = loss.totals()
+    return total, logprob, entropy, means, *gradients
 
 
 def _zero_advantage(objective: PolicyObjective, batch: PolicyBatch) -> Tensor | None:
@@ -275,12 +296,11 @@ def _zero_advantage(objective: PolicyObjective, batch: PolicyBatch) -> Tensor | 
 def _(
     head: Head, batch: PolicyBatch, objective: str, options: Options, needs: Needs, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    names = statistic_names(PolicyObjective.parse(objective), batch, options.with_entropy)
     loss = head.hidden.new_empty((), dtype=head.wide)
     logprob = loss.new_empty(head.hidden.shape[0] if options.with_logprob else 0)
     entropy = loss.new_empty(head.hidden.shape[0] if options.with_entropy else 0)
     gradients = _fake_gradients(head, needs, GradientDtypes.before_scaling(head))
-    return loss, logprob, entropy, loss.new_empty(len(names)), *gradients
+    return loss, logprob, entropy, loss.new_empty(len(STATISTICS)), *gradients
 
 
 _policy_loss.differentiate(_setup_loss, _backward_loss)
@@ -295,24 +315,25 @@ def linear_objective(head: Head, targets: Tensor, glue: Glue, options: Options, 
     kernels, needs = implementation("linear_objective", impl), _needs(head)
 
     def run(head: Head) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        loss, _, gradients = engine.objective(head, plan, kernels, glue, options.with_entropy, needs)
-        return loss, gradients
+        objective = InTorch(glue, plan, head.wide)
+        *_, gradients = engine.objective(head, plan, kernels, objective, options.with_entropy, needs)
+        return objective.loss, gradients
 
-    return _Objective.apply(head.hidden, head.weight, head.bias, head[3:], run)
+    return _Objective.apply(head.hidden, head.weight, head.bias, head[3:], run, impl)
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: tuple, run: Callable
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: tuple, run: Callable, impl: str
     ) -> Tensor:
         head = Head(hidden, weight, bias, *constants)
         with on_device_of(hidden), as_given(hidden):
             loss, gradients = run(head)
-        ctx.dtypes = GradientDtypes.final(head)
+        ctx.dtypes, ctx.impl, ctx.own = GradientDtypes.final(head), impl, True
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor):
-        return (*_scaled(ctx, d_loss, own=True), None, None)
+        return (*_scaled(ctx, d_loss), None, None, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,38 @@ from prism_kernels.checks import (
     describe,
     integer,
     is_number,
+    items,
     number,
+    one_of,
+    shown,
     wrong,
 )
 from prism_kernels.linear_logprob.objectives import PolicyObjective
-from prism_kernels.linear_logprob.records import IGNORE, Head, PolicyBatch
+from prism_kernels.linear_logprob.records import IGNORE, Also, Head, PolicyBatch
 
 MAX_BYTES = 1 << 62
+
+
+class Scaling(NamedTuple):
+    """softcap * tanh(logit_scale * z / softcap) / temperature, as the caller gave them."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+    def folded(self) -> tuple[float, float | None]:
+        """(temperature, softcap) of the same function of z without a scale: they are divided by it."""
+        temperature, scale = (
+            number(name, value, above=0)
+            for name, value in (("temperature", self.temperature), ("logit_scale", self.logit_scale))
+        )
+        softcap = None if self.softcap is None else number("softcap", self.softcap, above=0)
+        if scale == 1:
+            return temperature, softcap
+        folded = temperature / scale, None if softcap is None else softcap / scale
+        if not all(value is None or 0 < value < INFINITY for value in folded):
+            raise wrong("logit_scale", "one by which temperature and softcap can be divided", shown(scale))
+        return folded
 
 
 def check_head(
@@ -32,8 +57,7 @@ def check_head(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    scaling: Scaling,
     forbidden: Sequence[int],
     vocab_size: int | None,
 ) -> Head:
@@ -50,9 +74,8 @@ def check_head(
     check_device("weight", weight, "hidden", hidden)
     # On the host, rows that nothing reads can be planned away.
     check_device("targets", targets, "hidden", hidden, host=True)
-    softcap = None if softcap is None else number("softcap", softcap, above=0)
     barred, words = allowed_words(forbidden, vocab_size, weight.shape[0])
-    return Head(hidden, weight, bias, number("temperature", temperature, above=0), softcap, barred, words)
+    return Head(hidden, weight, bias, *scaling.folded(), barred, words)
 
 
 def check_policy(head: Head, batch: PolicyBatch, objective: PolicyObjective) -> None:
@@ -98,6 +121,14 @@ def as_scalar(name: str, value: float | Tensor | None, hidden: Tensor) -> Tensor
         check_constant(name, value)
         return value.to(hidden.device, dtype, non_blocking=True)
     return torch.full((), number(name, value, at_least=0), dtype=dtype, device=hidden.device)
+
+
+def check_also(also: Sequence[str]) -> Also:
+    """The names as flags."""
+    names = items("also", also, f"a list of {', '.join(Also._fields)}")
+    for name in names:
+        one_of("also", name, Also._fields)
+    return Also(*[name in names for name in Also._fields])
 
 
 def chunk_size(chunk_bytes: int | None) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.engine import RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.engine import NOTHING_FURTHER, Further, RowKernels, Statistics, Upstream
+from prism_kernels.linear_logprob.glue import CrossEntropy, Policy
 from prism_kernels.linear_logprob.records import Head
 
 BLOCK_ELEMENTS = 1 << 17  # 512 KB of fp32: a block and its temporaries fit a core's L2 of 2 MB
@@ -45,11 +46,17 @@ def _bar(z: Tensor, head: Head, value: float) -> None:
         z[:, head.words :] = value
 
 
-def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> Statistics:
+def statistics(
+    z: Tensor, targets: Tensor, head: Head, with_entropy: bool, further: Further = NOTHING_FURTHER
+) -> Statistics:
     logprob, logsumexp, lost = (z.new_empty(z.shape[0]) for _ in range(3))
     entropy = z.new_empty(z.shape[0]) if with_entropy else None
     for rows in _blocks(z):
         block = z[rows]
+        if further.is_top1 is not None:
+            torch.eq(block.argmax(1), targets[rows], out=further.is_top1[rows])
+        if further.mean_logits is not None:
+            further.mean_logits[rows] = _sum_of_words(block, head) / (head.words - len(head.forbidden))
         top = block.amax(1, keepdim=True)
         shifted = block - top
         target = shifted.gather(1, targets[rows, None]).squeeze(1)
@@ -61,9 +68,19 @@ def statistics(z: Tensor, targets: Tensor, head: Head, with_entropy: bool) -> St
         total_logit = logsumexp[rows] = top + log_total
         grown = total_logit - top  # exactly what the sum took up of log_total, and then of top
         lost[rows] = (top - (total_logit - grown)) + (log_total - grown)
+        if further.log_sum_sq_probs is not None:
+            further.log_sum_sq_probs[rows] = 2 * (torch.linalg.vector_norm(e, dim=1).log() - log_total)
         if entropy is not None:
             entropy[rows] = log_total - e.mul_(shifted).sum(1) / total
     return Statistics(logprob, logsumexp, lost, entropy)
+
+
+def _sum_of_words(block: Tensor, head: Head) -> Tensor:
+    """(rows,): of the logits of the words that are not barred."""
+    words = block[:, : head.words]
+    if head.forbidden:
+        words = words.index_fill(1, torch.tensor(head.forbidden), 0.0)
+    return words.sum(1)
 
 
 def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, upstream: Upstream) -> Tensor:
@@ -101,4 +118,9 @@ def gradient(z: Tensor, targets: Tensor, head: Head, statistics: Statistics, ups
     return z
 
 
-ROW_KERNELS = RowKernels(False, prepare, statistics, gradient)
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Looking at the factor waits for nothing here."""
+    return (gradient if factor.item() == 1 else gradient.mul_(factor)).to(dtype)
+
+
+ROW_KERNELS = RowKernels(False, prepare, statistics, gradient, CrossEntropy, Policy, scaled)

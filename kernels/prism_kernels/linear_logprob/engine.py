@@ -7,15 +7,16 @@ with V besides the weight's gradient. The row kernels are given: torch on a CPU,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from prism_kernels.linear_logprob import gemm
 from prism_kernels.linear_logprob.checks import check_glue
+from prism_kernels.linear_logprob.objectives import PolicyObjective
 from prism_kernels.linear_logprob.plan import Plan, padded
-from prism_kernels.linear_logprob.records import IGNORE, Glue, Head
+from prism_kernels.linear_logprob.records import IGNORE, Also, CrossEntropyBatch, Glue, Head, PolicyBatch
 
 FP16_TARGET = 1024.0  # dZ in fp16 is scaled so that its largest coefficient is about this: fp16 ends at 65504 and 6e-8
 
@@ -32,6 +33,23 @@ class Statistics(NamedTuple):
     entropy: Tensor | None
 
 
+class Further(NamedTuple):
+    """More statistics of some rows, each (rows,), that the row kernels write where there is one to be written."""
+
+    is_top1: Tensor | None = None  # bool
+    mean_logits: Tensor | None = None  # in the accumulator's dtype, as the next
+    log_sum_sq_probs: Tensor | None = None
+
+    @classmethod
+    def empty(cls, also: Also, rows: int, like: Tensor, dtype: torch.dtype) -> Further:
+        """What the caller asked for, to be written."""
+        dtypes = (torch.bool, dtype, dtype)
+        return cls(*[like.new_empty(rows, dtype=dtype) if asked else None for asked, dtype in zip(also, dtypes)])
+
+
+NOTHING_FURTHER = Further()
+
+
 class Upstream(NamedTuple):
     """dLoss by a row's statistics, each (rows,) in the accumulator's dtype; None is 0."""
 
@@ -40,18 +58,61 @@ class Upstream(NamedTuple):
     d_entropy: Tensor | None = None
 
 
+class Objective(Protocol):
+    """A loss of one call: told log-probs and entropies of rows [start, stop) of the plan, it says dLoss by them."""
+
+    def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor | None) -> Upstream: ...
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """(loss, statistics in the order of ``STATISTICS``, empty where the objective has none), of all chunks."""
+        ...
+
+
+class Coupled(Objective, Protocol):
+    """One that may couple the rows of a sequence."""
+
+    def see_all(self, logprob: Tensor) -> None: ...
+
+
+class InTorch:
+    """A glue as an objective."""
+
+    def __init__(self, glue: Glue, plan: Plan, dtype: torch.dtype):
+        self.glue, self.plan = glue, plan
+        self.loss = torch.zeros((), dtype=dtype, device=plan.targets.device)
+
+    def __call__(self, start: int, stop: int, logprob: Tensor, entropy: Tensor | None) -> Upstream:
+        given = self.glue(logprob, entropy, self.plan.index(start, stop))
+        loss, d_logprob, d_entropy = check_glue(given, logprob, entropy)
+        self.loss += loss
+        dtype = self.loss.dtype
+        return Upstream(d_logprob.to(dtype), None, None if d_entropy is None else d_entropy.to(dtype))
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        return self.loss, self.loss.new_empty(0)
+
+
 class RowKernels(NamedTuple):
     """What an implementation brings. ``z`` (rows, V) is the chunk of raw logits, rows maybe padded past V.
 
-    prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy) -> Statistics.
+    prepare(z, head): may rewrite z in place. statistics(z, targets, head, with_entropy, further) ->
+    Statistics, and fills ``further``.
     gradient(z, targets, head, statistics, upstream) -> dZ by the raw logits (rows, V), in place of z; in the dtype of
-    hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere.
+    hidden if ``narrows``, else in that of z. Rows with target -100 give 0 everywhere. cross_entropy(batch, plan, dtype)
+    and policy(objective, batch, plan, dtype) make an objective of a batch beside hidden.
+    scaled(gradient, factor, dtype) -> gradient times a 0-d factor beside it; the gradient is its to overwrite.
+    at_once(z, head, with_entropy, objective, start) -> (logprob, entropy, dZ) of the rows from ``start`` on, where the
+    objective and the device allow one pass for all three.
     """
 
     narrows: bool
     prepare: Callable[[Tensor, Head], None]
-    statistics: Callable[[Tensor, Tensor, Head, bool], Statistics]
+    statistics: Callable[..., Statistics]
     gradient: Callable[[Tensor, Tensor, Head, Statistics, Upstream], Tensor]
+    cross_entropy: Callable[[CrossEntropyBatch, Plan, torch.dtype], Objective]
+    policy: Callable[[PolicyObjective, PolicyBatch, Plan, torch.dtype], Coupled]
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    at_once: Callable[[Tensor, Head, bool, Objective, int], tuple[Tensor, Tensor | None, Tensor] | None] | None = None
 
 
 class Needs(NamedTuple):
@@ -134,10 +195,12 @@ class Gradients:
         return d_hidden, d_weight, d_bias
 
 
-def log_probs(head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool) -> Statistics:
-    """Statistics of the plan's rows, each (R,): one GEMM."""
+def log_probs(
+    head: Head, plan: Plan, kernels: RowKernels, with_entropy: bool, further: Further = NOTHING_FURTHER
+) -> Statistics:
+    """Statistics of the plan's rows, each (R,), and those of ``further``: one GEMM."""
     parts = [
-        kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
+        kernels.statistics(z, plan.targets[start:stop], head, with_entropy, _cut(further, start, stop))
         for start, stop, _, z in _logits(head, plan, kernels)
     ]
     return _concatenate(head, parts, with_entropy)
@@ -156,23 +219,27 @@ def backward(
 
 
 def objective(
-    head: Head, plan: Plan, kernels: RowKernels, glue: Glue, with_entropy: bool, needs: Needs
-) -> tuple[Tensor, Statistics, tuple[Tensor, Tensor, Tensor]]:
-    """(loss, statistics (R,), gradients of the loss, not rounded yet): three GEMMs, no logits kept."""
-    loss = torch.zeros((), dtype=head.wide, device=head.hidden.device)
+    head: Head, plan: Plan, kernels: RowKernels, objective: Objective, with_entropy: bool, needs: Needs
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    """(log-probs (R,), entropies (R,) | None, gradients of the loss, not rounded yet): three GEMMs, no logits kept."""
     gradients = Gradients(head, plan, needs)
-    dtypes = GradientDtypes.before_scaling(head)
-    parts = []
+    logprobs, entropies = [], []
     for start, stop, x, z in _logits(head, plan, kernels):
-        part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
-        parts.append(part)
-        given = glue(part.logprob, part.entropy, plan.index(start, stop))
-        chunk_loss, d_logprob, d_entropy = check_glue(given, part.logprob, part.entropy)
-        loss += chunk_loss
-        if any(needs):
-            upstream = Upstream(d_logprob.to(head.wide), None, None if d_entropy is None else d_entropy.to(head.wide))
-            _gradients_of_chunk(gradients, kernels, z, x, start, stop, part, upstream)
-    return loss, _concatenate(head, parts, with_entropy), gradients.result(dtypes)
+        done = kernels.at_once(z, head, with_entropy, objective, start) if kernels.at_once and any(needs) else None
+        if done is not None:
+            logprob, entropy, dz = done
+            objective(start, stop, logprob, entropy)
+            gradients.add(dz, x, start, stop, 1.0)
+        else:
+            part = kernels.statistics(z, plan.targets[start:stop], head, with_entropy)
+            logprob, entropy = part.logprob, part.entropy
+            upstream = objective(start, stop, logprob, entropy)
+            if any(needs):
+                _gradients_of_chunk(gradients, kernels, z, x, start, stop, part, upstream)
+        logprobs.append(logprob)
+        entropies.append(entropy)
+    entropy = _joined(head, entropies) if with_entropy else None
+    return _joined(head, logprobs), entropy, gradients.result(GradientDtypes.before_scaling(head))
 
 
 def _logits(head: Head, plan: Plan, kernels: RowKernels) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -200,7 +267,9 @@ def _gradients_of_chunk(
     narrow = x.dtype is torch.float16 and kernels.narrows
     scale = _fp16_scale(upstream, gradients.head.temperature) if narrow else 1.0
     # Kernels walk over rows by pointer, and the gradient of a sum is one number expanded.
-    upstream = Upstream._make(None if part is None else (part / scale).contiguous() for part in upstream)
+    upstream = Upstream._make(
+        None if part is None else (part if scale == 1 else part / scale).contiguous() for part in upstream
+    )
     dz = kernels.gradient(z, gradients.plan.targets[start:stop], gradients.head, statistics, upstream)
     gradients.add(dz, x, start, stop, scale)
 
@@ -214,11 +283,15 @@ def _fp16_scale(upstream: Upstream, temperature: float) -> float:
     return 2.0 ** round(torch.tensor(largest / FP16_TARGET).log2().item())
 
 
+def _joined(head: Head, parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([torch.empty(0, dtype=head.wide, device=head.hidden.device), *parts])
+
+
 def _concatenate(head: Head, parts: list[Statistics], with_entropy: bool) -> Statistics:
-    empty = torch.empty(0, dtype=head.wide, device=head.hidden.device)
-    logprob, logsumexp, lost, entropy = zip(*parts) if parts else ((), (), (), ())
-    logprob, logsumexp, lost = (torch.cat([empty, *column]) for column in (logprob, logsumexp, lost))
-    return Statistics(logprob, logsumexp, lost, torch.cat([empty, *entropy]) if with_entropy else None)
+    columns = [[part[i] for part in parts] for i in range(3 + with_entropy)]
+    return Statistics(*[_joined(head, column) for column in columns], *([] if with_entropy else [None]))
 
 
 def _cut(columns: Any, start: int, stop: int) -> Any:

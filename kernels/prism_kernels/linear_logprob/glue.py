@@ -4,17 +4,18 @@ A glue gets the log-probs (R,) of some rows (all rows of a batch, chunk by chunk
 (R,) int64, their indices into the op's input. It returns the loss of these rows (0-d; chunks add up), and the loss's
 derivatives by log-prob (R,) and by entropy (R,), or None. It runs without grad.
 
-The two glues of this package also take skipped rows, where the host did not know them: they give 0.
+The two losses of this package also take skipped rows, where the host did not know them: they give 0. A GPU has kernels
+in their place (triton_glue.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from prism_kernels.linear_logprob.objectives import LOG_RATIO_LIMIT, PolicyObjective
+from prism_kernels.linear_logprob.engine import InTorch
+from prism_kernels.linear_logprob.objectives import LOG_RATIO_LIMIT, STATISTICS, PolicyObjective
+from prism_kernels.linear_logprob.plan import Plan
 from prism_kernels.linear_logprob.records import IGNORE, CrossEntropyBatch, Glue, PolicyBatch
 
 
@@ -35,29 +36,31 @@ def cispo(advantages: Tensor, old_logprob: Tensor, normalizer: float | Tensor, c
     return glue
 
 
-class CrossEntropy:
+class CrossEntropy(InTorch):
     """sum(row_weight * -logprob) / normalizer; the batch beside hidden."""
 
-    def __init__(self, batch: CrossEntropyBatch, dtype: torch.dtype):
+    def __init__(self, batch: CrossEntropyBatch, plan: Plan, dtype: torch.dtype):
+        super().__init__(self.of_rows, plan, dtype)
         targets, row_weight, normalizer = batch
         kept = targets != IGNORE
         weight = torch.ones_like(targets, dtype=dtype) if row_weight is None else row_weight.to(dtype)
         weight = weight / (kept.sum() if normalizer is None else normalizer)
         self.weight = torch.where(kept, weight, 0.0)  # nothing unmasked: 0, not 0 / 0
 
-    def __call__(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, None]:
+    def of_rows(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, None]:
         d_logprob = -self.weight[rows]
         return (d_logprob * logprob).sum(), d_logprob, None
 
 
-class Policy:
+class Policy(InTorch):
     """The policy loss of README.md: analytic derivatives, and sums for the statistics.
 
     The batch lies beside hidden. Only ratio = "sequence" off-policy couples rows: then every call must hold whole
     sequences, or :meth:`see_all` must have been called.
     """
 
-    def __init__(self, objective: PolicyObjective, batch: PolicyBatch, dtype: torch.dtype):
+    def __init__(self, objective: PolicyObjective, batch: PolicyBatch, plan: Plan, dtype: torch.dtype):
+        super().__init__(self.of_rows, plan, dtype)
         targets, advantages, sequence_start, self.old, self.ref, self.rollout, normalizer = batch
         num_rows, num_sequences = targets.shape[0], sequence_start.shape[0] - 1
         self.objective = objective
@@ -89,7 +92,8 @@ class Policy:
         return 1 / divisor
 
     def see_all(self, logprob: Tensor) -> None:
-        """All log-probs (T,), before calls with parts of sequences."""
+        """All log-probs (R,), before calls with parts of sequences."""
+        logprob = self.plan.spread(logprob)
         log_ratio = self._log_ratio(logprob, torch.arange(logprob.shape[0], device=logprob.device))
         self.mean_log_ratio = self._mean_by_sequence(log_ratio, self.sequence)
 
@@ -104,7 +108,7 @@ class Policy:
         total = log_ratio.new_zeros(self.count.shape[0], dtype=torch.float64)
         return (total.index_add_(0, sequence, log_ratio.double()) / self.count).to(log_ratio.dtype)
 
-    def __call__(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def of_rows(self, logprob: Tensor, entropy: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         objective, kept = self.objective, self.kept[rows]
         old = logprob if self.old is None else torch.where(kept, self.old[rows].to(logprob.dtype), 0.0)
         weight = self.weight[rows]
@@ -192,12 +196,13 @@ class Policy:
         dtype = self.weight.dtype
         self.sums[name] = self.sums.get(name, 0.0) + values.sum(dtype=dtype)
 
-    def means(self, names: Sequence[str]) -> Tensor:
-        """The statistics of these names, in their order; NaN where no row was there to measure."""
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """(loss, STATISTICS); NaN where no row was there to measure."""
         nothing = self.weight.new_zeros(())
         rows = self.sums.get("rows", nothing)
         divisor = {"rows": rows.new_ones(()), "rollout_diff_max": rows / rows}  # 0 / 0: nothing to take the maximum of
-        return torch.stack([self.sums.get(name, nothing) / divisor.get(name, rows) for name in names])
+        means = [self.sums.get(name, nothing) / divisor.get(name, rows) for name in STATISTICS]
+        return self.loss, torch.stack(means)
 
 
 def statistic_names(objective: PolicyObjective, batch: PolicyBatch, with_entropy: bool) -> tuple[str, ...]:

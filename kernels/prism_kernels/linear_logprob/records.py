@@ -83,12 +83,52 @@ class Options(NamedTuple):
     chunk_bytes: int = 0  # of logits at a time; 0: the device's default
 
 
+class Also(NamedTuple):
+    """What else of a row's distribution the caller wants, by the names of :class:`LinearLogprobAlso`."""
+
+    is_top1: bool = False
+    mean_logits: bool = False
+    log_sum_sq_probs: bool = False
+
+
+NOTHING_ELSE = Also()
+
+
 class LinearLogprob(NamedTuple):
-    """What :func:`linear_logprob` returns: each (T,), fp32 (fp64 for fp64 in), differentiable, 0 in skipped rows."""
+    """What :func:`linear_logprob` returns: each (T,), fp32 (fp64 for fp64 in), differentiable, 0 in skipped rows.
+
+    Three tensors, or :class:`LinearLogprobAlso`, which has three more, where ``also`` asks for some of them.
+    """
 
     logprob: Tensor  # z[target] - logsumexp, <= 0
     logsumexp: Tensor
     entropy: Tensor | None  # nats; None unless asked for
+
+    @property
+    def is_top1(self) -> Tensor | None:
+        return None
+
+    @property
+    def mean_logits(self) -> Tensor | None:
+        return None
+
+    @property
+    def log_sum_sq_probs(self) -> Tensor | None:
+        return None
+
+
+class LinearLogprobAlso(NamedTuple):
+    """:class:`LinearLogprob` and what ``also`` asked for: constants, (T,), 0 (False) in skipped rows, None unasked.
+
+    ``z`` are the logits of the distribution: after logit scale, softcap and temperature, -inf where barred.
+    """
+
+    logprob: Tensor
+    logsumexp: Tensor
+    entropy: Tensor | None
+    is_top1: Tensor | None  # bool: the target is z.argmax(-1); of equal logits the first is the largest, as there
+    mean_logits: Tensor | None  # mean of z over the words that are not barred
+    log_sum_sq_probs: Tensor | None  # log(sum of p squared)
 
 
 class PolicyLoss(NamedTuple):

@@ -12,17 +12,22 @@ from prism_kernels.linear_logprob.checks import check_glue, check_normalizer, ch
 from prism_kernels.linear_logprob.objectives import LOG_RATIO_LIMIT, PolicyObjective
 from prism_kernels.linear_logprob.records import (
     IGNORE,
+    NOTHING_ELSE,
+    Also,
     CrossEntropyBatch,
     Glue,
     Head,
     LinearLogprob,
+    LinearLogprobAlso,
     Options,
     PolicyBatch,
     PolicyLoss,
 )
 
 
-def linear_logprob(head: Head, targets: Tensor, options: Options) -> LinearLogprob:
+def linear_logprob(
+    head: Head, targets: Tensor, options: Options, also: Also = NOTHING_ELSE
+) -> LinearLogprob | LinearLogprobAlso:
     check_targets(targets, head)
     rows = _rows(targets)
     dtype = head.wide
@@ -33,6 +38,7 @@ def linear_logprob(head: Head, targets: Tensor, options: Options) -> LinearLogpr
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     z = z / head.temperature
+    barred = None
     if head.bars:
         barred = torch.arange(head.vocab_size, device=z.device) >= head.words
         barred[head.forbidden] = True
@@ -47,7 +53,14 @@ def linear_logprob(head: Head, targets: Tensor, options: Options) -> LinearLogpr
     def scatter(values: Tensor) -> Tensor:
         return values.new_zeros(targets.shape[0]).index_copy(0, rows, values)
 
-    return LinearLogprob(scatter(logprob), scatter(z.logsumexp(-1)), None if entropy is None else scatter(entropy))
+    out = LinearLogprob(scatter(logprob), scatter(z.logsumexp(-1)), None if entropy is None else scatter(entropy))
+    if not any(also):
+        return out
+    z, log_p = z.detach(), log_p.detach()
+    # A word that is barred has a logit of -inf and is not in the mean.
+    mean = z.masked_fill(barred, 0.0).sum(-1) / (~barred).sum() if barred is not None else z.mean(-1)
+    further = (z.argmax(-1) == targets[rows], mean, (2 * log_p).logsumexp(-1))
+    return LinearLogprobAlso(*out, *[scatter(value) if asked else None for value, asked in zip(further, also)])
 
 
 def linear_cross_entropy(head: Head, batch: CrossEntropyBatch, options: Options) -> Tensor:

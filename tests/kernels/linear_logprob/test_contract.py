@@ -5,7 +5,7 @@ import torch
 
 from prism_kernels import linear_cross_entropy, linear_logprob, linear_objective, which_impl
 from prism_kernels.linear_logprob.engine import Needs, Statistics, Upstream
-from prism_kernels.linear_logprob.records import CrossEntropyBatch, Head, Options, PolicyBatch
+from prism_kernels.linear_logprob.records import Also, CrossEntropyBatch, Head, Options, PolicyBatch
 from tests.kernels.linear_logprob.linear_cases import gradients, make, skip_interpreted
 from tests.oracle import assert_same
 
@@ -156,7 +156,7 @@ def test_operators_take_the_fields_of_the_records():
         return [argument.name for argument in operator._schema.arguments]
 
     ops, needs = torch.ops.prism_kernels, [*Needs._fields]
-    assert names(ops.linear_logprob.default) == [*Head._fields, "targets", *Options._fields, "impl"]
+    assert names(ops.linear_logprob.default) == [*Head._fields, "targets", *Options._fields, *Also._fields, "impl"]
     assert names(ops.linear_logprob_backward.default) == [
         *Head._fields, "targets", *Statistics._fields, *Upstream._fields, *needs, "chunk_bytes", "impl",
     ]  # fmt: skip
@@ -172,10 +172,10 @@ def test_operators_pass_opcheck():
     case, ops = make(9, 50, bias=True), torch.ops.prism_kernels
     case.targets[case.targets == 3] = 4
     head, options = Head(*case.leaves, 0.7, 5.0, [3, 49], 50), Options(with_entropy=True)
-    given = (*head, case.targets, *options, "cpu")
+    given = (*head, case.targets, *options, *Also(is_top1=True, mean_logits=True), "cpu")
     torch.library.opcheck(ops.linear_logprob.default, given)
     with torch.no_grad():
-        statistics = Statistics(*ops.linear_logprob(*given))
+        statistics = Statistics(*ops.linear_logprob(*given)[:4])
     upstream = Upstream(torch.ones(9), None, torch.ones(9))
     backward = (*head, case.targets, *statistics, *upstream, *Needs(True, False, True), 0, "cpu")
     constant = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in backward)
@@ -190,7 +190,7 @@ def test_operators_pass_opcheck_on_transposed_inputs():
     case, ops = make(9, 50, skipped=0), torch.ops.prism_kernels
     hidden, weight = (t.detach().T.contiguous().T.requires_grad_() for t in case.leaves)
     head, batch = Head(hidden, weight, None, 1.0, None, [], 50), CrossEntropyBatch(case.targets, None, None)
-    torch.library.opcheck(ops.linear_logprob.default, (*head, case.targets, *Options(), "cpu"))
+    torch.library.opcheck(ops.linear_logprob.default, (*head, case.targets, *Options(), *Also(), "cpu"))
     torch.library.opcheck(ops.linear_cross_entropy.default, (*head, *batch, 0, *Needs(True, True, False), "cpu"))
 
 
@@ -206,3 +206,18 @@ def test_compile_does_not_break_the_graph():
     assert_same(compiled(*arguments), loss(*arguments), case.terms)
     for a, b in zip(gradients(compiled(*arguments), case.leaves), gradients(loss(*arguments), case.leaves)):
         assert_same(a, b, case.terms)
+
+
+@pytest.mark.parametrize(
+    "scale,temperature,said",
+    [
+        (0.0, 1.0, "logit_scale: expected a finite number > 0, got 0.0"),
+        (float("inf"), 1.0, "logit_scale: expected a finite number > 0, got inf"),
+        ("2", 1.0, "logit_scale: expected a finite number > 0, got '2'"),
+        (1e-300, 1e300, "logit_scale: expected one by which temperature and softcap can be divided, got 1e-300"),
+    ],
+)
+def test_a_logit_scale_that_is_none_is_refused(scale, temperature, said):
+    case = make(3, 20)
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        linear_logprob(case.hidden, case.weight, case.targets, temperature=temperature, logit_scale=scale)

@@ -20,7 +20,7 @@ VARIANTS = {
     "plain": {},
     "temperature": {"temperature": 0.7},
     "softcap": {"softcap": 5.0},
-    "all": {"temperature": 1.3, "softcap": 5.0, "bias": True},
+    "all": {"temperature": 1.3, "softcap": 5.0, "bias": True, "logit_scale": 0.6},
 }
 
 
@@ -418,10 +418,10 @@ def test_cross_entropy(impl, device, normalizer, weighted):
     options = {} if impl == "reference" else {"chunk_bytes": 8 * 300 * 8}
     loss = linear_cross_entropy(
         case.hidden, case.weight, case.targets, row_weight=row_weight, normalizer=divisor, bias=case.bias, softcap=4.0,
-        impl=impl, **options,
+        impl=impl, logit_scale=1.7, **options,
     )  # fmt: skip
     exact = oracle.double(*case.leaves)
-    z = oracle.logits(*exact, softcap=4.0)
+    z = oracle.logits(*exact, softcap=4.0, logit_scale=1.7)
     nll = F.cross_entropy(z, case.targets, reduction="none") * (1 if row_weight is None else row_weight)
     truth = nll.sum() / ((case.targets != -100).sum() if divisor is None else divisor)
     oracle.assert_same(loss, truth, case.terms)
@@ -453,9 +453,11 @@ def test_objective_with_cispo(impl, device):
         return glue(logprob, entropy, index)
 
     options = {} if impl == "reference" else {"chunk_bytes": 7 * 200 * 8}
-    loss = linear_objective(case.hidden, case.weight, case.targets, spy, temperature=0.8, impl=impl, **options)
+    loss = linear_objective(
+        case.hidden, case.weight, case.targets, spy, temperature=0.8, logit_scale=0.5, impl=impl, **options
+    )
     exact = oracle.double(*case.leaves)
-    logprob, _, _ = oracle.log_probs(*exact, case.targets, temperature=0.8)
+    logprob, _, _ = oracle.log_probs(*exact, case.targets, temperature=0.8, logit_scale=0.5)
     weight = (logprob - old).clamp(-20, 20).exp().clamp(max=1.5).detach()
     each = -torch.where(case.targets != -100, weight * advantages * logprob, 0.0) / rows
     truth = each.sum()

@@ -67,11 +67,11 @@ class Inputs:
     def terms(self):
         return self.case.terms + ROWS
 
-    def truth(self, objective, on_policy=False, ref=True, rollout=True, dtype=FP64, temperature=1.0, softcap=None):
+    def truth(self, objective, on_policy=False, ref=True, rollout=True, dtype=FP64, **head):
         """In float64; in fp32, what eager torch does, whose gradients autograd rounds to the dtype of the leaves."""
         leaves = oracle.double(*self.case.leaves) if dtype is FP64 else self.case.leaves
         wide, targets = [t.to(dtype) for t in leaves], self.case.targets
-        logprob, _, entropy = oracle.log_probs(*wide[:2], targets, *wide[2:], temperature=temperature, softcap=softcap)
+        logprob, _, entropy = oracle.log_probs(*wide[:2], targets, *wide[2:], **head)
         old, ref, rollout = (
             None if values is None else values.to(dtype)
             for values in (
@@ -119,8 +119,9 @@ def check_stats(stats, seen, expected, terms):
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_value_gradients_and_statistics(impl, device, name, on_policy):
     objective, inputs = OBJECTIVES[name], Inputs(device)
-    loss, seen, logprob, entropy, truth = inputs.truth(objective, on_policy, temperature=1.1, softcap=9.0)
-    out = inputs(objective, impl, on_policy, with_entropy=True, temperature=1.1, softcap=9.0)
+    head = {"temperature": 1.1, "softcap": 9.0, "logit_scale": 0.8}
+    loss, seen, logprob, entropy, truth = inputs.truth(objective, on_policy, **head)
+    out = inputs(objective, impl, on_policy, with_entropy=True, **head)
     assert_exact(out.loss, gradients(out.loss, inputs.case.leaves), loss, truth, inputs)
     oracle.assert_same(out.logprob, logprob, inputs.terms)
     oracle.assert_same(out.entropy, entropy, inputs.terms)

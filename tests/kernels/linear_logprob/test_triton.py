@@ -13,7 +13,7 @@ from tests.kernels.linear_logprob.linear_cases import skip_interpreted
 # All that launches the row kernels in a way of its own; the objectives' arithmetic is the same on every device.
 LAUNCHES = (
     "(test_linear_logprob and not (cross_entropy and True)) or everything or (over_chunks and 7) or dtypes or unseen "
-    "or fp16 or softcap or peaked"
+    "or fp16 or softcap or peaked or test_also or test_triton_objective"
 )
 
 
@@ -26,6 +26,7 @@ def test_interpreter():
     files = [
         "tests/kernels/linear_logprob/test_linear_logprob.py",
         "tests/kernels/linear_logprob/test_linear_policy_loss.py",
+        "or fp16 or softcap or peaked or test_also or test_triton_objective",
     ]
     assert_passes_interpreted(*files, only=LAUNCHES)
 
