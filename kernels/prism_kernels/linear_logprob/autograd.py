@@ -16,7 +16,7 @@ from torch import Tensor
 from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
-from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
+from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_still_whole, check_targets
 from prism_kernels.linear_logprob.engine import Further, GradientDtypes, Needs, Statistics, Upstream
 from prism_kernels.linear_logprob.glue import CrossEntropy, Policy, statistic_names
 from prism_kernels.linear_logprob.objectives import PolicyObjective
@@ -130,6 +130,7 @@ def _backward_logprob(
 ):
     check_first_derivative("linear_logprob")
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
+    check_still_whole("linear_logprob", weight)
     if d_logprob is None:
         d_logprob = torch.zeros_like(logprob)
     with_entropy = ctx.options.with_entropy
@@ -157,7 +158,8 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
     ctx.num_inputs = len(inputs)
-    ctx.dtypes = GradientDtypes.final(Head(*inputs[: len(Head._fields)]))
+    head = Head(*inputs[: len(Head._fields)])
+    ctx.dtypes, ctx.parameter = GradientDtypes.final(head), head.weight if hasattr(head.weight, "ds_id") else None
     ctx.save_for_backward(*output[-3:])
 
 
@@ -175,6 +177,7 @@ def _scaled(ctx: Any, d_loss: Tensor, own: bool = False) -> list[Tensor | None]:
     CPU, where looking waits for nothing, a factor of 1 is none.
     """
     check_first_derivative("the losses of an LM head")
+    check_still_whole("the loss of an LM head", ctx.parameter if ctx.needs_input_grad[1] else None)
     last = _is_last_backward(d_loss)
 
     def times(gradient: Tensor) -> Tensor:
@@ -324,7 +327,7 @@ class _Objective(torch.autograd.Function):
         head = Head(hidden, weight, bias, *constants)
         with on_device_of(hidden), as_given(hidden):
             loss, gradients = run(head)
-        ctx.dtypes = GradientDtypes.final(head)
+        ctx.dtypes, ctx.parameter = GradientDtypes.final(head), weight if hasattr(weight, "ds_id") else None
         ctx.save_for_backward(*gradients)
         return loss
 
