@@ -112,9 +112,8 @@ def _probe(ours: ChunkedLogProb) -> None:
     for function in (ours.theirs, ours):
         inputs: list[Any] = [tensor.clone().requires_grad_() for tensor in drawn]
         try:
-            logprob, entropy, squares, mean, top1 = function.apply(
-                *inputs, targets, 0.7, 5, 3.0, 0.5, ("log_probs", *OUTPUTS)
-            )
+            outputs: Any = function.apply(*inputs, targets, 0.7, 5, 3.0, 0.5, ("log_probs", *OUTPUTS))
+            logprob, entropy, squares, mean, top1 = outputs
             gradients = torch.autograd.grad((logprob * logprob + 0.3 * entropy).sum(), inputs)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RuntimeError(f"trl's log-prob function takes other arguments than this one ({error})") from error

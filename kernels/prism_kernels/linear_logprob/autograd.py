@@ -72,8 +72,10 @@ def _logprob(head: Head, targets: Tensor, options: Options, also: Also, impl: st
     further = Further.empty(also, plan.targets.shape[0], head.hidden, head.wide)
     out = engine.log_probs(head, plan, kernels, options.with_entropy, further)
     nothing = out.logprob.new_empty
-    maybe = [nothing(0) if rows is None else plan.spread(rows) for rows in (out.entropy, *further)]
-    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), *maybe
+    entropy, top1, mean, squares = (
+        nothing(0) if rows is None else plan.spread(rows) for rows in (out.entropy, *further)
+    )
+    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), entropy, top1, mean, squares
 
 
 @_logprob.fake
@@ -82,8 +84,8 @@ def _(head: Head, targets: Tensor, options: Options, also: Also, impl: str) -> R
     rows = head.hidden.new_empty(num_rows, dtype=head.wide)
     entropy = torch.empty_like(rows) if options.with_entropy else rows.new_empty(0)
     further = Further.empty(also, num_rows, head.hidden, head.wide)
-    maybe = [rows.new_empty(0) if values is None else values for values in further]
-    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy, *maybe
+    top1, mean, squares = (rows.new_empty(0) if values is None else values for values in further)
+    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy, top1, mean, squares
 
 
 @operator("linear_logprob_backward")
