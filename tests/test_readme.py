@@ -155,6 +155,11 @@ def test_links_and_named_files_exist(name):
             assert anchor in slugs, anchor
     for named in re.findall(r"`((?:prism_fast|kernels|tests|docs|dev|benchmarks)/[\w/.-]+\.\w+)`", text):
         assert name == "CHANGELOG.md" or (ROOT / named).exists(), named
+    for line in text.splitlines():
+        file = ""
+        for named, test in re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", line):
+            file = named or file  # `::name` is of the file that was named before it
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.M), f"{file}::{test}"
 
 
 def test_settings_named_in_the_table_of_hazards_exist():

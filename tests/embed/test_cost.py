@@ -4,6 +4,9 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from dev import trl_step
 from tests.embed import cost
 
 
@@ -20,5 +23,20 @@ def test_memory_at_a_vocabulary_of_32768(report):
     ways = (full, chunked, ours)
     report.add(f"peak memory, MB: {what}", ", ".join(f"{way['bytes'] / 1e6:,.0f}" for way in ways), "a third, no more")
     report.add(f"CPU seconds: {what}", ", ".join(f"{way['seconds']:.1f}" for way in ways), "-")
+    assert 3 * ours["bytes"] <= full["bytes"]
+    assert ours["bytes"] <= chunked["bytes"]
+
+
+def test_a_step_of_grpo_at_a_vocabulary_of_32768(report):
+    """Losses of ratios that are not 1 (every batch is trained on twice), and the whole step's peak."""
+    full, chunked, ours = trl_step.measured(rounds=0).values()
+    assert max(map(abs, full["loss"])) > 1e-4
+    for theirs in (full, chunked):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        for name in ("grad_norm", "entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    peaks = ", ".join(f"{way['bytes'] / 1e6:,.0f}" for way in (full, chunked, ours))
+    what = "peak memory, MB: a step of GRPOTrainer, V = 32,768; TRL's full logits, its chunks, ours"
+    report.add(what, peaks, "a third, no more")
     assert 3 * ours["bytes"] <= full["bytes"]
     assert ours["bytes"] <= chunked["bytes"]

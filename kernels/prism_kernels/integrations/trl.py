@@ -23,8 +23,8 @@ from prism_kernels.integrations.hosts import check_version
 from prism_kernels.linear_logprob.api import linear_logprob
 
 TESTED = ("1.16",)
-# Outputs of TRL's function that linear_logprob has; where a trainer asks for others, TRL's own function computes all.
-OUTPUTS = frozenset({"log_probs", "entropy"})
+# What TRL's function computes besides log-probs where it is asked, in the order of its results; unasked: all of it.
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class ChunkedLogProb:
@@ -43,14 +43,12 @@ class ChunkedLogProb:
         chunk_size: int,
         *others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """hidden (N, H), weight (V, H), targets (N,) -> log-probs, entropy, and three that are None, each (N,).
+        """hidden (N, H), weight (V, H), targets (N,) -> log-probs, then OUTPUTS, each (N,), None where nobody asks.
 
         ``others``: soft cap, logit scale, names of outputs. Raises RuntimeError for weights that ZeRO 3 shards.
         """
-        defaults: list[Any] = [None, 1.0, None]
+        defaults: list[Any] = [None, 1.0, OUTPUTS]
         softcap, logit_scale, outputs = [*others, *defaults[len(others) :]]
-        if outputs is None or not OUTPUTS.issuperset(outputs):
-            return self.theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, *others)
         if hasattr(weight, "ds_id"):
             raise RuntimeError(
                 "prism_kernels.integrations.trl: the head's weight is sharded by ZeRO 3, which gathers it around the "
@@ -63,15 +61,16 @@ class ChunkedLogProb:
             out = linear_logprob(
                 hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap,
                 with_entropy="entropy" in outputs, impl=self.impl, logit_scale=logit_scale,
+                also=[name for name in OUTPUTS[1:] if name in outputs],
             )  # fmt: skip
-        return out.logprob, out.entropy, None, None, None
+        return out.logprob, out.entropy, out.log_sum_sq_probs, out.mean_logits, out.is_top1
 
 
 def install(*, impl: str = "auto", untested: bool = False) -> None:
-    """Log-probs and entropies of GRPO, RLOO, DPO, KTO and their kin by linear_logprob, in this process.
+    """Log-probs and entropies of GRPO, RLOO, DPO, KTO, SFT and their kin by linear_logprob, in this process.
 
     They all go through one function of ``trl.trainer.utils``, which is replaced. It is called on four rows first and
-    compared with TRL's own. SFT also asks for the share of right guesses and so keeps TRL's function.
+    compared with TRL's own.
 
     Args:
         impl: implementation of the op, as everywhere.
@@ -107,19 +106,22 @@ def _probe(ours: ChunkedLogProb) -> None:
     shapes = ((4, 8), (12, 8), (12,))
     targets = torch.randint(12, (4,), generator=generator)
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    z = 0.5 * (drawn[0] @ drawn[1].T + drawn[2])
+    targets[1:3] = z[1:3].argmax(-1)  # right guesses, too
     found: list[Any] = []
     for function in (ours.theirs, ours):
         inputs: list[Any] = [tensor.clone().requires_grad_() for tensor in drawn]
         try:
-            outputs: Any = function.apply(*inputs, targets, 0.7, 5, 3.0, 0.5, ("log_probs", "entropy"))
-            logprob, entropy = outputs[:2]
+            outputs: Any = function.apply(*inputs, targets, 0.7, 5, 3.0, 0.5, ("log_probs", *OUTPUTS))
+            logprob, entropy, squares, mean, top1 = outputs
             gradients = torch.autograd.grad((logprob * logprob + 0.3 * entropy).sum(), inputs)
         except (TypeError, ValueError, RuntimeError) as error:
             raise RuntimeError(f"trl's log-prob function takes other arguments than this one ({error})") from error
-        found.append((logprob, entropy, *gradients))
-    for name, theirs, mine in zip(("log-prob", "entropy", "d hidden", "d weight", "d bias"), *found):
+        found.append((logprob, entropy, *gradients, squares, mean, top1.float()))
+    names = ("log-prob", "entropy", "d hidden", "d weight", "d bias", "log sum of p^2", "mean logit", "first guess")
+    for name, theirs, mine in zip(names, *found):
         if not torch.allclose(theirs, mine, rtol=1e-4, atol=1e-4):
-            gap = float((theirs - mine).abs().max())
+            gap = float((theirs - mine).detach().abs().max())
             raise RuntimeError(f"trl's log-prob function computes another {name} than this one: {gap} apart")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prism_kernels.checks import is_batched
 from prism_kernels.dispatch import implementation, on_device_of
 from prism_kernels.linear_logprob import engine
-from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_targets
+from prism_kernels.linear_logprob.checks import check_normalizer, check_sequence_start, check_still_whole, check_targets
 from prism_kernels.linear_logprob.engine import Further, GradientDtypes, InTorch, Needs, Statistics, Upstream
 from prism_kernels.linear_logprob.glue import statistic_names
 from prism_kernels.linear_logprob.objectives import STATISTICS, PolicyObjective
@@ -72,8 +72,10 @@ def _logprob(head: Head, targets: Tensor, options: Options, also: Also, impl: st
     further = Further.empty(also, plan.targets.shape[0], head.hidden, head.wide)
     out = engine.log_probs(head, plan, kernels, options.with_entropy, further)
     nothing = out.logprob.new_empty
-    maybe = [nothing(0) if rows is None else plan.spread(rows) for rows in (out.entropy, *further)]
-    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), *maybe
+    entropy, top1, mean, squares = (
+        nothing(0) if rows is None else plan.spread(rows) for rows in (out.entropy, *further)
+    )
+    return plan.spread(out.logprob), plan.spread(out.logsumexp), plan.spread(out.lost), entropy, top1, mean, squares
 
 
 @_logprob.fake
@@ -82,8 +84,8 @@ def _(head: Head, targets: Tensor, options: Options, also: Also, impl: str) -> R
     rows = head.hidden.new_empty(num_rows, dtype=head.wide)
     entropy = torch.empty_like(rows) if options.with_entropy else rows.new_empty(0)
     further = Further.empty(also, num_rows, head.hidden, head.wide)
-    maybe = [rows.new_empty(0) if values is None else values for values in further]
-    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy, *maybe
+    top1, mean, squares = (rows.new_empty(0) if values is None else values for values in further)
+    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy, top1, mean, squares
 
 
 @operator("linear_logprob_backward")
@@ -130,6 +132,7 @@ def _backward_logprob(
 ):
     check_first_derivative("linear_logprob")
     hidden, weight, bias, targets, logprob, logsumexp, lost, entropy = ctx.saved_tensors
+    check_still_whole("linear_logprob", weight)
     if d_logprob is None:
         d_logprob = torch.zeros_like(logprob)
     with_entropy = ctx.options.with_entropy
@@ -157,7 +160,8 @@ def _setup_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd would make zeros of dW's size for outputs without a gradient
     ctx.num_inputs, ctx.impl, ctx.own = len(inputs), inputs[-1], False
-    ctx.dtypes = GradientDtypes.final(Head(*inputs[: len(Head._fields)]))
+    head = Head(*inputs[: len(Head._fields)])
+    ctx.dtypes, ctx.parameter = GradientDtypes.final(head), head.weight if hasattr(head.weight, "ds_id") else None
     ctx.save_for_backward(*output[-3:])
 
 
@@ -183,6 +187,7 @@ def _scaled(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
     touched by a factor of 1.
     """
     check_first_derivative("the losses of an LM head")
+    check_still_whole("the loss of an LM head", ctx.parameter if ctx.needs_input_grad[1] else None)
 
     def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient * factor).to(dtype)
@@ -331,6 +336,7 @@ class _Objective(torch.autograd.Function):
         with on_device_of(hidden), as_given(hidden):
             loss, gradients = run(head)
         ctx.dtypes, ctx.impl, ctx.own = GradientDtypes.final(head), impl, True
+        ctx.parameter = weight if hasattr(weight, "ds_id") else None
         ctx.save_for_backward(*gradients)
         return loss
 

@@ -61,9 +61,11 @@ def check_head(
     forbidden: Sequence[int],
     vocab_size: int | None,
 ) -> Head:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        _check_whole(name, tensor)
     check_tensor("hidden", hidden, {"T": None, "H": None}, FLOATING, "flatten more dimensions first")
     num_rows, width = hidden.shape
-    like_linear = "it is shaped as nn.Linear's, in the dtype of hidden"
+    like_linear = "it is shaped as nn.Linear's, in the dtype of hidden, which autocast does not cast it to"
     check_tensor("weight", weight, {"V": None, "H": width}, (hidden.dtype,), like_linear)
     if weight.shape[0] == 0:
         raise wrong("weight", "(V >= 1, H)", describe(weight))
@@ -76,6 +78,27 @@ def check_head(
     check_device("targets", targets, "hidden", hidden, host=True)
     barred, words = allowed_words(forbidden, vocab_size, weight.shape[0])
     return Head(hidden, weight, bias, *scaling.folded(), barred, words)
+
+
+def _check_whole(name: str, tensor: Any) -> None:
+    """What engines that shard weights leave of one outside of the forward that they gather it for."""
+    if hasattr(tensor, "full_tensor"):
+        remedy = "call the op in the forward of the module that fully_shard gathers, or pass its full_tensor()"
+        raise wrong(name, "a whole tensor", "a DTensor, split over ranks (FSDP2, tensor parallelism)", remedy)
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0:
+        raise wrong(name, "a whole tensor", "an empty one, which ZeRO 3 has sharded", GATHER)
+
+
+GATHER = (
+    "call the op in the forward of the module that holds it, or inside deepspeed.zero.GatheredParameters, left only "
+    "after backward()"
+)
+
+
+def check_still_whole(op: str, parameter: Tensor | None) -> None:
+    """In a backward. ZeRO 3 empties a parameter in place, and torch's own errors then speak of sizes."""
+    if parameter is not None and hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        raise RuntimeError(f"{op}: ZeRO 3 has sharded the head's weight again before the backward; {GATHER}")
 
 
 def check_policy(head: Head, batch: PolicyBatch, objective: PolicyObjective) -> None:

@@ -36,19 +36,11 @@ def test_trls_function_is_called_as_ours(table):
         assert f"trl/trainer/grpo_trainer.py: GRPOTrainer.{name}" in seams and hasattr(trl.PrismAdvantage, name)
 
 
-class TRL:
-    """Stands for TRL's function: says that it was asked."""
-
-    @staticmethod
-    def apply(*args):
-        return args
-
-
-def test_values_and_what_goes_to_trl():
+def test_values():
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(5, 8), torch.randn(12, 8), torch.randn(12)
     targets = torch.randint(12, (5,))
-    ours = trl.ChunkedLogProb(TRL, "auto")
+    ours = trl.ChunkedLogProb(None, "auto")
     found = ours.apply(hidden, weight, bias, targets, 0.7, 4, 3.0, 0.5, ("log_probs", "entropy"))
     z = 3.0 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 3.0) / 0.7
     expected = linear_logprob(z, torch.eye(12), targets, with_entropy=True)
@@ -58,8 +50,14 @@ def test_values_and_what_goes_to_trl():
     without = ours.apply(hidden, weight, None, targets, 1.0, 4, None, 1.0, ("log_probs",))
     torch.testing.assert_close(without[0], linear_logprob(hidden, weight, targets).logprob)
     assert without[1] is None
-    for others in ((None, 1.0, ("log_probs", "is_top1")), ()):
-        assert ours.apply(hidden, weight, bias, targets, 0.7, 4, *others)[6:] == others
+    z = hidden @ weight.T + bias
+    targets[:2] = z[:2].argmax(-1)
+    every = ours.apply(hidden, weight, bias, targets, 1.0, 4)  # TRL's default is all it has
+    torch.testing.assert_close(every[2], z.softmax(-1).square().sum(-1).log(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(every[3], z.mean(-1), rtol=1e-5, atol=1e-5)
+    assert every[4].tolist() == (z.argmax(-1) == targets).tolist() and every[4][:2].all()
+    guesses = ours.apply(hidden, weight, bias, targets, 1.0, 4, None, 1.0, ("log_probs", "is_top1"))
+    assert torch.equal(guesses[4], every[4]) and guesses[1:4] == (None, None, None)
     sharded = torch.nn.Parameter(weight)
     sharded.ds_id = 3
     with pytest.raises(RuntimeError, match="sharded by ZeRO 3"):
