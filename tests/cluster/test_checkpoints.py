@@ -138,7 +138,8 @@ def test_a_disk_that_is_full_for_one_process_costs_a_warning(saved, tiny_folder,
 @pytest.mark.parametrize("form", ["none", "fsdp2"])
 def test_a_process_killed_while_it_writes_costs_that_checkpoint_alone(form, saved, tiny_folder, tmp_path):
     out, ends = broken(saved, tiny_folder, tmp_path, "killed", form)
-    assert ends[1].returncode == -signal.SIGKILL and ends[0].returncode not in (0, -signal.SIGABRT), ends
+    # The other has heard of it: it ends by an exception of its own, however slowly it is torn down after that.
+    assert ends[1].returncode == -signal.SIGKILL and ends[0].returncode and "[rank0]:" in ends[0].stderr, ends
     assert checkpoint.steps(out / "checkpoints") == [2]
     play(tmp_path, [("sft", sft(tiny_folder, out, form), True)], 2)
     assert not list((out / "checkpoints").glob(".*"))
