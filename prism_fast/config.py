@@ -220,6 +220,9 @@ class RunConfig(Node):
     eval_every: Every = Field(0, description="steps; 0: only at the end")
     save_every: Every = Field(100, description="steps; 0: only at the end")
     keep_last: Count = Field(2, description="checkpoints that are kept, beside the best")
+    save_in_background: bool = Field(
+        True, description="checkpoints are written while the next steps run, from a copy in host memory"
+    )
     max_skipped_updates: Every = Field(
         10, description="updates in a row that are skipped, for numbers that are not finite, before it stops; 0: never"
     )

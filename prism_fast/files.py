@@ -28,21 +28,41 @@ def write_aside(target: Path, write: Callable[[Path], None]) -> None:
     try:
         aside.mkdir(parents=True)
         write(aside)
-        for path in aside.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        sync(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
         raise
+    put_in_place(aside, target)
+
+
+def sync(folder: Path) -> None:
+    """Has the system write a folder's files, and the names of them, to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Renames a folder that lies beside ``target``; an earlier ``target`` is replaced."""
     old = None
     if target.exists():
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     aside.rename(target)
+    _sync(target.parent)
     if old is not None:
         shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of folders not all know it
+            raise
+    finally:
+        os.close(opened)
 
 
 @contextmanager

@@ -210,6 +210,29 @@ def merge(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return merged
 
 
+class Share:
+    """What this process keeps of a sequence of whole tensors that are dealt to ``parts`` processes: copies on its host.
+
+    All processes offer the same tensors in the same order, whether they keep any or not; each goes to the process that
+    has the fewest bytes so far. ``file("model")`` names the file for this process's: model.safetensors, or
+    model-00001-of-00002.safetensors.
+    """
+
+    def __init__(self, parts: int):
+        self.parts, self.kept = parts, dict[str, Tensor]()
+        self._bytes = [0] * parts
+
+    def offer(self, name: str, tensor: Tensor) -> None:
+        owner = self._bytes.index(min(self._bytes))
+        self._bytes[owner] += tensor.numel() * tensor.element_size()
+        if owner == rank():
+            # A copy on the host already, as a run goes on changing what is saved beside it.
+            self.kept[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    def file(self, name: str) -> str:
+        return f"{name}.safetensors" if self.parts == 1 else f"{name}-{rank() + 1:05d}-of-{self.parts:05d}.safetensors"
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """What one process refuses with a DataError in this context, all do; the first one's is raised."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from prism_fast.balance import Dimensions
 from prism_fast.data.chat_files import brief, one_line, quiet
@@ -154,6 +156,24 @@ class TreeModel(nn.Module):
         if embeddings:
             self.model.get_input_embeddings().requires_grad_(False)
 
+    @cached_property
+    def shapes(self) -> PreTrainedModel:
+        """The transformers model without storage: whoever shards weights leaves the model's own without their shapes,
+        at which transformers looks to undo the conversions of loading."""
+        with torch.device("meta"):
+            made = type(self.model)(self.model.config)
+        made.generation_config = self.model.generation_config
+        if hasattr(self.model, "_weight_conversions"):
+            made._weight_conversions = self.model._weight_conversions
+        return made
+
+    def files(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Any of the weights, whole, by name -> the tensors of a Hugging Face directory, by the names of its files.
+
+        It may be called in a thread, once ``shapes`` is there.
+        """
+        return {"model": revert_weight_conversion(self.shapes, _inner(weights))}
+
     def hidden_states(
         self,
         pack: PackedTree,
@@ -179,23 +199,26 @@ class TreeModel(nn.Module):
         )
 
 
-def save_model(model: PreTrainedModel, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_model(model: TreeModel, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes a Hugging Face directory of the transformers model inside a TreeModel.
 
-    ``weights``: whole ones by the TreeModel's names, where the model holds only parts of them. It is then written by a
-    model without storage, as transformers looks at shapes to undo the conversions of loading.
+    ``weights``: whole ones by the TreeModel's names, where the model holds only parts of them.
     """
     with quiet():
         if weights is None:
-            model.save_pretrained(path)
+            model.model.save_pretrained(path)
             return
-        with torch.device("meta"):
-            shapes = type(model)(model.config)
-        shapes.generation_config = model.generation_config
-        if hasattr(model, "_weight_conversions"):
-            shapes._weight_conversions = model._weight_conversions
-        own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        shapes = model.shapes
+        own = _inner(weights)
+        for value in own.values():
+            shapes.to(value.dtype)  # config.json says it
+            break
         shapes.save_pretrained(path, state_dict=own)
+
+
+def _inner(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by a TreeModel's names -> those of the transformers model inside, by its own."""
+    return {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
 
 
 def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:

@@ -75,11 +75,18 @@ class Discriminator(TreeModel):
     def save(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """A Hugging Face directory; the head lies beside the model in ``value_head.safetensors``.
 
-        ``weights``: see `models.load.with_chat`.
+        ``weights``: see `save_model`.
         """
-        save_model(self.model, path, weights)
-        head = (self.head if weights is None else weights["head"]).detach().float()
-        save_file({HEAD_KEYS[0]: head.reshape(1, -1).cpu().contiguous()}, Path(path) / HEAD_FILE)
+        save_model(self, path, weights)
+        save_file(_stored_head(self.head if weights is None else weights["head"]), Path(path) / HEAD_FILE)
+
+    def files(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        found = super().files(weights)
+        return {**found, Path(HEAD_FILE).stem: _stored_head(weights["head"])} if "head" in weights else found
+
+
+def _stored_head(head: Tensor) -> dict[str, Tensor]:
+    return {HEAD_KEYS[0]: head.detach().float().reshape(1, -1).cpu().contiguous()}
 
 
 def _one_dimensional(pack: PackedTree) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prism_fast import ranks
 from prism_fast.config import ModelConfig
 from prism_fast.data.chat import Chat
-from prism_fast.models.backbone import local_directory
+from prism_fast.models.backbone import local_directory, save_model
 from prism_fast.models.checkpoint_checks import check_chat, check_tokens, read_config
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
@@ -93,17 +95,15 @@ def _prepare(module, config: ModelConfig):
     return module.train()
 
 
-def with_chat(
-    model: Policy | Discriminator, chat: Chat, weights: dict[str, Tensor] | None = None
-) -> Callable[[Path], None]:
-    """Saves a model with its tokenizer and image processor, so that the directory opens by itself.
+SaveModel = Callable[[Path], None]
 
-    ``weights``: whole ones by the model's names, where it holds only a part of them.
-    """
+
+def with_chat(model: Policy | Discriminator, chat: Chat) -> SaveModel:
+    """Saves a model with its tokenizer and image processor, so that the directory opens by itself."""
 
     def save_both(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        model.save(path, weights)
+        model.save(path)
         chat.save(path)
 
     return save_both
@@ -111,16 +111,62 @@ def with_chat(
 
 def collected(
     model: Policy | Discriminator, chat: Chat, stream: Callable[[], Iterable[tuple[str, Tensor]]]
-) -> Callable[[], Callable[[Path], None]]:
-    """() -> what saves a trained model as it now is. A call of all processes: the first one gets the whole weights."""
+) -> Callable[[int], SaveModel]:
+    """(parts) -> what saves a trained model as it now is, from copies on hosts. A call of all processes.
 
-    def collect() -> Callable[[Path], None]:
-        if not ranks.grouped():
-            return with_chat(model, chat)
-        whole = {name: tensor.cpu() for name, tensor in stream() if ranks.is_first()}
-        return with_chat(model, chat, whole)
+    The weights are dealt to the first ``parts`` of them. What each gets back writes its own into a file of its own, and
+    the first one's what else the directory holds: at any later time, from any thread.
+    """
+    rest = _Rest(model, chat)
+
+    def collect(parts: int = 1) -> SaveModel:
+        share = ranks.Share(parts)
+        for name, tensor in stream():
+            share.offer(name, tensor)
+        beside = rest.files(share.kept) if ranks.is_first() else {}
+        assert model.shapes is not None  # made here: not in a thread
+
+        def save(path: Path) -> None:
+            path.mkdir(parents=True, exist_ok=True)
+            if isinstance(beside, Exception):
+                raise beside
+            for name, content in beside.items():
+                (path / name).write_bytes(content)
+            for name, tensors in model.files(share.kept).items():
+                if not tensors:
+                    continue
+                whole = {key: value.contiguous() for key, value in tensors.items()}
+                file = share.file(name) if name == "model" else f"{name}.safetensors"
+                save_file(whole, path / file, metadata={"format": "pt"})
+
+        return save
 
     return collect
+
+
+class _Rest:
+    """What a model's directory holds beside its weights: it stays the same, so transformers writes it once."""
+
+    def __init__(self, model: Policy | Discriminator, chat: Chat):
+        self.model, self.chat = model, chat
+        self._files: dict[str, bytes] | None = None
+
+    def files(self, weights: dict[str, Tensor]) -> dict[str, bytes] | Exception:
+        """By name; where the system refuses to write them to a folder for a moment, what it said.
+
+        ``weights``: the first of them, of the dtype that config.json tells.
+        """
+        if self._files is None:
+            first = {name: weights[name] for name in [name for name in weights if name.startswith("model.")][:1]}
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    save_model(self.model, folder, first)
+                    self.chat.save(folder)
+                    found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+            except Exception as error:  # noqa: BLE001 (libraries raise whatever they like where a disk is full)
+                return error
+            self._files = {name: content for name, content in found.items() if not name.endswith(".safetensors")}
+        return self._files
 
 
 class ProductChoices:

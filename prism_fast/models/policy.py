@@ -95,5 +95,5 @@ class Policy(TreeModel):
         return self.model.lm_head(hidden[pack.predict_row], op, pack.target_ids, **kwargs)
 
     def save(self, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """A Hugging Face directory; ``weights``: see `models.load.with_chat`."""
-        save_model(self.model, path, weights)
+        """A Hugging Face directory; ``weights``: see `save_model`."""
+        save_model(self, path, weights)

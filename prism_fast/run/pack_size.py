@@ -57,7 +57,10 @@ def choose(settings: StageConfig, modules: Mapping[str, Any], free: int, process
     module = next(iter(modules.values()))
     memory = torch.cuda.get_device_properties(module.device).total_memory if module.device.type == "cuda" else 0
     setup = setup_of(settings, module, processes, memory)
-    room = held_bytes(modules) + PART * free / (processes if setup.device == "cpu" else 1)
+    room = held_bytes(modules) + PART * free
+    if setup.device == "cpu":
+        copied = copied_bytes(modules) if settings.run.save_in_background else 0
+        room = held_bytes(modules) + max(0.0, PART * free - copied) / processes
     trained = [trained_as(getattr(settings, name), Model.of(m.model.config), name) for name, m in modules.items()]
     return pack_limit(trained, setup, Lengths.of(settings), room)
 
@@ -109,6 +112,12 @@ def trained_as(settings: ModelConfig, model: Model, name: str) -> Trained:
 def held_bytes(modules: Mapping[str, Any]) -> int:
     """Of weights that are there already, each tied one once."""
     return sum(p.numel() * p.element_size() for module in modules.values() for p in module.parameters())
+
+
+def copied_bytes(modules: Mapping[str, Any]) -> int:
+    """Of a checkpoint that is being written: all weights, and of what is trained the moments and masters, in fp32."""
+    trained = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    return held_bytes(modules) + sum(p.numel() * (8 if p.element_size() >= 4 else 12) for p in trained)
 
 
 def give_freed_blocks_back() -> bool:

@@ -38,6 +38,7 @@ FREE = (
     "run.eval_every",
     "run.save_every",
     "run.keep_last",
+    "run.save_in_background",
     "run.tracker",
     "run.max_skipped_updates",
     "run.threads",  # the number of threads that torch has is compared, on a CPU

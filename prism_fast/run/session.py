@@ -19,7 +19,7 @@ from torch import Tensor
 from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, WarmupConfig, WatchConfig
-from prism_fast.files import system_reason, write_aside, write_json
+from prism_fast.files import system_reason, write_json
 from prism_fast.records import DataError, StepStats
 from prism_fast.run import checkpoint, pack_size, record
 from prism_fast.run.alerts import Watch, halved_packs, sentence
@@ -27,21 +27,21 @@ from prism_fast.run.lock import FILE_NAME as LOCK
 from prism_fast.run.lock import FolderLock
 from prism_fast.run.monitor import FILE_NAME as METRICS
 from prism_fast.run.monitor import Monitor
+from prism_fast.run.saving import REMEDY, Saver, newest_whole, write_final
 
-SaveModel = Callable[[Path], None]  # writes a model's directory
-CollectModel = Callable[[], SaveModel]  # as it now is; a call of all processes, of which the first one writes
-REMEDY = "free space or restore access there"
+# Copies a model as it now is, dealt to so many processes: a call of all, each of which gets what writes its part.
+CollectModel = Callable[[int], checkpoint.SaveModel]
 StageConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 # -> (held-out figures, what the best checkpoint has most of)
 Evaluate = Callable[[], tuple[dict[str, float], float]]
 
 
 class Optimizer(Protocol):
-    """Tensors that a resumed run must find as they were; each is a call of all processes, and the first one saves."""
+    """Tensors that a resumed run must find as they were; each is a call of all processes."""
 
-    def tensors(self) -> dict[str, Tensor]: ...
+    def tensors(self, parts: int) -> dict[str, Tensor]: ...  # copies, dealt to the first so many processes
 
-    def load(self, tensors: dict[str, Tensor], steps: int) -> None: ...  # of others: ValueError
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None: ...  # of others: ValueError
 
     def figures(self) -> dict[str, float]: ...  # metrics of this process's own since the last call, see names.OWN
 
@@ -164,6 +164,8 @@ class Session:
         self.state: dict[str, Any] = {}  # of the checkpoint: what ``end_of_step`` was given, among others
         self.figures: dict[str, float] = {}  # of the last evaluation
         self._best: tuple[int, float] | None = None  # step, value
+        self._best_saving = self._best_saved = self._best  # of the checkpoint that is being written, of those there are
+        self._damaged: dict[Path, str] = {}  # newer checkpoints than the one that is resumed from, and what is wrong
         self._checkpoint: Path | None = None
         self._lock, self._open = contextlib.ExitStack(), contextlib.ExitStack()  # the latter holds the monitor
         self._record: dict[str, Any] = {}
@@ -188,11 +190,12 @@ class Session:
                     self._claim_folder(entered)
                     checkpoint.clear_partial(self.folder)
                     self._record = record.record(self.stage, self.settings, ranks.world())
-                    self._checkpoint = checkpoint.latest(self.folder) if self.resume else None
-                    if self._checkpoint is not None:
-                        self._compare(self._checkpoint)
-            found = ranks.from_first(str(self._checkpoint) if self._checkpoint else None)
-            self._checkpoint = Path(found) if found else None
+            if self.resume:
+                self._checkpoint, self._damaged = newest_whole(self.folder)
+            with ranks.together():
+                if ranks.is_first() and self._checkpoint is not None:
+                    self._compare(self._checkpoint)
+            self._saver = Saver(self.folder, self.config.keep_last, cluster.timeout_minutes)
             self._lock = entered.pop_all()
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
@@ -229,13 +232,25 @@ class Session:
             record.refuse(found, changed)
         self._changed = changed
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
         try:
+            self._end_saving(*exc[:2])
             self._open.close()
         finally:
             self._lock.__exit__(*exc)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def _end_saving(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
+        """Waits for a checkpoint that is being written, whatever ended the run, but for who will not wait."""
+        if kind is not None and not issubclass(kind, Exception):
+            return
+        try:
+            self._settle()
+        except Exception as fault:
+            if error is None:
+                raise
+            self._monitor.warn(f"a checkpoint was not written: {fault}")
 
     def _ask_to_stop(self, signum: int, frame: object) -> None:
         if self._signum is not None:  # a second one does not wait for the step's end
@@ -317,6 +332,11 @@ class Session:
                 Monitor(self.stage, self.out, total, tracker=self.config.tracker, start_step=first, active=active)
             )
             if active:
+                for path, fault in self._damaged.items():
+                    self._notes.append(
+                        f"{path} is damaged: {fault}; it is now {checkpoint.set_aside(path).name}, and the run goes on "
+                        f"from {self._checkpoint}"
+                    )
                 changed = {"changed": self._changed} if self._changed else {}
                 self._record["starts"] = [*self._record["starts"], {"step": first, "time": time.time(), **changed}]
                 write_json(self.out / record.FILE_NAME, self._record, indent=1)
@@ -329,11 +349,11 @@ class Session:
         tensors, self.state = checkpoint.load(found)
         step = self.state["step"]
         for prefix, optimizer in self._optimizers.items():
-            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             try:
-                optimizer.load(own, step)
+                optimizer.load(tensors.under(prefix), step)
             except ValueError as error:
-                raise DataError(f"{found}/trainer.safetensors: {prefix}{error}; {checkpoint.REMOVE}") from None
+                file = checkpoint.tensor_files(found)[0]
+                raise DataError(f"{file}: {prefix}{error}; {checkpoint.REMOVE}") from None
         for name, part in self._parts.items():
             if name in self.state:
                 try:
@@ -341,7 +361,7 @@ class Session:
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     raise DataError(f"{found}/trainer.json: {name}: {error}") from None
         if self.state.get("best") is not None:
-            self._best = (self.state["best"], self.state["best_value"])
+            self._best = self._best_saved = (self.state["best"], self.state["best_value"])
         self._skipped = self.state.get("skipped_updates", 0)
         return step
 
@@ -369,8 +389,8 @@ class Session:
             self._monitor.warn(text)
         self._skipped = 0 if fault is None else self._skipped + 1
         hopeless = 0 < self.config.max_skipped_updates <= self._skipped
-        earlier_best = self._best
         if self._evaluate is not None and self._is_time(step, self.config.eval_every):
+            self._settle()  # or the best may be one that is not there
             self.figures, value = self._evaluate()
             self._monitor.evaluation(step, self.figures)
             if self._best is None or value > self._best[1]:
@@ -380,10 +400,11 @@ class Session:
         signum = self._signum if ranks.world() == 1 else self._agreed
         if not (self._is_time(step, self.config.save_every) or is_best or hopeless or signum is not None):
             return
-        unsaved = self._save(step, {**(state or {}), "skipped_updates": 0 if hopeless else self._skipped})
-        if unsaved is not None:
-            self._best = earlier_best  # whose checkpoint is there
-            self._monitor.warn(f"step {step}: {unsaved}")
+        self._settle()  # one at a time
+        self._save(step, {**(state or {}), "skipped_updates": 0 if hopeless else self._skipped})
+        if not (hopeless or signum is not None or not self.config.save_in_background):
+            return
+        unsaved = self._settle()
         saved = ranks.from_first(str(checkpoint.latest(self.folder) or self.folder))
         if hopeless:
             raise DataError(
@@ -420,8 +441,13 @@ class Session:
         found = [optimizer.figures() for optimizer in self._optimizers.values()]
         own = {name: sum(each.get(name, 0.0) for each in found) for name in names.OWN if any(name in x for x in found)}
         if ranks.world() == 1:
+            if self._saver.done:
+                self._settle()
             return own
-        signums, seconds, measured = zip(*ranks.gather([self._signum or 0, self._cpu_seconds - before, own]))
+        said = ranks.gather([self._signum or 0, self._cpu_seconds - before, own, self._saver.done])
+        signums, seconds, measured, saved = zip(*said)
+        if all(saved):
+            self._settle()
         self._agreed = max(signums) or None
         even = names.max_over_mean(seconds)
         metrics: dict[str, float] = {} if even is None else {names.RANKS["cpu_seconds"]: even}
@@ -434,59 +460,48 @@ class Session:
         """Every ``every`` steps, and at the end."""
         return step == self.total or (every > 0 and step % every == 0)
 
-    def _save(self, step: int, state: dict[str, Any]) -> str | None:
-        """Writes a checkpoint; where the system refuses, what to say of it: those before are as they were.
-
-        All processes bring together what is saved, and the first one writes it.
-        """
+    def _save(self, step: int, state: dict[str, Any]) -> None:
+        """Copies what a checkpoint holds to the hosts, and begins to write it: a call of all processes."""
+        share = ranks.world()
         tensors = {
             f"{prefix}{name}": value
             for prefix, optimizer in self._optimizers.items()
-            for name, value in optimizer.tensors().items()
+            for name, value in optimizer.tensors(share).items()
         }
-        models = {name: collect() for name, collect in self._models.items()}
-        return ranks.from_first(self._write(step, models, tensors, state) if ranks.is_first() else None)
-
-    def _write(
-        self, step: int, models: Mapping[str, SaveModel], tensors: dict[str, Tensor], state: dict[str, Any]
-    ) -> str | None:
+        models = {name: collect(share) for name, collect in self._models.items()}
         best, value = self._best if self._best is not None else (None, None)
-        state.update({name: part.state() for name, part in self._parts.items()})
-        state.update(best_value=value, threads=torch.get_num_threads(), stage=self.stage, run=self._record)
-        try:
-            checkpoint.save(self.folder, step, models, tensors, state, self.config.keep_last, best)
-        except Exception as error:  # libraries raise whatever they like where a disk is full
-            reason = system_reason(error)
-            if reason is None or isinstance(error, DataError):
-                raise
-            kept = checkpoint.latest(self.folder) or "none"
-            return f"the checkpoint could not be written ({reason}); the last one is {kept}; {REMEDY}"
-        return None
+        text = None
+        if ranks.is_first():
+            tensors |= checkpoint.random_states()
+            state.update({name: part.state() for name, part in self._parts.items()})
+            state.update(best_value=value, threads=torch.get_num_threads(), stage=self.stage, run=self._record)
+            text = checkpoint.state_text(step, best, state)  # as it is now
+        self._best_saving = self._best
+        self._saver.start(checkpoint.Part(step, models, tensors, ranks.Share(share).file("trainer"), text, best))
+
+    def _settle(self) -> str | None:
+        """Waits for a checkpoint that is being written; where the system refused, says so, and returns what it said."""
+        outcome = self._saver.wait()
+        if outcome is None:
+            return None
+        if outcome.refused is None:
+            self._best_saved = self._best_saving
+            return None
+        self._best = self._best_saved
+        kept = checkpoint.latest(self.folder) or "none"
+        unsaved = f"the checkpoint could not be written ({outcome.refused}); the last one is {kept}; {REMEDY}"
+        self._monitor.warn(f"step {outcome.step}: {unsaved}")
+        return unsaved
 
     def finish(self, skipped: Sequence[str] = ()) -> dict[str, float]:
         """Reports the records that were ``skipped``, writes ``OUT/final/``: the models of the last step as directories
         that other tools open. Returns the figures of the last evaluation."""
         for line in skipped:
             self._monitor.warn(f"skipped: {line}")
+        self._settle()
         self._open.close()
-        models = {name: collect() for name, collect in self._models.items()}
+        models = {name: collect(1) for name, collect in self._models.items()}
         with ranks.together():
             if ranks.is_first():
-                self._write_final(models)
+                write_final(self.final, models, self.folder)
         return self.figures
-
-    def _write_final(self, models: Mapping[str, SaveModel]) -> None:
-        def write(aside: Path) -> None:
-            for name, save_model in models.items():
-                save_model(aside / name)
-
-        try:
-            write_aside(self.final, write)
-        except Exception as error:
-            reason = system_reason(error)
-            if reason is None or isinstance(error, DataError):
-                raise
-            kept = checkpoint.latest(self.folder) or "step 0"
-            raise DataError(
-                f"{self.final}: could not be written ({reason}); {REMEDY}, then go on with --resume from {kept}"
-            ) from error

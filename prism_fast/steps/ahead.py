@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Thread
 from typing import Generic, NamedTuple, TypeVar
@@ -188,8 +188,8 @@ class Ahead(Generic[B]):
 
     # ---- checkpoints: an `Optimizer` of `run/session.py`
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The responses of the batch that is due; in the first process, as all have the same."""
+    def tensors(self, parts: int = 1) -> dict[str, Tensor]:
+        """The responses of the batch that is due; in the first process, as all have the same. They never change."""
         if not self.overlap or self._next is None or not ranks.is_first():
             return {}
         kept = {"version": torch.tensor(self._next.version), "calls": torch.tensor(len(self._next.calls))}
@@ -204,7 +204,7 @@ class Ahead(Generic[B]):
             kept |= {f"{number}.{name}": value for name, value in found.items()}
         return kept
 
-    def load(self, tensors: dict[str, Tensor], steps: int) -> None:
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """Raises ValueError where they are not what `tensors` gives."""
         if not self.overlap or not tensors:
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from prism_fast.models.backbone import TreeModel
 from prism_fast.records import DataError
 from prism_fast.steps.adamw import torch_adamw
 from prism_fast.steps.backprop import Backprop
-from prism_fast.steps.updater import FSDPUpdater, Updater, keep, shape_of
+from prism_fast.steps.updater import FSDPUpdater, Updater, shape_of
 
 
 class DeepSpeedUpdater(Updater):
@@ -132,21 +132,21 @@ class DeepSpeedUpdater(Updater):
             return _whole("get_full_fp32_param", self.module.get_parameter(name))
         return value
 
-    def tensors(self) -> dict[str, Tensor]:
-        kept: dict[str, Tensor] = {}
+    def tensors(self, parts: int = 1) -> dict[str, Tensor]:
+        share = ranks.Share(parts)
         steps = [state["step"] for p in self._flat() if (state := self.optimizer.optimizer.state.get(p))]
         if steps:
             self._link_moments()
         for name, parameter in zip(self.names, self.parameters):
             if name in self.mastered:
-                keep(kept, f"master.{name}", _whole("get_full_fp32_param", parameter))
+                share.offer(f"master.{name}", _whole("get_full_fp32_param", parameter))
             if steps:
-                keep(kept, f"step.{name}", steps[0].detach().clone())
+                share.offer(f"step.{name}", steps[0])
                 for key in ("exp_avg", "exp_avg_sq"):
-                    keep(kept, f"{key}.{name}", _whole("get_full_optimizer_state", parameter, key))
-        return kept
+                    share.offer(f"{key}.{name}", _whole("get_full_optimizer_state", parameter, key))
+        return share.kept
 
-    def load(self, tensors: dict[str, Tensor], steps: int) -> None:
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.steps = steps

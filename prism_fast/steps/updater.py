@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,21 +71,24 @@ class Updater(Backprop):
                 setattr(parameter, MAIN_GRAD, None)
         self.steps += 1
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, parts: int = 1) -> dict[str, Tensor]:
         """What a checkpoint keeps: moments by parameter name, and the masters of low-precision parameters, in fp32.
 
-        Whole tensors, whatever the form: a call of all processes, of which the first one gets them.
+        Whole tensors, whatever the form, copied to hosts: a call of all processes, of which the first ``parts`` get
+        about as many bytes each. All of a sharded optimizer's state together is more than any of their devices holds.
         """
-        kept: dict[str, Tensor] = {}
+        share = ranks.Share(parts)
         for i, name in enumerate(self.names):
             if name in self.mastered:
-                keep(kept, f"master.{name}", self.optimizer.master(i))
+                share.offer(f"master.{name}", self.optimizer.master(i))
             for key, value in self.optimizer.moments(i).items():
-                keep(kept, f"{key}.{name}", value)
-        return kept
+                share.offer(f"{key}.{name}", value)
+        return share.kept
 
-    def load(self, tensors: dict[str, Tensor], steps: int) -> None:
+    def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """Restores what :meth:`tensors` gave; the module's weights are restored by their own checkpoint.
+
+        ``tensors`` may read each from a file when it is asked for: no more than a parameter's are held at a time.
 
         Raises ValueError where tensors are missing, or of another shape or dtype, or not finite.
         """
@@ -97,7 +100,7 @@ class Updater(Backprop):
                 found = {key: tensors[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in tensors}
                 self.optimizer.load(i, master, found)
 
-    def _check(self, tensors: dict[str, Tensor]) -> None:
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in zip(self.names, self.parameters):
             keys = [f"{key}.{name}" for key in MOMENTS]
             wanted = keys if any(key in tensors for key in keys) else []
@@ -202,17 +205,6 @@ def learning_rate_factor(step: int, total: int, config: OptimizerConfig) -> floa
     if config.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
-
-
-def keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """A whole tensor for a checkpoint: of several processes the first one's alone, on its host, one after another.
-
-    All of a sharded optimizer's state together is more than any of their devices holds.
-    """
-    if not ranks.grouped():
-        kept[name] = tensor
-    elif ranks.is_first():
-        kept[name] = tensor.cpu()
 
 
 def shape_of(parameter: Any) -> torch.Size:

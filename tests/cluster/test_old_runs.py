@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from prism_fast import metric_names as names
+from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
 from prism_kernels import split_master
 from tests.cluster.launch import launch
@@ -40,7 +41,7 @@ def test_bfloat16_goes_on_in_zero1_and_in_one_process_again(tmp_path):
         run(stage, {**tree, "steps": steps, "cluster": {"sharding": form}}, world, "--resume")
         if steps == 4:
             assert_went_on("sft-bf16", out, 2**-7)
-        saved = load_file(out / f"checkpoints/step-{steps:06d}/trainer.safetensors")
+        saved = checkpoint.Tensors(checkpoint.tensor_files(out / f"checkpoints/step-{steps:06d}"))
         kept = load_file(out / "final/policy/model.safetensors")
         for name, value in kept.items():
             master = saved.get(f"master.{name}")

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import torch
 from prism_fast import metric_names as names
 from prism_fast.config import SFTConfig, WatchConfig
 from prism_fast.records import DataError
-from prism_fast.run import checkpoint, session
+from prism_fast.run import checkpoint, saving
 from prism_fast.run.monitor import read_metrics
 from prism_fast.run.session import Clock, Session, Stopped
+from tests.damage import edit_state
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
 
@@ -23,7 +25,7 @@ class Optimizer:
     def __init__(self):
         self.value, self.loaded, self.measured = torch.zeros(2), None, {}
 
-    def tensors(self):
+    def tensors(self, parts):
         return {"exp_avg.weight": self.value}
 
     def load(self, tensors, steps):
@@ -58,10 +60,15 @@ class Stage:
         self.events: list[str] = []
 
     def run(self, total, *, until=None, resume=False, accept_changes=False, fault=lambda step: None, **begin):
-        def save(path):
-            path.mkdir(parents=True)
-            (path / "weight").write_text(str(self.weight))
-            self.events.append("save")
+        def collect(parts):
+            weight = self.weight  # the run goes on while it is written
+
+            def save(path):
+                path.mkdir(parents=True)
+                (path / "weight").write_text(str(weight))
+                self.events.append("save")
+
+            return save
 
         def evaluate():
             self.events.append("evaluate")
@@ -72,7 +79,7 @@ class Stage:
             saved = run.saved("policy")
             self.weight = 0 if saved is None else int((saved / "weight").read_text())
             begin = {"evaluate": evaluate if self.values else None, "parts": {"counter": self.counter}, **begin}
-            first = run.begin(total, models={"policy": lambda: save}, optimizers=self.optimizers, **begin)
+            first = run.begin(total, models={"policy": collect}, optimizers=self.optimizers, **begin)
             self.position = run.state.get("position", 0)
             for step in range(first, until or total):
                 self.weight, self.counter.count = self.weight + 1, self.counter.count + 2
@@ -180,14 +187,12 @@ def test_a_signal_stops_at_the_end_of_the_step_saved(tmp_path):
 
 def test_a_state_of_another_sort_is_named_and_a_missing_one_is_left(tmp_path):
     Stage(tmp_path, save_every=1).run(3, until=1)
-    file = tmp_path / "checkpoints/step-000001/trainer.json"
-    state = json.loads(file.read_text())
+    saved = tmp_path / "checkpoints/step-000001"
     for bad in ({"count": -1}, {}, 3):
-        file.write_text(json.dumps({**state, "counter": bad}))
+        edit_state(saved, counter=bad)
         with pytest.raises(DataError, match=r"step-000001/trainer\.json: counter: "):
             Stage(tmp_path, save_every=1).run(3, resume=True)
-    del state["counter"]  # written before there was a counter
-    file.write_text(json.dumps(state))
+    edit_state(saved, counter=...)  # written before there was a counter
     stage = Stage(tmp_path, save_every=1)
     stage.run(3, resume=True)
     assert stage.counter.count == 4
@@ -264,10 +269,7 @@ def test_other_settings_and_data_are_refused_or_accepted(tmp_path):
 
 def test_a_checkpoint_without_a_record_resumes_with_a_warning(tmp_path):
     Stage(tmp_path).run(3)
-    file = tmp_path / "checkpoints/step-000003/trainer.json"
-    state = json.loads(file.read_text())
-    del state["run"]
-    file.write_text(json.dumps(state))
+    edit_state(tmp_path / "checkpoints/step-000003", run=...)
     Stage(tmp_path, lr=1.0).run(4, resume=True)
     assert "has no record of its settings" in json.dumps(lines(tmp_path))
 
@@ -297,8 +299,7 @@ def test_a_run_that_is_past_its_end_is_not_called_done(tmp_path):
 )
 def test_a_damaged_state_is_one_line(change, tmp_path):
     Stage(tmp_path, save_every=1).run(3, until=1)
-    file = tmp_path / "checkpoints/step-000001/trainer.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    edit_state(tmp_path / "checkpoints/step-000001", **change)
     with pytest.raises(DataError, match=rf"step-000001.*trainer\.json: {next(iter(change))}") as refused:
         Stage(tmp_path, save_every=1).run(3, resume=True)
     assert "\n" not in str(refused.value) and "remove" in str(refused.value)
@@ -342,22 +343,19 @@ class FullDisk:
     """A disk that is full while the steps in ``when`` are saved."""
 
     def __init__(self, monkeypatch, when, error):
-        self.step, save = 0, checkpoint.save
+        write, write_aside = checkpoint.Part.write, saving.write_aside
 
-        def try_to_save(folder, step, *args):
-            self.step = step
-            models = {"policy": self.refuse} if step in when else args[0]
-            return save(folder, step, models, *args[1:])
+        def try_to_save(part, folder):
+            return write(replace(part, models={"policy": self.refuse}) if part.step in when else part, folder)
 
         def try_final(target, write):
             if 0 in when:
                 self.refuse(target)
-            original(target, write)
+            write_aside(target, write)
 
         self.error = error
-        original = session.write_aside
-        monkeypatch.setattr(checkpoint, "save", try_to_save)
-        monkeypatch.setattr(session, "write_aside", try_final)
+        monkeypatch.setattr(checkpoint.Part, "write", try_to_save)
+        monkeypatch.setattr(saving, "write_aside", try_final)
 
     def refuse(self, path):
         raise self.error
