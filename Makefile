@@ -49,8 +49,9 @@ REPORT    ?= runs/test-vllm.md
 test-vllm: $(VLLM_VENV)/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(REPORT) $(VLLM_VENV)/bin/python -m pytest -m vllm --timeout 1800 tests/vllm
 
-$(VLLM_VENV)/.ready: pyproject.toml dev/vllm_environment.py dev/torchvision_schemas.py
-	$(PYTHON) dev/vllm_environment.py $(VLLM_VENV)
+SHARED_STEPS = pyproject.toml dev/environments.py dev/torchvision_schemas.py
+$(VLLM_VENV)/.ready: dev/vllm_environment.py $(SHARED_STEPS)
+	$(PYTHON) -m dev.vllm_environment $(VLLM_VENV)
 	touch $@
 
 # The kernels inside other trainers on a CPU, each in an environment of its own: some 2 minutes to build, then 3.
@@ -59,7 +60,7 @@ EMBED_REPORT ?= runs/test-embed.md
 test-embed: $(EMBED_VENV)/trl/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
 
-$(EMBED_VENV)/%/.ready: pyproject.toml dev/embed_environment.py dev/vllm_environment.py dev/torchvision_schemas.py
+$(EMBED_VENV)/%/.ready: dev/embed_environment.py $(SHARED_STEPS)
 	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*
 	touch $@
 
