@@ -1,4 +1,4 @@
-"""The steps that environments of `make test-vllm` and `make test-embed` are built by, on a CPU.
+"""The steps that environments of `make test-vllm`, `make test-embed` and `make test-eval` are built by, on a CPU.
 
 torch and torchvision are pinned: a range would let pip take a CUDA build of several gigabytes. PyPI's torchvision wants
 a torch with CUDA, so `torchvision_schemas.py` is put beside it.

@@ -44,7 +44,7 @@ def test_the_command_line_is_frozen():
         "warmup": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "align": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "rlvr": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
-        "eval": ["--config"],
+        "eval": ["--config", "--lmms"],
         "probe": ["--config"],
         "report": [],
         "config": ["--config"],
