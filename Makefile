@@ -1,4 +1,4 @@
-# Targets: make setup | demo | test | test-portable | test-cluster | test-vllm | test-embed | lint | fuzz | bench | gate | gpu | clean
+# Targets: make setup | demo | test | test-portable | test-cluster | test-vllm | test-embed | test-eval | lint | fuzz | bench | gate | gpu | clean
 PYTHON ?= python3
 # Exactly this version: a range would let pip take a CUDA build of several gigabytes on a machine without a GPU.
 TORCH  ?= torch==2.13.0
@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable test-cluster test-vllm test-embed lint fuzz bench gate gpu clean
+.PHONY: setup demo test test-portable test-cluster test-vllm test-embed test-eval lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -49,8 +49,9 @@ REPORT    ?= runs/test-vllm.md
 test-vllm: $(VLLM_VENV)/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(REPORT) $(VLLM_VENV)/bin/python -m pytest -m vllm --timeout 1800 tests/vllm
 
-$(VLLM_VENV)/.ready: pyproject.toml dev/vllm_environment.py dev/torchvision_schemas.py
-	$(PYTHON) dev/vllm_environment.py $(VLLM_VENV)
+SHARED_STEPS = pyproject.toml dev/environments.py dev/torchvision_schemas.py
+$(VLLM_VENV)/.ready: dev/vllm_environment.py $(SHARED_STEPS)
+	$(PYTHON) -m dev.vllm_environment $(VLLM_VENV)
 	touch $@
 
 # The kernels inside other trainers on a CPU, each in an environment of its own: some 2 minutes to build, then 3.
@@ -59,8 +60,18 @@ EMBED_REPORT ?= runs/test-embed.md
 test-embed: $(EMBED_VENV)/trl/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
 
-$(EMBED_VENV)/%/.ready: pyproject.toml dev/embed_environment.py dev/vllm_environment.py dev/torchvision_schemas.py
+$(EMBED_VENV)/%/.ready: dev/embed_environment.py $(SHARED_STEPS)
 	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*
+	touch $@
+
+# `prism-fast eval --lmms` with the real lmms-eval on a CPU, in an environment of its own: some 4 minutes to build, then 5.
+EVAL_VENV   ?= .venv-eval
+EVAL_REPORT ?= runs/test-eval.md
+test-eval: $(EVAL_VENV)/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EVAL_REPORT) $(EVAL_VENV)/bin/python -m pytest -m eval --timeout 1800 tests/eval
+
+$(EVAL_VENV)/.ready: dev/eval_environment.py $(SHARED_STEPS)
+	$(PYTHON) -m dev.eval_environment $(EVAL_VENV)
 	touch $@
 
 lint: setup
@@ -88,6 +99,6 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(EMBED_VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(EMBED_VENV) $(EVAL_VENV) build dist *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f kernels/prism_kernels/_C*.so

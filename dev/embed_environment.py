@@ -3,17 +3,14 @@
     python -m dev.embed_environment HOST FOLDER      makes a virtual environment there: some 3 minutes, 2 GB
 
 Versions are pinned: the integrations replace names that are not public, and ``TESTED`` in each of them names these.
-torchvision's pin of torch is left out, and `torchvision_schemas.py` stands beside it, as in `vllm_environment.py`.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import venv
 from pathlib import Path
 
-from dev.vllm_environment import ROOT, SHIM, TESTS, TORCH, TORCHVISION, own_needs
+from dev.environments import build
 
 # By host: what pip resolves beside our own needs, and the modules that must import afterwards.
 HOSTS = {
@@ -21,26 +18,8 @@ HOSTS = {
 }
 
 
-def build(host: str, folder: Path) -> None:
-    packages, modules = HOSTS[host]
-    venv.create(folder, with_pip=True, clear=True)
-    python = str(folder / "bin" / "python")
-
-    def pip(*arguments: str) -> None:
-        subprocess.run([python, "-m", "pip", *arguments], check=True)
-
-    pip("install", "--quiet", "--upgrade", "pip")
-    pip("install", "--quiet", TORCH)
-    pip("install", "--quiet", TORCH, *packages, *own_needs(), *TESTS)
-    pip("install", "--quiet", "--no-deps", TORCHVISION)
-    pip("install", "--quiet", "--no-deps", "-e", str(ROOT))
-    site = next(folder.glob("lib/python*/site-packages"))
-    (site / f"{SHIM}.py").write_text((ROOT / "dev" / f"{SHIM}.py").read_text())
-    (site / f"{SHIM}.pth").write_text(f"import {SHIM}\n")
-    subprocess.run([python, "-c", f"import {', '.join(modules)}, prism_fast"], check=True, cwd=folder)
-
-
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in HOSTS:
         sys.exit(f"python -m dev.embed_environment HOST FOLDER, with HOST one of {', '.join(HOSTS)}")
-    build(sys.argv[1], Path(sys.argv[2]))
+    packages, modules = HOSTS[sys.argv[1]]
+    build(Path(sys.argv[2]), packages, modules=modules)

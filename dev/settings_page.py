@@ -27,6 +27,8 @@ prints the same for one command, with the values that it would run with, as YAML
 
 def title(stage: str) -> str:
     """The command, as it is typed."""
+    if stage == "benchmarks":
+        return "eval --lmms TASKS"
     return f"data {stage}" if stage in ("pairs", "filter") else stage
 
 

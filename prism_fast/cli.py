@@ -69,6 +69,7 @@ def _settings(cls, config: Path | None, overrides: list[str] | None, dry_run: bo
         stage = next(name for name, each in CONFIGS.items() if each is cls)
         _dry_run(stage, settings, config, Console(highlight=False, quiet=rank > 0), world, resume)
     models = [getattr(settings, name).path for name in ("model", "policy", "discriminator") if hasattr(settings, name)]
+    models += getattr(settings, "policies", ())
     files = settings.data.files if hasattr(settings, "data") else ()
     say(f"loading {', '.join(map(str, (*models, *files)))}", flush=True)
     quiet_libraries()
@@ -244,8 +245,18 @@ def _amount(accuracy: float) -> str:
 
 
 @app.command("eval")
-def evaluate(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrides = None) -> None:
-    """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type."""
+def evaluate(
+    lmms: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lmms-eval, or paper, paper-math, paper-general, paper-rules."),
+    ] = None,
+    config: ConfigFile = None,
+    dry_run: DryRun = False,
+    overrides: Overrides = None,
+) -> None:
+    """Accuracy of a policy on held-out prompts: pass@1, mean of k, by question type; or on benchmarks, by lmms-eval."""
+    if lmms is not None:
+        return _benchmarks(lmms, config, dry_run, overrides)
     from prism_fast.config import EvaluateConfig
     from prism_fast.files import try_new
 
@@ -267,6 +278,30 @@ def evaluate(config: ConfigFile = None, dry_run: DryRun = False, overrides: Over
     for line in held_out.skipped:
         console.print(f"skipped: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"written: {settings.out}", soft_wrap=True)
+
+
+def _benchmarks(words: str, config: Path | None, dry_run: bool, overrides: list[str] | None) -> None:
+    from prism_fast.config import BenchmarksConfig
+    from prism_fast.stages.lmms.benchmarks import tasks_of
+
+    tasks = tasks_of(words)
+    settings = _settings(BenchmarksConfig, config, overrides)
+    if dry_run:
+        from prism_fast.run.dry_run import dry_benchmarks
+
+        _looked(dry_benchmarks(settings), Console(highlight=False))
+    from prism_fast.stages.lmms.launch import evaluate_on
+    from prism_fast.stages.lmms.table import table, write_table
+
+    interruptible()
+    console = Console(highlight=False)
+    found = evaluate_on(settings, tasks, say=lambda text: console.print(text, markup=False, soft_wrap=True))
+    heads, rows = table(found)
+    _show(console, heads, rows)
+    write_table(settings.out / "table.md", heads, rows)
+    console.print(
+        f"written: {settings.out / 'table.md'}, and what it is made of beside it", markup=False, soft_wrap=True
+    )
 
 
 @app.command()

@@ -698,6 +698,37 @@ class EvaluateConfig(Node):
         return SamplerStart.of(self, self.model, self.data, self.eval)
 
 
+class BenchmarksConfig(Node):
+    """`prism-fast eval --lmms TASKS`: lmms-eval asks and judges."""
+
+    policies: Places = Field(min_length=1, description="folder of a Hugging Face model, or a list of them")
+    out: Place = Field(description="folder of results; what is finished in it is not run again")
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="who answers; vllm: needs that package")
+    vllm: VLLMConfig = VLLMConfig(gpu_memory_utilization=0.8)
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the weights under transformers; auto: bfloat16 on a GPU, else float32"
+    )
+    system_prompt: str | None = Field(
+        None, description="in place of a task's own system prompt, put before every question; null: the task's, or none"
+    )
+    max_response_tokens: Tokens = Field(8192, description="in place of the task's; a longer response is cut")
+    temperature: Temperature = Field(0.0, description="0: the most probable token")
+    top_p: Annotated[float, Field(gt=0, le=1), NUMBER] = Field(1.0, description="of sampling; 1: all words")
+    no_answer: Literal["wrong", "whole"] = Field(
+        "wrong",
+        description="a response without exactly one answer element; wrong: nothing of it is judged; whole: all of it, "
+        "as for a model that never learned the format",
+    )
+    include: Place | None = Field(
+        None, description="folder of tasks in lmms-eval's format, whose code is run; they come before its own"
+    )
+    limit: Count | None = Field(None, description="questions of a task, to try it; null: all")
+    batch_size: Batch = Field(1, description="questions answered together")
+    processes: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(
+        1, description="processes, each with a GPU of its own, that share a task's questions"
+    )
+
+
 class ProbeConfig(DiscriminatorStep, Sampling):
     """`prism-fast probe`: does a discriminator know what is right, or what is long and well formed?"""
 
@@ -733,5 +764,6 @@ CONFIGS: dict[str, type[Node]] = {
     "filter": FilterConfig,
     "rlvr": RLVRConfig,
     "eval": EvaluateConfig,
+    "benchmarks": BenchmarksConfig,
     "probe": ProbeConfig,
 }

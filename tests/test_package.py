@@ -48,9 +48,9 @@ def test_what_is_imported_is_declared(declared):
     integrations = packages(KERNELS / "integrations")
     assert packages(KERNELS) - integrations <= declared[""] | declared["flash"]
     assert integrations <= declared[""] | declared["train"] | declared["trl"]
-    optional = declared["trackers"] | declared["cluster"] | declared["vllm"]
+    optional = declared["trackers"] | declared["cluster"] | declared["vllm"] | declared["eval"]
     assert packages(TRAINER) <= declared[""] | declared["train"] | optional
-    hosts = {"tomli", "datasets"} | declared["trl"]  # trl brings datasets
+    hosts = {"tomli", "datasets"} | declared["trl"] | declared["eval"]  # trl brings datasets
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | hosts
 
 
@@ -61,8 +61,15 @@ def test_what_is_declared_is_imported(declared):
     assert declared["train"] <= packages(TRAINER)
     assert declared["trackers"] <= packages(TRAINER) | THROUGH_TORCH
     assert declared["cluster"] | declared["vllm"] <= packages(TRAINER)
+    unasked = {
+        "decord",
+        "filelock",
+        "levenshtein",
+        "antlr4-python3-runtime",
+    }  # lmms-eval needs them and does not say so
+    assert declared["eval"] - unasked <= packages(TRAINER)
     assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS | declared["cluster"]
-    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "trl", "peers", "dev"}
+    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "trl", "eval", "peers", "dev"}
 
 
 def test_doctor_names_what_is_declared(declared):

@@ -14,6 +14,7 @@ from benchmarks.catalog import CATALOG
 from prism_fast import cli, config
 from prism_fast.data import formats
 from prism_fast.run.memory import table
+from prism_fast.stages.lmms.benchmarks import tasks_of
 
 ROOT = Path(__file__).parent.parent
 README, METHOD = (ROOT / "README.md").read_text(), (ROOT / "docs" / "method.md").read_text()
@@ -53,6 +54,7 @@ CONFIGS = {
     "align": config.AlignConfig,
     "rlvr": config.RLVRConfig,
     "eval": config.EvaluateConfig,
+    "eval --lmms": config.BenchmarksConfig,
     "probe": config.ProbeConfig,
     "data pairs": config.PairsConfig,
     "data filter": config.FilterConfig,
@@ -66,6 +68,9 @@ def test_commands_parse_and_their_settings_are_valid(line):
         name, command, words = f"{name} {words[0]}".strip(), command.commands[words[0]], words[1:]
     with command.make_context(name, words) as context:
         given, rest = context.params, context.args
+    if given.get("lmms"):
+        name = "eval --lmms"
+        tasks_of(given["lmms"])
     if name in CONFIGS:
         config.load_config(CONFIGS[name], given["config"], given["overrides"])
     elif name == "bench":

@@ -9,13 +9,21 @@ from typing import cast
 
 from prism_fast.config import OwnReward
 from prism_fast.records import Sample
-from prism_fast.response_format import Parts, count_caption_items, count_reasoning_steps, is_valid, split_parts
+from prism_fast.response_format import (
+    Parts,
+    answer_element,
+    count_caption_items,
+    count_reasoning_steps,
+    is_valid,
+    split_parts,
+)
 from prism_fast.reward.answer import is_right, judge
 from prism_fast.reward.own import function_of
 
 __all__ = [
     "Parts",
     "Reward",
+    "answer_element",
     "count_caption_items",
     "count_reasoning_steps",
     "is_right",

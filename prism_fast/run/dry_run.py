@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prism_fast.config import DataConfig, ModelConfig, OwnReward
+from prism_fast.config import BenchmarksConfig, DataConfig, ModelConfig, OwnReward
 from prism_fast.files import refuse_existing, refuse_unwritable
 from prism_fast.records import DataError
 from prism_fast.run.launch import STAGES
@@ -87,6 +87,16 @@ def dry_files(
     faults += [] if model is None else _faults_of_tokens(model)
     faults += [] if out is None else _raised(lambda: refuse_new(out, "--out"))
     return DryRun(faults, [], [], True)
+
+
+def dry_benchmarks(settings: BenchmarksConfig) -> DryRun:
+    """Of `eval --lmms`: policies, the place of results, the package. Tasks' data is lmms-eval's to fetch, and unseen."""
+    faults = [fault for path in settings.policies for fault in _faults_of_model(path, "policies")]
+    faults += _raised(lambda: refuse_unwritable(settings.out, "out"))
+    notes = []
+    if importlib.util.find_spec("lmms_eval") is None:
+        notes = ["lmms-eval is not installed here; where it runs: pip install 'prism-fast[eval]'"]
+    return DryRun(faults, notes, [], True)
 
 
 def refuse_new(path: Path, key: str = "out") -> None:

@@ -6,7 +6,7 @@ import sys
 import venv
 import zipfile
 
-from dev.vllm_environment import ROOT, TORCH
+from dev.environments import ROOT, TORCH
 
 USE = """
 import sys, time

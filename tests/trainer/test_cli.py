@@ -45,7 +45,7 @@ def test_the_command_line_is_frozen():
         "warmup": trains,
         "align": trains,
         "rlvr": trains,
-        "eval": ["--config", "--dry-run"],
+        "eval": ["--config", "--dry-run", "--lmms"],
         "probe": ["--config", "--dry-run"],
         "report": [],
         "config": ["--config"],

@@ -15,6 +15,7 @@ from prism_fast.config import (
     CONFIGS,
     RECIPES,
     AlignConfig,
+    BenchmarksConfig,
     EvaluateConfig,
     FilterConfig,
     ObjectiveConfig,
@@ -42,6 +43,7 @@ STAGES = {  # what a user must add to a recipe, by the first word of its name
     "filter": (FilterConfig, (MODEL, FILES, "out=x")),
     "rlvr": (RLVRConfig, (POLICY, FILES, RUN)),
     "eval": (EvaluateConfig, (MODEL, FILES, "out=x")),
+    "benchmarks": (BenchmarksConfig, ("policies=p", "out=x")),
 }
 NOT_A_STAGE = {"demo", "smoke", "compare", "compare_smoke", "reference"}  # the demo reads all but the last, a base
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in NOT_A_STAGE)
@@ -137,7 +139,7 @@ def test_filter_and_pairs_carry_the_published_values():
 
 def test_one_system_prompt_for_every_stage_that_renders_prompts():
     rendering = [n for n in NAMES if stage_of(n) not in ("upcycle", "warmup") and not n.startswith("tiny_")]
-    prompts = {load(name).data.system_prompt for name in rendering}
+    prompts = {getattr(load(name), "data", load(name)).system_prompt for name in rendering}
     (prompt,) = prompts
     for tag in ("caption", "think", "answer"):
         assert prompt.count(f"<{tag}>") == prompt.count(f"</{tag}>") == 1

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_fast.reward import count_caption_items, count_reasoning_steps, is_valid, split_parts
+from prism_fast.reward import answer_element, count_caption_items, count_reasoning_steps, is_valid, split_parts
 from prism_kernels import find_tag_spans
 from tests.timing import assert_linear
 
@@ -50,6 +50,16 @@ def test_fixed_is_the_definition(text):
     assert (parts is None) == (match is None)
     if match:
         assert (parts.caption, parts.reasoning, parts.answer) == (match[1], match[3], match[5].strip())
+
+
+@settings(max_examples=400, deadline=None)
+@given(texts)
+def test_the_one_answer_element_is_that_of_a_valid_response_and_found_in_others_too(text):
+    found = re.findall(r"</?answer>", text)
+    one = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL) if found == ["<answer>", "</answer>"] else None
+    assert answer_element(text) == (one and one[1].strip())
+    parts = split_parts(text)
+    assert parts is None or answer_element(text) == parts.answer
 
 
 @settings(max_examples=400, deadline=None)
