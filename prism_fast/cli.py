@@ -32,6 +32,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value over
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in run.out.")]
 AcceptChanges = Annotated[bool, typer.Option("--accept-changes", help="--resume with other settings or data.")]
 
+ImageFolders = Annotated[
+    list[Path] | None, typer.Option("--image-folder", callback=home, help="Where else images may lie; / anywhere.")
+]
+
 # The deepspeed launcher puts it before the command, others behind; LOCAL_RANK says the same.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
@@ -302,6 +306,7 @@ def data_check(
     histogram: Annotated[
         Path | None, typer.Option(callback=home, help="With --model: a PNG of the lengths, of one file.")
     ] = None,
+    image_folder: ImageFolders = None,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, lengths, and one rendered sample."""
     from prism_fast.data.bad_records import BadRecords
@@ -320,7 +325,7 @@ def data_check(
         raise DataError("--histogram: shows lengths of one file by a model's tokens; give one file, and --model")
     packing = Packing(max_prompt_tokens, tokens_per_pack, batch_size, histogram)
     for file in files:
-        check(file, console, bad, chat, packing)
+        check(file, console, bad, chat, packing, image_folder or ())
     if len(bad) > skip_bad_records:
         allowed = f"more than --skip-bad-records={skip_bad_records}"
         raise DataError(f"{len(bad)} bad records, {allowed}; correct them, the first: {bad.messages[0]}")
@@ -333,6 +338,7 @@ def data_convert(
     to: Annotated[str, typer.Option(help="sft, warm-up, alignment or rlvr; default: as the first file is.")] = "",
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for a field of another name.")] = None,
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are left out.")] = 0,
+    image_folder: ImageFolders = None,
 ) -> None:
     """Rewrites files as one of another format or container; images are copied where they are bytes."""
     from rich.progress import Progress
@@ -348,7 +354,7 @@ def data_convert(
     try_new(out, "--out")
     interruptible()
     kind = kind_of(files[0], columns)
-    data = Dataset(files, FORMATS[kind], skip_bad_records, columns=columns)
+    data = Dataset(files, FORMATS[kind], skip_bad_records, columns=columns, image_folders=image_folder or ())
     with Progress(console=Console(), transient=True) as progress:
         task = progress.add_task("records", total=len(data))
         count = convert(data, to or kind, out, lambda done: progress.update(task, completed=done))

@@ -21,6 +21,7 @@ from prism_fast import ranks
 from prism_fast.records import DataError
 
 GRACE = 60.0  # seconds that a process has to end by itself
+SILENCE = 5.0  # seconds without a sign of life, once a call has failed, after which a process counts as gone
 TOGETHER = 10.0  # seconds in which processes that end alike do so
 HUNG, GONE = "hung", "gone"  # what is wrong
 LOST = "lost"  # how a process ended that is not at fault
@@ -99,6 +100,7 @@ class Watchdog:
             try:
                 self._board.post(f"alive/{ranks.rank()}", f"{beats} {ranks.calls()}")
                 if (trouble := self._board.read("trouble")) is not None:
+                    self._board.post(f"left/{ranks.rank()}", "")
                     return self._end(trouble, found=False)
                 sign = self._board.read(f"alive/{neighbour}")
             except ConnectionError:
@@ -126,8 +128,8 @@ class Watchdog:
             board.post(f"ended/{ranks.rank()}", LOST)
             first = board.is_first("looked")
             if first:
-                board.post("trouble", trouble)
                 board.post("verdict", self._verdict(board))
+                board.post("trouble", trouble)  # not before: who reads it gives no more signs of life
             found = self._wait_for(board, "verdict")
             self._leave(board)
         lost = Lost(f"{found or 'rank 0, or what started it, has ended'}; start again with --resume")
@@ -138,8 +140,10 @@ class Watchdog:
         """Which process has ended, gives no sign of life, or has come to fewer calls than the others."""
         world, others = ranks.world(), [r for r in range(ranks.world()) if r != ranks.rank()]
         before = {r: board.read(f"alive/{r}") or "0 0" for r in others}
-        time.sleep(max(2.0, 3 * self._every))
-        after = {r: board.read(f"alive/{r}") or "0 0" for r in others}
+        after, end = dict(before), time.monotonic() + max(SILENCE, 5 * self._every)
+        while any(after[r] == before[r] for r in others) and time.monotonic() < end:
+            time.sleep(0.2)
+            after = {r: board.read(f"alive/{r}") or "0 0" for r in others}
         ended = {r: board.read(f"ended/{r}") for r in others}
         for r, error in ended.items():
             if error not in (None, LOST):
@@ -166,7 +170,7 @@ class Watchdog:
         return None
 
     def _wait_for(self, board: ranks.Board, key: str) -> str | None:
-        end = time.monotonic() + TOGETHER + 3 * self._every
+        end = time.monotonic() + TOGETHER + SILENCE + 5 * self._every
         while (found := board.read(key)) is None and time.monotonic() < end:
             time.sleep(0.1)
         return found

@@ -115,7 +115,7 @@ def asked_to_stop(tiny: Path, folder: Path) -> None:
 
 def hangs(tiny: Path, folder: Path, how: str) -> None:
     """In the call that the others are in; alive, or halted as by a debugger or a machine that is gone."""
-    words = command(tiny, folder / "run", timeout=0.25)
+    words = command(tiny, folder / "run", timeout=0.5)
     started = Started(words, folder, Fault(how, BROKEN))
     ends = started.ends(but=[1] if how == "halts" else [])
     assert_ends(ends, 1, None if how == "halts" else 1)
