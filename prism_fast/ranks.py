@@ -12,6 +12,7 @@ import datetime
 import errno
 import faulthandler
 import fcntl
+import ipaddress
 import json
 import os
 import socket
@@ -126,17 +127,23 @@ def _meeting(here: Place, timeout: datetime.timedelta) -> Any:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listens = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    options = {"master_listen_fd": _listening(host, port)} if listens else {}
+    inside = os.environ.get("LOCAL_WORLD_SIZE") == str(here.world)
+    options = {"master_listen_fd": _listening(host, port, inside)} if listens else {}
     store = dist.TCPStore(host, port, here.world, is_master=listens, timeout=timeout, **options)
-    if interface := _interface(host, port):
+    if interface := _interface(host, port, inside):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     return store
 
 
-def _listening(host: str, port: int) -> int | None:
-    """A socket that listens there and nowhere else; None where a name stands for an address of another machine, as a
-    service's in front of this one. Raises OSError where the port is taken."""
+def _listening(host: str, port: int, inside: bool) -> int | None:
+    """A socket that listens there and nowhere else; None where it would not be heard, as a name stands for an address
+    of another machine (a service in front of this one), or only here for this one. ``inside``: all processes are.
+
+    Raises OSError where the port is taken.
+    """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if not _means(address[0], host, inside):
+        return None
     with socket.socket(family, socket.SOCK_STREAM) as found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -149,20 +156,30 @@ def _listening(host: str, port: int) -> int | None:
         return found.detach()
 
 
-def _interface(host: str, port: int) -> str | None:
-    """The name of the interface by which this machine reaches another; None where it has no IPv4 address there."""
+def _interface(host: str, port: int, inside: bool) -> str | None:
+    """The name of the interface by which this machine reaches another; None where it has no IPv4 address there, or the
+    name stands for an address that others do not know."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         try:
             asked.connect((host, port))  # sends nothing
         except OSError:
             return None
         own = asked.getsockname()[0]
-        for _, name in socket.if_nameindex():
+        for _, name in socket.if_nameindex() if _means(own, host, inside) else ():
             request = struct.pack("256s", name.encode()[:15])
             with contextlib.suppress(OSError):  # one without an address
                 if socket.inet_ntoa(fcntl.ioctl(asked, 0x8915, request)[20:24]) == own:  # SIOCGIFADDR
                     return name
     return None
+
+
+def _means(address: str, host: str, inside: bool) -> bool:
+    """Whether others know a host by the same address: many machines call themselves 127.0.1.1, each of them."""
+    if inside or host == "localhost" or not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return True
+    with contextlib.suppress(ValueError):  # a name
+        return ipaddress.ip_address(host).is_loopback
+    return False
 
 
 class Board:

@@ -73,7 +73,13 @@ class Watchdog:
         self._thread.join()
         if error is None:
             return
-        threading.Thread(target=self._end_late, daemon=True).start()
+        try:
+            self._settle(error)
+        finally:
+            threading.Thread(target=self._end_late, daemon=True).start()
+
+    def _settle(self, error: BaseException) -> None:
+        """What the others are to know of this error, and what they have to say of it."""
         lost = ranks.is_lost(error)
         hung = lost and re.search("timed? ?out", str(error), re.IGNORECASE) is not None
         if hung:
@@ -151,7 +157,8 @@ class Watchdog:
         silent = [r for r in others if after[r] == before[r] and ended[r] is None]
         if silent:
             board.post("silent", json.dumps(silent))
-            return f"{_name(silent)} of {world} has ended, or its machine does not answer"
+            ends = "has ended, or its machine does" if len(silent) == 1 else "have ended, or their machines do"
+            return f"{_name(silent)} of {world} {ends} not answer"
         came = {r: int(after[r].split()[1]) for r in others} | {ranks.rank(): ranks.calls()}
         late = [r for r, count in came.items() if count < max(came.values())]
         if late:

@@ -83,7 +83,8 @@ def killed(tiny: Path, folder: Path, where: str, form: str = "none") -> None:
     words = command(tiny, folder / "run", form)
     ends = play(words, folder, Fault(where, BROKEN))
     assert_ends(ends, 1, -signal.SIGKILL)
-    assert ends[0].errors == "error: rank 1 of 2 has ended, or its machine does not answer; start again with --resume\n"
+    told = "error: rank 1 of 2 has ended, or its machine does not answer; start again with --resume\n"
+    assert ends[0].errors == told, ends[0].errors
     assert_goes_on(words, tiny, folder, form)
 
 
