@@ -78,7 +78,8 @@ def report(counts: dict[str, Any], names: list[str], times: int) -> str:
     lines = [
         "# Faults, again and again",
         "",
-        f"`python dev/fault_loop.py`: each {times} times, in two processes on a CPU (gloo), beside other work; Python "
+        f"`python dev/fault_loop.py`, which goes on until each was played {times} times: in two processes on a CPU "
+        "(gloo), beside other work; Python "
         f"{platform.python_version()}, torch {_torch()}. A fault is right where every process ended as "
         "tests/cluster/test_faults.py says, with the lines that it says, and a run that was started again had the bits "
         "of one that nothing happened to.",

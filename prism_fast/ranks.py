@@ -142,7 +142,7 @@ def _listening(host: str, port: int, inside: bool) -> int | None:
     Raises OSError where the port is taken.
     """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    if not _means(address[0], host, inside):
+    if not _means(str(address[0]), host, inside):
         return None
     with socket.socket(family, socket.SOCK_STREAM) as found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

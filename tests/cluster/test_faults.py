@@ -38,6 +38,7 @@ def command(
     tree = settings(tiny, stage, out, steps=STEPS, cluster={"sharding": form, "timeout_minutes": timeout})
     tree["run"] |= {"save_every": 1, "keep_last": 9, "eval_every": 0, **changes.pop("run", {})}
     file = out.with_name(f"{out.name}.yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump({**tree, **changes}))
     return [stage, "--config", str(file)]
 
