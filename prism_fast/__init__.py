@@ -9,7 +9,11 @@ class DataError(ValueError):
     """Bad input from outside. The message is one line: place (file:record), field, what was expected, remedy.
 
     What it quotes of the input can neither break the line nor steer a terminal.
+
+    ``told``: whether another process of the run tells it; None: not known.
     """
+
+    told: bool | None = None
 
     def __init__(self, message: object = ""):
         super().__init__(printable(" ".join(str(message).split("\n"))))

@@ -40,6 +40,10 @@ DryRun = Annotated[
 ]
 AcceptChanges = Annotated[bool, typer.Option("--accept-changes", help="--resume with other settings or data.")]
 
+ImageFolders = Annotated[
+    list[Path] | None, typer.Option("--image-folder", callback=home, help="Where else images may lie; / anywhere.")
+]
+
 # The deepspeed launcher puts it before the command, others behind; LOCAL_RANK says the same.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
@@ -374,6 +378,7 @@ def data_check(
         Path | None, typer.Option(callback=home, help="With --model: a PNG of the lengths, of one file.")
     ] = None,
     dry_run: DryRun = False,
+    image_folder: ImageFolders = None,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, lengths, and one rendered sample."""
     from prism_fast.data.bad_records import BadRecords
@@ -396,7 +401,7 @@ def data_check(
         raise DataError("--histogram: shows lengths of one file by a model's tokens; give one file, and --model")
     packing = Packing(max_prompt_tokens, tokens_per_pack, batch_size, histogram)
     for file in files:
-        check(file, console, bad, chat, packing)
+        check(file, console, bad, chat, packing, image_folder or ())
     if len(bad) > skip_bad_records:
         allowed = f"more than --skip-bad-records={skip_bad_records}"
         raise DataError(f"{len(bad)} bad records, {allowed}; correct them, the first: {bad.messages[0]}")
@@ -410,6 +415,7 @@ def data_convert(
     column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for a field of another name.")] = None,
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are left out.")] = 0,
     dry_run: DryRun = False,
+    image_folder: ImageFolders = None,
 ) -> None:
     """Rewrites files as one of another format or container; images are copied where they are bytes."""
     from rich.progress import Progress
@@ -429,7 +435,7 @@ def data_convert(
     try_new(out, "--out")
     interruptible()
     kind = kind_of(files[0], columns)
-    data = Dataset(files, FORMATS[kind], skip_bad_records, columns=columns)
+    data = Dataset(files, FORMATS[kind], skip_bad_records, columns=columns, image_folders=image_folder or ())
     with Progress(console=Console(), transient=True) as progress:
         task = progress.add_task("records", total=len(data))
         count = convert(data, to or kind, out, lambda done: progress.update(task, completed=done))

@@ -25,7 +25,11 @@ REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 
 class Commands(TyperGroup):
-    """How every command ends: bad input is one line on stderr and exit status 2, a stopped run 128 + its signal."""
+    """How every command ends: bad input is one line on stderr and exit status 2, a stopped run 128 + its signal.
+
+    Where several processes have saved and stopped because SIGTERM asked all of them to, the status is 0: so a launcher
+    and a scheduler take it for what it is. Where one of several is lost, it is 1.
+    """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _one_line():
@@ -44,18 +48,21 @@ def _one_line() -> Iterator[None]:
         text = str(error)
         if isinstance(error, UsageError):
             text = _usage(error)
-        _complain(f"error: {' '.join(text.split())}")
+        _complain(f"error: {' '.join(text.split())}", getattr(error, "told", None))
         sys.exit(2)
     except OSError as error:
         if error.errno not in REFUSED:
             raise
         file = f"{error.filename}: " if error.filename else ""
-        _complain(f"error: {file}{error.strerror}; free space there, or choose another folder")
+        _complain(f"error: {file}{error.strerror}; free space there, or choose another folder", None)
         sys.exit(2)
-    except _stopped() as stop:
+    except _of_a_run("session", "Stopped") as stop:
         if not _rank():  # all processes have stopped together
             print(str(stop), file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        sys.exit(0 if stop.signum == signal.SIGTERM and place()[1] > 1 else 128 + stop.signum)
+    except _of_a_run("watchdog", "Lost") as lost:
+        _complain(f"error: {lost}", lost.told)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped; what was not saved by a checkpoint is lost", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -71,13 +78,15 @@ def _usage(error: Any) -> str:
     return f"{command}: {said}; see {command} --help{hint}"
 
 
-def _complain(text: str) -> None:
+def _complain(text: str, told: bool | None) -> None:
     """One line on stderr. Of several processes that end alike the first one tells, and whoever started them ends the
-    others; one that fails alone tells by itself."""
+    others; one that fails alone tells by itself. ``told``: whether another does; None: not known."""
     if rank := _rank():
-        time.sleep(OTHERS_WAIT)
+        if told is None:
+            time.sleep(OTHERS_WAIT)
         text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr)
+    if not told:
+        print(text, file=sys.stderr)
 
 
 def place() -> tuple[int, int]:
@@ -103,10 +112,10 @@ def _rank() -> int:
         return 0
 
 
-def _stopped() -> Any:
-    """The exception of a stopped run: none where no run was begun, so that a help text loads no torch."""
-    session = sys.modules.get("prism_fast.run.session")
-    return () if session is None else session.Stopped
+def _of_a_run(module: str, name: str) -> Any:
+    """An exception of runs: none where no run was begun, so that a help text loads no torch."""
+    loaded = sys.modules.get(f"prism_fast.run.{module}")
+    return () if loaded is None else getattr(loaded, name)
 
 
 def home(value: Any) -> Any:

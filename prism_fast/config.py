@@ -107,6 +107,9 @@ class DataConfig(Node):
         {},
         description="our name of a field: the files' name, as {images: picture, reward_model.ground_truth: answer}",
     )
+    image_folders: Places = Field(
+        (), description="where else than in its file's folder an image may lie, links followed; /: anywhere"
+    )
     cache: Place | None = Field(
         None, description="folder for what is made once of large files; null: run.out/cache, outside training none"
     )
@@ -127,6 +130,7 @@ class DataConfig(Node):
             "system_prompt": self.system_prompt,
             "columns": self.columns,
             "cache": self.cache,
+            "image_folders": self.image_folders,
         }
 
     def beside(self, out: Path) -> DataConfig:

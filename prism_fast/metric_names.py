@@ -76,6 +76,7 @@ class Whole(Metric):
 LOSS = Sum("loss")
 LEARNING_RATE = Whole("lr")
 GRAD_NORM = Whole("grad_norm")  # L2, before clipping
+SKIPPED_UPDATES = Whole("skipped_updates")  # in a row, for numbers that are not finite; told where it is not 0
 TOKENS_PER_SECOND = Whole("tokens_per_second")  # of all parts of a step together, from their reduced values
 
 # Runs of several processes alone: the largest of any rank over the mean of ranks, of a whole step; 1 is even. From the

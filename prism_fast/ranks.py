@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import faulthandler
+import fcntl
+import ipaddress
 import json
 import os
+import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -40,6 +45,7 @@ class Place(NamedTuple):
 
 
 ALONE = Place(0, 1, 0)
+_store: Any = None  # where the processes of this one's group have met
 
 
 def place(environ: Mapping[str, str]) -> Place:
@@ -76,20 +82,20 @@ def joined(*, timeout_minutes: float = 30.0, alone: bool = False) -> Iterator[Pl
     if dist.is_initialized() or (here.world == 1 and not alone):
         yield here
         return
+    global _store
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(own_gpu(here, torch.cuda.device_count()))
-    options: dict[str, Any] = {"timeout": datetime.timedelta(minutes=timeout_minutes)}
-    if here.world == 1:
-        options["store"] = dist.HashStore()
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
         with _quiet_failure():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=here.rank, world_size=here.world, **options
-            )
-    except (RuntimeError, ValueError, dist.DistError) as error:
+            _store = dist.HashStore() if here.world == 1 else _meeting(here, timeout)
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            dist.init_process_group(backend, store=_store, rank=here.rank, world_size=here.world, timeout=timeout)
+    except (RuntimeError, ValueError, OSError, dist.DistError) as error:
         reason = " ".join(str(error).split())[:200]
-        fix = "take another MASTER_PORT" if "EADDRINUSE" in reason else "check that all were started"
+        in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+        fix = "take another MASTER_PORT" if in_use else "check that all were started"
         raise DataError(
             f"rank {here.rank} of {here.world}: does not reach the others at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason}); {fix}"
@@ -111,6 +117,125 @@ def own_gpu(here: Place, visible: int) -> int:
             f"start at most {visible} processes a machine"
         )
     return here.local_rank
+
+
+def _meeting(here: Place, timeout: datetime.timedelta) -> Any:
+    """The store at MASTER_ADDR:MASTER_PORT where processes find each other: torchrun's, or else the first one's.
+
+    That listens at the address that was given alone, where torch's own would at all of the machine's, and gloo's
+    connections take the interface that leads there.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listens = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    inside = os.environ.get("LOCAL_WORLD_SIZE") == str(here.world)
+    options = {"master_listen_fd": _listening(host, port, inside)} if listens else {}
+    store = dist.TCPStore(host, port, here.world, is_master=listens, timeout=timeout, **options)
+    if interface := _interface(host, port, inside):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return store
+
+
+def _listening(host: str, port: int, inside: bool) -> int | None:
+    """A socket that listens there and nowhere else; None where it would not be heard, as a name stands for an address
+    of another machine (a service in front of this one), or only here for this one. ``inside``: all processes are.
+
+    Raises OSError where the port is taken.
+    """
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if not _means(str(address[0]), host, inside):
+        return None
+    with socket.socket(family, socket.SOCK_STREAM) as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                return None
+            raise
+        found.listen(1024)
+        return found.detach()
+
+
+def _interface(host: str, port: int, inside: bool) -> str | None:
+    """The name of the interface by which this machine reaches another; None where it has no IPv4 address there, or the
+    name stands for an address that others do not know."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect((host, port))  # sends nothing
+        except OSError:
+            return None
+        own = asked.getsockname()[0]
+        for _, name in socket.if_nameindex() if _means(own, host, inside) else ():
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):  # one without an address
+                if socket.inet_ntoa(fcntl.ioctl(asked, 0x8915, request)[20:24]) == own:  # SIOCGIFADDR
+                    return name
+    return None
+
+
+def _means(address: str, host: str, inside: bool) -> bool:
+    """Whether others know a host by the same address: many machines call themselves 127.0.1.1, each of them."""
+    if inside or host == "localhost" or not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return True
+    with contextlib.suppress(ValueError):  # a name
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+class Board:
+    """What processes leave for each other to read at any time, beside their calls; where they met. One thread's.
+
+    Every call raises ConnectionError where it is gone: with the first process, or its launcher.
+    """
+
+    def __init__(self, store: Any):
+        self._store = dist.PrefixStore("board", store.clone())
+        self._store.set_timeout(datetime.timedelta(seconds=20))
+
+    def post(self, key: str, text: str) -> None:
+        with self._there():
+            self._store.set(key, text)
+
+    def read(self, key: str) -> str | None:
+        with self._there():
+            return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def is_first(self, key: str) -> bool:
+        """Whether nobody has asked this of ``key`` before."""
+        with self._there():
+            return self._store.add(key, 1) == 1
+
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            raise ConnectionError(str(error)) from error
+
+
+def board() -> Board | None:
+    """None in one process, and where others than `joined` have brought the processes together."""
+    return None if world() == 1 or _store is None else Board(_store)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a call of all processes ended because another did not come, or is no more."""
+    said = isinstance(error, RuntimeError) and any(text in str(error) for text in ("gloo/transport", "NCCL"))
+    return said or isinstance(error, dist.DistError)
+
+
+_called = 0
+
+
+def calls() -> int:
+    """How many calls of all processes this one has come to, those of a second thread aside."""
+    return _called
+
+
+def _count() -> None:
+    global _called
+    if _mine.group is None:
+        _called += 1
 
 
 @contextlib.contextmanager
@@ -182,6 +307,7 @@ def grouped() -> bool:
 def add(*tensors: Tensor) -> None:
     """Sums each tensor over the processes, in place. All have the same shapes in the same order."""
     if world() > 1:
+        _count()
         for tensor in tensors:
             dist.all_reduce(tensor, group=_mine.group)
 
@@ -249,6 +375,7 @@ def together() -> Iterator[None]:
 
 
 def _gather(payload: bytes) -> list[bytes]:
+    _count()
     sizes = torch.zeros(world(), dtype=torch.int64)
     sizes[rank()] = len(payload)
     dist.all_reduce(sizes, group=_mine.group)
@@ -268,6 +395,7 @@ def add_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) ->
     """
     if world() == 1:
         return list(gradients)
+    _count()
     there = torch.tensor([gradient is not None for gradient in gradients], dtype=torch.int32)
     dist.all_reduce(there, group=_mine.group)
     shared = [i for i, count in enumerate(there.tolist()) if count]

@@ -241,6 +241,16 @@ class Rollout:
         return None
 
 
+class Fault(NamedTuple):
+    """Why a step's update was skipped, and the records of its batch.
+
+    >>> Fault("a gradient is not finite", ("sft.json:3", "sft.json:9"))
+    """
+
+    what: str
+    records: tuple[str, ...]  # "file:record" each
+
+
 class Judgement(NamedTuple):
     """What the discriminator makes of one pack. Tuples of tensors alone: whoever shards a model looks into its output.
 

@@ -21,7 +21,7 @@ RUN = (sys.executable, "-m")
 STAGES = ("first", "checks", "speed")
 STAGE_SECONDS = 560  # of ten minutes: the rest starts, stops and packs
 BUILD_SECONDS = 60
-# Tests that need an environment of their own (make test-embed, test-eval, test-vllm): peers' wheels alone do not import.
+# Tests of environments of their own (make test-embed, test-eval, test-vllm): the wheels of peers alone do not import.
 ELSEWHERE = ("tests/embed", "tests/eval", "tests/vllm")
 CHECK_SECONDS = 420  # of the parts that run at once: tests and sanitizer, most of whose time compiles kernels
 # What KERNELS' stress tests need first: products above 2^31 elements, repeats, capture, the host that never waits.

@@ -9,25 +9,24 @@ workers.
 from __future__ import annotations
 
 import gc
-import io
+import json
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from prism_fast import ranks
 from prism_fast.data.dataset import Dataset
 from prism_fast.data.encode import encoded, own_positions
 from prism_fast.data.order import order
+from prism_fast.data.wire import from_bytes, to_bytes
 from prism_fast.records import DataError, Sample
 
 T = TypeVar("T")
@@ -115,7 +114,7 @@ class _Worker:
     def ask(self, entries: list[tuple[int, int]]) -> None:
         """[(position, number of its record)], to be encoded in this order."""
         try:
-            self._pipe.send(entries)
+            self._pipe.send_bytes(json.dumps(entries).encode())
         except OSError:
             self._ended()
 
@@ -151,15 +150,14 @@ class _Worker:
     def _receive(self) -> None:
         while True:
             try:
-                # Made by a fork of this process, and sent over a pipe that no other has.
-                position, made = pickle.loads(self._pipe.recv_bytes())  # noqa: S301
+                position, failed, made = from_bytes(self._pipe.recv_bytes())
             except (EOFError, OSError):
                 return self._ended()
             with self._news:
                 if position in self._unwanted:
                     self._unwanted.remove(position)
                 else:
-                    self._done[position] = made
+                    self._done[position] = _Failure(*made) if failed else made
                 self._news.notify_all()
 
     def _ended(self) -> None:
@@ -171,12 +169,16 @@ class _Worker:
             self._news.notify_all()
 
 
-class _Failure:
+class _Failure(NamedTuple):
     """What a worker could not encode."""
 
-    def __init__(self, error: Exception):
-        self.is_data = isinstance(error, DataError)
-        self.text = str(error) if self.is_data else "".join(traceback.format_exception(error))
+    is_data: bool
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        is_data = isinstance(error, DataError)
+        return cls(is_data, str(error) if is_data else "".join(traceback.format_exception(error)))
 
     def error(self) -> Exception:
         return DataError(self.text) if self.is_data else RuntimeError(f"in a data worker:\n{self.text}")
@@ -194,7 +196,7 @@ def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable
     def listen() -> None:
         while True:
             try:
-                asked.put(pipe.recv())
+                asked.put(json.loads(pipe.recv_bytes()))
             except (EOFError, OSError):
                 os._exit(0)
 
@@ -202,23 +204,10 @@ def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable
     while True:
         for position, index in asked.get():
             try:
-                made: Any = encode(data[index])
+                made = to_bytes((position, False, encode(data[index])))
             except Exception as error:  # noqa: BLE001  the parent raises it
-                made = _Failure(error)
+                made = to_bytes((position, True, tuple(_Failure.of(error))))
             try:
-                pipe.send_bytes(_packed((position, made)))
+                pipe.send_bytes(made)
             except OSError:
                 os._exit(0)
-
-
-class _Pickler(pickle.Pickler):
-    """Tensors as arrays: torch's own way would put each in shared memory, of which containers have little."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
-
-
-def _packed(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(value)
-    return buffer.getvalue()

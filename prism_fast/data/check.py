@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -187,7 +187,14 @@ def verdict_of(kind: str, chat: Chat, max_prompt_tokens: int) -> tuple[Verdict, 
     return verdict, f"lengths by the stage's defaults: max_prompt_tokens = {max_prompt_tokens}{limit}"
 
 
-def check(path: Path, console: Console, bad: BadRecords, chat: Chat | None = None, packing: Packing = PACKING) -> None:
+def check(
+    path: Path,
+    console: Console,
+    bad: BadRecords,
+    chat: Chat | None = None,
+    packing: Packing = PACKING,
+    image_folders: Sequence[Path] = (),
+) -> None:
     """Reads every record and opens every image; with a model's ``chat``, also encodes it as its stage would.
 
     Prints counts, lengths, the bad records and the first good one; ``bad`` counts on over several files.
@@ -202,7 +209,11 @@ def check(path: Path, console: Console, bad: BadRecords, chat: Chat | None = Non
         name = escape(printable(path.name))
         reading = progress.add_task(f"reading {name}", total=None)
         data = Dataset(
-            path, FORMATS[kind], bad, progress=lambda done, total: progress.update(reading, completed=done, total=total)
+            path,
+            FORMATS[kind],
+            bad,
+            progress=lambda done, total: progress.update(reading, completed=done, total=total),
+            image_folders=image_folders,
         )
         for sample, judged in progress.track(_judged(data, verdict), len(data), description=f"opening {name}"):
             if judged is not None:

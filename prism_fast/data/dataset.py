@@ -30,7 +30,8 @@ class Dataset(Sequence[Sample]):
 
     ``convert``: what makes a record of one of the formats. ``columns``: our name -> what the files call it; a name with
     a dot is a field within a field ("reward_model.ground_truth": "answer"). ``cache``: a folder where what is made of a
-    large file stays, as the verdicts on its records, so that it is judged once.
+    large file stays, as the verdicts on its records, so that it is judged once. ``image_folders``: where images may lie
+    beside their file's own folder.
 
     ``bad`` is the account of the bad records that were passed over; more than ``skip_bad`` of them raise. A stage that
     finds a bad record later (an image that does not open) reports it through ``skip`` to the same account.
@@ -45,6 +46,7 @@ class Dataset(Sequence[Sample]):
         columns: Mapping[str, str] | None = None,
         cache: Path | None = None,
         progress: Progress | None = None,
+        image_folders: Sequence[Path] = (),
     ):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
@@ -52,6 +54,7 @@ class Dataset(Sequence[Sample]):
         self.bad = skip_bad if isinstance(skip_bad, BadRecords) else BadRecords(skip_bad)
         self._skipped: set[int] = set()
         self._convert, self._system_prompt, self._columns = convert, system_prompt, dict(columns or {})
+        self._image_folders = tuple(image_folders)
         theirs, kept = set(self._columns.values()), Cache(cache)
         self._sources: list[Source] = [
             open_source(path, lambda name: name in theirs or is_read(name), kept) for path in paths
@@ -77,7 +80,7 @@ class Dataset(Sequence[Sample]):
     def _read(self, file: int, record: int) -> Sample:
         source = self._sources[file]
         held = renamed(source[record], self._columns, source.place(record))
-        fields = Fields(held, source.place(record), source.path.parent, self._system_prompt)
+        fields = Fields(held, source.place(record), source.path.parent, self._system_prompt, self._image_folders)
         sample = self._convert(fields)
         fields.refuse_dropped(sample)
         return sample
@@ -88,7 +91,13 @@ class Dataset(Sequence[Sample]):
         if len(source) < JUDGED_ONCE or not cache.is_kept:
             bad = self._judge(file, progress)
         else:
-            asked = [self._convert.__name__, self._system_prompt, self._columns, _code()]
+            asked = [
+                self._convert.__name__,
+                self._system_prompt,
+                self._columns,
+                list(map(str, self._image_folders)),
+                _code(),
+            ]
             now: dict[str, list[int]] = {}
 
             def make(target: Path) -> None:

@@ -146,8 +146,16 @@ def is_image(value: Any) -> bool:
 class Fields:
     """One raw record and where it stands, with errors that name place and field."""
 
-    def __init__(self, record: dict[str, Any], place: str, folder: Path, system_prompt: str | None):
+    def __init__(
+        self,
+        record: dict[str, Any],
+        place: str,
+        folder: Path,
+        system_prompt: str | None,
+        image_folders: Sequence[Path] = (),
+    ):
         self.record, self.place, self.folder, self.system_prompt = record, place, folder, system_prompt
+        self._image_folders = image_folders
         self._used: set[str] = set()
         for key, value in record.items():
             media = UNSUPPORTED.fullmatch(key)
@@ -323,7 +331,7 @@ class Fields:
         refs = []
         for number, value in enumerate(listed):
             try:
-                refs.append(image_ref(value, self.place, f"{name}[{number}]", self.folder))
+                refs.append(image_ref(value, self.place, f"{name}[{number}]", self.folder, self._image_folders))
             except DataError:
                 raise
             except (OSError, ValueError) as error:  # a text that no path can be

@@ -18,6 +18,7 @@ import re
 import stat
 import struct
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -81,8 +82,12 @@ class _Refusal(Exception):
     """Why an image is not taken and what to do, to go on after its name."""
 
 
-def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
-    """An image as the published files hold it: bytes, a {bytes, path} struct, or a path relative to ``folder``."""
+def image_ref(value: Any, place: str, field: str, folder: Path, others: Sequence[Path] = ()) -> ImageRef:
+    """An image as the published files hold it: bytes, a {bytes, path} struct, or a path relative to ``folder``.
+
+    With all links followed it must lie in ``folder`` or in one of ``others``: data from elsewhere must not choose which
+    files of this machine are read.
+    """
     if isinstance(value, dict):
         if not {"bytes", "path"} & value.keys():
             raise DataError(f"{place}: {field}: expected the fields bytes and path, got {sorted(value)}; rename them")
@@ -111,7 +116,19 @@ def image_ref(value: Any, place: str, field: str, folder: Path) -> ImageRef:
         ) from error
     if not stat.S_ISREG(mode):
         raise DataError(f"{place}: {field}: {str(path)!r} is {_kind(mode)}; give the path of an image file")
+    real = Path(os.path.realpath(path)) if path.is_symlink() else _real(path.parent) / path.name
+    if not any(real.is_relative_to(_real(allowed)) for allowed in (folder, *others)):
+        raise DataError(
+            f"{place}: {field}: {str(real)[:200]!r} is outside the data's folder {str(folder)!r}; move it there, or "
+            f"allow its own: data.image_folders={str(real.parent)[:200]!r}, of data commands --image-folder"
+        )
     return ImageRef(path=path)
+
+
+@lru_cache(maxsize=4096)
+def _real(folder: Path) -> Path:
+    """With all links followed."""
+    return Path(os.path.realpath(folder))
 
 
 def open_image(ref: ImageRef, place: str) -> Image.Image:

@@ -90,7 +90,7 @@ def dry_files(
 
 
 def dry_benchmarks(settings: BenchmarksConfig) -> DryRun:
-    """Of `eval --lmms`: policies, the place of results, the package. Tasks' data is lmms-eval's to fetch, and unseen."""
+    """Of `eval --lmms`: policies, the place of results, the package. What tasks ask is lmms-eval's to fetch."""
     faults = [fault for path in settings.policies for fault in _faults_of_model(path, "policies")]
     faults += _raised(lambda: refuse_unwritable(settings.out, "out"))
     notes = []

@@ -45,6 +45,7 @@ FREE = (
     "data.cache",
     "data.workers",
     "data.image_cache",
+    "data.image_folders",  # an image elsewhere would have ended the run
     "data.skip_bad_records",  # a record that is passed over would have ended the run
     "watch.*",
     "*.activation_checkpointing",  # computes the same again

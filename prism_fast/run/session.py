@@ -6,6 +6,7 @@ A session knows no model, no kernel and no data: a stage hands in what is saved,
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -20,7 +21,7 @@ from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, WarmupConfig, WatchConfig
 from prism_fast.files import system_reason, write_json
-from prism_fast.records import DataError, StepStats
+from prism_fast.records import DataError, Fault, StepStats
 from prism_fast.run import checkpoint, pack_size, record
 from prism_fast.run.alerts import Watch, halved_packs, sentence
 from prism_fast.run.lock import FILE_NAME as LOCK
@@ -28,9 +29,11 @@ from prism_fast.run.lock import FolderLock
 from prism_fast.run.monitor import FILE_NAME as METRICS
 from prism_fast.run.monitor import Monitor
 from prism_fast.run.saving import REMEDY, Saver, newest_whole, write_final
+from prism_fast.run.watchdog import Watchdog
 
 # Copies a model as it now is, dealt to so many processes: a call of all, each of which gets what writes its part.
 CollectModel = Callable[[int], checkpoint.SaveModel]
+SKIPPED = "skipped_updates.jsonl"  # in run.out: the batches that could not be learned from
 StageConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 # -> (held-out figures, what the best checkpoint has most of)
 Evaluate = Callable[[], tuple[dict[str, float], float]]
@@ -184,6 +187,7 @@ class Session:
         with contextlib.ExitStack() as entered:
             alone = cluster.sharding != "none"
             entered.enter_context(ranks.joined(timeout_minutes=cluster.timeout_minutes, alone=alone))
+            self._watchdog = entered.enter_context(Watchdog(cluster.timeout_minutes))
             with ranks.together():
                 set_up_torch(self.config)
                 if ranks.is_first():
@@ -321,7 +325,7 @@ class Session:
             self._notes.append("nothing was saved before; begins at step 0")
         for text in (*self._notes, *(f"resumed with other settings: {text}" for text in self._changed)):
             self._monitor.warn(text)
-        ranks.alive(self.settings.cluster.timeout_minutes)
+        self._watchdog.alive()
         return first
 
     def _open_records(self, total: int, first: int) -> None:
@@ -373,21 +377,21 @@ class Session:
         metrics: dict[str, float],
         warnings: Sequence[str] = (),
         state: Mapping[str, Any] | None = None,
-        fault: str | None = None,
+        fault: Fault | None = None,
     ) -> None:
         """Records step ``step`` (from 1), warns, evaluates and saves where it is time to.
 
         ``tokens`` by part of the step; ``state``: what else a resumed run needs, as JSON, by name; ``fault``: what was
-        not finite, so that an update was skipped. Raises, after saving, Stopped where a signal asked for it, DataError
-        where ``max_skipped_updates`` in a row were skipped. A checkpoint that cannot be written is a warning.
+        not finite, so that an update was skipped, which is counted, and its records kept in SKIPPED. Raises, after
+        saving, Stopped where a signal asked for it, DataError where ``max_skipped_updates`` in a row were skipped. A
+        checkpoint that cannot be written is a warning.
         """
-        metrics = metrics | self._heed_others()
+        metrics = metrics | self._heed_others() | self._count_skipped(step, fault)
         stats = StepStats(step, metrics, clock.seconds, tokens)
         self._monitor.step(stats)
         alerts = self._watch.observe(stats) if self._watch is not None else []
         for text in (*alerts, *(f"step {step}: {text}" for text in (*self._first_halved(metrics), *warnings))):
             self._monitor.warn(text)
-        self._skipped = 0 if fault is None else self._skipped + 1
         hopeless = 0 < self.config.max_skipped_updates <= self._skipped
         if self._evaluate is not None and self._is_time(step, self.config.eval_every):
             self._settle()  # or the best may be one that is not there
@@ -408,8 +412,9 @@ class Session:
         saved = ranks.from_first(str(checkpoint.latest(self.folder) or self.folder))
         if hopeless:
             raise DataError(
-                f"{self.out}: {self._skipped} updates in a row were skipped, the last as {fault}; stopped at step "
-                f"{step}, last saved {saved}; lower the learning rate, or set run.max_skipped_updates=0 to go on anyway"
+                f"{self.out}: {self._skipped} updates in a row were skipped, the last as {fault and fault.what}; "
+                f"stopped at step {step}, last saved {saved}, their records are in {self.out / SKIPPED}; lower the "
+                "learning rate, or set run.max_skipped_updates=0 to go on anyway"
             )
         if signum is not None and step < self.total:
             if unsaved is not None:
@@ -433,10 +438,25 @@ class Session:
         self._halved = True
         return [f"{sentence('halved', count=count)} (now {self.config.tokens_per_pack})"]
 
+    def _count_skipped(self, step: int, fault: Fault | None) -> dict[str, float]:
+        """How many updates in a row were skipped, if any; the records of this one's batch are written down."""
+        if fault is None:
+            self._skipped = 0
+            return {}
+        self._skipped += 1
+        if ranks.is_first():
+            line = json.dumps({"step": step, "what": fault.what, "records": fault.records})
+            try:
+                with open(self.out / SKIPPED, "a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+            except OSError as error:
+                self._monitor.warn(f"step {step}: {self.out / SKIPPED}: cannot be written ({error.strerror}); {REMEDY}")
+        return {names.SKIPPED_UPDATES: float(self._skipped)}
+
     def _heed_others(self) -> dict[str, float]:
         """Says that this process gets on, hears of a signal that any was sent, compares work, and brings together what
         the optimizers of each have measured by themselves."""
-        ranks.alive(self.settings.cluster.timeout_minutes)
+        self._watchdog.alive()
         before, self._cpu_seconds = self._cpu_seconds, time.process_time()
         found = [optimizer.figures() for optimizer in self._optimizers.values()]
         own = {name: sum(each.get(name, 0.0) for each in found) for name in names.OWN if any(name in x for x in found)}

@@ -6,6 +6,7 @@ One discriminator forward per step: it gives the scores and its own loss. One po
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from prism_fast import metric_names as names
@@ -17,7 +18,7 @@ from prism_fast.data.formats import read_align
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.load import ProductChoices, collected, load_discriminator, open_policy
 from prism_fast.models.policy import Policy
-from prism_fast.records import Lesson
+from prism_fast.records import Fault, Lesson
 from prism_fast.run.session import Clock, CollectModel, Session
 from prism_fast.steps.advantage import advantage_metrics, alignment_advantage
 from prism_fast.steps.ahead import Ahead
@@ -88,7 +89,7 @@ def align(config: AlignConfig, *, resume: bool = False, accept_changes: bool = F
                 metrics |= ahead.give(updater.stream(), step + 1)
             metrics |= response_metrics(rollout, scores, accuracy, chat) | load.fractions() | judged | judge_metrics
             metrics |= content_metrics(rollout, scores, parts, accuracy)
-            session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics))
+            session.end_of_step(step + 1, clock, tokens, metrics, **_said(fault, tokens, metrics, lessons))
         return session.finish(batches.bad.messages)
 
 
@@ -111,7 +112,9 @@ def _collected(updater: Updater, judge_updater: Updater, chat: Chat) -> dict[str
     return {name: collected(each.module, chat, each.stream) for name, each in both.items()}
 
 
-def _said(fault: str | None, tokens: dict[str, int], metrics: dict[str, float]) -> dict[str, Any]:
+def _said(
+    fault: str | None, tokens: dict[str, int], metrics: dict[str, float], lessons: Sequence[Lesson]
+) -> dict[str, Any]:
     """Warnings of a step, and what was not finite in it."""
     norms = (("policy", names.POLICY_GRAD_NORM), ("discriminator", names.DISCRIMINATOR_GRAD_NORM))
     broken = [f"a gradient of the {m} is not finite" for m, norm in norms if not math.isfinite(metrics.get(norm, 0.0))]
@@ -121,4 +124,6 @@ def _said(fault: str | None, tokens: dict[str, int], metrics: dict[str, float]) 
     elif not tokens["update_policy"]:
         found.append("every advantage is 0; the policy was not updated")
     found += [f"{text}; it was not updated" for text in broken]
-    return {"warnings": found, "fault": fault or next(iter(broken), None)}
+    what = fault or next(iter(broken), None)
+    places = tuple(item.sample.place for item in lessons)
+    return {"warnings": found, "fault": None if what is None else Fault(what, places)}

@@ -11,6 +11,7 @@ from prism_fast.data.batches import Batches
 from prism_fast.data.encode import NO_RECORDS
 from prism_fast.data.formats import read_rlvr
 from prism_fast.models.load import ProductChoices, collected, load_policy, open_policy
+from prism_fast.records import Fault
 from prism_fast.reward import started
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.advantage import reward_advantage
@@ -74,8 +75,9 @@ def rlvr(config: RLVRConfig, *, resume: bool = False, accept_changes: bool = Fal
                 if not tokens["update_policy"]:
                     warnings.append("every advantage is 0; no update was made")
                 if not math.isfinite(metrics[names.GRAD_NORM]):
-                    fault = batch.rollout.fault() or "a gradient is not finite"
-                    warnings.append(f"{fault}; that update was skipped")
+                    what = batch.rollout.fault() or "a gradient is not finite"
+                    fault = Fault(what, tuple(prompt.place for prompt in batch.rollout.prompts))
+                    warnings.append(f"{what}; that update was skipped")
             with clock("rollout"):
                 metrics |= ahead.give(updater.stream(), step + 1)
             session.end_of_step(step + 1, clock, tokens, metrics, warnings, {"position": position}, fault)

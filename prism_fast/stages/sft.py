@@ -11,6 +11,7 @@ from prism_fast.data.batches import Batches
 from prism_fast.data.encode import NO_RECORDS, demonstration
 from prism_fast.data.formats import read_sft
 from prism_fast.models.load import ProductChoices, collected, open_policy
+from prism_fast.records import Fault
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.evaluate import evaluator
 from prism_fast.steps.free_memory import free_bytes
@@ -56,8 +57,8 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
                     metrics[names.LOSS] = supervised_gradient(updater, packs)
                     metrics[names.GRAD_NORM] = updater.step()
                 if not math.isfinite(metrics[names.GRAD_NORM]):
-                    fault = "a gradient is not finite"
-                    warnings.append(f"{fault}; that update was skipped")
+                    fault = Fault("a gradient is not finite", tuple(prompt.place for prompt, _ in records))
+                    warnings.append(f"{fault.what}; that update was skipped")
             tokens = {"update": packs.num_tokens}
             session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
         return session.finish(data.bad.messages)

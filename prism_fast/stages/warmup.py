@@ -13,7 +13,7 @@ from prism_fast.data.encode import NO_RECORDS, Held, pair_record
 from prism_fast.data.formats import Dataset, read_warmup
 from prism_fast.models.load import ProductChoices, collected, open_discriminator
 from prism_fast.pack import pack
-from prism_fast.records import DataError, PairRecord, Sample
+from prism_fast.records import DataError, Fault, PairRecord, Sample
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.free_memory import free_bytes
@@ -63,8 +63,9 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
                 metrics[names.GRAD_NORM] = updater.step()
             metrics.update(load.fractions())
             if not math.isfinite(metrics[names.GRAD_NORM]):
-                fault = not_finite(broken, labels, records) or "a gradient is not finite"
-                warnings.append(f"{fault}; that update was skipped")
+                what = not_finite(broken, labels, records) or "a gradient is not finite"
+                fault = Fault(what, tuple(record.prompt.place for record in records))
+                warnings.append(f"{what}; that update was skipped")
             tokens = {"update": packs.num_tokens}
             session.end_of_step(step + 1, clock, tokens, metrics, warnings, fault=fault)
         return session.finish(data.bad.messages)

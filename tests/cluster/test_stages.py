@@ -154,7 +154,7 @@ def test_a_bad_record_of_one_process_is_told_once_and_ends_both(tiny_folder, tmp
     data[1]["images"] = [str(folder / "torn.png")]
     (folder / "sft.json").write_text(json.dumps(data[:8]))
     made = tree(tiny_folder, "sft", tmp_path / "out", "zero2")
-    made |= {"data": {"files": [str(folder / "sft.json")]}, "batch_size": 8}
+    made |= {"data": {"files": [str(folder / "sft.json")], "image_folders": [str(tiny_folder)]}, "batch_size": 8}
     config = tmp_path / "sft.yaml"
     config.write_text(yaml.safe_dump(made))
     first, second = launch(["-m", "prism_fast", "sft", "--config", str(config)], 2)

@@ -348,6 +348,9 @@ def test_bad_records_can_be_skipped_and_are_listed(tiny_folder, tmp_path, capsys
     out = tmp_path / "out"
     arguments = [*stage_arguments(tiny_folder, out), f"data.files=[{file}]", "batch_size=4"]
     status, _, err = run(capsys, monkeypatch, *arguments)
+    assert status == 2 and "some.json:1: images[0]" in err and "outside the data's folder" in err
+    arguments.append(f"data.image_folders={tiny_folder}")
+    status, _, err = run(capsys, monkeypatch, *arguments)
     assert status == 2 and "some.json:3" in err
     status, shown, err = run(capsys, monkeypatch, *arguments, "data.skip_bad_records=1")
     assert status == 0, err

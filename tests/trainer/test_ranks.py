@@ -55,6 +55,36 @@ def test_a_port_in_use_is_one_line(monkeypatch, capfd):
     assert ranks.world() == 1 and not ranks.grouped()
 
 
+def test_the_place_where_processes_meet_is_on_the_address_that_was_given_alone():
+    with socket.socket(fileno=ranks._listening("127.0.0.1", 0, False)) as found:
+        host, port = found.getsockname()
+        assert host == "127.0.0.1" and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        with pytest.raises(OSError, match="in use"):
+            ranks._listening("127.0.0.1", port, False)
+    assert ranks._listening("203.0.113.7", 0, False) is None  # of documentation: no machine has it
+    assert ranks._interface("127.0.0.1", 1, False) == "lo"
+    assert ranks._interface("no such host", 1, True) is None
+
+
+def test_a_name_that_stands_for_this_machine_only_here_is_not_taken(monkeypatch):
+    """As in /etc/hosts of many: others would not hear who listens at 127.0.1.1."""
+
+    def found(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    assert ranks._listening("node1", 0, False) is None
+    with socket.socket(fileno=ranks._listening("node1", 0, True)) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
+    assert [ranks._means("127.0.1.1", host, False) for host in ("node1", "localhost", "127.0.0.1", "::1")] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert ranks._means("192.0.2.1", "node1", False) and ranks._means("fe80::1%eth0", "node1", False)
+
+
 def test_what_is_written_while_a_group_forms_is_kept_where_it_forms(capfd):
     with ranks._quiet_failure():
         os.write(2, b"a warning\n")
@@ -105,6 +135,7 @@ def test_a_process_has_its_gpu_before_it_joins_and_a_backend_for_either_device(m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    monkeypatch.setattr(ranks, "_meeting", lambda here, timeout: None)
     monkeypatch.setattr(dist, "init_process_group", join)
     with pytest.raises(DataError, match="does not reach the others"), ranks.joined():
         pass

@@ -12,6 +12,7 @@ and takes what rank 0 measured; without that it takes the first row of the table
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import statistics
@@ -60,10 +61,19 @@ def settle_products(gate_up: Tensor, down: Tensor) -> None:
         if case not in _choices:
             _choices[case] = _fastest(case, gate_up, down)
     if several:
-        box = [product_choices()]
         with on_device_of(gate_up):
-            torch.distributed.broadcast_object_list(box, src=0)
-        load_product_choices(box[0])
+            load_product_choices(_from_first(product_choices(), gate_up.device))
+
+
+def _from_first(choices: dict[str, str], gpu: torch.device) -> dict[str, str]:
+    """Rank 0's: as JSON in a tensor, since nothing is unpickled; on the GPU where the group has no way for hosts."""
+    device = "cpu" if "cpu:" in torch.distributed.get_backend_config() else gpu
+    text = torch.frombuffer(bytearray(json.dumps(choices).encode()), dtype=torch.uint8).to(device)
+    size = torch.tensor([text.numel()], device=device)
+    torch.distributed.broadcast(size, src=0)
+    sent = text if torch.distributed.get_rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(sent, src=0)
+    return json.loads(sent.cpu().numpy().tobytes())
 
 
 def choose(gate_up: Tensor, down: Tensor) -> GroupedGemm:

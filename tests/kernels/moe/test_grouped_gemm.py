@@ -3,6 +3,7 @@
 What needs a GPU is marked; test_triton.py runs this file in Triton's interpreter too.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -238,13 +239,15 @@ class TestChoice:
         assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "triton" and not self.measured
         monkeypatch.setattr(grouped_gemm_choice, "_choices", {})
         monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-        sent = {self.CASE: "loop"}
+        sent = torch.frombuffer(bytearray(json.dumps({self.CASE: "loop"}).encode()), dtype=torch.uint8)
 
-        def broadcast(box, src):
+        def broadcast(tensor, src):
             assert src == 0
-            box[0] = box[0] if torch.distributed.get_rank() == 0 else sent
+            if torch.distributed.get_rank() != 0:
+                tensor.copy_(sent if tensor.dtype == torch.uint8 else torch.tensor([sent.numel()]))
 
-        monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+        monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+        monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
         settle_products(GATE_UP, DOWN)
         assert grouped_gemm_choice.choose(GATE_UP, DOWN).name == "loop" and not self.measured
         monkeypatch.setattr(grouped_gemm_choice, "_choices", {})

@@ -46,7 +46,7 @@ def test_a_round_trip_changes_nothing(tmp_path, kind, first, second):
     once, twice = tmp_path / f"once.{first}", tmp_path / "out" / f"twice.{second}"
     assert convert(data, kind, once) == 2
     convert(Dataset(once, FORMATS[kind]), kind, twice)
-    same(Dataset(twice, FORMATS[kind]), data)
+    same(Dataset(twice, FORMATS[kind], image_folders=[tmp_path]), data)
 
 
 def test_images_in_bytes_go_along(tmp_path):

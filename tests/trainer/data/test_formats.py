@@ -359,7 +359,7 @@ def test_what_is_written_reads_back(tmp_path, kind, stored):
     name = {"sft": "d.json", "warmup": "d.jsonl"}.get(kind, "d.parquet")
     path = getattr(formats, f"write_{kind}")(tmp_path / "out" / name, [sample] * 3)
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
-    back = READERS[kind](path)
+    back = READERS[kind](path, image_folders=[tmp_path / "in"])
     assert len(back) == 3
     fields = {
         "sft": ("response",),

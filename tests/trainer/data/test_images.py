@@ -8,6 +8,7 @@ import sys
 import warnings
 import zlib
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -374,6 +375,63 @@ def test_places_that_are_no_files_are_refused_without_waiting(tmp_path):
         image_ref("iVBORw0KGgo" + "A" * 6000, "p", "images[0]", tmp_path)
 
 
+# ---- where an image may lie
+
+
+@pytest.fixture
+def places(tmp_path):
+    """data/ with in.png and a folder of images, other/ with out.png, and links from one to the other."""
+    data, other = tmp_path / "data", tmp_path / "other"
+    for path in (data / "in.png", data / "deep" / "in.png", other / "out.png", other / "deep" / "out.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    (data / "link.png").symlink_to(other / "out.png")
+    (data / "linked").symlink_to(other / "deep")
+    (data / "round.png").symlink_to(data / "deep" / "in.png")
+    (tmp_path / "same").symlink_to(data)
+    return data, other
+
+
+OUTSIDE = ("{other}/out.png", "../other/out.png", "link.png", "linked/out.png", "deep/../../other/out.png")
+
+
+@pytest.mark.parametrize("value", OUTSIDE)
+def test_an_image_outside_the_datas_folder_needs_leave(value, places):
+    data, other = places
+    name = value.format(other=other)
+    for wrapped in (name, {"path": name, "bytes": None}):
+        with pytest.raises(
+            DataError, match=r"^p: images: '.*/other/.*out.png' is outside .*: data.image_folders='.*/other"
+        ):
+            image_ref(wrapped, "p", "images", data)
+        with pytest.raises(DataError, match="outside"):
+            image_ref(wrapped, "p", "images", data, [other.with_name("othe"), other / "out.pn"])
+        assert open_image(image_ref(wrapped, "p", "images", data, [other]), "p").size == (4, 4)
+        assert image_ref(wrapped, "p", "images", data, [Path("/")]).path is not None
+
+
+@pytest.mark.parametrize("value", ["in.png", "{data}/in.png", "deep/../in.png", "round.png", "../data/in.png"])
+def test_an_image_inside_the_datas_folder_needs_none(value, places):
+    data, _ = places
+    for folder in (data, data.with_name("same")):  # a folder that is a link itself
+        assert image_ref(value.format(data=data), "p", "images", folder).path is not None
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "file:in.png", "http://h/a.png", "https://h/a.png", "s3://b/a.png"]
+)
+def test_nothing_is_fetched(url, places):
+    data, _ = places
+    with pytest.raises(DataError, match="is a URL; store the image as a file or as bytes"):
+        image_ref(url, "p", "images", data, [Path("/")])
+
+
+def test_bytes_lie_nowhere(places):
+    data, other = places
+    held = (other / "out.png").read_bytes()
+    assert image_ref({"bytes": held, "path": "/etc/passwd"}, "p", "images", data) == ImageRef(data=held)
+
+
 # ---- what does not open
 
 
@@ -507,7 +565,7 @@ def test_images_that_are_written_and_read_again_show_the_same(tmp_path, write, h
         **{f"{who}_{part}": text for who in ("teacher", "student") for part, text in parts.items()},
     )
     path = write(tmp_path / "out" / ("d.parquet" if "parquet" in write.__doc__ else "d.jsonl"), [sample])
-    (back,) = WRITERS[write](path)
+    (back,) = WRITERS[write](path, image_folders=[tmp_path])
     for name, ref in zip(HARD, back.images, strict=True):
         assert np.array_equal(np.asarray(open_image(ref, "p")), seen(FILES[name])), name
 

@@ -51,6 +51,7 @@ def assert_stages_write_the_declared_names(out):
     assert {name for name in written if metric_names.find(name) is None} == set()
     # Told where they are not 0, of pairs that few responses do not have, and of runs with rollout.overlap.
     rare = {metric_names.EVAL_JUDGE_LATE, metric_names.EVAL_JUDGE_COSTLY, metric_names.HALVED_PACKS}
+    rare.add(metric_names.SKIPPED_UPDATES)
     rare |= {*metric_names.CONTENT.values(), *metric_names.STYLE.values()}
     rare |= {metric_names.OVERLAP_SECONDS, metric_names.OFF_POLICY_KL, *metric_names.OFF_POLICY_CLIPPED.values()}
     assert metric_names.DECLARED.keys() - written - rare == set(metric_names.RANKS.values())  # these of several ranks

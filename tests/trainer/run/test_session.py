@@ -12,7 +12,7 @@ import torch
 
 from prism_fast import metric_names as names
 from prism_fast.config import SFTConfig, WatchConfig
-from prism_fast.records import DataError
+from prism_fast.records import DataError, Fault
 from prism_fast.run import checkpoint, saving
 from prism_fast.run.monitor import read_metrics
 from prism_fast.run.session import Clock, Session, Stopped
@@ -88,7 +88,9 @@ class Stage:
                     optimizer.value = optimizer.value + self.weight
                 warnings = ["odd"] if step % 2 else []
                 metrics, state = {"loss": float(step), "format_valid": 0.0}, {"position": self.position}
-                run.end_of_step(step + 1, Clock(), {"update": 5}, metrics, warnings, state, fault and fault(step + 1))
+                what = fault and fault(step + 1)
+                broken = Fault(what, (f"data:{step + 1}",)) if isinstance(what, str) else None
+                run.end_of_step(step + 1, Clock(), {"update": 5}, metrics, warnings, state, broken)
             return run.finish(["a.json:3: bad"]) if until is None else None
 
 
@@ -412,6 +414,10 @@ def test_skipped_updates_in_a_row_stop_the_run(tmp_path):
     with pytest.raises(DataError, match=r": 3 updates in a row were skipped, the last as score 6 is NaN; .*-000006"):
         stage.run(9, fault=lambda step: f"score {step} is NaN" if step in broken else None)
     assert checkpoint.steps(tmp_path / "checkpoints") == [6] and not (tmp_path / "final").exists()
+    counted = {line["step"]: line["skipped_updates"] for line in lines(tmp_path) if "skipped_updates" in line}
+    assert counted == {2: 1, 4: 1, 5: 2, 6: 3}
+    skipped = [json.loads(line) for line in (tmp_path / "skipped_updates.jsonl").read_text().splitlines()]
+    assert skipped[1:2] == [{"step": 4, "what": "score 4 is NaN", "records": ["data:4"]}] and len(skipped) == 4
     with pytest.raises(DataError, match="3 updates in a row"):  # three more are allowed, and no more
         Stage(tmp_path, save_every=0, max_skipped_updates=3).run(9, resume=True, fault=lambda step: "NaN")
     assert lines(tmp_path)[-1]["step"] == 9
