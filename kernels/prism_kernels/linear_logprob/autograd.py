@@ -243,7 +243,7 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     loss, logprob, entropy, means, *_ = _policy_loss(head, batch, objective.spec, options, _needs(head), impl)
     named = dict(zip(STATISTICS, means.detach().unbind()))
-    stats = {name: named[name] for name in statistic_names(objective, batch, options.with_entropy)}
+    stats: dict[str, Tensor] = {name: named[name] for name in statistic_names(objective, batch, options.with_entropy)}
     if not torch.compiler.is_compiling() and head.hidden.device.type == "cpu" and stats["rows"] == 0:
         stats = {"rows": stats["rows"]}
     return PolicyLoss(

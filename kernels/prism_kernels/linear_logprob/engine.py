@@ -290,7 +290,7 @@ def _joined(head: Head, parts: list[Tensor]) -> Tensor:
 
 
 def _concatenate(head: Head, parts: list[Statistics], with_entropy: bool) -> Statistics:
-    columns = [[part[i] for part in parts] for i in range(3 + with_entropy)]
+    columns: list[Any] = [[part[i] for part in parts] for i in range(3 + with_entropy)]
     return Statistics(*[_joined(head, column) for column in columns], *([] if with_entropy else [None]))
 
 

@@ -12,7 +12,7 @@ LOG_RATIO_LIMIT = 20.0  # log-ratios are clamped to +-20 before exp: exp(20) is 
 RATIOS = ("token", "sequence")
 AGGREGATES = ("token_mean", "sequence_mean", "sequence_sum", "fixed_length")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-STATISTICS = (
+STATISTICS: tuple[str, ...] = (
     "rows", "ratio_mean", "clip_low_fraction", "clip_high_fraction", "kl_old", "dual_clip_fraction", "kl_ref",
     "entropy_mean", "rollout_diff_mean", "rollout_diff_max", "importance_mean", "importance_capped_fraction",
 )  # fmt: skip
