@@ -11,18 +11,44 @@ from __future__ import annotations
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dev.vllm_environment import ROOT, SHIM, TESTS, TORCH, TORCHVISION, own_needs
 
-# By host: what pip resolves beside our own needs, and the modules that must import afterwards.
+
+@dataclass(frozen=True)
+class Host:
+    """``packages``: what pip resolves. ``modules``: what must import afterwards. ``alone``: installed without what they
+    ask for. ``trainer``: whether prism_fast is to run there too, or prism_kernels alone."""
+
+    packages: Sequence[str]
+    modules: Sequence[str]
+    alone: Sequence[str] = ()
+    trainer: bool = True
+
+
 HOSTS = {
-    "trl": (["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0"], ["trl", "torchvision.transforms.v2.functional"]),
-}
+    "trl": Host(
+        ["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0"], ["trl", "torchvision.transforms.v2.functional"]
+    ),
+    # Of what verl requires, that which its imports need here: wandb, tensorboard, pylatexenc and the like are left out.
+    "verl": Host(
+        [
+            "transformers==5.10.2", "ray==2.60.0", "tensordict==0.10.0", "TransferQueue==0.1.11", "hydra-core==1.3.2",
+            "peft==0.21.2", "accelerate==1.15.0", "datasets==5.2.0", "torchdata", "codetiming", "orjson", "cachetools",
+            "uvicorn", "fastapi", "aiohttp", "pillow",
+        ],
+        ["verl.trainer.ppo.v1"],
+        alone=["verl==0.9.1"],
+        trainer=False,
+    ),
+}  # fmt: skip
 
 
 def build(host: str, folder: Path) -> None:
-    packages, modules = HOSTS[host]
+    wanted = HOSTS[host]
     venv.create(folder, with_pip=True, clear=True)
     python = str(folder / "bin" / "python")
 
@@ -31,13 +57,14 @@ def build(host: str, folder: Path) -> None:
 
     pip("install", "--quiet", "--upgrade", "pip")
     pip("install", "--quiet", TORCH)
-    pip("install", "--quiet", TORCH, *packages, *own_needs(), *TESTS)
-    pip("install", "--quiet", "--no-deps", TORCHVISION)
+    pip("install", "--quiet", TORCH, *wanted.packages, *(own_needs() if wanted.trainer else ["numpy"]), *TESTS)
+    pip("install", "--quiet", "--no-deps", TORCHVISION, *wanted.alone)
     pip("install", "--quiet", "--no-deps", "-e", str(ROOT))
     site = next(folder.glob("lib/python*/site-packages"))
     (site / f"{SHIM}.py").write_text((ROOT / "dev" / f"{SHIM}.py").read_text())
     (site / f"{SHIM}.pth").write_text(f"import {SHIM}\n")
-    subprocess.run([python, "-c", f"import {', '.join(modules)}, prism_fast"], check=True, cwd=folder)
+    modules = [*wanted.modules, "prism_fast" if wanted.trainer else "prism_kernels"]
+    subprocess.run([python, "-c", f"import {', '.join(modules)}"], check=True, cwd=folder)
 
 
 if __name__ == "__main__":
