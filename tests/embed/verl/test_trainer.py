@@ -1,5 +1,6 @@
 """The registered trainer: verl's own step over its own queue, buffer and configuration, its GPU workers played here."""
 
+import os
 from pathlib import Path
 
 import hydra
@@ -34,6 +35,7 @@ def composed(*overrides):
 
 @pytest.fixture(scope="module")
 def queue():
+    os.environ["RAY_raylet_start_wait_time_s"] = "600"  # of a machine that others use
     ray.init(num_cpus=16, include_dashboard=False, logging_level="ERROR", object_store_memory=80 * 2**20)
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     yield
