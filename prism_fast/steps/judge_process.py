@@ -58,7 +58,7 @@ def judged(judge: DiscriminatorReward, request: dict[str, Any]) -> dict[str, Any
     return {"scores": scores, "metrics": metrics}
 
 
-def main(arguments: list[str]) -> None:
+def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("prism_fast.steps.judge_process", allow_abbrev=False)
     parser.add_argument("--discriminator", type=Path, required=True, help="its folder, with the chat format")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="records of the alignment format")
@@ -66,7 +66,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens-per-pack", type=int, default=16_384)
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    given = parsed(arguments)
 
     def opened(path: Path) -> DiscriminatorReward:
         return DiscriminatorReward(

@@ -1,6 +1,5 @@
 """The registered trainer: verl's own step over its own queue, buffer and configuration, its GPU workers played here."""
 
-import os
 from pathlib import Path
 
 import hydra
@@ -12,6 +11,7 @@ import verl
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.import_utils import load_extern_object
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from prism_kernels import multi_reward_advantage
@@ -35,8 +35,14 @@ def composed(*overrides):
 
 @pytest.fixture(scope="module")
 def queue():
-    os.environ["RAY_raylet_start_wait_time_s"] = "600"  # of a machine that others use
-    ray.init(num_cpus=16, include_dashboard=False, logging_level="ERROR", object_store_memory=80 * 2**20)
+    for attempts_left in (3, 2, 1, 0):  # it gives itself 30 seconds to start, on a machine that others use too
+        try:
+            ray.init(num_cpus=16, include_dashboard=False, logging_level="ERROR", object_store_memory=80 * 2**20)
+            break
+        except Exception:
+            ray.shutdown()
+            if not attempts_left:
+                raise
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     yield
     tq.close()
@@ -200,6 +206,21 @@ def test_a_discriminator_is_scored_trained_saved_and_gone_on_with(queue, tmp_pat
     by_path = made(*JUDGE, "trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_3")
     by_path._load_checkpoint()
     assert torch.equal(by_path._prism_judge.table.weight, judge.table.weight)
+
+
+def test_the_example_is_a_configuration_of_verls_that_the_trainer_takes():
+    folder = str(Path(__file__).resolve().parents[3] / "examples")
+    search = "hydra.searchpath=[pkg://verl.trainer.config]"  # compose() does not read it from the file
+    with hydra.initialize_config_dir(config_dir=folder, version_base=None):
+        config = hydra.compose(
+            "verl_prism", overrides=[search, JUDGE[0].lstrip("+"), "algorithm.prism.judge_options=null"]
+        )
+    config.algorithm.prism.judge_options = {"words": 50, "lr": 0.5}
+    trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
+    assert trainer._prism_settings.columns == {"record": "index"} and trainer._prism_settings.rule["rule"] == "align"
+    assert config.actor_rollout_ref.model.use_fused_kernels
+    function = config.reward.custom_reward_function
+    assert load_extern_object(function.path, function.name)("digits", "text", "7", extra_info={}) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 import inspect
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from dev.host_signatures import TABLE
+from prism_fast.steps import judge_process
 from prism_kernels import group_normalize, linear_logprob, multi_reward_advantage
 from prism_kernels.integrations import verl
 from prism_kernels.integrations.verl_advantage import Settings, column, prism, prism_group, sessions
@@ -154,6 +157,20 @@ def test_settings_name_what_is_unknown():
         Settings.of({"prism": {"judges": "a:b"}})
     with pytest.raises(ValueError, match=r"algorithm\.prism\.rule\.perception: expected one of format_valid"):
         Settings.of({"prism": {"rule": {"perception": 1}}})
+
+
+def test_the_example_says_what_the_integration_reads():
+    given = yaml.safe_load((TABLE.parents[3] / "examples" / "verl_prism.yaml").read_text())
+    settings = Settings.of(given["algorithm"])
+    assert settings.rule == {"rule": "align", "format_penalty": 1.5} and given["algorithm"]["adv_estimator"] == "prism"
+    module, _, name = settings.judge.partition(":")
+    assert set(settings.judge_options) <= {*inspect.signature(getattr(import_module(module), name)).parameters}
+    command = settings.judge_options["command"]
+    arguments = command[command.index("-m") + 2 :]
+    assert judge_process.parsed(arguments).lr == 1e-6
+    function = given["reward"]["custom_reward_function"]
+    module = import_module(function["path"].removeprefix("pkg://"))
+    assert getattr(module, function["name"])("digits", "text", "7", extra_info={}) == 0.0
 
 
 class Node(dict):
