@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable test-cluster test-vllm test-embed test-embed-trl test-embed-verl lint fuzz bench gate gpu clean
+.PHONY: setup demo test test-portable test-cluster test-vllm test-embed lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -56,14 +56,9 @@ $(VLLM_VENV)/.ready: pyproject.toml dev/vllm_environment.py dev/torchvision_sche
 # The kernels inside other trainers on a CPU, each in an environment of its own: some 2 minutes to build, then 3.
 EMBED_VENV   ?= .venv-embed
 EMBED_REPORT ?= runs/test-embed.md
-test-embed: test-embed-trl test-embed-verl
-
-test-embed-trl: $(EMBED_VENV)/trl/.ready
+test-embed: $(EMBED_VENV)/trl/.ready $(EMBED_VENV)/verl/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
-
-test-embed-verl: $(EMBED_VENV)/verl/.ready
-	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-verl.md) \
-		$(EMBED_VENV)/verl/bin/python -m pytest -m embed tests/embed/verl
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-verl.md) $(EMBED_VENV)/verl/bin/python -m pytest -m embed tests/embed/verl
 
 $(EMBED_VENV)/%/.ready: pyproject.toml dev/embed_environment.py dev/vllm_environment.py dev/torchvision_schemas.py
 	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*

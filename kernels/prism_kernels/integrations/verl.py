@@ -196,7 +196,9 @@ def _checked(config: Any) -> Settings:
     if model.get("use_fused_kernels", False) and backend not in BACKENDS:
         name = "actor_rollout_ref.model.fused_kernel_options.impl_backend"
         raise wrong(name, "torch, which is prism_kernels' here, triton or liger", str(backend))
-    return Settings.of(algorithm)
+    settings = Settings.of(algorithm)
+    settings.advantages({name: torch.ones(2) for name in settings.names()}, torch.zeros(2, dtype=torch.int64))
+    return settings
 
 
 def _judge(settings: Settings) -> Any:
@@ -328,8 +330,11 @@ def _probe_rule(algorithms: Any) -> None:
 
 
 def _same(what: str, name: str, theirs: Tensor, mine: Tensor) -> None:
-    if theirs.shape != mine.shape or not torch.allclose(theirs, mine, rtol=1e-4, atol=1e-4):
-        raise RuntimeError(f"verl's {what} computes another {name} than this one: {theirs} and {mine}")
+    if theirs.shape != mine.shape:
+        raise RuntimeError(f"verl's {what} gives {name} as {tuple(theirs.shape)}, this one as {tuple(mine.shape)}")
+    if not torch.allclose(theirs, mine, rtol=1e-4, atol=1e-4):
+        gap = float((theirs - mine).detach().abs().max())
+        raise RuntimeError(f"verl's {what} computes another {name} than this one: {gap} apart")
 
 
 def _on_import() -> None:

@@ -51,8 +51,23 @@ class Settings:
         given = dict(_plain(node or {}))
         _known("algorithm.prism", given, list(Settings.__dataclass_fields__))
         parameters = inspect.signature(multi_reward_advantage).parameters.values()
-        _known("algorithm.prism.rule", given.get("rule", {}), [p.name for p in parameters if p.kind == p.KEYWORD_ONLY])
+        numbers = [
+            p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in ("format_valid", "accuracy")
+        ]
+        _known("algorithm.prism.rule", given.get("rule", {}), numbers)
         return Settings(**given)
+
+    def advantages(self, named: Mapping[str, Tensor], groups: Tensor) -> Tensor:
+        """Of responses with these rewards by name. Raises ValueError for a value of ``rule`` that is none."""
+        valid, accuracy = self.format_valid, self.accuracy
+        return multi_reward_advantage(
+            named[self.perception],
+            named[self.reasoning],
+            groups,
+            format_valid=None if valid is None else named[valid] > 0,
+            accuracy=None if accuracy is None else named[accuracy],
+            **self.rule,
+        )
 
     def names(self) -> list[str]:
         return [
@@ -122,16 +137,7 @@ def prism(
         0, of_row, groups
     )
     named = {name: value.to(response_mask.device) for name, value in scores.named.items()}
-    valid, accuracy = settings.format_valid, settings.accuracy
-    advantages = multi_reward_advantage(
-        named[settings.perception],
-        named[settings.reasoning],
-        of_session,
-        format_valid=None if valid is None else named[valid] > 0,
-        accuracy=None if accuracy is None else named[accuracy],
-        **settings.rule,
-    )
-    return _of_tokens(advantages[of_row], response_mask)
+    return _of_tokens(settings.advantages(named, of_session)[of_row], response_mask)
 
 
 def prism_group(

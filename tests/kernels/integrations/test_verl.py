@@ -155,7 +155,9 @@ def test_settings_name_what_is_unknown():
         ValueError, match=r"algorithm\.prism\.judges: expected one of perception, .*, got an unknown key"
     ):
         Settings.of({"prism": {"judges": "a:b"}})
-    with pytest.raises(ValueError, match=r"algorithm\.prism\.rule\.perception: expected one of format_valid"):
+    with pytest.raises(
+        ValueError, match=r"algorithm\.prism\.rule\.perception: expected one of rule, perception_weight"
+    ):
         Settings.of({"prism": {"rule": {"perception": 1}}})
 
 
@@ -332,6 +334,8 @@ def test_what_verl_would_take_and_not_do_is_refused(queue):
         verl._checked(config)
     config.actor_rollout_ref.model["use_fused_kernels"] = False
     assert verl._checked(config) == Settings()
+    with pytest.raises(ValueError, match=r"accuracy: .*which rule 'gated' reads"):
+        verl._checked(configuration(rule=Node(rule="gated")))
 
     class Moved(Host):
         def _compute_advantage(self, batch, metrics):
