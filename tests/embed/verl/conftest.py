@@ -14,4 +14,4 @@ collect_ignore_glob = [] if find_spec("verl") else ["test_*.py"]
 @pytest.fixture(scope="session")
 def report():
     about = [").", "verl is installed without its dependencies, and beside them what its imports need of these."]
-    yield from reported("test-embed, verl", ("verl", "transformers", "ray", "tensordict", "torch"), about)
+    yield from reported("test-embed", ("verl", "transformers", "ray", "tensordict", "torch"), about)
