@@ -54,11 +54,16 @@ $(VLLM_VENV)/.ready: dev/vllm_environment.py $(SHARED_STEPS)
 	$(PYTHON) -m dev.vllm_environment $(VLLM_VENV)
 	touch $@
 
-# The kernels inside other trainers on a CPU, each in an environment of its own: some 2 minutes to build, then 3.
+# The kernels inside other trainers on a CPU, each in an environment of its own: some 2 to 4 minutes to build, then 3 to 10.
 EMBED_VENV   ?= .venv-embed
 EMBED_REPORT ?= runs/test-embed.md
-test-embed: $(EMBED_VENV)/trl/.ready
+test-embed: test-embed-trl test-embed-verl test-embed-swift
+
+test-embed-trl: $(EMBED_VENV)/trl/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
+
+test-embed-%: $(EMBED_VENV)/%/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-$*.md) $(EMBED_VENV)/$*/bin/python -m pytest -m embed tests/embed/$*
 
 $(EMBED_VENV)/%/.ready: dev/embed_environment.py $(SHARED_STEPS)
 	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*

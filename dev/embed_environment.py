@@ -15,11 +15,26 @@ from dev.environments import build
 # By host: what pip resolves beside our own needs, and the modules that must import afterwards.
 HOSTS = {
     "trl": (["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0"], ["trl", "torchvision.transforms.v2.functional"]),
-}
+    # Of what verl requires, that which its imports need: wandb, tensorboard, pylatexenc and the like are left out.
+    "verl": (
+        ["transformers==5.10.2", "ray==2.60.0", "tensordict==0.10.0", "TransferQueue==0.1.11", "hydra-core==1.3.8",
+         "peft==0.21.2", "accelerate==1.15.0", "datasets==5.2.0", "torchdata==0.11.0", "codetiming==1.4.0", "orjson",
+         "cachetools", "uvicorn", "fastapi", "aiohttp", "pillow"],
+        ["verl.trainer.ppo.v1"],
+    ),
+    # msgspec it imports without naming it, qwen-vl-utils it asks for when it opens a Qwen3-VL.
+    "swift": (
+        ["ms-swift==4.6.0", "transformers==5.19.0", "trl==0.29.1", "peft==0.20.0", "msgspec", "qwen-vl-utils==0.0.14"],
+        ["swift.rlhf_trainers.grpo_trainer", "torchvision.transforms.v2.functional"],
+    ),
+}  # fmt: skip
+# Hosts whose transformers prism_fast cannot take, where prism_kernels runs alone: what is installed without its needs.
+ALONE = {"verl": ["verl==0.9.1"]}
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in HOSTS:
         sys.exit(f"python -m dev.embed_environment HOST FOLDER, with HOST one of {', '.join(HOSTS)}")
-    packages, modules = HOSTS[sys.argv[1]]
-    build(Path(sys.argv[2]), packages, modules=modules)
+    host = sys.argv[1]
+    packages, modules = HOSTS[host]
+    build(Path(sys.argv[2]), packages, modules=modules, apart=ALONE.get(host, ()), trainer=host not in ALONE)

@@ -38,10 +38,18 @@ def own_needs() -> list[str]:
     return [line for line in lines if name_of(line) not in OURS_APART]
 
 
-def build(folder: Path, packages: Sequence[str], *, modules: Sequence[str], apart: Sequence[str] = ()) -> None:
+def build(
+    folder: Path,
+    packages: Sequence[str],
+    *,
+    modules: Sequence[str],
+    apart: Sequence[str] = (),
+    trainer: bool = True,
+) -> None:
     """A virtual environment in ``folder`` that holds the trainer (as this clone has it), pytest and ``packages``.
 
-    ``apart``: installed after them, without what they require. ``modules`` must import in it at the end.
+    ``apart``: installed after them, without what they require. ``modules`` must import in it at the end. Where the
+    ``trainer`` cannot stand beside them, its needs are left out, and prism_kernels must import.
     """
     venv.create(folder, with_pip=True, clear=True)
     python = str(folder / "bin" / "python")
@@ -51,10 +59,10 @@ def build(folder: Path, packages: Sequence[str], *, modules: Sequence[str], apar
 
     pip("install", "--quiet", "--upgrade", "pip")
     pip("install", "--quiet", TORCH)
-    pip("install", "--quiet", TORCH, *packages, *own_needs(), *TESTS)
+    pip("install", "--quiet", TORCH, *packages, *(own_needs() if trainer else ()), *TESTS)
     pip("install", "--quiet", "--no-deps", *apart, TORCHVISION)
     pip("install", "--quiet", "--no-deps", "-e", str(ROOT))
     site = next(folder.glob("lib/python*/site-packages"))
     (site / f"{SHIM}.py").write_text((ROOT / "dev" / f"{SHIM}.py").read_text())
     (site / f"{SHIM}.pth").write_text(f"import {SHIM}\n")
-    subprocess.run([python, "-c", f"import {', '.join(modules)}, prism_fast"], check=True, cwd=folder)
+    subprocess.run([python, "-c", f"import {', '.join(modules)}, {'prism_fast' if trainer else 'prism_kernels'}"], check=True, cwd=folder)

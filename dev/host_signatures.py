@@ -17,7 +17,8 @@ from pathlib import Path
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "integrations" / "host_signatures.json"
 
-# By wheel: file -> functions, as CLASS.NAME, whose parameters count; "as NAME" for a name that a file imports.
+# By wheel: file -> functions, as CLASS.NAME or NAME, whose parameters count; "as NAME" for a name that a file imports
+# by that name, "import NAME" for one that it imports, wherever in the file.
 WANTED = {
     "trl==1.16.0": {
         "trl/kernels/chunked_logprob.py": ["ChunkedLogProbFunction.forward"],
@@ -27,21 +28,38 @@ WANTED = {
             "GRPOTrainer._generate_and_score_completions",
         ],
     },
+    "verl==0.9.1": {
+        "verl/utils/experimental/torch_functional.py": ["FusedLinearForPPO.__init__", "FusedLinearForPPO.forward"],
+        "verl/trainer/ppo/core_algos.py": [
+            "compute_grpo_outcome_advantage",
+            "compute_gdpo_outcome_advantage",
+            "register_adv_est",
+        ],
+        "verl/trainer/ppo/v1/trainer_base.py": [
+            "PPOTrainer.__init__",
+            "PPOTrainer._compute_advantage",
+            "PPOTrainer._save_checkpoint",
+            "PPOTrainer._load_checkpoint",
+            "register_trainer",
+        ],
+        "verl/models/transformers/qwen3_vl.py": ["import FusedLinearForPPO"],
+        "verl/models/transformers/dense_common.py": ["import FusedLinearForPPO"],
+    },
 }
 
 
 def signature(tree: ast.Module, name: str) -> list[str]:
     """Names of a function's parameters, or of the module's that a name is imported from. Raises LookupError."""
     for node in ast.walk(tree):
-        if name.startswith("as ") and isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if alias.asname == name[3:]:
-                    return [f"{'.' * node.level}{node.module}.{alias.name}"]
-        owner, _, function = name.rpartition(".")
-        if isinstance(node, ast.ClassDef) and node.name == owner:
-            for item in node.body:
-                if isinstance(item, ast.FunctionDef) and item.name == function:
-                    return [a.arg for a in (*item.args.posonlyargs, *item.args.args, *item.args.kwonlyargs)]
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if name in (f"as {alias.asname}", f"import {alias.name}"):
+                return [f"{'.' * node.level}{node.module}.{alias.name}"]
+    owner, _, function = name.rpartition(".")
+    owners = [tree] if not owner else [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
+    for node in owners:
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef) and item.name == function:
+                return [a.arg for a in (*item.args.posonlyargs, *item.args.args, *item.args.kwonlyargs)]
     raise LookupError(name)
 
 

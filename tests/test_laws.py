@@ -167,7 +167,8 @@ def test_only_the_named_files_touch_transformers_insides_deepspeed_vllm_and_trl(
     assert importers(SOURCES, "prism_fast.steps.vllm_worker") == set()  # it is for vLLM's processes
     assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
     assert importers(KERNELS, "transformers") <= integrations
-    assert importers(SOURCES, "trl") == {"kernels/prism_kernels/integrations/trl.py"}
+    for host in ("trl", "verl"):
+        assert importers(SOURCES, host) == {f"kernels/prism_kernels/integrations/{host}.py"}
     assert importers(SOURCES, "lmms_eval") == {"prism_fast/stages/lmms/inside.py"}
 
 

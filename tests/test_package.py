@@ -47,17 +47,18 @@ def test_what_is_imported_is_declared(declared):
     assert "torch" in packages(KERNELS) and "scipy" in packages(TRAINER)
     integrations = packages(KERNELS / "integrations")
     assert packages(KERNELS) - integrations <= declared[""] | declared["flash"]
-    assert integrations <= declared[""] | declared["train"] | declared["trl"]
+    assert integrations <= declared[""] | declared["train"] | declared["trl"] | declared["verl"]
     optional = declared["trackers"] | declared["cluster"] | declared["vllm"] | declared["eval"]
     assert packages(TRAINER) <= declared[""] | declared["train"] | optional
-    hosts = {"tomli", "datasets"} | declared["trl"] | declared["eval"]  # trl brings datasets
+    hosts = {"tomli", "datasets"} | declared["trl"] | declared["verl"] | declared["eval"]  # trl brings datasets, verl:
+    hosts |= {"ray", "tensordict", "transfer-queue", "hydra", "omegaconf"}
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | hosts
 
 
 def test_what_is_declared_is_imported(declared):
     """What nothing imports is out until it is used. Peers are imported by name where they are installed."""
     assert declared[""] <= packages(KERNELS)
-    assert declared["flash"] | declared["trl"] <= packages(KERNELS)
+    assert declared["flash"] | declared["trl"] | declared["verl"] <= packages(KERNELS)
     assert declared["train"] <= packages(TRAINER)
     assert declared["trackers"] <= packages(TRAINER) | THROUGH_TORCH
     assert declared["cluster"] | declared["vllm"] <= packages(TRAINER)
@@ -69,7 +70,7 @@ def test_what_is_declared_is_imported(declared):
     }  # lmms-eval needs them and does not say so
     assert declared["eval"] - unasked <= packages(TRAINER)
     assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS | declared["cluster"]
-    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "trl", "eval", "peers", "dev"}
+    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "trl", "verl", "eval", "peers", "dev"}
 
 
 def test_doctor_names_what_is_declared(declared):

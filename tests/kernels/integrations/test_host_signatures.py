@@ -9,7 +9,7 @@ import torch
 
 from dev.host_signatures import TABLE, WANTED
 from prism_kernels import linear_logprob, multi_reward_advantage
-from prism_kernels.integrations import trl
+from prism_kernels.integrations import trl, verl
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,8 @@ def test_the_table_is_of_the_tested_versions(table):
     assert table.keys() == WANTED.keys()
     for package in table:
         host, _, version = package.partition("==")
-        tested = {"trl": trl.TESTED}[host]
-        assert any(version.startswith(f"{known}.") for known in tested)
+        tested = {"trl": trl.TESTED, "verl": verl.TESTED}[host]
+        assert any(f"{version}.".startswith(f"{known}.") for known in tested)
 
 
 def test_trls_function_is_called_as_ours(table):
