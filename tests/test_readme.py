@@ -54,6 +54,7 @@ CONFIGS = {
     "rlvr": config.RLVRConfig,
     "eval": config.EvaluateConfig,
     "probe": config.ProbeConfig,
+    "serve-discriminator": config.ServeConfig,
     "data pairs": config.PairsConfig,
     "data filter": config.FilterConfig,
 }

@@ -46,6 +46,7 @@ def test_the_command_line_is_frozen():
         "rlvr": ["--accept-changes", "--config", "--local-rank", "--local_rank", "--resume"],
         "eval": ["--config"],
         "probe": ["--config"],
+        "serve-discriminator": ["--config"],
         "report": [],
         "config": ["--config"],
         "launch": [
