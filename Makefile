@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable test-cluster test-vllm test-embed lint fuzz bench gate gpu clean
+.PHONY: setup demo test test-portable test-cluster test-vllm test-embed test-embed-trl test-embed-swift lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -53,11 +53,17 @@ $(VLLM_VENV)/.ready: pyproject.toml dev/vllm_environment.py dev/torchvision_sche
 	$(PYTHON) dev/vllm_environment.py $(VLLM_VENV)
 	touch $@
 
-# The kernels inside other trainers on a CPU, each in an environment of its own: some 2 minutes to build, then 3.
+# The kernels inside other trainers on a CPU, each in an environment of its own: some 2 to 4 minutes to build, then 3.
 EMBED_VENV   ?= .venv-embed
 EMBED_REPORT ?= runs/test-embed.md
-test-embed: $(EMBED_VENV)/trl/.ready
+test-embed: test-embed-trl test-embed-swift
+
+test-embed-trl: $(EMBED_VENV)/trl/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
+
+test-embed-swift: $(EMBED_VENV)/swift/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-swift.md) \
+		$(EMBED_VENV)/swift/bin/python -m pytest -m embed tests/embed/ms_swift
 
 $(EMBED_VENV)/%/.ready: pyproject.toml dev/embed_environment.py dev/vllm_environment.py dev/torchvision_schemas.py
 	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*

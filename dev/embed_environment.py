@@ -18,6 +18,11 @@ from dev.vllm_environment import ROOT, SHIM, TESTS, TORCH, TORCHVISION, own_need
 # By host: what pip resolves beside our own needs, and the modules that must import afterwards.
 HOSTS = {
     "trl": (["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0"], ["trl", "torchvision.transforms.v2.functional"]),
+    # msgspec it imports without naming it, qwen-vl-utils it asks for when it opens a Qwen3-VL.
+    "swift": (
+        ["ms-swift==4.6.0", "transformers==5.19.0", "trl==0.29.1", "peft==0.20.0", "msgspec", "qwen-vl-utils==0.0.14"],
+        ["swift.rlhf_trainers.grpo_trainer", "torchvision.transforms.v2.functional"],
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "integrations" / "host_signatures.json"
 
-# By wheel: file -> functions, as CLASS.NAME, whose parameters count; "as NAME" for a name that a file imports.
+# By wheel: file -> functions, as NAME or CLASS.NAME, whose parameters count; "as NAME" for a name that a file imports.
 WANTED = {
     "trl==1.16.0": {
         "trl/kernels/chunked_logprob.py": ["ChunkedLogProbFunction.forward"],
@@ -27,21 +27,32 @@ WANTED = {
             "GRPOTrainer._generate_and_score_completions",
         ],
     },
+    "ms-swift==4.6.0": {
+        "swift/rlhf_trainers/grpo_trainer.py": [
+            "GRPOTrainer._get_logps_via_local_forward",
+            "GRPOTrainer._compute_advantages",
+        ],
+        "swift/rl_core/advantage.py": ["compute_advantages"],
+        "swift/rewards/orm.py": ["ORM.__init__"],
+    },
+    "openrlhf==0.11.2": {
+        "openrlhf-0.11.2.data/purelib/openrlhf/utils/agent.py": ["SingleTurnAgentExecutor._fetch_rewards_via_func"],
+    },
 }
 
 
 def signature(tree: ast.Module, name: str) -> list[str]:
     """Names of a function's parameters, or of the module's that a name is imported from. Raises LookupError."""
     for node in ast.walk(tree):
-        if name.startswith("as ") and isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if alias.asname == name[3:]:
-                    return [f"{'.' * node.level}{node.module}.{alias.name}"]
-        owner, _, function = name.rpartition(".")
-        if isinstance(node, ast.ClassDef) and node.name == owner:
-            for item in node.body:
-                if isinstance(item, ast.FunctionDef) and item.name == function:
-                    return [a.arg for a in (*item.args.posonlyargs, *item.args.args, *item.args.kwonlyargs)]
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if name == f"as {alias.asname}":
+                return [f"{'.' * node.level}{node.module}.{alias.name}"]
+    owner, _, function = name.rpartition(".")
+    owners = [tree] if not owner else [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
+    for node in owners:
+        for item in node.body:
+            if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) and item.name == function:
+                return [a.arg for a in (*item.args.posonlyargs, *item.args.args, *item.args.kwonlyargs)]
     raise LookupError(name)
 
 
@@ -55,7 +66,7 @@ def main(given: list[str]) -> None:
     table = {}
     with tempfile.TemporaryDirectory() as place:
         for package, wanted in WANTED.items():
-            stem = package.replace("==", "-")
+            stem = package.replace("-", "_").replace("==", "-")
             wheels = [Path(path) for path in given if Path(path).name.startswith(f"{stem}-")]
             if not wheels:
                 pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, package]

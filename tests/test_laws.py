@@ -168,6 +168,7 @@ def test_only_the_named_files_touch_transformers_insides_deepspeed_vllm_and_trl(
     assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
     assert importers(KERNELS, "transformers") <= integrations
     assert importers(SOURCES, "trl") == {"kernels/prism_kernels/integrations/trl.py"}
+    assert importers(SOURCES, "swift") == {"kernels/prism_kernels/integrations/ms_swift.py"}
 
 
 def test_the_extension_knows_pointers_not_torch():

@@ -17,7 +17,12 @@ else:
 KERNELS = house.ROOT / "kernels" / "prism_kernels"
 TRAINER = house.ROOT / "prism_fast"
 OURS = {"prism_fast", "prism_kernels", "benchmarks", "tests", "dev"}
-NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # where module and package differ in more than -
+NAMES = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "swift": "ms-swift",
+}  # where module and package differ in more than -
 # Not imported by name: torch imports tensorboard; these are commands, plugins of pytest, and what builds the extension.
 THROUGH_TORCH = {"tensorboard"}
 TOOLS = {"pytest-timeout", "pytest-xdist", "ruff", "pyright", "pybind11", "setuptools"}
@@ -47,22 +52,22 @@ def test_what_is_imported_is_declared(declared):
     assert "torch" in packages(KERNELS) and "scipy" in packages(TRAINER)
     integrations = packages(KERNELS / "integrations")
     assert packages(KERNELS) - integrations <= declared[""] | declared["flash"]
-    assert integrations <= declared[""] | declared["train"] | declared["trl"]
+    assert integrations <= declared[""] | declared["train"] | declared["trl"] | declared["swift"]
     optional = declared["trackers"] | declared["cluster"] | declared["vllm"]
     assert packages(TRAINER) <= declared[""] | declared["train"] | optional
-    hosts = {"tomli", "datasets"} | declared["trl"]  # trl brings datasets
+    hosts = {"tomli", "datasets"} | declared["trl"] | declared["swift"]  # trl brings datasets
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | hosts
 
 
 def test_what_is_declared_is_imported(declared):
     """What nothing imports is out until it is used. Peers are imported by name where they are installed."""
     assert declared[""] <= packages(KERNELS)
-    assert declared["flash"] | declared["trl"] <= packages(KERNELS)
+    assert declared["flash"] | declared["trl"] | declared["swift"] <= packages(KERNELS)
     assert declared["train"] <= packages(TRAINER)
     assert declared["trackers"] <= packages(TRAINER) | THROUGH_TORCH
     assert declared["cluster"] | declared["vllm"] <= packages(TRAINER)
     assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS | declared["cluster"]
-    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "trl", "peers", "dev"}
+    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "trl", "swift", "peers", "dev"}
 
 
 def test_doctor_names_what_is_declared(declared):

@@ -18,7 +18,7 @@ def alignment_advantage(
     scores: Scores, group: Tensor, config: AdvantageConfig, step: DiscriminatorStep, accuracy: Tensor | None = None
 ) -> Tensor:
     """(B,) advantages of the adversarial stage from the discriminator's scores, clamped here and only here."""
-    perception, reasoning = (_bounds(scores, group, side, step).clamped for side in names.SIDES)
+    perception, reasoning = clamped_scores(scores, group, step)
     return multi_reward_advantage(
         perception,
         reasoning,
@@ -27,6 +27,11 @@ def alignment_advantage(
         accuracy=accuracy,
         **config.model_dump(),
     )
+
+
+def clamped_scores(scores: Scores, group: Tensor, step: DiscriminatorStep) -> list[Tensor]:
+    """(B,) of each side, as an advantage reads them."""
+    return [_bounds(scores, group, side, step).clamped for side in names.SIDES]
 
 
 def response_reward(scores: Scores, group: Tensor, config: AdvantageConfig, step: DiscriminatorStep) -> Tensor:

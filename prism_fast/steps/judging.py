@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from prism_fast.data.encode import lesson
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.pack import pack
 from prism_fast.records import DataError, Prompt, Sample, Scores
-from prism_fast.steps.advantage import alignment_advantage, response_reward
+from prism_fast.steps.advantage import alignment_advantage, clamped_scores, response_reward
 from prism_fast.steps.discriminator_step import Parts, parts_of
 from prism_fast.steps.pair_loss import length_corrected
 from prism_fast.steps.parts import STUDENT_KINDS, PartTrees
@@ -36,12 +36,13 @@ class Question(NamedTuple):
 class Verdict(NamedTuple):
     """Of one question, N numbers each.
 
-    >>> Verdict(perception=[0.5, None], reasoning=[1.0, None], reward=[0.75, -11.5], advantage=[0.0, -1.5],
-    ...         teacher=None)
+    >>> Verdict(perception=[0.5, None], reasoning=[12.0, None], clamped=[[0.5, 10.0], None], reward=[5.25, -11.5],
+    ...         advantage=[0.7, -2.2], teacher=None)
     """
 
     perception: list[float | None]  # None where the format is invalid
     reasoning: list[float | None]
+    clamped: list[list[float] | None]  # both sides, as the advantage reads them
     reward: list[float]  # `response_reward`
     advantage: list[float]  # `alignment_advantage` of these N as a group
     teacher: list[float] | None  # its two scores
@@ -102,10 +103,14 @@ def _verdict(score_of_part: torch.Tensor, labels: list[list[int] | None], config
     valid = there[1:]
     scores = Scores(score[0, 1:], score[1, 1:], score[0, :1], score[1, :1], valid)
     group = torch.zeros(len(valid), dtype=torch.int64)
-    sides = [[x if ok else None for x, ok in zip(side, valid.tolist())] for side in score[:, 1:].tolist()]
+
+    def where_valid(values: torch.Tensor) -> list[Any]:
+        return [value if ok else None for value, ok in zip(values.tolist(), valid.tolist())]
+
     return Verdict(
-        sides[0],
-        sides[1],
+        where_valid(scores.perception),
+        where_valid(scores.reasoning),
+        where_valid(torch.stack(clamped_scores(scores, group, config), dim=1)),
         response_reward(scores, group, config.advantage, config).tolist(),
         alignment_advantage(scores, group, config.advantage, config).tolist(),
         None if labels[0] is None else score[:, 0].tolist(),

@@ -89,11 +89,24 @@ def test_scores_and_advantages_are_the_trainers_bit_for_bit(tiny_folder, data, s
         assert torch.equal(mine, getattr(scores, side)[scores.format_valid]), side
     assert torch.equal(torch.tensor([each["teacher"] for each in found]).T[0], scores.teacher_perception)
     assert torch.equal(torch.tensor([x for each in found for x in each["advantage"]]), advantages)
+    near = [torch.tensor([each["clamped"][0] for each in found])[:, side] for side in range(2)]
+    assert torch.equal(near[0], scores.perception[[0, 4]]) and torch.equal(near[1], scores.reasoning[[0, 4]])
     # The reward: both sides less the teacher's, half each; an invalid response below what any valid one may have.
     margin = (scores.perception[:4] - scores.teacher_perception[0]) / 2
     margin = margin + (scores.reasoning[:4] - scores.teacher_reasoning[0]) / 2
     expected = torch.where(scores.format_valid[:4], margin, torch.tensor(-10 - 1.5))
     assert_same(torch.tensor(found[0]["reward"]), expected, 4, scale=12)
+
+
+def test_scores_are_clamped_around_the_teachers(tiny_folder, data):
+    with running(tiny_folder, score_clamp=0.01, image_folder=str(tiny_folder / "data")) as server:
+        record = {"prompt": "?", "responses": TEXTS}
+        taught = {**record, "teacher_response": data[0].teacher_caption + data[0].teacher_reasoning}
+        free, held = post(server, {"records": [record, taught]})[1]["records"]
+        assert max(abs(x) for pair in free["clamped"] if pair for x in pair) == pytest.approx(0.01)
+        for pair in filter(None, held["clamped"]):
+            assert pair == pytest.approx(held["teacher"], abs=0.010001)
+        assert max(held["reward"]) <= 0.0101 and held["reward"][1] == pytest.approx(-0.01 - 1.5)
 
 
 def test_requests_that_wait_together_are_one_pass(data, server, monkeypatch):
