@@ -8,7 +8,8 @@ BIN     = $(VENV)/bin
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 JOBS   ?= $(shell nproc)
 
-.PHONY: setup demo test test-portable test-cluster test-vllm test-embed test-eval lint fuzz bench gate gpu clean
+.PHONY: setup demo test test-portable test-cluster test-vllm test-embed test-embed-trl test-embed-verl test-embed-swift
+.PHONY: test-eval lint fuzz bench gate gpu clean
 
 setup: $(VENV)/.ready
 
@@ -62,8 +63,12 @@ test-embed: test-embed-trl test-embed-verl test-embed-swift
 test-embed-trl: $(EMBED_VENV)/trl/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
 
-test-embed-%: $(EMBED_VENV)/%/.ready
-	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-$*.md) $(EMBED_VENV)/$*/bin/python -m pytest -m embed tests/embed/$*
+test-embed-verl: $(EMBED_VENV)/verl/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-verl.md) $(EMBED_VENV)/verl/bin/python -m pytest -m embed tests/embed/verl
+
+test-embed-swift: $(EMBED_VENV)/swift/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-swift.md) \
+		$(EMBED_VENV)/swift/bin/python -m pytest -m embed tests/embed/ms_swift
 
 $(EMBED_VENV)/%/.ready: dev/embed_environment.py $(SHARED_STEPS)
 	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*

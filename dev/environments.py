@@ -65,4 +65,8 @@ def build(
     site = next(folder.glob("lib/python*/site-packages"))
     (site / f"{SHIM}.py").write_text((ROOT / "dev" / f"{SHIM}.py").read_text())
     (site / f"{SHIM}.pth").write_text(f"import {SHIM}\n")
-    subprocess.run([python, "-c", f"import {', '.join(modules)}, {'prism_fast' if trainer else 'prism_kernels'}"], check=True, cwd=folder)
+    subprocess.run(
+        [python, "-c", f"import {', '.join(modules)}, {'prism_fast' if trainer else 'prism_kernels'}"],
+        check=True,
+        cwd=folder,
+    )

@@ -45,6 +45,17 @@ WANTED = {
         "verl/models/transformers/qwen3_vl.py": ["import FusedLinearForPPO"],
         "verl/models/transformers/dense_common.py": ["import FusedLinearForPPO"],
     },
+    "ms-swift==4.6.0": {
+        "swift/rlhf_trainers/grpo_trainer.py": [
+            "GRPOTrainer._get_logps_via_local_forward",
+            "GRPOTrainer._compute_advantages",
+        ],
+        "swift/rl_core/advantage.py": ["compute_advantages"],
+        "swift/rewards/orm.py": ["ORM.__init__"],
+    },
+    "openrlhf==0.11.2": {
+        "openrlhf-0.11.2.data/purelib/openrlhf/utils/agent.py": ["SingleTurnAgentExecutor._fetch_rewards_via_func"],
+    },
 }
 
 
@@ -58,7 +69,7 @@ def signature(tree: ast.Module, name: str) -> list[str]:
     owners = [tree] if not owner else [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
     for node in owners:
         for item in node.body:
-            if isinstance(item, ast.FunctionDef) and item.name == function:
+            if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)) and item.name == function:
                 return [a.arg for a in (*item.args.posonlyargs, *item.args.args, *item.args.kwonlyargs)]
     raise LookupError(name)
 
@@ -73,7 +84,7 @@ def main(given: list[str]) -> None:
     table = {}
     with tempfile.TemporaryDirectory() as place:
         for package, wanted in WANTED.items():
-            stem = package.replace("==", "-")
+            stem = package.replace("-", "_").replace("==", "-")
             wheels = [Path(path) for path in given if Path(path).name.startswith(f"{stem}-")]
             if not wheels:
                 pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, package]

@@ -1,5 +1,5 @@
-"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | probe | report | data | config | launch | plan
-| bench | doctor."""
+"""prism-fast: demo | sft | upcycle | warmup | align | rlvr | eval | probe | serve-discriminator | report | data
+| config | launch | plan | bench | doctor."""
 
 from __future__ import annotations
 
@@ -334,6 +334,18 @@ def probe(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrid
     console.print(f"written: {settings.out}", soft_wrap=True)
 
 
+@app.command("serve-discriminator")
+def serve_discriminator(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Scores of a discriminator by HTTP, for a trainer of another environment; listens on this machine alone."""
+    from prism_fast.config import ServeConfig
+
+    settings = _settings(ServeConfig, config, overrides)
+    from prism_fast.stages.serve import serve
+
+    interruptible()
+    serve(settings)
+
+
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of runs named sft, warmup, align, rlvr; or of one run.")],
@@ -349,7 +361,10 @@ def report(
 
 @app.command("config")
 def show(
-    stage: Annotated[str, typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr, eval or probe.")],
+    stage: Annotated[
+        str,
+        typer.Argument(help="sft, upcycle, pairs, warmup, align, filter, rlvr, eval, probe or serve-discriminator."),
+    ],
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:

@@ -759,6 +759,37 @@ class ProbeConfig(DiscriminatorStep, Sampling):
         return SamplerStart.of(self, self.policy, self.data, self)
 
 
+class ServeConfig(DiscriminatorStep):
+    """`prism-fast serve-discriminator`: scores of a discriminator by HTTP, for a trainer of another environment."""
+
+    discriminator: ModelConfig
+    host: str = Field("127.0.0.1", min_length=1, max_length=255, description="address to listen at")
+    port: Annotated[int, Field(ge=0, le=65535), NUMBER] = Field(8377, description="to listen at; 0: any free one")
+    expose: bool = Field(False, description="whether host may be one that other machines reach: whoever does may score")
+    image_folder: Place | None = Field(
+        None, description="folder in which images may be named by path; null: images come in the request alone"
+    )
+    system_prompt: str | None = Field(None, description="put before prompts that have none; null: nothing")
+    advantage: AdvantageConfig = AdvantageConfig()
+    tokens_per_pack: Annotated[int, Field(ge=1, le=2**24), NUMBER] = Field(16384, description="tokens in one forward")
+    max_prompt_tokens: Tokens = Field(8192, description="a longer prompt, its images included, is refused")
+    max_body_mib: Annotated[int, Field(ge=1, le=1024), NUMBER] = Field(8, description="MiB of a request, or an image")
+    max_responses: Samples = Field(256, description="of one request")
+    max_characters: Annotated[int, Field(ge=1, le=2**24), NUMBER] = Field(65536, description="of one text")
+    max_images: Annotated[int, Field(ge=0, le=1024), NUMBER] = Field(16, description="of one request")
+    max_pixels: Annotated[int, Field(ge=1, le=2**26), NUMBER] = Field(
+        2**24, description="of an image, by its header: a larger one is not decoded"
+    )
+    max_waiting: Annotated[int, Field(ge=1, le=4096), NUMBER] = Field(
+        64, description="requests that wait for the model; a further one is told to come again (503, Retry-After)"
+    )
+    max_connections: Annotated[int, Field(ge=1, le=4096), NUMBER] = Field(128, description="open at once")
+    read_seconds: Annotated[float, Field(gt=0, le=3600), NUMBER] = Field(10.0, description="for a request to arrive")
+    answer_seconds: Annotated[float, Field(gt=0, le=86400), NUMBER] = Field(
+        120.0, description="that a request waits for the model, then it is told to come again"
+    )
+
+
 CONFIGS: dict[str, type[Node]] = {
     "sft": SFTConfig,
     "upcycle": UpcycleConfig,
@@ -770,4 +801,5 @@ CONFIGS: dict[str, type[Node]] = {
     "eval": EvaluateConfig,
     "benchmarks": BenchmarksConfig,
     "probe": ProbeConfig,
+    "serve-discriminator": ServeConfig,
 }

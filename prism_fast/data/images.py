@@ -18,17 +18,19 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from prism_fast.files import replacing
 from prism_fast.records import DataError, ImageRef
+
+T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # none of them starts a program
 MAX_BYTES = 2**28  # of a file: 268 MB
@@ -133,15 +135,12 @@ def _real(folder: Path) -> Path:
 
 def open_image(ref: ImageRef, place: str) -> Image.Image:
     """The image as a person sees it, as RGB. Raises DataError, naming ``place``, whatever the decoder raises."""
-    name = f"{len(ref.data)} bytes" if ref.data is not None else repr(str(ref.path))[1:-1]
-    try:
-        with _open(ref) as file:
-            return _seen(file)
-    except _Refusal as error:
-        raise DataError(f"{place}: images: {name} {error}") from error
-    except Exception as error:  # decoders of damaged files raise any type
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise DataError(f"{place}: images: {name} does not open ({detail}); replace the image or remove it") from error
+    return _looked_at(ref, place, _seen)
+
+
+def pixels_of(ref: ImageRef, place: str) -> int:
+    """Width times height by the header alone: nothing is decoded. Raises DataError as `open_image` does."""
+    return _looked_at(ref, place, _pixels)
 
 
 def content(ref: ImageRef) -> bytes | None:
@@ -153,6 +152,18 @@ def content(ref: ImageRef) -> bytes | None:
             return file.read()
     except (_Refusal, OSError, ValueError):
         return None
+
+
+def _looked_at(ref: ImageRef, place: str, look: Callable[[IO[bytes]], T]) -> T:
+    name = f"{len(ref.data)} bytes" if ref.data is not None else repr(str(ref.path))[1:-1]
+    try:
+        with _open(ref) as file:
+            return look(file)
+    except _Refusal as error:
+        raise DataError(f"{place}: images: {name} {error}") from error
+    except Exception as error:  # decoders of damaged files raise any type
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise DataError(f"{place}: images: {name} does not open ({detail}); replace the image or remove it") from error
 
 
 def _kind(mode: int) -> str:
@@ -176,18 +187,27 @@ def _open(ref: ImageRef) -> IO[bytes]:
     return open(ref.path, "rb") if ref.data is None else io.BytesIO(ref.data)
 
 
-def _seen(file: IO[bytes]) -> Image.Image:
+def _pixels(file: IO[bytes]) -> int:
+    with _recognised(file) as image:
+        return image.width * image.height
+
+
+def _recognised(file: IO[bytes]) -> Image.Image:
+    """Of which only the header is read."""
     _silence_pillow()
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library asked for
     try:
-        image = Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise _Refusal(
             f"does not open (damaged, or none of {', '.join(FORMATS)}{_looks_like(file)}); convert or remove it"
         ) from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, which is higher
         raise _Refusal(f"is over the limit of {MAX_PIXELS:,} pixels; make it smaller or remove it") from error
-    with image:
+
+
+def _seen(file: IO[bytes]) -> Image.Image:
+    with _recognised(file) as image:
         _check_size(*image.size)
         _check_work(image, file)
         box = image.tile[0][1] if image.format == "GIF" and image.tile else None  # of the first frame

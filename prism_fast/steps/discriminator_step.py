@@ -43,8 +43,13 @@ def student_parts(rollout: Rollout, chat: Chat, config: DiscriminatorStep) -> li
 
 def _parts(rollout: Rollout, i: int, chat: Chat, config: DiscriminatorStep) -> tuple[list[int], list[int]] | None:
     """Of response i: token ids of its caption and reasoning."""
-    found = split_parts(rollout.text[i], config.compat.format)
-    if found is None or chat.holds_forbidden(rollout.response_ids[i].tolist()):
+    return None if chat.holds_forbidden(rollout.response_ids[i].tolist()) else parts_of(rollout.text[i], chat, config)
+
+
+def parts_of(text: str, chat: Chat, config: DiscriminatorStep) -> tuple[list[int], list[int]] | None:
+    """Token ids of a response's caption and reasoning; None where the format is invalid or a part too long."""
+    found = split_parts(text, config.compat.format)
+    if found is None:
         return None
     caption, reasoning = chat.encode_part(found.caption).tolist(), chat.encode_part(found.reasoning).tolist()
     return None if max(len(caption), len(reasoning)) > config.max_part_tokens else (caption, reasoning)

@@ -47,6 +47,7 @@ def test_the_command_line_is_frozen():
         "rlvr": trains,
         "eval": ["--config", "--dry-run", "--lmms"],
         "probe": ["--config", "--dry-run"],
+        "serve-discriminator": ["--config"],
         "report": [],
         "config": ["--config"],
         "launch": [

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ import torch
 
 from dev.host_signatures import TABLE, WANTED
 from prism_kernels import linear_logprob, multi_reward_advantage
-from prism_kernels.integrations import trl, verl
+from prism_kernels.integrations import ms_swift, trl, verl
+
+# OpenRLHF has no integration: an example in its form, of the version that its first line names.
+EXAMPLE = (Path(TABLE).parents[3] / "examples" / "openrlhf_reward.py").read_text()
+TESTED = {"trl": trl.TESTED, "verl": verl.TESTED, "ms-swift": ms_swift.TESTED}
+TESTED["openrlhf"] = re.findall(r"OpenRLHF ([\d.]+\d)", EXAMPLE)[:1]
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +27,7 @@ def test_the_table_is_of_the_tested_versions(table):
     assert table.keys() == WANTED.keys()
     for package in table:
         host, _, version = package.partition("==")
-        tested = {"trl": trl.TESTED, "verl": verl.TESTED}[host]
-        assert any(f"{version}.".startswith(f"{known}.") for known in tested)
+        assert any(f"{version}.".startswith(f"{known}.") for known in TESTED[host])
 
 
 def test_trls_function_is_called_as_ours(table):
@@ -34,6 +39,23 @@ def test_trls_function_is_called_as_ours(table):
     assert theirs == ["ctx", *ours[:-1], "final_logit_softcapping", "logit_scale", "outputs"]
     for name in ("_calculate_rewards", "_generate_and_score_completions"):
         assert f"trl/trainer/grpo_trainer.py: GRPOTrainer.{name}" in seams and hasattr(trl.PrismAdvantage, name)
+
+
+def test_ms_swifts_methods_are_called_as_ours(table):
+    seams, file = table["ms-swift==4.6.0"], "swift/rlhf_trainers/grpo_trainer.py: GRPOTrainer"
+    ours = list(inspect.signature(ms_swift._logps_by("auto")).parameters)
+    assert seams[f"{file}._get_logps_via_local_forward"] == ours
+    assert seams[f"{file}._compute_advantages"][:1] == ["self"]  # the rest goes on as it came
+    theirs = seams["swift/rl_core/advantage.py: compute_advantages"]
+    ours = list(inspect.signature(ms_swift._Advantages.__call__).parameters)
+    assert theirs[:3] == ours[1:4] and {"kl_in_reward", "beta"} <= set(theirs[3:])
+    assert seams["swift/rewards/orm.py: ORM.__init__"] == ["self", "args"]
+
+
+def test_openrlhf_calls_a_reward_function_of_three_lists(table):
+    (seam,) = table["openrlhf==0.11.2"].values()
+    assert seam == ["self", "queries_list", "prompts_list", "labels_list"]
+    assert "def reward_func(queries, prompts, labels, **_):" in EXAMPLE
 
 
 def test_values():
