@@ -208,12 +208,9 @@ def save_model(model: TreeModel, path: str | Path, weights: Mapping[str, Tensor]
         if weights is None:
             model.model.save_pretrained(path)
             return
-        shapes = model.shapes
         own = _inner(weights)
-        for value in own.values():
-            shapes.to(value.dtype)  # config.json says it
-            break
-        shapes.save_pretrained(path, state_dict=own)
+        torch.nn.Module.to(model.shapes, next(iter(own.values())).dtype)  # config.json says it
+        model.shapes.save_pretrained(path, state_dict=own)
 
 
 def _inner(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

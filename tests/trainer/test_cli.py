@@ -60,9 +60,10 @@ def test_the_command_line_is_frozen():
         ],
         "bench": [],
         "doctor": [],
-        "data convert": ["--column", "--dry-run", "--out", "--skip-bad-records", "--to"],
+        "data convert": ["--column", "--dry-run", "--image-folder", "--out", "--skip-bad-records", "--to"],
         "data check": [
-            *("--batch-size", "--dry-run", "--histogram", "--max-prompt-tokens", "--model", "--skip-bad-records"),
+            *("--batch-size", "--dry-run", "--histogram", "--image-folder", "--max-prompt-tokens", "--model"),
+            *("--skip-bad-records",),
             "--tokens-per-pack",
         ],
         "data pairs": ["--config", "--dry-run", "--hard-negatives"],
