@@ -8,8 +8,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
+
+
+def installed(name: str) -> bool:
+    """Whether a module is there, without importing it: verl's import loads our plugin."""
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # of a dry run, which hides packages
+        return False
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dev import house
+from prism_fast.config import ServeConfig
 from prism_fast.run.launch import Launch, batch_file, command
 
 ROOT = house.ROOT
@@ -89,8 +90,16 @@ SERVERS = r"\w*HTTPServer|socketserver|http\.server|TCPServer|start_server|uvico
 
 
 def test_nothing_serves():
-    """Only processes of one run listen, for each other (ranks.py)."""
-    assert written(SERVERS) == []
+    """Processes of one run listen, for each other (ranks.py), and `serve-discriminator`, on loopback unless told."""
+    places = {place.partition(":")[0] for place in written(SERVERS)}
+    assert places == {"prism_fast/stages/serve.py", "prism_fast/stages/serving/http.py"}
+    serving = set()
+    for path in SOURCES:
+        modules = {node.module for node in ast.walk(house.tree_of(path)) if isinstance(node, ast.ImportFrom)}
+        if "prism_fast.stages.serving.http" in modules:
+            serving.add(str(path.relative_to(ROOT)))
+    assert serving == {"prism_fast/stages/serving/score_server.py"}
+    assert ServeConfig.model_fields["host"].default == "127.0.0.1" and not ServeConfig.model_fields["expose"].default
     listening = {place.partition(":")[0] for place, name, _ in calls() if re.search(r"\.(listen|bind)$", name)}
     assert listening == {"prism_fast/ranks.py"}
 

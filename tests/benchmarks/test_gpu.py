@@ -14,7 +14,7 @@ import torch
 from benchmarks.catalog import CATALOG
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import run, sanitize
-from benchmarks.gpu.parts import STAGE_SECONDS, STAGES, STRESS, Part, by_stage, chosen, parts
+from benchmarks.gpu.parts import ELSEWHERE, STAGE_SECONDS, STAGES, STRESS, Part, by_stage, chosen, parts
 from benchmarks.harness import document, processes
 from benchmarks.harness.machine import ROOT
 
@@ -89,7 +89,9 @@ def test_every_test_of_the_gpu_is_in_one_part():
     every = {part.name: part.command for part in parts(dry_run=False)}
     ops = ("advantage", "linear", "moe", "attention", "rms_norm", "swiglu", "update")
     folders = [every[f"tests-{op}"][-1] for op in ops]
-    assert folders == [word for word in every["tests-other"] if word.startswith("tests/")]
+    assert [*folders, *ELSEWHERE] == [word for word in every["tests-other"] if word.startswith("tests/")]
+    marked = [path.parent.name for path in (ROOT / "tests").glob("*/conftest.py")]
+    assert {f"tests/{name}" for name in marked if name in ("embed", "eval", "vllm")} == set(ELSEWHERE)
     for folder in folders:
         assert list((ROOT / folder).glob("test_*.py"))
     assert folders == [entry.tests for entry in CATALOG.values() if entry.tests]

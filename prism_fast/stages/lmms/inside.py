@@ -199,7 +199,7 @@ def _transformers(job: dict[str, Any]) -> Any:
 
     simple._resolve_model_class = lambda pretrained, is_moe: (Weights, "dtype")
     device = "cuda:0" if gpu else "cpu"
-    own = AutoImageProcessor.from_pretrained(job["policy"], local_files_only=True)
+    own = AutoImageProcessor.from_pretrained(job["policy"], local_files_only=True, trust_remote_code=False)
     bounds = {"min_pixels": own.size["shortest_edge"], "max_pixels": own.size["longest_edge"]}
     chat.process_vision_info = _as_trained(bounds, own.patch_size, chat.process_vision_info)
     return Policy(job["policy"], device=device, device_map=device, batch_size=job["batch_size"], **bounds)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 
-from tests.host_report import reported
+from tests.host_report import installed, reported
 
-collect_ignore_glob = [] if find_spec("verl") else ["test_*.py"]
+collect_ignore_glob = [] if installed("verl") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

@@ -479,7 +479,7 @@ def test_a_damaged_model_in_a_checkpoint_is_one_line(tiny_folder, tmp_path):
     run_stage("sft", tree)
     file = tmp_path / "run/checkpoints/step-000001/policy/model.safetensors"
     file.write_bytes(half(file.read_bytes()))
-    with pytest.raises(DataError, match=rf"{file}: not a readable safetensors file"):
+    with pytest.raises(DataError, match=r"step-000001: not as it was written \(policy/model\.safetensors has .* bytes"):
         run_stage("sft", {**tree, "steps": 2}, resume=True)
 
 

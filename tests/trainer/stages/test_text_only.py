@@ -54,7 +54,8 @@ def text_only(tiny, stage, folder, mixed):
 @pytest.mark.parametrize("stage", FILES)
 def test_every_stage(stage, mixed, tiny_folder, tmp_path):
     tree = settings(tiny_folder, stage, tmp_path / "out", steps=1)
-    tree["data"] = {"files": [str(text_only(tiny_folder, stage, tmp_path, mixed))]}
+    files = [str(text_only(tiny_folder, stage, tmp_path, mixed))]
+    tree["data"] = {"files": files, "image_folders": [str(tiny_folder)]}
     if stage in ("sft", "rlvr"):
         tree["data"]["eval_files"] = [str(text_only(tiny_folder, "rlvr", tmp_path, mixed))]
         tree["eval"] = {"max_response_tokens": 2}
