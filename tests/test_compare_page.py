@@ -49,3 +49,21 @@ def test_the_discriminator_with_hard_negatives_reads():
     after = [probe["after"]["perception"] for probe in FOUND["probes"]["prism_hard"]]
     assert len(after) == 5 and median(part["auc"] for part in after) >= 0.85
     assert f"**{median(part['auc_form'] for part in after):.2f}**" in PAGE
+
+
+def test_a_teacher_that_errs():
+    errs = json.loads((ROOT / "dev/reports/compare_errors.json").read_bytes())["compare"]
+    assert errs["teacher_errors"] == 0.2 and errs["seeds"] == FOUND["seeds"]
+    for arm, name in {"prism": "(c) PRISM", "prism_hard": "(c+) with hard negatives"}.items():
+        cells = [
+            f"{100 * fmean(found['arms'][arm][how]):.1f}" for how in ("sampled", "greedy") for found in (FOUND, errs)
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in PAGE
+    for of, to, name in (("prism", "direct_short", "(c) - (a), equal RLVR"), ("prism_hard", "control", "(c+) - (b)")):
+        cells = []
+        for how in ("sampled", "greedy"):
+            for found in (FOUND, errs):
+                each = next(e for e in found["differences"] if (e["of"], e["to"], e["how"]) == (of, to, how))
+                mean, low, high = (f"{100 * each[key]:+.1f}" for key in ("mean", "low", "high"))
+                cells.append(f"{mean} ({low} to {high})")
+        assert f"| {name} | {' | '.join(cells)} |" in PAGE
