@@ -232,6 +232,8 @@ def _of_policy(run: Run, stage: str) -> About:
     limit = finite(_setting(run, stage, "rollout", "max_response_tokens"))
     if limit and sampled[names.RESPONSE_LENGTH] and (length := _mean(sampled[names.RESPONSE_LENGTH])) > CUT * limit:
         yield "cut", {"value": length, "limit": round(limit)}
+    if stage == "drift":  # which is there to lose accuracy
+        return
     after, (before, _) = figures.get("accuracy"), _before(run, stage, "accuracy")
     steps, held_out = series(lines, names.EVAL_ACCURACY)
     if held_out and max(held_out) - held_out[-1] > FALL * max(1.0, abs(max(held_out))):

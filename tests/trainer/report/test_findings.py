@@ -171,6 +171,17 @@ def test_a_stage_compares_with_the_one_before(tmp_path):
     assert "it drifts from the teacher" in report_html(run)
 
 
+def test_both_ways_from_the_demos_drift_start_there(tmp_path):
+    stage(tmp_path, "sft", SFT, evals=held_out(0.5))
+    stage(tmp_path, "drift", SFT, evals=held_out(0.4))
+    stage(tmp_path, "align", ALIGN, evals=held_out(0.55))
+    stage(tmp_path, "direct", RLVR, evals=held_out(0.45))
+    found = {each.stage: each for each in findings(load_run(tmp_path))}
+    assert "held-out accuracy 50.0% to 40.0%" in found["Drift"].happened and not found["Drift"].todo
+    assert "held-out accuracy 40.0% to 55.0%" in found["Alignment"].happened
+    assert "held-out accuracy 40.0% to 45.0%" in found["RLVR alone"].happened
+
+
 def test_probes_are_told_in_their_order(tmp_path):
     blind = {"auc_form": 0.5, "auc_form_length": 0.48, "pairs_form_length": 90, "rank_length": 0.93, "rank_right": 0.1}
     sees = {"auc_form": 0.96, "pairs_form": 400, "rank_form": 0.7, "rank_right": 0.8}
