@@ -196,7 +196,9 @@ def test_any_tables(impl, data):
         lengths=[number(1, 140) for _ in range(prompts)], heads=(kv_heads * number(1, 4), kv_heads), dim=number(1, 9),
         width=number(1, 5),
     )  # fmt: skip
-    assert_same(case.run(impl, scale=0.4), case.truth(0.4), terms(case.layout, case.q.shape[2]))
+    # A mean of values of both signs may be as near to 0 as it likes.
+    largest = max(float(values.nan_to_num().abs().max()) for values in (case.new[1], case.pages[1]))
+    assert_same(case.run(impl, scale=0.4), case.truth(0.4), terms(case.layout, case.q.shape[2]), scale=largest)
 
 
 def test_a_layout_keeps_its_places():
