@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dev.layer_bytes import is_composite
-from tests.waits import operator_of
+from tests.waits import body_of
 
 
 class Live(TorchDispatchMode):
@@ -31,13 +30,9 @@ class Live(TorchDispatchMode):
         for given in tree_leaves((args, kwargs)):
             if isinstance(given, Tensor):
                 self._known.setdefault(given.untyped_storage(), 0)  # from outside: not counted
-        if func.namespace == "prism_kernels":
-            operator = operator_of(func)
+        if (inside := body_of(func, args, kwargs)) is not None:
             with self:
-                return operator.run(*operator.records(*args))
-        if is_composite(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+                return inside()
         result = func(*args, **kwargs)
         for made in tree_leaves(result):
             if isinstance(made, Tensor):

@@ -6,6 +6,7 @@ hold on every machine (make test-portable). Slow tests come first, so that no wo
 
 import os
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,15 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+ELSEWHERE = ("embed", "eval", "vllm")  # folders, and markers, of tests in environments of their own
+
+
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in ELSEWHERE:
+            item.add_marker(folder)
         # By marker: keywords hold names of folders too, such as that of a clone.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(skip)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dev.layer_bytes import ALLOCATIONS, is_composite
-from tests.waits import operator_of, tensors_in
+from dev.layer_bytes import ALLOCATIONS
+from tests.waits import body_of, tensors_in
 
 
 class Launches(TorchDispatchMode):
@@ -25,13 +25,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "prism_kernels":
-            operator = operator_of(func)
+        if (inside := body_of(func, args, kwargs)) is not None:
             with self:
-                return operator.run(*operator.records(*args))
-        if is_composite(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+                return inside()
         result = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         made = any(tensor.is_meta for tensor in tensors_in(result))

@@ -38,13 +38,10 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "prism_kernels" and any(tensor.is_meta for tensor in tensors_in(args)):
-            operator = operator_of(func)
+        seen = func.namespace != "prism_kernels" or any(tensor.is_meta for tensor in tensors_in(args))
+        if seen and (inside := body_of(func, args, kwargs)) is not None:
             with self:
-                return operator.run(*operator.records(*args))
-        if is_composite(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+                return inside()
         name = func._schema.name.split("::")[1]
         if name == "_local_scalar_dense" and args[0].is_meta:
             self.note(name)
@@ -82,6 +79,14 @@ class HostValues(TorchFunctionMode):
         if (func in MADE_ON_THE_HOST and result.is_meta) or (listed and args[0].is_meta):
             self.waits.note(getattr(func, "__name__", str(func)))
         return result
+
+
+def body_of(func, args, kwargs):
+    """What an operator of prism_kernels, or one that torch composes of others, does; None where it is neither."""
+    if func.namespace == "prism_kernels":
+        operator = operator_of(func)
+        return lambda: operator.run(*operator.records(*args))
+    return (lambda: func.decompose(*args, **kwargs)) if is_composite(func) else None
 
 
 @cache

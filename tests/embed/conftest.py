@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,13 +11,6 @@ try:
     import trl  # noqa: F401
 except ImportError:  # where these tests are deselected, after they were imported
     collect_ignore = ["test_cost.py", "test_prism.py", "test_trl.py", "test_trl_trainers.py"]
-
-
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.embed)
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,6 @@ TASKS = Path(__file__).parent / "tasks"
 SCENES = 48
 
 
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.eval)
-
-
 @pytest.fixture(scope="session")
 def report():
     about = [";", f"a tiny Qwen3-VL after 100 steps of SFT, {SCENES} held-out scenes of digits, greedy, in fp32)."]

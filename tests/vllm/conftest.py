@@ -7,7 +7,6 @@ file that PRISM_REPORT names (make test-vllm).
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +15,6 @@ from prism_fast.data.chat import Chat
 from prism_fast.data.formats import read_rlvr
 from tests.host_report import reported
 from tests.vllm.engine import BLOCK
-
-
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.vllm)
 
 
 @pytest.fixture(scope="session")

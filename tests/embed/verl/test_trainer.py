@@ -41,7 +41,7 @@ def queue():
         try:
             ray.init(num_cpus=16, include_dashboard=False, logging_level="ERROR", object_store_memory=80 * 2**20)
             break
-        except Exception:
+        except Exception:  # ray raises a bare one where its node is slow to start
             ray.shutdown()
             if not attempts_left:
                 raise
