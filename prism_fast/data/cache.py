@@ -1,7 +1,7 @@
 """Files that are made once from a data file and kept beside the run: pieces of row groups, and which records are good.
 
 A file is told by where its source lies, its size, its time of change and what was asked of it; where any of them is
-another, it is made anew.
+another, or the file is damaged, it is made anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from prism_fast import ranks
 from prism_fast.files import replacing, writing
+from prism_fast.records import DataError
 
 
 class Cache:
@@ -41,24 +42,59 @@ class Cache:
         """Whether files are there at the next start."""
         return self._folder is not None and self._temporary is None
 
-    def file(self, source: Path, name: str, asked: Any, make: Callable[[Path], None], said: str | None = None) -> Path:
+    def file(
+        self,
+        source: Path,
+        name: str,
+        asked: Any,
+        make: Callable[[Path], None],
+        said: str | None = None,
+        sound: Callable[[Path], bool] = Path.exists,
+    ) -> Path:
         """The file that ``make(path)`` writes from ``source``. ``asked``: what else it depends on, as JSON; ``said``:
-        a line for a person where it has to be made. All processes call this for the same files."""
+        a line for a person where it has to be made; ``sound(path)``: whether it need not be. All processes call this
+        for the same files."""
         found = self.folder / f"{source.stem[:40]}-{_digest(source, asked)}.{name}"
         with ranks.together():
             if ranks.is_first() or not self.is_kept:
-                self._made(found, make, said)
+                self._made(found, make, said, sound)
         with ranks.together():
-            self._made(found, make, None)
+            self._made(found, make, None, sound)
         return found
 
-    def _made(self, found: Path, make: Callable[[Path], None], said: str | None) -> None:
-        if found.exists():
+    def content(self, source: Path, name: str, asked: Any, make: Callable[[], bytes], said: str | None = None) -> bytes:
+        """As `file`, of what fits in memory; it is kept with a checksum."""
+
+        def write(target: Path) -> None:
+            body = make()
+            target.write_bytes(_checksum(body) + body)
+
+        found = self.file(source, name, asked, write, said, lambda path: _body(path) is not None)
+        body = _body(found)
+        if body is None:  # a disk that does not hold what was written just now
+            raise DataError(f"{found}: is not as it was written; choose another data.cache")
+        return body
+
+    def _made(self, found: Path, make: Callable[[Path], None], said: str | None, sound: Callable[[Path], bool]) -> None:
+        if sound(found):
             return
         if said is not None and ranks.is_first():
             print(f"{said}: {found}", file=sys.stderr, flush=True)
         with writing(found, "data.cache"), replacing(found) as aside:
             make(aside)
+
+
+def _checksum(body: bytes) -> bytes:
+    return blake2b(body, digest_size=16).digest()
+
+
+def _body(path: Path) -> bytes | None:
+    """What a checksum stands before; None where it is another's."""
+    try:
+        held = path.read_bytes()
+    except OSError:
+        return None
+    return held[16:] if held[:16] == _checksum(held[16:]) else None
 
 
 def _digest(source: Path, asked: Any) -> str:

@@ -32,6 +32,7 @@ ROUND_TRIP = "<caption>A b\n3</caption><answer>-12.5 cm, é 漢 \\frac{1}{2}</an
 SYSTEM = "Answer in 7 words."
 IMAGE_TOKEN = "<|image_pad|>"
 END_OF_TURN = "<|im_end|>"
+TOKEN_OPTIONS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special", "__type"}
 
 
 @contextmanager
@@ -156,12 +157,23 @@ def _look_at_tokenizer_files(folder: Path) -> None:
             if (folder / name).is_file():
                 refuse_pointer(folder / name)
                 (folder / name).read_text(encoding="utf-8")
+    _refuse_odd_tokens(folder / "tokenizer.json", held.get("tokenizer.json", {}).get("added_tokens"))
+    decoder = held["tokenizer_config.json"].get("added_tokens_decoder")
+    _refuse_odd_tokens(folder / "tokenizer_config.json", decoder.values() if isinstance(decoder, dict) else None)
     model = held.get("tokenizer.json", {}).get("model")
     if isinstance(model, dict) and isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list):
         _count_merges(folder / "tokenizer.json", model["vocab"], len(model["merges"]))
     elif "tokenizer.json" not in held and "vocab.json" in held and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         _count_merges(folder / "merges.txt", held["vocab.json"], sum(line.count(" ") == 1 for line in lines))
+
+
+def _refuse_odd_tokens(file: Path, tokens: Any) -> None:
+    """An option of another name is passed over by the library, which says so on the terminal."""
+    for token in tokens or ():
+        odd = sorted(set(token) - TOKEN_OPTIONS) if isinstance(token, dict) else []
+        if odd:
+            raise DataError(f"{file}: an added token has {plain(odd[0])!r}, which is no option; download it again")
 
 
 def _count_merges(file: Path, vocab: dict[str, Any], merges: int) -> None:

@@ -115,10 +115,14 @@ def kind_of(path: Path, columns: Mapping[str, str] | None = None) -> str:
         if (kind := _kind(fields)) is not None:
             return kind
         raise DataError(
-            f"{source.place(index)}: fields {', '.join(sorted(fields)[:12]) or 'none'} belong to none of the formats; "
+            f"{source.place(index)}: fields {_listed(fields) or 'none'} belong to none of the formats; "
             "expected messages (SFT), student_caption (warm-up), teacher_response (alignment) or reward_model (RLVR)"
         )
     raise fault or DataError(f"{path}: holds no record; write at least one")
+
+
+def _listed(fields: Collection[str]) -> str:
+    return ", ".join(name[:40] for name in sorted(fields)[:12])
 
 
 def _kind(fields: Collection[str]) -> str | None:
@@ -144,7 +148,7 @@ def glance(path: Path, columns: Mapping[str, str] | None = None) -> str | None:
             fields = {name for name, value in record.items() if not missing(value)} if isinstance(record, dict) else ()
     except (OSError, ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); write it again") from None
-    except ValueError:  # no JSON, or a record longer than a glance
+    except (ValueError, RecursionError):  # no JSON, or a record longer than a glance
         return None
     ours = {our.split(".")[0] for our, their in (columns or {}).items() if their.split(".")[0] in fields}
     return _kind({*fields, *ours})

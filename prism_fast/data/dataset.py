@@ -81,8 +81,11 @@ class Dataset(Sequence[Sample]):
         source = self._sources[file]
         held = renamed(source[record], self._columns, source.place(record))
         fields = Fields(held, source.place(record), source.path.parent, self._system_prompt, self._image_folders)
-        sample = self._convert(fields)
-        fields.refuse_dropped(sample)
+        try:
+            sample = self._convert(fields)
+            fields.refuse_dropped(sample)
+        except RecursionError as error:
+            raise DataError(f"{fields.place}: lists in lists a thousand deep; remove the record") from error
         return sample
 
     def _good(self, file: int, cache: Cache, progress: Progress | None) -> np.ndarray[Any, Any]:
@@ -100,14 +103,14 @@ class Dataset(Sequence[Sample]):
             ]
             now: dict[str, list[int]] = {}
 
-            def make(target: Path) -> None:
+            def make() -> bytes:
                 now["bad"] = self._judge(file, progress)
-                target.write_text(json.dumps(now["bad"]))
+                return json.dumps(now["bad"]).encode()
 
             said = f"{source.path}: {len(source):,} records are read, once"
-            known = cache.file(source.path, "bad.json", asked, make, said)
+            known = cache.content(source.path, "bad", asked, make, said)
             # What was bad may have been mended since, as where an image was missing.
-            bad = now["bad"] if now else self._judge(file, None, json.loads(known.read_text()))
+            bad = now["bad"] if now else self._judge(file, None, json.loads(known))
         self._done += len(source) - len(bad)
         return np.delete(np.arange(len(source)), bad)
 

@@ -190,8 +190,8 @@ class Fields:
     def _absent(self, key: str) -> DataError:
         if isinstance(self.record.get(key), str):
             return self.error(key, "the text is empty", "fill it in or remove the record")
-        names = [str(name) for name in self.record]
-        if len(names) == 1 and isinstance(self.record[names[0]], list):
+        names = [str(name)[:40] for name in self.record]
+        if len(names) == 1 and isinstance(next(iter(self.record.values())), list):
             return self.error(key, "the field is missing", f"if {names[0]} holds the records, write that list alone")
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "none"
         return self.error(key, "the field is missing", f"add it or rename what stands for it (the record has {shown})")

@@ -92,7 +92,9 @@ def image_ref(value: Any, place: str, field: str, folder: Path, others: Sequence
     """
     if isinstance(value, dict):
         if not {"bytes", "path"} & value.keys():
-            raise DataError(f"{place}: {field}: expected the fields bytes and path, got {sorted(value)}; rename them")
+            raise DataError(
+                f"{place}: {field}: expected the fields bytes and path, got {str(sorted(value))[:160]}; rename them"
+            )
         if isinstance(value.get("bytes"), str) and value["bytes"]:
             raise DataError(f"{place}: {field}: bytes is a text, perhaps base64; store the image as a file or as bytes")
         value = value.get("bytes") or value.get("path")

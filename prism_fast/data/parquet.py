@@ -38,13 +38,14 @@ class Parquet:
         self._file = opened(path, path)
         self._columns = columns_of(self._file.schema_arrow, wanted or (lambda name: True), path)
         size, rows = _largest_group(self._file, self._columns)
+        self._read = path
         if size > GROUP_BYTES or rows > GROUP_ROWS:
-            self._file = opened(
-                self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows"), path
-            )
+            self._read = self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows")
+            self._file = opened(self._read, path)
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
         self._start = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._unreadable: dict[int, DataError] = {}  # row groups, each tried once for all of its records
         self._held_bytes = held_bytes
 
     def __len__(self) -> int:
@@ -61,10 +62,17 @@ class Parquet:
         if group in self._held:
             self._held.move_to_end(group)
             return self._held[group]
+        if group in self._unreadable:
+            raise self._unreadable[group]
+        rows = int(self._start[group + 1] - self._start[group])
         try:
             table = self._file.read_row_group(group, columns=self._columns)
+            if table.num_rows != rows:
+                raise OSError(f"{table.num_rows} of {rows} rows")
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise unreadable(self.path, group, error) from error
+            remedy = "copy the file again" if self._read == self.path else "remove it, it is made anew"
+            self._unreadable[group] = unreadable(self._read, group, error, remedy)
+            raise self._unreadable[group] from error
         self._held[group] = table
         while len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > self._held_bytes:
             self._held.popitem(last=False)
@@ -88,7 +96,14 @@ class Parquet:
                 )
 
         said = f"{groups} are cut into pieces of {PIECE_BYTES >> 20} MiB, once"
-        return cache.file(self.path, "rows.parquet", self._columns, make, said)
+        return cache.file(self.path, "rows.parquet", self._columns, make, said, self._holds_all)
+
+    def _holds_all(self, copy: Path) -> bool:
+        """Whether it is a copy of all rows, as far as its footer tells; its pages have checksums."""
+        try:
+            return copy.exists() and opened(copy, copy).metadata.num_rows == self._file.metadata.num_rows
+        except DataError:
+            return False
 
 
 def row(table: pa.Table, index: int, place: str) -> dict[str, Any]:
@@ -130,7 +145,7 @@ def columns_of(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
     """The wanted columns, and images of any name; of extra_info, which may hold anything, only what is read."""
     twice = {name for name in schema.names if wanted(name) and schema.names.count(name) > 1}
     if twice:
-        raise DataError(f"{path}: {min(twice)}: two columns have this name; rename one of them")
+        raise DataError(f"{path}: {min(twice)[:80]}: two columns have this name; rename one of them")
     columns = []
     for name in schema.names:
         if schema.names.count(name) > 1 or not (wanted(name) or _holds_images(schema.field(name).type)):

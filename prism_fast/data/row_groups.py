@@ -24,17 +24,32 @@ UNREADABLE = 3  # exit status: the line says what is wrong with the source
 
 
 def opened(path: Path, source: Path) -> pq.ParquetFile:
-    """For reading by and by: a mapped file's pages would count as this process's memory."""
+    """For reading by and by: a mapped file's pages would count as this process's memory. Pages with a checksum, as our
+    writers', are held against it."""
     try:
-        return pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
+        file = pq.ParquetFile(
+            path, memory_map=False, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        )
+        _check_counts(file.metadata)
+        return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{source}: not a readable parquet file, perhaps truncated; copy it again ({reason(error)})"
         ) from error
 
 
-def unreadable(path: Path, group: int, error: Exception) -> DataError:
-    return DataError(f"{path}: row group {group + 1} cannot be read; copy the file again ({reason(error)})")
+def _check_counts(meta: pq.FileMetaData) -> None:
+    """A column has at least as many values as there are rows, null or not."""
+    groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
+    if sum(group.num_rows for group in groups) != meta.num_rows:
+        raise OSError(f"{meta.num_rows} rows, but others in its row groups")
+    for number, group in enumerate(groups):
+        if group.num_rows < 0 or (group.num_columns and group.num_rows > group.column(0).num_values):
+            raise OSError(f"row group {number + 1} has {group.num_rows} rows of fewer values")
+
+
+def unreadable(path: Path, group: int, error: Exception, remedy: str = "copy the file again") -> DataError:
+    return DataError(f"{path}: row group {group + 1} cannot be read; {remedy} ({reason(error)})")
 
 
 def cut(source: Path, target: Path, columns: list[str]) -> None:
@@ -44,7 +59,9 @@ def cut(source: Path, target: Path, columns: list[str]) -> None:
     try:
         for batch in _batches(file, source, columns):
             if writer is None:
-                writer = pq.ParquetWriter(target, batch.schema, compression="lz4", use_dictionary=False)
+                writer = pq.ParquetWriter(
+                    target, batch.schema, compression="lz4", use_dictionary=False, write_page_checksum=True
+                )
             rows = PIECE_BYTES * batch.num_rows // max(1, batch.nbytes)
             writer.write_batch(batch, row_group_size=max(1, rows))
     finally:
@@ -54,12 +71,16 @@ def cut(source: Path, target: Path, columns: list[str]) -> None:
 
 def _batches(file: pq.ParquetFile, source: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
+        group, found = file.metadata.row_group(number), 0
         rows = PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
         try:
-            yield from file.iter_batches(
+            for batch in file.iter_batches(
                 max(1, min(rows, MOST_ROWS)), row_groups=[number], columns=columns, use_threads=False
-            )
+            ):
+                found += batch.num_rows
+                yield batch
+            if found != group.num_rows:
+                raise OSError(f"{found} of {group.num_rows} rows")
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise unreadable(source, number, error) from error
 

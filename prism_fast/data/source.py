@@ -7,6 +7,7 @@ The offsets of a large file are kept in a cache, so that the next start does not
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import mmap
 import re
@@ -171,11 +172,12 @@ def _index(path: Path, cache: Cache, scan: Callable[[Path], Index]) -> Index:
     if path.stat().st_size < INDEXED_BYTES or not cache.is_kept:
         return scan(path)
 
-    def make(target: Path) -> None:
-        with open(target, "wb") as file:
-            np.savez(file, allow_pickle=False, **scan(path))
+    def make() -> bytes:
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **scan(path))
+        return file.getvalue()
 
-    with np.load(cache.file(path, "offsets.npz", scan.__name__, make), allow_pickle=False) as found:
+    with np.load(io.BytesIO(cache.content(path, "offsets", scan.__name__, make)), allow_pickle=False) as found:
         return dict(found)
 
 
@@ -229,7 +231,9 @@ def _parse(data: bytes, place: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not valid UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except _Twice as error:
-        raise DataError(f"{place}: {error}: the field stands twice in one object; keep one of them") from error
+        raise DataError(
+            f"{place}: {str(error)[:80]}: the field stands twice in one object; keep one of them"
+        ) from error
     except (ValueError, RecursionError) as error:
         remedy = "write one record a line" if str(error).startswith("Extra data") else "correct or remove the record"
         raise DataError(f"{place}: the JSON does not parse ({reason(error)}); {remedy}") from error

@@ -73,7 +73,7 @@ def _write(kind: str, container: str, path: Path, samples: Iterable[Sample]) -> 
         if container == ".parquet":
             schema = pa.schema(_SCHEMAS[kind])
             rows = (_RECORDS[kind](i, sample, _structs(sample, path)) for i, sample in enumerate(samples))
-            with pq.ParquetWriter(aside, schema) as writer:
+            with pq.ParquetWriter(aside, schema, write_page_checksum=True) as writer:
                 while group := list(islice(rows, ROWS_PER_GROUP)):
                     writer.write_table(pa.Table.from_pylist(group, schema))
         else:

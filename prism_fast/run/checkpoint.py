@@ -209,8 +209,11 @@ def _manifest(path: Path) -> Files:
         raise DataError(f"{path}: {MANIFEST} is missing")
     try:
         files = json.loads((path / MANIFEST).read_bytes())["files"]
+        odd = [name for name in files if not name.isprintable()]
+        if odd:
+            raise ValueError(f"it names a file {odd[0]!r}")
         return {name: {"bytes": int(held["bytes"]), "sha256": str(held["sha256"])} for name, held in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: {MANIFEST} cannot be read ({error})") from None
 
 
@@ -269,7 +272,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint. Raises DataError where it is not readable."""
     try:
         state = json.loads((path / STATE).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     version = state.get("version") if isinstance(state, dict) else "unknown"
     if type(version) is not int or not 1 <= version <= VERSION:

@@ -175,7 +175,7 @@ def _missing_weights(folder: Path) -> Iterator[str]:
     if index.is_file():
         try:
             shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             yield f"{index}: cannot be read; download it again"
             return
         lacks = sorted(name for name in map(str, shards) if not (folder / name).is_file())

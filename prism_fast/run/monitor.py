@@ -317,7 +317,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, text in enumerate(raw, 1):
         try:
             line = json.loads(text) if text.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(raw):  # no newline at its end: torn by a kill
                 break
             raise DataError(f"{path}:{number}: the line does not parse ({error}); remove the line") from error

@@ -159,7 +159,7 @@ def config_file(path: Path) -> Path | None:
 def read_model(file: Path) -> Model:
     try:
         return Model.of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, DataError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
 
 

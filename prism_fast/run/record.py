@@ -114,7 +114,7 @@ def is_ours(file: Path) -> bool:
         return True
     try:
         return {"stage", "config", "inputs"} <= json.loads(file.read_bytes()).keys()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

@@ -119,7 +119,7 @@ def _kept(file: Path, begun: dict[str, Any], config: Any, data: Dataset) -> list
         before, *blocks = map(json.loads, lines)
         changed = record.changes(before, begun, config)
         data.bad.load(blocks[-1]["bad"] if blocks else {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: not a command's kept responses ({error}); remove it") from None
     if changed and blocks:
         raise DataError(f"{file}: was begun with other settings: {'; '.join(changed)}; set them back, or remove it")

@@ -168,7 +168,7 @@ def _finished(out: Path, task: str, asked: dict[str, Any]) -> dict[str, Any] | N
     try:
         found = json.loads(file.read_bytes())
         before = found["asked"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file}: not a task's figures ({error}); remove it") from None
     changed = [record.change_line(key, old, new) for key, old, new in record.differences(before, asked)]
     if changed:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,8 @@ from prism_fast.data import dataset, parquet, row_groups, source
 from prism_fast.data.cache import Cache
 from prism_fast.data.formats import read_align, read_sft
 from prism_fast.records import DataError
-from tests.trainer.data.test_formats import png, record, write
+from tests.damage import flip, tear
+from tests.trainer.data.test_formats import png, record, refuse, write
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_records_are_judged_once(tmp_path, monkeypatch):
     path = write(tmp_path, "sft", good, bad, good, record("sft", images=["late.png"]))
     with pytest.raises(DataError, match=r"sft.json:2: messages"):
         read_sft(path, cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.bad.json"))  # nothing is known of the others
+    assert not list((tmp_path / "cache").glob("*.bad"))  # nothing is known of the others
     first = read_sft(path, skip_bad=2, cache=tmp_path / "cache")
     read: list[int] = []
     judge = dataset.Dataset._read
@@ -203,3 +205,40 @@ def test_columns_of_the_command_line(tmp_path):
     assert told.reading["columns"] == {"images": "picture"}
     assert told.beside(tmp_path).cache == tmp_path / "cache"
     assert json.loads(told.model_dump_json())["cache"] is None
+
+
+# ---- damage
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("damage", [flip, tear, Path.unlink], ids=["flipped", "torn", "missing"])
+@pytest.mark.parametrize("name", ["sft.json", "sft.jsonl"])
+def test_what_is_kept_is_made_anew_where_it_is_damaged(tmp_path, name, damage):
+    path = write(tmp_path, "sft", *[record("sft")] * 2, record("sft", messages=[]), record("sft"), name=name)
+
+    def outcome():
+        data = read_sft(path, skip_bad=1, cache=tmp_path / "cache")
+        return list(data), data.bad.found
+
+    first = outcome()
+    kept = {file: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    assert sorted(file.suffix for file in kept) == [".bad", ".offsets"]
+    for file, content in kept.items():
+        damage(file)
+        assert outcome() == first
+        assert file.read_bytes() == content
+
+
+@pytest.mark.usefixtures("small")
+def test_a_damaged_copy_is_made_anew_or_named(tmp_path):
+    path = numbered(tmp_path)
+    first = numbers(read_align(path, cache=tmp_path / "cache"))
+    (copy,) = (tmp_path / "cache").glob("*.rows.parquet")
+    tear(copy)
+    assert numbers(read_align(path, cache=tmp_path / "cache")) == first
+    content, column = bytearray(copy.read_bytes()), pq.read_metadata(copy).row_group(0).column(0)
+    content[column.data_page_offset + column.total_compressed_size - 2] ^= (
+        1  # in a page: the footer tells nothing of it
+    )
+    copy.write_bytes(content)
+    refuse(read_align, path, copy.name, "row group", "remove it, it is made anew", cache=tmp_path / "cache")

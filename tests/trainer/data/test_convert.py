@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -125,3 +130,70 @@ def test_a_damaged_saved_data_set(tmp_path):
     refuse(read_align, tmp_path / "saved", file.name, "not a readable Arrow stream")
     (tmp_path / "saved" / "state.json").write_text("[]")
     refuse(read_align, tmp_path / "saved", "state.json", "not a data set's state")
+
+
+def test_a_saved_data_set_cut_between_batches_is_not_a_shorter_one(tmp_path):
+    made = datasets.Dataset.from_list([record("rlvr", data_source=str(i), images=[], prompt="x") for i in range(4)])
+    made.save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    table = made.data.table
+    ends = []
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        for batch in table.to_batches(max_chunksize=2):
+            stream.write_batch(batch)
+            ends.append(sink.tell())
+    whole = file.read_bytes()
+    assert len(read_rlvr(tmp_path / "saved")) == 4
+    file.write_bytes(whole[: ends[0]])
+    refuse(read_rlvr, tmp_path / "saved", file.name, "its end is missing", "save it again")
+    file.write_bytes(whole + whole)
+    refuse(read_rlvr, tmp_path / "saved", file.name, "bytes follow its end")
+
+
+def test_offsets_that_lead_out_of_a_saved_data_set(tmp_path):
+    """pyarrow follows them, and the process ends: so this is one where that may happen."""
+    made = datasets.Dataset.from_list(
+        [record("rlvr", data_source=f"chart {i}", images=[], prompt="x") for i in range(4)]
+    )
+    made.save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    offsets = np.array([0, 7, 14, 21, 28], np.int32)  # of data_source
+    assert file.read_bytes().count(offsets.tobytes()) == 1
+    offsets[2] = 2**31 - 1
+    file.write_bytes(file.read_bytes().replace(np.array([0, 7, 14, 21, 28], np.int32).tobytes(), offsets.tobytes()))
+    program = (
+        "from prism_fast.data.formats import read_rlvr; from prism_fast.data.bad_records import BadRecords\n"
+        f"bad = BadRecords(9); data = read_rlvr({str(tmp_path / 'saved')!r}, skip_bad=bad)\n"
+        "print(len(data), *bad.messages, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    good, *bad = done.stdout.splitlines()
+    assert int(good) + len(bad) == 4 and bad
+    assert all("is damaged" in line and "save the data set again" in line for line in bad)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"_data_files": [{"filename": "../other/data.arrow"}]}, "a file in the folder is expected"),
+        ({"_data_files": [{"filename": "/etc/passwd"}]}, "a file in the folder is expected"),
+        ({"_data_files": [{"filename": 5}]}, "not a data set's state"),
+        ([["x"]], "not a data set's state"),
+    ],
+)
+def test_states_of_saved_data_sets(tmp_path, state, said):
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    refuse(read_rlvr, tmp_path, "state.json", said)
+    (tmp_path / "state.json").write_text('{"_data_files":' + "[" * 5000 + "]" * 5000 + "}")
+    refuse(read_rlvr, tmp_path, "state.json", "not a data set's state")
+
+
+def test_files_of_a_saved_data_set_have_the_same_columns(tmp_path):
+    made = datasets.Dataset.from_list([record("rlvr", images=[], prompt="x")] * 4)
+    made.save_to_disk(tmp_path / "saved", num_shards=2)
+    second = tmp_path / "saved" / "data-00001-of-00002.arrow"
+    table = made.data.table.drop_columns(["prompt"])
+    with pa.OSFile(str(second), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    refuse(read_rlvr, tmp_path / "saved", second.name, "its columns are not those of data-00000-of-00002.arrow")

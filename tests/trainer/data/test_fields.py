@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prism_fast import printable
+from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.fields import looks_like_content, missing
 from prism_fast.data.formats import read_align, read_rlvr, read_sft, read_warmup
 from prism_fast.records import DataError, Message, Sample
@@ -478,3 +479,33 @@ def test_warmup_pairs_with_turns_and_images(tmp_path):
     sample = read(tmp_path, "warmup", prompt=[{"role": "user", "content": "Sum?"}], image=["a.png", "a.png"])
     assert sample.messages == (Message("user", "<image><image>Sum?"),) and len(sample.images) == 2
     refuse(read_warmup, write(tmp_path, "warmup", record("warmup", prompt=[*TURNS, SAID])), "prompt", "ends with")
+
+
+# ---- damage
+
+
+def test_long_names_of_fields_do_not_make_long_lines(tmp_path):
+    names = [letter * 9999 for letter in "abcdefghijklmnop"]
+    said = refuse(read_sft, write(tmp_path, "sft", dict.fromkeys(names, "x"), name="d.jsonl"), "messages", "aaaa")
+    assert len(said) < 900 + len(str(tmp_path))
+    path = tmp_path / "twice.jsonl"
+    path.write_text(json.dumps(record("sft"))[:-1] + f', "{names[0]}": 1, "{names[0]}": 2}}')
+    assert len(refuse(read_sft, path, "the field stands twice")) < 300 + len(str(tmp_path))
+    path = write(tmp_path, "rlvr", record("rlvr", images=[dict.fromkeys(names, "x")]), name="e.jsonl")
+    assert len(refuse(read_rlvr, path, "expected the fields bytes and path")) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["solution", "images", "prompt", "reward_model"])
+def test_lists_in_lists_as_deep_as_a_parser_takes_them(tmp_path, field):
+    """JSON's parser takes some hundred more than what looks into a record does, or fewer, by how deep its caller is."""
+    path = tmp_path / "d.jsonl"
+    for depth in (*range(880, 1000, 3), 5000):
+        nested = (
+            '{"ground_truth": ' * depth + "[7]" + "}" * depth if field == "reward_model" else "[" * depth + "]" * depth
+        )
+        whole = record("rlvr", images=[], prompt="x")
+        rest = json.dumps({key: value for key, value in whole.items() if key != field})
+        path.write_text(json.dumps(whole) + "\n" + rest[:-1] + f', "{field}": {nested}' + "}")
+        bad = BadRecords(1)
+        assert len(read_rlvr(path, skip_bad=bad)) in (1, 2)
+        assert all(line.startswith(f"{path}:2: ") for line in bad.messages)

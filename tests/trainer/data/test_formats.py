@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from prism_fast.data import formats, source
+from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.formats import open_image, read_align, read_rlvr, read_sft, read_warmup
 from prism_fast.records import DataError, ImageRef, Message, Sample
@@ -393,3 +394,71 @@ def test_bytes_are_stored_once(tmp_path):
     sample = Sample("p", (Message("user", "<image>x"),), (ImageRef(data=png()),), response="r")
     formats.write_sft(tmp_path / "d.json", [sample, replace(sample, response="s")])
     assert len(list((tmp_path / "d_images").iterdir())) == 1
+
+
+# ---- damaged parquet
+
+
+def _pages(path: Path, name: str) -> tuple[int, int]:
+    """Where the pages of a column begin and end in the first row group."""
+    group = pq.read_metadata(path).row_group(0)
+    column = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == name)
+    begin = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))
+    return begin, begin + column.total_compressed_size
+
+
+def test_our_files_tell_of_every_damaged_page(tmp_path):
+    """What a bit more makes of a text is a text too: nothing but the page's checksum knows."""
+    sample = Sample("d:1", (Message("user", "How many? 漢" * 3),), gold="7")
+    path = formats.write_rlvr(tmp_path / "d.parquet", [sample] * 3)
+    whole, first = path.read_bytes(), list(read_rlvr(path))
+    begin, end = _pages(path, "prompt.list.element.content")
+    refused = 0
+    for place in range(begin, end, 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert list(read_rlvr(path)) == first  # a bit of a header that nobody reads
+        except DataError as error:
+            assert f"{path}: row group 1 cannot be read; copy the file again (" in str(error)
+            refused += 1
+    assert refused > (end - begin) // 3 // 3
+
+
+def test_a_damaged_row_group_is_tried_once_and_its_records_are_counted(tmp_path, monkeypatch):
+    path = tmp_path / "d.parquet"
+    rows = [record("rlvr", images=[], prompt=f"How many? {i}") for i in range(30)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10, write_page_checksum=True)
+    _, end = _pages(path, "prompt")
+    content = bytearray(path.read_bytes())
+    content[end - 3] ^= 1
+    path.write_bytes(content)
+    read: list[int] = []
+    group = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, i, **options: read.append(i) or group(self, i, **options)
+    )
+    data = read_rlvr(path, skip_bad=10)
+    assert (len(data), len(data.bad)) == (20, 10)
+    assert read.count(0) == 1
+
+
+def test_a_footer_that_counts_other_rows_than_there_are(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_pylist([record("rlvr", images=[], prompt="x")] * 300), path)
+    whole = path.read_bytes()
+    number = b"\xd8\x04"  # 300, as thrift writes it
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    at = [m.start() for m in re.finditer(re.escape(number), whole) if m.start() > footer]
+    assert len(at) > 2
+    told = []
+    for place in at:
+        path.write_bytes(whole[:place] + b"\xda\x04" + whole[place + 2 :])  # 301
+        bad = BadRecords(10**9)
+        try:
+            count = len(read_rlvr(path, skip_bad=bad)) + len(bad)
+        except DataError as error:
+            told.append(str(error))
+            assert str(path) in told[-1]
+        else:
+            assert count == 300
+    assert any("rows" in line for line in told)

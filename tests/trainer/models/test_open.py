@@ -297,6 +297,14 @@ CHATS = {
         r"added token '<\|endoftext\|>' has id 306, but is loaded as \d+",
     ),
     "no merges": (setting("tokenizer.json", model__merges=[]), r"tokenizer\.json: 0 merges for \d+ tokens"),
+    "an odd token": (
+        content("tokenizer.json", lambda old: old.replace(b'"lstrip"', b'"lstrap"', 1)),
+        r"tokenizer\.json: an added token has 'lstrap', which is no option",
+    ),
+    "an odd token of the settings": (
+        content("tokenizer_config.json", b'{"added_tokens_decoder": {"0": {"content": "x", "Special": true}}}'),
+        r"tokenizer_config\.json: an added token has 'Special', which is no option",
+    ),
     "added tokens": (content("added_tokens.json", "{"), r"added_tokens\.json: cannot be read"),
     "processor a list": (content("preprocessor_config.json", "[]"), r"preprocessor_config\.json: holds a list"),
     "no processor": (lambda d: (d / "preprocessor_config.json").unlink(), r"image processor does not load"),

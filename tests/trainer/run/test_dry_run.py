@@ -152,6 +152,8 @@ def test_a_glance_tells_the_format_of_a_file_of_any_length(here):
     for kind in stand_ins.RECORDS:
         assert glance(Path(kind_file(kind))) == kind
         assert glance(stand_ins.data(Path(f"{kind}-list.json"), kind)) == kind
+    Path("deep.jsonl").write_text("[" * 5000)
+    assert glance(Path("deep.jsonl")) is None
     Path("long.jsonl").write_text(json.dumps({"messages": "x" * (2 << 20)}))  # the first record ends beyond a glance
     assert glance(Path("long.jsonl")) is None
     Path("own.json").write_text('[{"turns": [1]}]')

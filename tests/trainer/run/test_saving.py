@@ -258,3 +258,20 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none(tmp_path, monkeyp
     monkeypatch.undo()
     checkpoint.clear_partial(tmp_path / "checkpoints")
     assert os.listdir(tmp_path / "checkpoints") == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (checkpoint.STATE, "[" * 5000),
+        (checkpoint.MANIFEST, "[" * 5000),
+        (checkpoint.MANIFEST, '{"files": {"a\\nb": {"bytes": 1, "sha256": ""}}}'),
+        (checkpoint.MANIFEST, '{"files": {"trainer.json": {"bytes": Infinity, "sha256": ""}}}'),
+    ],
+)
+def test_json_that_a_parser_takes_ill_is_a_fault_in_words(tmp_path, file, content):
+    Stage(tmp_path, save_every=2).run(2)
+    path = checkpoint.latest(tmp_path / "checkpoints")
+    (path / file).write_text(content)
+    said = checkpoint.fault(path)
+    assert said and file in said and "\n" not in said
