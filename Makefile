@@ -90,9 +90,15 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
 
-# Damaged inputs by the thousand: dev/fuzz_*.py, each of which fails where one is neither read nor refused in one line.
+# Damaged inputs by the thousand (COUNT= of every format), and the C++ under libFuzzer and sanitizers for MINUTES: each
+# script fails where an input is neither read nor refused in one line. COUNT=200 MINUTES=1 takes some 5 minutes.
+COUNT   ?=
+MINUTES ?= 10
 fuzz: setup
-	for script in dev/fuzz_*.py; do echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python "$$script" || exit 1; done
+	for script in files images packing; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m dev.fuzz_$$script $(if $(COUNT),--count $(COUNT)) || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python dev/fuzz_models.py $(COUNT)
+	$(BIN)/python -m dev.fuzz_native --minutes $(MINUTES)
 
 # make bench OP=linear_logprob ARGS="--peers liger --plot head.png"
 OP     ?= linear_logprob

@@ -98,6 +98,13 @@ def mutate(folder: Path, rng: random.Random) -> str:
     return f"{file.name}: with {key}"
 
 
+def mutate_texts(files: list[Path], rng: random.Random) -> str:
+    """Changes one thing in one of these files, which are texts, and says what."""
+    if rng.random() < 0.5:
+        return _mutate_bytes(rng.choice(files), rng)
+    return _mutate_key(rng.choice([file for file in files if file.suffix == ".json"]), rng)
+
+
 def _write(file: Path, data: bytes) -> None:
     """A new file in its place: the old one may be a link to the base's."""
     file.unlink()

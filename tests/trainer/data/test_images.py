@@ -2,12 +2,12 @@
 
 import io
 import os
+import random
 import struct
 import subprocess
 import sys
 import warnings
 import zlib
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -583,10 +583,12 @@ def test_image_for_the_report_shows_what_the_model_sees():
 
 
 def test_mutated_images_are_pictures_or_one_line():
-    verdicts = [fuzz_images.verdict(data) for data in islice(fuzz_images.mutations(list(FILES.values()), 7), 150)]
+    files, rng = list(FILES.values()), random.Random(7)
+    verdicts = [fuzz_images.verdict(fuzz_images.mutated(files, rng)) for _ in range(150)]
     assert len(verdicts) == 150 and 10 < verdicts.count("picture") < 100
 
 
 def test_the_fuzzer_runs_by_itself():
-    done = subprocess.run([sys.executable, fuzz_images.__file__, "20", "3"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("20 damaged images"), done.stdout + done.stderr
+    asked = ["--count", "20", "--seed", "3", "--only", "GIF"]
+    done = subprocess.run([sys.executable, "-m", "dev.fuzz_images", *asked], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("GIF: 20 cases:"), done.stdout + done.stderr
