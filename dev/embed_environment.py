@@ -14,9 +14,9 @@ from dev.environments import build
 
 # By host: what pip resolves beside our own needs, and the modules that must import afterwards.
 HOSTS = {
-    # pylatexenc is what OpenRLHF's executor imports; the rest of what it requires is left out.
+    # The last two are what OpenRLHF's executor imports; the rest of what it requires is left out.
     "trl": (
-        ["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0", "pylatexenc==2.10"],
+        ["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0", "aiohttp==3.14.5", "pylatexenc==2.10"],
         ["trl", "torchvision.transforms.v2.functional", "openrlhf.utils.agent"],
     ),
     # Of what verl requires, that which its imports need: wandb, tensorboard, pylatexenc and the like are left out.
