@@ -183,8 +183,8 @@ def system_reason(error: BaseException) -> str | None:
 
 
 def shards(path: Path) -> list[Path]:
-    """The data files that a folder or a pattern (``*``, ``?``, ``[ab]``, ``**``) stands for, in the order of their names;
-    none where ``path`` is a file, or a folder without any.
+    """The data files that a folder or a pattern (``*``, ``?``, ``[ab]``, ``**``) stands for, in the order of their
+    names; none where ``path`` is a file, or a folder without any.
 
     Of a folder: the parquet and JSON-lines files in it, or else in its ``data``, but those with a dot or an underscore
     in front. Raises DataError for a pattern that nothing fits, files of several splits, and a set that is not whole.

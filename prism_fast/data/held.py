@@ -44,8 +44,10 @@ class Held:
         return table
 
     def file(self, path: Path, was: State | None, opened: Callable[[Path], T]) -> T:
-        """``opened(path)``, or what it gave before. ``was``: as `state` told when the file was indexed; raises DataError
-        where it is another file by now."""
+        """``opened(path)``, or what it gave before.
+
+        ``was``: as `state` told when the file was indexed; raises DataError where it is another file by now.
+        """
         with self._lock:
             if path in self._files:
                 self._files.move_to_end(path)

@@ -7,6 +7,7 @@ The offsets of a large file are kept in a cache, so that the next start does not
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import mmap
 import os
@@ -46,7 +47,7 @@ class _Json:
     def text(self, index: int) -> bytes:
         start, end = map(int, self._span[index])
         try:
-            file = self._held.file(self.path, self._state, lambda path: open(path, "rb", buffering=0))
+            file = self._held.file(self.path, self._state, io.FileIO)
             return os.pread(file.fileno(), end - start, start)  # no position, which forked workers would share
         except OSError as error:
             raise DataError(f"{self.place(index)}: cannot be read ({error.strerror}); copy the file again") from error

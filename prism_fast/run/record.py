@@ -160,7 +160,8 @@ def _inputs(node: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
 def _file(path: Path) -> dict[str, Any]:
     try:
         if found := shards(path):  # of a folder, or of a pattern
-            return {"path": str(path), "files": {str(file): fingerprint(file) for file in found}}
+            root = os.path.commonpath([file.parent for file in found])
+            return {"path": str(path), "files": {os.path.relpath(file, root): fingerprint(file) for file in found}}
         if path.is_dir():  # a saved data set
             inside = sorted(file for file in path.iterdir() if file.is_file())
             return {"path": str(path), "files": {file.name: fingerprint(file) for file in inside}}
