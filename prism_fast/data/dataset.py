@@ -32,7 +32,8 @@ class Records(Sequence[Sample]):
 
     ``convert``: what makes a record of one of the formats. ``columns``: our name -> what the files call it; a name with
     a dot is a field within a field ("reward_model.ground_truth": "answer"). ``cache``: a folder where what is made of a
-    large file stays. ``image_folders``: where images may lie beside their file's own folder.
+    large file stays. ``image_folders``: where images may lie beside their file's own folder. ``held``: what row groups
+    and open files are kept by.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class Records(Sequence[Sample]):
         columns: Mapping[str, str] | None = None,
         cache: Cache | None = None,
         image_folders: Sequence[Path] = (),
+        held: Held | None = None,
     ):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise DataError("no data file given; name at least one")
         self.convert, self.system_prompt, self.columns = convert, system_prompt, dict(columns or {})
         self.image_folders = tuple(image_folders)
-        theirs, held, cache = {*self.columns.values()}, Held(), cache or Cache()
+        theirs, held, cache = {*self.columns.values()}, held or Held(), cache or Cache()
         self.sources: list[Source] = [
             source
             for path in paths
@@ -69,6 +71,11 @@ class Records(Sequence[Sample]):
             raise IndexError(f"index {index} is outside of {len(self)} records")
         file = int(np.searchsorted(self._start, index, side="right")) - 1
         return file, index - int(self._start[file])
+
+    def place(self, index: int) -> str:
+        """ "file:record", for messages to a person."""
+        file, record = self.at(index)
+        return self.sources[file].place(record)
 
     def read(self, file: int, record: int) -> Sample:
         source = self.sources[file]

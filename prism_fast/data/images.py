@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
@@ -136,6 +136,26 @@ def _real(folder: Path) -> Path:
 def open_image(ref: ImageRef, place: str) -> Image.Image:
     """The image as a person sees it, as RGB. Raises DataError, naming ``place``, whatever the decoder raises."""
     return _looked_at(ref, place, _seen)
+
+
+class Look(NamedTuple):
+    """What there is to say of an image that opens."""
+
+    size: tuple[int, int]  # upright: width, height
+    format: str  # "PNG"
+    mode: str  # as it is stored, by Pillow's name: "RGB", "L", "P", "I;16", "CMYK", ...
+
+
+def look_at(ref: ImageRef, place: str) -> Look:
+    """Decodes the image, as `open_image`, and says how it is stored. Raises DataError as `open_image` does."""
+
+    def look(file: IO[bytes]) -> Look:
+        with _recognised(file) as image:
+            format, mode = str(image.format), image.mode
+        file.seek(0)
+        return Look(_seen(file).size, format, mode)
+
+    return _looked_at(ref, place, look)
 
 
 def pixels_of(ref: ImageRef, place: str) -> int:

@@ -30,9 +30,8 @@ def open_sources(
         return [open_source(path, wanted, cache, held)]
     kinds = sorted({file.suffix for file in files})
     if len(kinds) > 1:
-        raise DataError(
-            f"{path}: holds {' and '.join(kinds)} files; name one kind, as {str(path / ('*' + kinds[0]))!r}"
-        )
+        one = str((path if path.is_dir() else path.parent) / f"*{kinds[0]}")
+        raise DataError(f"{path}: holds {' and '.join(kinds)} files; name one kind, as {one!r}")
     _refuse_other_ranks(path, files)
     sources = [opened_source(file, wanted, cache, held) for file in files]
     filled = [source for source in sources if len(source)]
