@@ -438,21 +438,26 @@ def data_check(
 
 @data_app.command("convert")
 def data_convert(
-    files: Annotated[list[Path], typer.Argument(callback=home, help="Files of one of the formats.")],
-    out: Annotated[Path, typer.Option(callback=home, help="The .json, .jsonl or .parquet file to write.")],
-    to: Annotated[str, typer.Option(help="sft, warm-up, alignment or rlvr; default: as the first file is.")] = "",
+    files: Annotated[
+        list[Path], typer.Argument(callback=home, help="Files of any of the formats; folders or patterns of shards.")
+    ],
+    out: Annotated[
+        Path, typer.Option(callback=home, help="The .json, .jsonl or .parquet file to write; else a folder of parquet.")
+    ],
+    to: Annotated[
+        str, typer.Option(help="sft, warm-up, alignment, rlvr or llava; default: as the first file is.")
+    ] = "",
     column: Columns = None,
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are left out.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replaces what is at --out.")] = False,
     dry_run: DryRun = False,
     image_folder: ImageFolders = None,
 ) -> None:
-    """Rewrites files as one of another format or container; images are copied where they are bytes."""
+    """Rewrites files as one of another format or container; images go along where they are bytes."""
     from rich.progress import Progress
 
-    from prism_fast.data.convert import KINDS, convert
-    from prism_fast.data.formats import FORMATS, Dataset
-    from prism_fast.data.kinds import glance, kind_of
-    from prism_fast.files import try_new
+    from prism_fast.data.convert import KINDS, convert, refuse_out
+    from prism_fast.data.kinds import glance
 
     columns = dict(_pair(text, "--column") for text in column or ())
     if to and to not in KINDS:
@@ -460,15 +465,21 @@ def data_convert(
     if dry_run:
         from prism_fast.run.dry_run import dry_files
 
-        _looked(dry_files(files, glance, out=out, columns=columns), Console(highlight=False))
-    try_new(out, "--out")
+        _looked(dry_files(files, glance, out=None if overwrite else out, columns=columns), Console(highlight=False))
+    refuse_out(out, overwrite)
     interruptible()
-    kind = kind_of(files[0], columns)
-    data = Dataset(files, FORMATS[kind], skip_bad_records, columns=columns, image_folders=image_folder or ())
-    with Progress(console=Console(), transient=True) as progress:
-        task = progress.add_task("records", total=len(data))
-        count = convert(data, to or kind, out, lambda done: progress.update(task, completed=done))
-    print(f"{count} records, {to or kind}, {len(data.bad)} left out -> {out}")
+    with Progress(console=Console(), transient=True) as bar:
+        task = bar.add_task("records", total=None)
+        made = convert(
+            files,
+            out,
+            to or None,
+            skip_bad=skip_bad_records,
+            columns=columns,
+            image_folders=image_folder or (),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{made.records} records, {made.kind}, {made.left_out} left out -> {out}")
 
 
 def _pair(text: str, key: str) -> tuple[str, str]:

@@ -60,7 +60,9 @@ def test_the_command_line_is_frozen():
         ],
         "bench": [],
         "doctor": [],
-        "data convert": ["--column", "--dry-run", "--image-folder", "--out", "--skip-bad-records", "--to"],
+        "data convert": [
+            *("--column", "--dry-run", "--image-folder", "--out", "--overwrite", "--skip-bad-records", "--to"),
+        ],
         "data check": [
             *("--batch-size", "--column", "--dry-run", "--histogram", "--image-folder", "--json"),
             *("--max-prompt-tokens", "--model", "--skip-bad-records", "--tokens-per-pack", "--workers"),
