@@ -52,8 +52,8 @@ class Batches(Generic[T]):
     def __init__(self, data: Dataset, count: int, encode: Callable[[Sample], T], seed: int, workers: int | str = 0):
         self.bad = data.bad
         self._data, self._count, self._encode, self._seed = data, count, encode, seed
-        self._asked: dict[int, _Worker] = {}  # by position in the sequence
-        self._workers = [_Worker(data, encode) for _ in range(number_of_workers(workers))]
+        self._asked: dict[int, Worker] = {}  # by position in the sequence
+        self._workers = [Worker(data, encode) for _ in range(number_of_workers(workers))]
 
     def take(self, start: int, number: int) -> list[T]:
         """Entries [start, start + number); fewer where some are bad, none where all are.
@@ -74,7 +74,7 @@ class Batches(Generic[T]):
         return [made for _, made in encoded(self._data, picked, self._encode, take)]
 
     def _ask(self, start: int, number: int, picked: list[int]) -> None:
-        wanted: dict[_Worker, list[tuple[int, int]]] = {}
+        wanted: dict[Worker, list[tuple[int, int]]] = {}
         for i in own_positions(number):
             if start + i not in self._asked:
                 worker = self._workers[picked[i] % len(self._workers)]
@@ -88,8 +88,10 @@ class Batches(Generic[T]):
             worker.close()
 
 
-class _Worker:
+class Worker:
     """A process, and the thread that receives what it makes."""
+
+    remedy = "lower data.workers and --resume"  # where it ends by itself
 
     def __init__(self, data: Dataset, encode: Callable[[Sample], Any]):
         self._pipe, theirs = multiprocessing.Pipe()
@@ -165,7 +167,7 @@ class _Worker:
         how = f"signal {-status}" if status < 0 else f"status {status}"
         why = " (out of memory?)" if status == -signal.SIGKILL else ""
         with self._news:
-            self._fault = f"a data worker (process {self.pid}) ended with {how}{why}; lower data.workers and --resume"
+            self._fault = f"a data worker (process {self.pid}) ended with {how}{why}; {self.remedy}"
             self._news.notify_all()
 
 

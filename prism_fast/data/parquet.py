@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,36 +15,35 @@ import pyarrow.parquet as pq
 
 from prism_fast.data import row_groups
 from prism_fast.data.cache import Cache
+from prism_fast.data.held import Held, state
 from prism_fast.data.row_groups import PIECE_BYTES, opened, reason, unreadable
 from prism_fast.records import DataError
 
 GROUP_BYTES = 32 << 20  # of a row group's wanted columns; a file with a larger one is cut,
 GROUP_ROWS = 20_000  # or with one of more rows, since equal texts are stored once and unpacked each for itself
-HELD_BYTES = 128 << 20  # of unpacked row groups that stay in memory
 
 Wanted = Callable[[str], bool]  # whether a field of this name is looked at
 
 
 class Parquet:
-    """Rows of a parquet file; row groups are unpacked when needed and kept while they fit in ``held_bytes``.
+    """Rows of a parquet file; row groups are unpacked when needed, and ``held`` keeps what it has room for.
 
     One record costs its row group. Where that is large (images by the hundred, a file of one group), ``cache`` gets a
     copy of the wanted columns in small ones, made once.
     """
 
-    def __init__(self, path: Path, cache: Cache, wanted: Wanted | None = None, held_bytes: int = HELD_BYTES):
-        self.path = path
-        self._file = opened(path, path)
-        self._columns = columns_of(self._file.schema_arrow, wanted or (lambda name: True), path)
-        size, rows = _largest_group(self._file, self._columns)
+    def __init__(self, path: Path, cache: Cache, wanted: Wanted | None = None, held: Held | None = None):
+        self.path, self._read_from = path, path
+        file = opened(path, path)
+        self._theirs = _starts(file)  # before they are cut
+        self.columns = columns_of(file.schema_arrow, wanted or (lambda name: True), path)
+        size, rows = _largest_group(file, self.columns)
         if size > GROUP_BYTES or rows > GROUP_ROWS:
-            self._file = opened(
-                self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows"), path
-            )
-        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
-        self._start = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
-        self._held: OrderedDict[int, pa.Table] = OrderedDict()
-        self._held_bytes = held_bytes
+            self._read_from = self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows")
+            file = opened(self._read_from, path)
+        self._cache = cache  # a temporary one goes with its last user
+        self._held, self._state = held or Held(), state(self._read_from)
+        self._start = _starts(file)
 
     def __len__(self) -> int:
         return int(self._start[-1])
@@ -53,28 +51,29 @@ class Parquet:
     def place(self, index: int) -> str:
         return f"{self.path}:{index + 1}"
 
+    def group_of(self, index: int) -> int:
+        """The row group of the file, from 1, that row ``index`` lies in."""
+        return int(np.searchsorted(self._theirs, index, side="right"))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._start, index, side="right")) - 1
         return row(self._group(group), index - int(self._start[group]), self.place(index))
 
     def _group(self, group: int) -> pa.Table:
-        if group in self._held:
-            self._held.move_to_end(group)
-            return self._held[group]
-        try:
-            table = self._file.read_row_group(group, columns=self._columns)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise unreadable(self.path, group, error) from error
-        self._held[group] = table
-        while len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > self._held_bytes:
-            self._held.popitem(last=False)
-        return table
+        def read() -> pa.Table:
+            try:
+                file = self._held.file(self._read_from, self._state, lambda path: opened(path, self.path))
+                return file.read_row_group(group, columns=self.columns)
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise unreadable(self.path, group, error) from error
+
+        return self._held.group(self._read_from, group, read)
 
     def _cut(self, cache: Cache, groups: str) -> Path:
         """In a process of its own: a page has to be unpacked whole, and a page may be as large as its row group."""
 
         def make(target: Path) -> None:
-            asked = json.dumps({"source": str(self.path), "target": str(target), "columns": self._columns})
+            asked = json.dumps({"source": str(self.path), "target": str(target), "columns": self.columns})
             done = subprocess.run(
                 [sys.executable, "-m", row_groups.__name__, asked], capture_output=True, text=True, check=False
             )
@@ -88,7 +87,13 @@ class Parquet:
                 )
 
         said = f"{groups} are cut into pieces of {PIECE_BYTES >> 20} MiB, once"
-        return cache.file(self.path, "rows.parquet", self._columns, make, said)
+        return cache.file(self.path, "rows.parquet", self.columns, make, said)
+
+
+def _starts(file: pq.ParquetFile) -> np.ndarray[Any, Any]:
+    """The first row of each row group, then the number of rows."""
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
 
 
 def row(table: pa.Table, index: int, place: str) -> dict[str, Any]:

@@ -60,11 +60,12 @@ def test_the_command_line_is_frozen():
         ],
         "bench": [],
         "doctor": [],
-        "data convert": ["--column", "--dry-run", "--image-folder", "--out", "--skip-bad-records", "--to"],
+        "data convert": [
+            *("--column", "--dry-run", "--image-folder", "--out", "--overwrite", "--skip-bad-records", "--to"),
+        ],
         "data check": [
-            *("--batch-size", "--dry-run", "--histogram", "--image-folder", "--max-prompt-tokens", "--model"),
-            *("--skip-bad-records",),
-            "--tokens-per-pack",
+            *("--batch-size", "--column", "--dry-run", "--histogram", "--image-folder", "--json"),
+            *("--max-prompt-tokens", "--model", "--skip-bad-records", "--tokens-per-pack", "--workers"),
         ],
         "data pairs": ["--config", "--dry-run", "--hard-negatives"],
         "data filter": ["--config", "--dry-run"],

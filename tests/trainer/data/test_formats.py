@@ -19,6 +19,7 @@ from PIL import Image
 from prism_fast.data import formats, source
 from prism_fast.data.cache import Cache
 from prism_fast.data.formats import open_image, read_align, read_rlvr, read_sft, read_warmup
+from prism_fast.data.held import Held
 from prism_fast.records import DataError, ImageRef, Message, Sample
 
 CAPTION = "<caption>a 3</caption>"
@@ -330,10 +331,11 @@ def test_a_data_set_of_which_nothing_is_left(tmp_path):
 
 def test_row_groups_leave_the_cache(tmp_path):
     path = write(tmp_path, "align", *[record("align", data_source=str(i)) for i in range(9)])
-    rows = source.Parquet(path, Cache(), held_bytes=1)
+    held = Held(held_bytes=1)
+    rows = source.Parquet(path, Cache(), held=held)
     order = [8, 0, 3, 8, 1, 5]
     assert [rows[i]["data_source"] for i in order] == [str(i) for i in order]
-    assert len(rows._held) == 1
+    assert len(held._groups) == 1
 
 
 @pytest.mark.parametrize("stored", ["bytes", "path"])
