@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -26,7 +25,7 @@ from prism_fast import ranks
 from prism_fast.data.dataset import Dataset
 from prism_fast.data.encode import encoded, own_positions
 from prism_fast.data.order import order
-from prism_fast.data.wire import from_bytes, to_bytes
+from prism_fast.data.wire import from_bytes, receive, send, to_parts
 from prism_fast.records import DataError, Sample
 
 T = TypeVar("T")
@@ -92,7 +91,7 @@ class _Worker:
     """A process, and the thread that receives what it makes."""
 
     def __init__(self, data: Dataset, encode: Callable[[Sample], Any]):
-        self._pipe, theirs = multiprocessing.Pipe()
+        self._line, theirs = socket.socketpair()
         gc.freeze()  # else the child's collector writes to every page that it shares with this process
         try:
             self.pid = os.fork()  # multiprocessing's processes may not be had by its daemons
@@ -100,7 +99,7 @@ class _Worker:
             gc.unfreeze()
         if self.pid == 0:
             try:
-                _work(theirs, self._pipe, data, encode)
+                _work(theirs, self._line, data, encode)
             finally:
                 os._exit(1)  # nothing of the parent's is to be cleaned up here
         theirs.close()
@@ -114,7 +113,7 @@ class _Worker:
     def ask(self, entries: list[tuple[int, int]]) -> None:
         """[(position, number of its record)], to be encoded in this order."""
         try:
-            self._pipe.send_bytes(json.dumps(entries).encode())
+            send(self._line, [json.dumps(entries).encode()])
         except OSError:
             self._ended()
 
@@ -150,7 +149,7 @@ class _Worker:
     def _receive(self) -> None:
         while True:
             try:
-                position, failed, made = from_bytes(self._pipe.recv_bytes())
+                position, failed, made = from_bytes(receive(self._line))
             except (EOFError, OSError):
                 return self._ended()
             with self._news:
@@ -184,7 +183,7 @@ class _Failure(NamedTuple):
         return DataError(self.text) if self.is_data else RuntimeError(f"in a data worker:\n{self.text}")
 
 
-def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable[[Sample], Any]) -> None:
+def _work(line: socket.socket, parents: socket.socket, data: Dataset, encode: Callable[[Sample], Any]) -> None:
     """Encodes what is asked for until the parent is gone."""
     parents.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -196,7 +195,7 @@ def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable
     def listen() -> None:
         while True:
             try:
-                asked.put(json.loads(pipe.recv_bytes()))
+                asked.put(json.loads(receive(line).tobytes()))
             except (EOFError, OSError):
                 os._exit(0)
 
@@ -204,10 +203,10 @@ def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable
     while True:
         for position, index in asked.get():
             try:
-                made = to_bytes((position, False, encode(data[index])))
+                made = to_parts((position, False, encode(data[index])))
             except Exception as error:  # noqa: BLE001  the parent raises it
-                made = to_bytes((position, True, tuple(_Failure.of(error))))
+                made = to_parts((position, True, tuple(_Failure.of(error))))
             try:
-                pipe.send_bytes(made)
+                send(line, made)
             except OSError:
                 os._exit(0)
