@@ -15,6 +15,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -25,20 +26,24 @@ from prism_fast import ranks
 from prism_fast.data.dataset import Dataset
 from prism_fast.data.encode import encoded, own_positions
 from prism_fast.data.order import order
-from prism_fast.data.wire import from_bytes, receive, send, to_parts
+from prism_fast.data.wire import Parts, from_bytes, receive, send, to_parts
 from prism_fast.records import DataError, Sample
 
 T = TypeVar("T")
 
 MOST_WORKERS = 8
+SOON = 0.005  # seconds after which a worker sends what it has encoded
+_Made = tuple[int, bool, Any]  # position in the sequence, whether it failed, what it was encoded to or the failure
 
 
 def number_of_workers(asked: int | str) -> int:
-    """``auto``: a quarter of the cores that this process of the run has to itself, at most MOST_WORKERS."""
+    """``auto``: a quarter of the cores that this process of the run has to itself, at most MOST_WORKERS; one where that
+    is none, but for a process with a single core, which would gain nothing."""
     if asked != "auto":
         return int(asked)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) // here // 4)
+    cores = len(os.sched_getaffinity(0)) // here
+    return min(MOST_WORKERS, max(cores // 4, 1)) if cores > 1 else 0
 
 
 class Batches(Generic[T]):
@@ -149,14 +154,15 @@ class _Worker:
     def _receive(self) -> None:
         while True:
             try:
-                position, failed, made = from_bytes(receive(self._line))
+                message: list[_Made] = from_bytes(receive(self._line))
             except (EOFError, OSError):
                 return self._ended()
             with self._news:
-                if position in self._unwanted:
-                    self._unwanted.remove(position)
-                else:
-                    self._done[position] = _Failure(*made) if failed else made
+                for position, failed, made in message:
+                    if position in self._unwanted:
+                        self._unwanted.remove(position)
+                    else:
+                        self._done[position] = _Failure(*made) if failed else made
                 self._news.notify_all()
 
     def _ended(self) -> None:
@@ -201,12 +207,25 @@ def _work(line: socket.socket, parents: socket.socket, data: Dataset, encode: Ca
 
     threading.Thread(target=listen, daemon=True).start()  # so that the parent never waits to be heard
     while True:
-        for position, index in asked.get():
+        made: list[_Made] = []
+        entries, since = asked.get(), time.monotonic()
+        for number, (position, index) in enumerate(entries, 1):
             try:
-                made = to_parts((position, False, encode(data[index])))
+                made.append((position, False, encode(data[index])))
             except Exception as error:  # noqa: BLE001  the parent raises it
-                made = to_parts((position, True, tuple(_Failure.of(error))))
-            try:
-                send(line, made)
-            except OSError:
-                os._exit(0)
+                made.append((position, True, tuple(_Failure.of(error))))
+            # A message wakes the parent: small records go several at once, what takes long goes by itself.
+            if number == len(entries) or time.monotonic() - since > SOON:
+                try:
+                    send(line, _parts(made))
+                except OSError:
+                    os._exit(0)
+                made, since = [], time.monotonic()
+
+
+def _parts(made: list[_Made]) -> Parts:
+    """As a message. What cannot be one is a failure of its own, which the parent raises."""
+    try:
+        return to_parts(made)
+    except Exception as error:  # noqa: BLE001
+        return to_parts([(position, True, tuple(_Failure.of(error))) for position, _, _ in made])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import socket
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,5 +124,6 @@ def _value(plain: Any, memory: np.ndarray[Any, Any], places: list[tuple[int, int
     return {"list": list, "tuple": tuple}[name](_value(item, memory, places) for item in items)
 
 
+@cache
 def _fields(cls: Any) -> list[str]:
     return [field.name for field in fields(cls)] if is_dataclass(cls) else list(cls._fields)
