@@ -119,7 +119,9 @@ class DataConfig(Node):
     )
 
     workers: Annotated[int, Field(ge=0, le=256), NUMBER] | Literal["auto"] = Field(
-        "auto", description="processes that encode the next batch; 0: none; auto: a quarter of the cores, at most 8"
+        "auto",
+        description="processes that encode the next batch; 0: none; auto: a quarter of the cores, 1 to 8, none for a "
+        "process with one core",
     )
 
     @property

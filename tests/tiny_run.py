@@ -81,6 +81,7 @@ def settings(folder: Path, stage: str, out: Path, **changes) -> dict:
             "eval": {"max_response_tokens": 8},
         },
     }
+    trees[stage]["data"]["workers"] = 0  # a process less for each of hundreds of runs; with some: test_resume.py
     return {**trees[stage], "steps": 8, "run": run, **changes}
 
 

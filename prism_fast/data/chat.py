@@ -29,6 +29,7 @@ from prism_fast.data.chat_files import (
     quiet,
     render,
 )
+from prism_fast.data.patches import PatchMaker
 from prism_fast.data.processed import Patches, ProcessedImages
 from prism_fast.records import DataError, Message, Prompt, Sample
 
@@ -55,6 +56,11 @@ class Chat:
         self.images = ProcessedImages(self._patches)
         # A tokenizer has one state, such as whether control tokens are on, and a step may be drawn beside another.
         self._one_at_a_time = threading.Lock()
+        self._tokenize = getattr(tokenizer, "backend_tokenizer", None)
+        if self._tokenize is None:
+            raise DataError(f"tokenizer: {type(tokenizer).__name__} has no tokenizer.json behind it; add that file")
+        self._tokenize.no_truncation()
+        self._tokenize.no_padding()
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         missing = [token for token in (END_OF_TURN, *VISION_TOKENS.values()) if token not in added]
         if missing:
@@ -79,6 +85,7 @@ class Chat:
         self.forbidden_ids: tuple[int, ...] = tuple(
             sorted({*self._control.values(), self.pad_id} - {self.end_of_turn_id})
         )
+        self._make_patches = PatchMaker(image_processor)
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Chat:
@@ -141,13 +148,15 @@ class Chat:
 
     def encode_part(self, text: str) -> Tensor:
         """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""
-        pieces = self._seam.split(text)
-        ids = self._tokens(pieces, split_special_tokens=True)
-        return torch.tensor([index for piece in ids for index in piece], dtype=torch.int64)
+        ids = self._tokens(*self._seam.split(text), control=False)
+        return torch.tensor(ids, dtype=torch.int64)
 
-    def _tokens(self, text: str | list[str], **options: bool) -> Any:
+    def _tokens(self, *texts: str, control: bool = True) -> list[int]:
+        """Of texts one after the other. ``control``: whether control tokens that they spell are such."""
         with self._one_at_a_time:
-            return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+            # Not by calling the tokenizer, which does the same at several times the cost of a short text.
+            self._tokenize.encode_special_tokens = not control
+            return [index for text in texts for index in self._tokenize.encode(text, add_special_tokens=False).ids]
 
     def encode_response(self, text: str) -> Tensor:
         """(L + 1,) int64: the tokens of a response, then end-of-turn."""
@@ -210,8 +219,7 @@ class Chat:
             raise DataError(f"{sample.place}: images: cannot be preprocessed ({detail}); resize the image") from error
 
     def _patches(self, image: Image) -> Patches:
-        made = self.image_processor(images=[image], return_tensors="pt")
-        return Patches(made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64))
+        return Patches(*self._make_patches(image))
 
     def _expand(self, text: str, grid: Tensor, place: str) -> str:
         placeholder = VISION_TOKENS["image"]

@@ -170,4 +170,8 @@ def test_workers_by_the_number_of_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert number_of_workers("auto") == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert number_of_workers("auto") == 0  # eight processes on two cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert number_of_workers("auto") == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert number_of_workers("auto") == 0
