@@ -514,13 +514,40 @@ def data_filter(config: ConfigFile = None, dry_run: DryRun = False, overrides: O
     _prepare("filter", FilterConfig, config, overrides, dry_run)
 
 
+@data_app.command("curate")
+def data_curate(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrides = None) -> None:
+    """Asks a teacher over HTTP about hard prompts, and makes of its right answers what the stages train on."""
+    from prism_fast.config import CurateConfig
+
+    settings = _settings(CurateConfig, config, overrides)
+    from prism_fast.stages.curate import curate
+    from prism_fast.stages.curating.plan import plan
+
+    interruptible()
+    console = Console(highlight=False)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        for line in plan(settings):
+            say(line)
+        say("dry run: in order; nothing was asked or written")
+        return
+    with contextlib.ExitStack() as bars:
+        rolled = bars.enter_context(_responses(console)) if settings.rates is not None else None
+        report = curate(settings, rolled, bars.enter_context(_responses(console, "prompts")), say)
+    for name in ("prompts", "answers", "mended", "requests", "tokens", "cost", "written"):
+        say(f"{name:10} " + ", ".join(f"{key} {value}" for key, value in report[name].items()))
+    if report["stopped"]:
+        say(f"stopped: {report['stopped']}; more is asked by the same command with another teacher.budget")
+    _done("curate", settings.out, config)
+
+
 @contextlib.contextmanager
-def _responses(console: Console) -> Iterator[Callable[[int, int], None]]:
+def _responses(console: Console, what: str = "responses") -> Iterator[Callable[[int, int], None]]:
     """A bar of the responses that are sampled: (done, in total) moves it."""
     from rich.progress import Progress
 
     with Progress(console=console) as progress:
-        task = progress.add_task("responses", total=None)
+        task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 

@@ -72,6 +72,7 @@ class Sample:
     equivalents: tuple[str, ...] = ()  # reward_model.equivalent_answers
     question_type: str = "all"  # extra_info.question_type where there is one, else data_source
     data_source: str = ""
+    pass_rate: float | None = None  # extra_info.pass_rate: share of a policy's responses that are right
     seen: Seen | None = None  # what another process has found out about the prompt's images
 
 

@@ -22,6 +22,7 @@ from prism_fast.records import DataError
 GROUP_BYTES = 32 << 20  # of a row group's wanted columns; a file with a larger one is cut,
 GROUP_ROWS = 20_000  # or with one of more rows, since equal texts are stored once and unpacked each for itself
 
+EXTRA = ("question_type", "pass_rate")  # fields of extra_info that are read
 Wanted = Callable[[str], bool]  # whether a field of this name is looked at
 
 
@@ -143,8 +144,8 @@ def columns_of(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
         kind = schema.field(name).type
         if name != "extra_info" or not pa.types.is_struct(kind):
             columns.append(name)
-        elif kind.get_field_index("question_type") >= 0:
-            columns.append("extra_info.question_type")
+        else:
+            columns += [f"extra_info.{read}" for read in EXTRA if kind.get_field_index(read) >= 0]
     return columns
 
 

@@ -32,7 +32,10 @@ _GOLD = [
             [("style", pa.string()), ("ground_truth", pa.string()), ("equivalent_answers", pa.list_(pa.string()))]
         ),
     ),
-    ("extra_info", pa.struct([("index", pa.int64()), ("question_type", pa.string())])),
+    (
+        "extra_info",
+        pa.struct([("index", pa.int64()), ("question_type", pa.string()), ("pass_rate", pa.float64())]),
+    ),
 ]
 _PARTS = [(f"{voice}_{part}", pa.string()) for voice in ("teacher", "student") for part in ("caption", "cot")]
 _FIELDS = {
@@ -193,7 +196,11 @@ def _gold(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
             "ground_truth": sample.gold,
             "equivalent_answers": list(sample.equivalents) or None,
         },
-        "extra_info": {"index": index, "question_type": sample.question_type},
+        "extra_info": {
+            "index": index,
+            "question_type": sample.question_type,
+            **({} if sample.pass_rate is None else {"pass_rate": sample.pass_rate}),
+        },
     }
 
 

@@ -69,6 +69,7 @@ def test_the_command_line_is_frozen():
         ],
         "data pairs": ["--config", "--dry-run", "--hard-negatives"],
         "data filter": ["--config", "--dry-run"],
+        "data curate": ["--config", "--dry-run"],
     }
     assert options == expected
 
@@ -79,7 +80,7 @@ COMMANDS = [
     ["doctor"],
 ]
 COMMANDS += [["launch"], ["plan"]]
-COMMANDS += [["data", name] for name in ("check", "pairs", "filter")]
+COMMANDS += [["data", name] for name in ("check", "pairs", "filter", "curate")]
 
 
 def test_help_texts_load_neither_torch_nor_transformers():

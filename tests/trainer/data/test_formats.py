@@ -212,6 +212,8 @@ BAD = [
     ("rlvr", {"reward_model": {"ground_truth": "7", "equivalent_answers": "8"}}, ("equivalent_answers", "list")),
     ("rlvr", {"prompt": 3}, ("prompt", "list of turns")),
     ("rlvr", {"extra_info": "x"}, ("extra_info", "named fields")),
+    ("rlvr", {"extra_info": {"pass_rate": 1.5}}, ("extra_info.pass_rate", "a number from 0 to 1")),
+    ("align", {"extra_info": {"pass_rate": "low"}}, ("extra_info.pass_rate", "a number from 0 to 1")),
 ]
 
 
@@ -357,17 +359,19 @@ def test_what_is_written_reads_back(tmp_path, kind, stored):
         equivalents=("7.0", "seven"),
         question_type="sum",
         data_source="geo",
+        pass_rate=0.125,
     )
     name = {"sft": "d.json", "warmup": "d.jsonl"}.get(kind, "d.parquet")
     path = getattr(formats, f"write_{kind}")(tmp_path / "out" / name, [sample] * 3)
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
     back = READERS[kind](path, image_folders=[tmp_path / "in"])
     assert len(back) == 3
+    gold = ("gold", "equivalents", "question_type", "data_source", "pass_rate")
     fields = {
         "sft": ("response",),
         "warmup": ("teacher_caption", "teacher_reasoning", "student_caption", "student_reasoning"),
-        "align": ("teacher_caption", "teacher_reasoning", "gold", "equivalents", "question_type", "data_source"),
-        "rlvr": ("gold", "equivalents", "question_type", "data_source"),
+        "align": ("teacher_caption", "teacher_reasoning", *gold),
+        "rlvr": gold,
     }[kind]
     for field in ("messages", *fields):
         assert getattr(back[1], field) == getattr(sample, field), field
