@@ -131,10 +131,12 @@ class Chat:
                 " keep to its roles and their order"
             ) from error
         pixels = grid = decode = None
+        keys: tuple[bytes, ...] = ()
         if sample.images and sample.seen is not None:
             grid, decode = torch.tensor(sample.seen.grid), lambda: self._pixels(sample).pixels
+            keys = sample.seen.image_keys
         elif sample.images:
-            pixels, grid = self._pixels(sample)
+            pixels, grid, keys = self._pixels(sample)
         if grid is not None:
             text = self._expand(text, grid, sample.place)
         ids = torch.tensor(self._tokens(text), dtype=torch.int64)
@@ -143,8 +145,7 @@ class Chat:
                 f"{sample.place}: prompt: {len(ids)} tokens are over the limit of {max_tokens};"
                 " raise the limit, shorten the text or make the images smaller"
             )
-        key = _key(ids, pixels, grid) if decode is None else sample.seen.key
-        return Prompt(ids, pixels, grid, key, sample.place, decode)
+        return Prompt(ids, pixels, grid, _key(ids, keys), sample.place, decode, keys)
 
     def encode_part(self, text: str) -> Tensor:
         """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""
@@ -219,7 +220,7 @@ class Chat:
             raise DataError(f"{sample.place}: images: cannot be preprocessed ({detail}); resize the image") from error
 
     def _patches(self, image: Image) -> Patches:
-        return Patches(*self._make_patches(image))
+        return Patches.of(*self._make_patches(image))
 
     def _expand(self, text: str, grid: Tensor, place: str) -> str:
         placeholder = VISION_TOKENS["image"]
@@ -233,13 +234,12 @@ class Chat:
         return pieces[0] + "".join(placeholder * count + piece for count, piece in zip(counts, pieces[1:]))
 
 
-def _key(ids: Tensor, pixels: Tensor | None, grid: Tensor | None) -> bytes:
-    """Hash of token ids, pixels and grid: equal only where a root may be shared."""
-    digest = blake2b(digest_size=16)
-    for tensor in (ids, grid, pixels):
-        if tensor is not None:
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+def _key(ids: Tensor, image_keys: Sequence[bytes]) -> bytes:
+    """Hash of token ids and images: equal only where a root may be shared."""
+    digest = blake2b(str(len(ids)).encode(), digest_size=16)
+    digest.update(ids.numpy())
+    for key in image_keys:
+        digest.update(key)
     return digest.digest()
 
 

@@ -21,7 +21,7 @@ from prism_fast.steps import updater as updaters
 from prism_fast.steps.discriminator_step import discriminator_gradient
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.over_packs import is_out_of_memory, over_packs
-from prism_fast.steps.pair_step import pair_gradient, pair_trees
+from prism_fast.steps.pair_step import pair_gradient, pair_packs
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import Backprop, Updater
@@ -73,7 +73,7 @@ def policy_step(objective):
 
 def sft_step(each, tokens_per_pack):
     demonstrations = [(prompt(i % 3, images=((4, 4), (2, 6))), tokens(i, 5 + i)) for i in range(6)]
-    return {"loss": supervised_gradient(each, demonstration_packs(demonstrations, tokens_per_pack, each.module.image))}
+    return {"loss": supervised_gradient(each, demonstration_packs(demonstrations, tokens_per_pack, each.module))}
 
 
 def discriminator_step(each, tokens_per_pack):
@@ -86,8 +86,7 @@ def discriminator_step(each, tokens_per_pack):
 
 
 def pair_step(each, tokens_per_pack, balance=0.1):
-    trees, labels = pair_trees(records())
-    packs = pack(trees, tokens_per_pack, each.module.image)
+    packs, labels = pair_packs(records(), tokens_per_pack, each.module)
     metrics, broken = pair_gradient(each, packs, labels, balance_coef=balance, load=ExpertLoad())
     assert not broken
     return metrics
