@@ -69,8 +69,8 @@ class Problem:
 
     ``flops``, ``bytes``: what must be computed, and the fewest bytes that must move. ``limit``: (contender, multiple):
     "over limit" is our median over multiple times its median. ``figures``: of work on the host, those of
-    ``Contender.extra`` that its table shows; operations and bytes are then not counted, nor is memory measured. ``sizes``:
-    those of the shape that its heading names (all).
+    ``Contender.extra`` that its table shows; operations and bytes are then not counted, nor is memory measured.
+    ``sizes``: those of the shape that its heading names (all).
     """
 
     name: str
