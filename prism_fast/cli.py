@@ -521,6 +521,7 @@ def data_curate(config: ConfigFile = None, dry_run: DryRun = False, overrides: O
 
     settings = _settings(CurateConfig, config, overrides)
     from prism_fast.stages.curate import curate
+    from prism_fast.stages.curating.hard import rollouts
     from prism_fast.stages.curating.plan import plan
 
     interruptible()
@@ -529,7 +530,9 @@ def data_curate(config: ConfigFile = None, dry_run: DryRun = False, overrides: O
     if dry_run:
         for line in plan(settings):
             say(line)
-        say("dry run: in order; nothing was asked or written")
+        if (policy := rollouts(settings)) is not None:  # which is sampled as `data filter` does
+            _dry_run("filter", policy, config, console)
+        say("dry run: in order; nothing was started or written")
         return
     with contextlib.ExitStack() as bars:
         rolled = bars.enter_context(_responses(console)) if settings.rates is not None else None

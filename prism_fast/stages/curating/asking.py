@@ -20,7 +20,7 @@ from prism_fast.stages.curating.purse import Purse
 from prism_fast.stages.curating.request import body_of, key_of, most
 from prism_fast.stages.curating.verdict import RIGHT, Verdict, verdict_of
 
-KEPT, WRONG, FAILED, AGAIN, UNASKED, BAD = "kept", "none_right", "failed", "repeated", "not_asked", "bad"
+KEPT, WRONG, FAILED, REPEATED, UNASKED, BAD = "kept", "none_right", "failed", "repeated", "not_asked", "bad"
 
 
 class Outcome(NamedTuple):
@@ -83,7 +83,7 @@ class Asking:
         sample = self.data[index]
         prompt = key_of(sample)
         if prompt in self._seen:
-            return Outcome(index, AGAIN)
+            return Outcome(index, REPEATED)
         self._seen.add(prompt)
         right: list[Key] = []
         body = None

@@ -50,7 +50,7 @@ class Teacher:
         self.config, self._key, self._pace, self._halt = config, key, pace, halt
         self._random = random.Random(seed)
         self.troubles: Counter[str] = Counter()
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         limits = httpx2.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)

@@ -13,7 +13,7 @@ from prism_fast.data.images import content
 from prism_fast.files import write_json, writing
 from prism_fast.records import ImageRef, Sample
 from prism_fast.reward import Parts, split_parts
-from prism_fast.stages.curating.asking import AGAIN, BAD, FAILED, KEPT, UNASKED, WRONG, Asking, Outcome
+from prism_fast.stages.curating.asking import BAD, FAILED, KEPT, REPEATED, UNASKED, WRONG, Asking, Outcome
 from prism_fast.stages.curating.hard import Looked
 from prism_fast.stages.curating.journal import Journal
 from prism_fast.stages.curating.purse import cost
@@ -100,7 +100,7 @@ def account(
         "records": picked,
         "prompts": {
             "easy": looked.easy,
-            **{state: states[state] for state in (AGAIN, FAILED, WRONG, UNASKED, KEPT)},
+            **{state: states[state] for state in (REPEATED, FAILED, WRONG, UNASKED, KEPT)},
             BAD: states[BAD] + picked - looked.easy - len(looked.hard),
         },
         "answers": dict(asking.reasons.most_common()),

@@ -1,7 +1,7 @@
 """What a teacher wrote -> caption, reasoning, answer, in the response format. Tolerant of wrapping, not of content.
 
-Mended, and counted by kind: a Markdown fence around all of it, words before the caption, a think element before the
-caption (the thoughts of models that show them), tags in other cases or called thinking or reasoning, a last </answer>
+Mended, and counted by kind: a Markdown fence around all of it, words before the caption, thoughts that end in </think>
+before the caption (of models that show them), tags in other cases or called thinking or reasoning, a last </answer>
 that a stop sequence took, headings in place of tags, and one JSON object of the three parts. Anything else is refused:
 where an element is missing, stands twice or out of order, or anything stands between or after the elements, nobody can
 tell what belongs where. Linear time, whatever the text holds.
@@ -56,15 +56,19 @@ def split(text: str) -> Split:
 
 
 def _from_tags(text: str, mended: list[str]) -> Split:
+    thoughts, closed, rest = text.partition("</think>")
+    rest = _unwrapped(rest)
+    if closed and rest.startswith("<caption>") and "<think>" in rest and not thoughts.startswith("<caption>"):
+        text = rest  # thoughts may name any tag, and templates that open them leave out the first
+        mended.append("thoughts before")
     start = text.find("<caption>")
     if start < 0:
         return Split(None, "no caption element")
     before, text = text[:start].strip(), text[start:]
     if before:
-        closed = before.startswith("<think>") and before.endswith("</think>") and before.count("think>") == 2
-        if not closed and any(mark in before for mark in MARKS):
+        if any(mark in before for mark in MARKS):
             return Split(None, "elements before the caption")
-        mended.append("thoughts before" if closed else "words before")
+        mended.append("words before")
     if all(text.count(mark) == 1 for mark in MARKS[:-1]) and MARKS[-1] not in text:
         text += MARKS[-1]
         mended.append("end of the answer")

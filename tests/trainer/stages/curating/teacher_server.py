@@ -183,6 +183,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send(completion(text))
 
 
+def drip(handler: Handler, text: str, _) -> None:
+    """A byte now and then."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    while not handler.server.teacher.free.wait(0.02):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+
+
 def body(make: Callable[[str], object], status: int = 200) -> Callable[[Handler, str, str], None]:
     return lambda handler, text, _: handler.send(make(text), status)
 
@@ -205,6 +215,7 @@ ACTS: dict[str, Callable[[Handler, str, str], None]] = {
     "reset": Handler.reset,
     "cut": Handler.cut,
     "hang": Handler.hang,
+    "drip": drip,
     "length": body(lambda text: completion(text[: len(text) // 2], "length")),
     "filtered": body(lambda text: completion("", "content_filter")),
     "refusal": body(lambda text: completion(None, refusal="I can't help with that.")),

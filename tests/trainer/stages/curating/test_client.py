@@ -4,6 +4,8 @@ import asyncio
 import logging
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prism_fast.config import TeacherConfig
 from prism_fast.data.formats import read_rlvr
@@ -154,9 +156,10 @@ def test_what_no_prompt_will_change_ends_the_command_without_the_key(file, statu
     assert KEY not in said + caplog.text + "".join(capsys.readouterr())
 
 
-def test_an_answer_that_does_not_come_is_given_up_and_asked_for_again(file):
-    asked = Asked(file, "hang", "answer", timeout_seconds=0.2)
-    assert asked.server.acts == ["hang", "answer"] and isinstance(asked.found[0], Answer) and asked.lost == 1
+@pytest.mark.parametrize("act", ["hang", "drip"])
+def test_an_answer_that_does_not_come_is_given_up_and_asked_for_again(file, act):
+    asked = Asked(file, act, "answer", timeout_seconds=0.5)
+    assert asked.server.acts == [act, "answer"] and isinstance(asked.found[0], Answer) and asked.lost == 1
     assert asked.teacher.troubles == {"timeout": 1}
 
 
@@ -192,6 +195,28 @@ def test_tokens_keep_their_rate_and_what_is_not_used_is_free_again(file):
     assert asked.times == pytest.approx([0, 7, 14, 21])
     silent = Asked(file, *["no usage"] * 4, questions=4, tokens_per_minute=600)
     assert silent.times == pytest.approx([0, 30, 60, 90])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 90)), min_size=2, max_size=12))
+def test_no_span_of_time_has_more_than_the_rates_allow(requests):
+    """(tokens, seconds until the next comes): what began before t and is not yet worked off is one request at most."""
+
+    async def turns():
+        clock, began = FakeClock(), []
+        config = TeacherConfig(url="http://x", model="m", requests_per_minute=20, tokens_per_minute=3000)
+        pace = Pace(config, clock, Halt(clock))
+        for tokens, pause in requests:
+            await pace.turn(Tokens(tokens, 0))
+            began.append(clock.now())
+            clock.time += pause
+        return began
+
+    began = asyncio.run(turns())
+    for i in range(len(began)):
+        for j in range(i + 1, len(began)):
+            span = began[j] - began[i] + 1e-6
+            assert sum(tokens for tokens, _ in requests[i:j]) <= 3000 * span / 60 and j - i <= 20 * span / 60
 
 
 def test_a_retry_keeps_the_rate_too(file):

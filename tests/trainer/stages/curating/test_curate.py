@@ -326,6 +326,12 @@ def test_a_dry_run_says_how_many_and_how_much_and_asks_nothing(folder, tmp_path,
         assert f"prism-fast sft --config sft_4b data.files={tmp_path / 'out'}/sft.json" in " ".join(out.split())
         status, out, err = command(monkeypatch, capsys, "--dry-run", *words)
         assert "16 requests at most" in out  # of the other two samples of each
+        words[2:] = [f"out={tmp_path / 'policy'}", f"rates.model.path={folder / 'base'}"]
+        status, out, err = command(monkeypatch, capsys, "--dry-run", *words)
+        assert (status, err) == (0, "") and "12 prompts at most" in out and "dry run: in order" in out
+        words[-1] = f"rates.model.path={folder / 'no'}"
+        status, out, err = command(monkeypatch, capsys, "--dry-run", *words)
+        assert status == 2 and f"{folder / 'no'}: no such folder" in err
 
 
 def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, capsys):
