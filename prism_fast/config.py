@@ -99,7 +99,7 @@ class ModelConfig(Node):
 
 
 class DataConfig(Node):
-    files: Places = Field(min_length=1, description="a data file, or a list of them; images relative to their file")
+    files: Places = Field(min_length=1, description="files, folders or patterns; images relative to their file")
     eval_files: Places = Field((), description="held-out data of the same kind of file")
     skip_bad_records: Annotated[int, Field(ge=0, le=10**9), NUMBER] = Field(0, description="bad records to pass over")
     max_prompt_tokens: Tokens = Field(2048, description="a longer prompt, its images included, is an error")

@@ -13,7 +13,8 @@ import pytest
 
 from prism_fast import ranks
 from prism_fast.config import SFTConfig, load_config
-from prism_fast.data import dataset, parquet, source
+from prism_fast.data import dataset, parquet, saved, source
+from prism_fast.data.batches import Batches
 from prism_fast.data.formats import read_align, read_sft
 from prism_fast.data.held import Held
 from prism_fast.data.order import order
@@ -206,3 +207,33 @@ def test_sft_shards(tmp_path):
         f"{tmp_path}/b.jsonl:2",
     ]
     refuse(read_sft, tmp_path, f"{tmp_path}/b.jsonl:1: messages")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_position_in_shards_is_a_position(tmp_path, workers):
+    """A run that begins in the middle, with any number of processes, draws what one that began at the start does."""
+    for name, first in (("b", 3), ("a", 0), ("c", 6)):
+        shard(tmp_path, f"{name}.parquet", first)
+    want = order(9, 5, 0, 27)
+    data = read_align(tmp_path)
+    batches = Batches(data, len(data), lambda sample: sample.data_source, 5, workers)
+    try:
+        assert [int(number) for start in (12, 16, 20) for number in batches.take(start, 4)] == want[12:24]
+    finally:
+        batches.close()
+    assert sorted(want[:9]) == [*range(9)]  # an epoch: each once
+
+
+def test_a_saved_data_set_by_other_names_reads_its_columns_alone(tmp_path, monkeypatch):
+    raw = record("align")
+    row = {"dialogue": raw["prompt"], "shown": raw["teacher_response"], "notes": "x" * 99, "solution": "7"}
+    rows = [{**row, "picture": [{"bytes": png(i), "path": None}], "kind": str(i)} for i in range(5)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved", num_shards=2)
+    read = []
+    one = saved.row
+    monkeypatch.setattr(saved, "row", lambda table, *where: read.append({*table.column_names}) or one(table, *where))
+    columns = {"prompt": "dialogue", "images": "picture", "teacher_response": "shown", "data_source": "kind"}
+    columns["reward_model.ground_truth"] = "solution"
+    data = read_align(tmp_path / "saved", columns=columns)
+    assert [(sample.data_source, sample.gold) for sample in data] == [(str(i), "7") for i in range(5)]
+    assert {*map(frozenset, read)} == {frozenset(columns.values())}
