@@ -50,6 +50,13 @@ def picture(image: Image.Image) -> bytes:
     return image.convert("RGB").tobytes()
 
 
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, *_) -> None:
+        """A client that is gone, as one that was killed."""
+
+
 class TeacherServer:
     """Knows the prompts of an alignment file. Use as a context; `url` is what teacher.url takes."""
 
@@ -63,8 +70,7 @@ class TeacherServer:
             text = sample.messages[-1].content.replace("<image>", "")
             pixels = picture(open_image(sample.images[0], sample.place))
             self.knows[pixels, text] = (sample.place, sample.teacher_caption + "\n" + sample.teacher_reasoning)
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self._server.daemon_threads, self._server.block_on_close = True, False
+        self._server = _Quiet(("127.0.0.1", port), Handler)
         self._server.teacher = self
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
