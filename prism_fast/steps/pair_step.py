@@ -111,9 +111,11 @@ def equal_parts(labels: PartLabels) -> dict[str, float]:
 
 
 def _seed(own: OwnPack, seeds: Sequence[int]) -> int | None:
-    """Of a pack's dropout; halves draw anew."""
-    if not (seeds and own.counts):
+    """Of a pack's dropout; halves draw anew, and what a spare one draws is nobody's."""
+    if not seeds:
         return None
+    if not own.counts:
+        return 0
     return seeds[own.number] + (0 if own.half is None else 1 + own.half)
 
 

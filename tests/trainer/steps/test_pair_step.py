@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prism_fast.balance import SPARE
+from prism_fast.models.discriminator import Discriminator
 from prism_fast.pack import Tree
 from prism_fast.records import PairRecord
-from prism_fast.steps import pair_step
+from prism_fast.steps import over_packs, pair_step
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_packs
 from prism_fast.steps.update import Backprop
@@ -121,3 +123,15 @@ def test_a_score_that_is_not_finite_is_named_by_record_side_and_voice():
     last = {int(labels.student[0, 3])}
     assert not_finite(last, labels, batch) == "the perception score of the student of pairs.jsonl:4 is not finite"
     assert not_finite(set(), labels, batch) is None
+
+
+def test_a_spare_pack_draws_from_no_generator_that_is_kept(monkeypatch):
+    """A process with a spare pack and one without have the same random numbers in the next step."""
+    states = []
+    for numbers in ([0], [0, SPARE]):
+        mine = Discriminator(moe(), torch.randn(32), dropout=0.3).train()
+        monkeypatch.setattr(over_packs, "own_numbers", lambda *_, numbers=numbers: numbers)
+        torch.manual_seed(0)
+        gradient(mine, records(), 4096)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
