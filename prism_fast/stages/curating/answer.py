@@ -55,13 +55,13 @@ def _text(content: Any) -> str | None:
     if not isinstance(content, list):
         return None
     pieces = [part.get("text") for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
-    return "".join(pieces) if all(isinstance(piece, str) for piece in pieces) else None
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    return "".join(texts) if len(texts) == len(pieces) else None
 
 
 def _usage(usage: Any) -> Tokens | None:
     if not isinstance(usage, dict):
         return None
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    if not all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts):
-        return None
-    return Tokens(*counts)
+    whole = [count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count >= 0]
+    return Tokens(*whole) if len(whole) == len(counts) else None
