@@ -75,7 +75,10 @@ class Batches(Generic[T]):
         def take(i: int) -> T:
             return self._asked.pop(start + i).result(start + i)
 
-        return [made for _, made in encoded(self._data, picked, self._encode, take)]
+        try:
+            return [made for _, made in encoded(self._data, picked, self._encode, take)]
+        except _Ended as error:
+            raise DataError(str(error)) from None
 
     def _ask(self, start: int, number: int, picked: list[int]) -> None:
         wanted: dict[Worker, list[tuple[int, int]]] = {}
@@ -128,7 +131,7 @@ class Worker:
         with self._news:
             self._news.wait_for(lambda: position in self._done or self._fault is not None)
             if position not in self._done:
-                raise DataError(str(self._fault))
+                raise _Ended(str(self._fault))
             found = self._done.pop(position)
         if isinstance(found, _Failure):
             raise found.error()
@@ -174,6 +177,10 @@ class Worker:
         with self._news:
             self._fault = f"a data worker (process {self.pid}) ended with {how}{why}; {self.remedy}"
             self._news.notify_all()
+
+
+class _Ended(Exception):
+    """A worker is gone: a fault of no record, so that none is passed over for it."""
 
 
 class _Failure(NamedTuple):
