@@ -70,7 +70,7 @@ class Judge:
             except (DataError, ValueError):
                 self._encode(sample)  # says so itself, but for what comes first
                 raise
-            seen = Seen(grid, b"") if grid else None
+            seen = Seen(grid, ()) if grid else None
             tree = tree_of(self._encode(replace(sample, seen=seen)))
         unformatted = sample.response is not None and not is_valid(sample.response)
         return Judged(_digest(sample, pictures), pictures, sample.question_type, unformatted, tree)
