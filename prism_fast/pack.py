@@ -275,8 +275,18 @@ def _outline(trees: Sequence[Tree], parts: Parts, image: ImageTokens, share: boo
             for b in chosen:
                 add(trees[t].branches[b].numel(), above, True)
     images, _ = _each_once([trees[members[0][0]].prompt for _, members in roots])
-    made.images.extend(int(prompt.image_grid_thw[i].prod()) for prompt, i in images)
+    made.images.extend(_patches(prompt)[i] for prompt, i in images)
     return made
+
+
+def _grid(prompt: Prompt) -> Tensor:
+    """(images, 3), of a prompt without images too."""
+    return torch.zeros(0, 3, dtype=torch.int64) if prompt.image_grid_thw is None else prompt.image_grid_thw
+
+
+def _patches(prompt: Prompt) -> list[int]:
+    """Of each image."""
+    return _grid(prompt).prod(-1).tolist()
 
 
 def _images(prompts: Sequence[Prompt], image: ImageTokens) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -284,11 +294,13 @@ def _images(prompts: Sequence[Prompt], image: ImageTokens) -> tuple[Tensor | Non
     images, which = _each_once(prompts)
     if not images:
         return None, None, None
-    grid = torch.stack([prompt.image_grid_thw[i] for prompt, i in images])
+    grid = torch.stack([_grid(prompt)[i] for prompt, i in images])
     opened: dict[int, tuple[Tensor, ...]] = {}  # pixels by prompt, cut into its images
     for prompt, _ in images:
         if id(prompt) not in opened:
-            opened[id(prompt)] = prompt.pixels().split(prompt.image_grid_thw.prod(-1).tolist())
+            of_prompt = prompt.pixels()
+            assert of_prompt is not None  # it has images
+            opened[id(prompt)] = of_prompt.split(_patches(prompt))
     pixels = torch.cat([opened[id(prompt)][i] for prompt, i in images])
     if len(images) == len(which):
         return pixels, grid, None
@@ -419,7 +431,7 @@ def _dealt(
     for length, members in bundles:
         of = [[packs.trees[t].branches[b].numel() for b in chosen] for t, chosen in members]
         tree, chosen = packs.trees[members[0][0]], members[0][1]
-        images.append([n for prompt, i in _each_once([tree.prompt])[0] for n in [int(prompt.image_grid_thw[i].prod())]])
+        images.append([_patches(prompt)[i] for prompt, i in _each_once([tree.prompt])[0]])
         if len(members) == 1:
             sizes.append((length, of[0]))
             together.append([j for j, b in enumerate(chosen) if b in tree.together])
