@@ -55,20 +55,22 @@ $(VLLM_VENV)/.ready: dev/vllm_environment.py $(SHARED_STEPS)
 	$(PYTHON) -m dev.vllm_environment $(VLLM_VENV)
 	touch $@
 
-# The kernels inside other trainers on a CPU, each in an environment of its own: some 2 to 4 minutes to build, then 3 to 10.
+# The kernels inside other trainers on a CPU, each in an environment of its own: some 2 to 4 minutes to build, then 2 to 8.
+# verl's trainer is tested with the discriminator of TRL's environment, as its own cannot hold prism_fast.
 EMBED_VENV   ?= .venv-embed
 EMBED_REPORT ?= runs/test-embed.md
 test-embed: test-embed-trl test-embed-verl test-embed-swift
 
 test-embed-trl: $(EMBED_VENV)/trl/.ready
-	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed tests/embed
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT) $(EMBED_VENV)/trl/bin/python -m pytest -m embed --timeout 1800 tests/embed
 
-test-embed-verl: $(EMBED_VENV)/verl/.ready
-	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-verl.md) $(EMBED_VENV)/verl/bin/python -m pytest -m embed tests/embed/verl
+test-embed-verl: $(EMBED_VENV)/verl/.ready $(EMBED_VENV)/trl/.ready
+	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-verl.md) PRISM_JUDGE_PYTHON=$(EMBED_VENV)/trl/bin/python \
+		$(EMBED_VENV)/verl/bin/python -m pytest -m embed --timeout 1800 tests/embed/verl
 
 test-embed-swift: $(EMBED_VENV)/swift/.ready
 	OMP_NUM_THREADS=1 PRISM_REPORT=$(EMBED_REPORT:.md=-swift.md) \
-		$(EMBED_VENV)/swift/bin/python -m pytest -m embed tests/embed/ms_swift
+		$(EMBED_VENV)/swift/bin/python -m pytest -m embed --timeout 1800 tests/embed/ms_swift
 
 $(EMBED_VENV)/%/.ready: dev/embed_environment.py $(SHARED_STEPS)
 	$(PYTHON) -m dev.embed_environment $* $(EMBED_VENV)/$*

@@ -20,7 +20,7 @@ class Entry:
 
     module: str  # below benchmarks; its BENCH is what runs
     title: str
-    part: str  # names of its parts: bench-<part>, tests-<part>, memcheck-<part>, racecheck-<part>
+    part: str  # names of its parts: bench-<part>, tests-<part>, memcheck-<part>, racecheck-<part>; "": all on the host
     seconds: float
     arguments: tuple[str, ...]
     tests: str = ""
@@ -56,6 +56,17 @@ CATALOG = {
     "update": Entry(
         "ops.adamw.bench", "AdamW step over many tensors, beside torch's fused and foreach", "update", 12,
         ("--seconds", "1"), tests="tests/kernels/adamw",
+    ),
+    "pack": Entry(
+        "ops.packing.bench", "packing a corpus, and a step's responses dealt to ranks, beside TRL's, LLaMA-Factory's "
+        "and verl's ways", "", 0, (), tests="tests/kernels/packing",
+    ),
+    "spans": Entry(
+        "ops.spans.bench", "where a response's parts are, in tokens", "", 0, (), tests="tests/kernels/spans",
+    ),
+    "loader": Entry(
+        "steps.loader", "records to encoded batches by worker processes, beside torch's DataLoader and datasets", "",
+        0, (),
     ),
     "discriminator": Entry(
         "steps.discriminator", "whole step: discriminator scores and update, against the reference's way",

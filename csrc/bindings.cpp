@@ -70,8 +70,8 @@ py::list nested(const prism::Packs& packs) {
 }
 
 py::object pack_trees(const py::buffer& root, const py::buffer& branch, const py::buffer& start,
-                      const std::optional<py::buffer>& kept, double token, double attention, const py::buffer& vision,
-                      int64_t capacity, int64_t multiple, bool split_for_multiple, bool cost_given) {
+                      const std::optional<py::buffer>& kept, double token, double attention, double predicted,
+                      const py::buffer& vision, int64_t capacity, int64_t multiple, bool split_for_multiple, bool cost_given) {
   const View<int64_t> roots(root), branches(branch), starts(start);
   const View<double> visions(vision);
   std::optional<View<uint8_t>> keeps;
@@ -81,7 +81,7 @@ py::object pack_trees(const py::buffer& root, const py::buffer& branch, const py
     py::gil_scoped_release release;
     packs = prism::pack_trees(
         {roots.size(), roots.data(), branches.data(), starts.data(), keeps ? keeps->data() : nullptr},
-        {token, attention, visions.data()}, {capacity, multiple, split_for_multiple, cost_given});
+        {token, attention, predicted, visions.data()}, {capacity, multiple, split_for_multiple, cost_given});
   }
   if (packs.misfit >= 0) return py::int_(packs.misfit);
   return nested(packs);

@@ -166,19 +166,20 @@ class Packer {
     return trees_.kept != nullptr && trees_.kept[trees_.start[tree] + branch] != 0;
   }
 
-  double work(int64_t length, int64_t prefix) const {
+  double work(double token, int64_t length, int64_t prefix) const {
     const double n = static_cast<double>(length), p = static_cast<double>(prefix);
-    return model_.token * n + model_.attention * (n * p + 0.5 * (n * (n + 1.0)));
+    return token * n + model_.attention * (n * p + 0.5 * (n * (n + 1.0)));
   }
 
   // Appends a part; its branches are in the pool from `begin` on.
   int64_t add_part(int64_t tree, int64_t begin) {
     const int64_t root = trees_.root[tree];
-    Part part{tree, begin, static_cast<int64_t>(pool_.size()), root, work(root, 0) + model_.vision[tree]};
+    Part part{tree, begin, static_cast<int64_t>(pool_.size()), root,
+              work(model_.token, root, 0) + model_.vision[tree]};
     for (int64_t i = part.begin; i < part.end; ++i) {
       const int64_t length = trees_.branch[trees_.start[tree] + pool_[i]];
       part.tokens += length;
-      part.cost += work(length, root);
+      part.cost += work(model_.token + model_.predicted, length, root);
     }
     parts_.push_back(part);
     return static_cast<int64_t>(parts_.size()) - 1;

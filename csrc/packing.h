@@ -18,6 +18,7 @@ struct Trees {
 struct CostModel {
   double token;
   double attention;
+  double predicted;  // per token of a branch, besides `token`
   const double* vision;  // per tree
 };
 

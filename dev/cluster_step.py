@@ -29,11 +29,12 @@ from prism_fast.data.encode import lesson
 from prism_fast.data.formats import read_align, read_sft
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
-from prism_fast.pack import Packs, pack
+from prism_fast.pack import Packs
 from prism_fast.records import Lesson, Rollout
 from prism_fast.steps.advantage import alignment_advantage
 from prism_fast.steps.discriminator_step import discriminator_gradient, discriminator_trees, student_parts
 from prism_fast.steps.expert_load import ExpertLoad
+from prism_fast.steps.own_packs import packs_for_all
 from prism_fast.steps.policy_step import policy_gradient, response_trees
 from prism_fast.steps.update import Updater, open_updater
 from prism_kernels import PolicyObjective
@@ -87,13 +88,13 @@ class Batch:
         )
         return cls(chat, lessons, rollout, case.tokens_per_pack)
 
-    def packs(self, name: str, image: Any) -> Packs:
-        """Those of a model, as its step makes them for so many processes."""
+    def packs(self, name: str, model: Any) -> Packs:
+        """Those of a model of this name, as its step makes them for so many processes."""
         trees = response_trees(self.rollout)
         if name == "discriminator":
             parts = student_parts(self.rollout, self.chat, CONFIG)
             trees, _ = discriminator_trees(self.lessons, self.rollout, parts)
-        return pack(trees, self.tokens_per_pack, image, multiple=ranks.world())
+        return packs_for_all(trees, self.tokens_per_pack, model)
 
 
 @dataclass
@@ -181,7 +182,7 @@ def plan(batch: Batch, trainer: Trainer) -> dict[str, Any]:
     """By model: packs, turns, and costs of packs by process; and what the formulas of traffic are made of."""
     found = {}
     for name, updater in trainer.updaters.items():
-        packs = batch.packs(name, updater.module.image)
+        packs = batch.packs(name, updater.module)
         costs = [pack_cost(work, updater.module.dimensions) for work in Work.of_packs(packs)]
         turns = deal(costs, ranks.world())
         shares = [sum(costs[turn[rank]] for turn in turns if turn[rank] != SPARE) for rank in range(ranks.world())]

@@ -14,7 +14,11 @@ from dev.environments import build
 
 # By host: what pip resolves beside our own needs, and the modules that must import afterwards.
 HOSTS = {
-    "trl": (["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0"], ["trl", "torchvision.transforms.v2.functional"]),
+    # The last two are what OpenRLHF's executor imports; the rest of what it requires is left out.
+    "trl": (
+        ["trl==1.16.0", "transformers==5.24.0", "peft==0.20.0", "aiohttp==3.14.5", "pylatexenc==2.10"],
+        ["trl", "torchvision.transforms.v2.functional", "openrlhf.utils.agent"],
+    ),
     # Of what verl requires, that which its imports need: wandb, tensorboard, pylatexenc and the like are left out.
     "verl": (
         ["transformers==5.10.2", "ray==2.60.0", "tensordict==0.10.0", "TransferQueue==0.1.11", "hydra-core==1.3.8",
@@ -28,8 +32,9 @@ HOSTS = {
         ["swift.rlhf_trainers.grpo_trainer", "torchvision.transforms.v2.functional"],
     ),
 }  # fmt: skip
-# Hosts whose transformers prism_fast cannot take, where prism_kernels runs alone: what is installed without its needs.
-ALONE = {"verl": ["verl==0.9.1"]}
+# What is installed without its needs, which exclude ours.
+APART = {"verl": ["verl==0.9.1"], "trl": ["openrlhf==0.11.2"]}
+ALONE = ("verl",)  # hosts whose transformers prism_fast cannot take, where prism_kernels runs alone
 
 
 if __name__ == "__main__":
@@ -37,4 +42,4 @@ if __name__ == "__main__":
         sys.exit(f"python -m dev.embed_environment HOST FOLDER, with HOST one of {', '.join(HOSTS)}")
     host = sys.argv[1]
     packages, modules = HOSTS[host]
-    build(Path(sys.argv[2]), packages, modules=modules, apart=ALONE.get(host, ()), trainer=host not in ALONE)
+    build(Path(sys.argv[2]), packages, modules=modules, apart=APART.get(host, ()), trainer=host not in ALONE)

@@ -31,12 +31,13 @@ import torch
 from dev import damaged as make
 from dev import fuzz_models
 from dev.fuzzing import Judge, damaged, main
-from prism_fast.data import check, dataset, parquet, row_groups, source, wire
+from prism_fast.data import dataset, kinds, parquet, row_groups, source, wire
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.chat import Chat
 from prism_fast.data.dataset import Dataset
 from prism_fast.data.formats import FORMATS
+from prism_fast.data.verdicts import judge_of
 from prism_fast.demo.tiny import make_tiny_model
 from prism_fast.records import DataError, ImageRef, Message, Prompt, Sample
 from prism_fast.run import checkpoint
@@ -44,6 +45,8 @@ from prism_fast.run import checkpoint
 COUNT = 5000
 ALL = 10**9  # bad records that are allowed
 LONGEST = 1000  # characters of an error
+
+Verdict = Callable[[Sample], None]  # raises DataError for a bad record
 
 
 def plain(error: DataError, path: Path) -> None:
@@ -84,11 +87,11 @@ def counted(path: Path) -> int | None:
     return sum(bool(line.strip()) for line in data.split(b"\n"))
 
 
-def read(path: Path, kind: str, verdict: check.Verdict, expected: int | None = None) -> str:
+def read(path: Path, kind: str, verdict: Verdict, expected: int | None = None) -> str:
     """Reads a file as a stage of ``kind`` does. ``expected``: how many records it holds, where that is known."""
     try:
-        check.kind_of(path)
-        check.glance(path)
+        kinds.kind_of(path)
+        kinds.glance(path)
     except DataError as error:
         plain(error, path)
     bad = BadRecords(ALL)
@@ -115,10 +118,31 @@ def read(path: Path, kind: str, verdict: check.Verdict, expected: int | None = N
     return "all read" if not bad.found else "part read" if good else "none read"
 
 
+def verdict_of(kind: str) -> Verdict:
+    """The stage's own encoding of a record. Raises AssertionError where `prism-fast data check` says otherwise."""
+    judge, _ = judge_of(kind, Chat.load(model()), 2048)
+
+    def said(look: Callable[[Sample], object], sample: Sample) -> DataError | None:
+        try:
+            look(sample)
+        except DataError as error:
+            return error
+        return None
+
+    def verdict(sample: Sample) -> None:
+        checked, stage = said(judge, sample), said(judge._encode or judge, sample)
+        if str(checked) != str(stage):
+            raise AssertionError(f"data check says {checked}, the stage {stage}")
+        if stage is not None:
+            raise stage
+
+    return verdict
+
+
 def data_file(kind: str, container: str) -> Judge:
     base = make.records(kind, embedded=container == "parquet")
     kind = {"llava": "sft"}.get(kind, kind)
-    verdict, _ = check.verdict_of(kind, Chat.load(model()), 2048)
+    verdict = verdict_of(kind)
     pictures = {name: make.picture(name) for name in make.PICTURES}
     _must_read(base, kind, container, pictures, verdict)
 
@@ -135,7 +159,7 @@ def data_file(kind: str, container: str) -> Judge:
     return judge
 
 
-def _must_read(base: Any, kind: str, container: str, pictures: dict[str, bytes], verdict: check.Verdict) -> None:
+def _must_read(base: Any, kind: str, container: str, pictures: dict[str, bytes], verdict: Verdict) -> None:
     """Raises where the records are bad before they are damaged."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"data.{container}"
@@ -153,7 +177,7 @@ def _must_read(base: Any, kind: str, container: str, pictures: dict[str, bytes],
 def saved() -> Judge:
     """A data set that the library datasets saved, its Arrow stream or its state damaged."""
     base = make.records("rlvr", embedded=True)
-    verdict, _ = check.verdict_of("rlvr", Chat.load(model()), 2048)
+    verdict = verdict_of("rlvr")
 
     def judge(rng: random.Random, folder: Path) -> str:
         path, expected = folder / "saved", None
@@ -189,8 +213,7 @@ def pieces() -> Judge:
         path.write_bytes(make.parquet_file(base, rng)[0])
         try:
             held = parquet.Parquet(path, Cache(folder / "cache"))
-            columns = held._columns
-            row_groups.cut(path, folder / "cut.parquet", columns)
+            row_groups.cut(path, folder / "cut.parquet", held.columns)
         except DataError as error:
             plain(error, path)
             return "refused"

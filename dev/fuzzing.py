@@ -6,6 +6,7 @@ A case is a function of (seed, format, number): its fault is printed with the co
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -140,6 +141,7 @@ class _Worker:
 
 
 def _work(pipe: Connection, judge: Judge, name: str, numbers: Sequence[int], seed: int, memory: int) -> None:
+    faulthandler.disable()  # a crash is told by the parent
     before = _status("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (before + memory, before + memory))
     began = _status("VmRSS")

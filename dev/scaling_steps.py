@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prism_fast.balance import SPARE, Dimensions, Work, deal, deal_groups, pack_cost
+from prism_fast.balance import SPARE, Dimensions, Work, deal, deal_groups, pack_cost, rates
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import read_align, read_sft
 from prism_fast.demo.digits import DemoSizes, write_demo_data
@@ -128,16 +128,15 @@ class Job:
         trees = [(g.prompt, [sum(pair) + 1 for pair in g.students]) for g in batch]
         return cls(corpus.policy, trees, images, corpus.tokens_per_pack, ())
 
-    def costs(self, ranks: int | None = None) -> list[float]:
-        """Of as few packs as fit; with ``ranks``, of as many as go evenly into them, of even cost."""
+    def costs(self, ranks: int | None = None, *, even: bool = True) -> list[float]:
+        """Of as few packs as fit; with ``ranks``, of as many as go evenly into them, where ``even`` of even cost."""
         more: dict[str, Any] = {}
         if ranks is not None:
-            cost = PackCost(
-                token=pack_cost(Work(tokens=1, predicted=1), self.dims),
-                attention=pack_cost(Work(pairs=1), self.dims),
-                vision=[pack_cost(Work.of([], [], images), self.dims) for images in self.images],
-            )
-            more = {"cost": cost, "num_packs_multiple": ranks, "split_for_multiple": True}
+            more = {"num_packs_multiple": ranks, "split_for_multiple": True}
+            if even:
+                each = rates(self.dims)
+                seen = [each.images(images) for images in self.images]
+                more["cost"] = PackCost(each.token, each.pair, seen, each.predicted)
         packs: Packs = pack_trees(self.trees, self.tokens_per_pack, together=[self.together] * len(self.trees), **more)
         return [sum(pack_cost(self._work(*part), self.dims) for part in pack) for pack in packs if pack]
 

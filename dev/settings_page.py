@@ -29,7 +29,7 @@ def title(stage: str) -> str:
     """The command, as it is typed."""
     if stage == "benchmarks":
         return "eval --lmms TASKS"
-    return f"data {stage}" if stage in ("pairs", "filter") else stage
+    return f"data {stage}" if stage in ("pairs", "filter", "curate") else stage
 
 
 def section(cls: type[BaseModel]) -> str:

@@ -10,6 +10,7 @@ server is to read, as JSON. PRISM_SCORE_URL is the server, where it is not on th
 wider than the server's score_clamp + advantage.format_penalty, or an invalid response costs less than it should.
 """
 
+import http.client
 import json
 import os
 import sys
@@ -58,20 +59,23 @@ def response(query, prompt):
 
 def ask(request):
     """The server's reply. Waits where it is busy (503) or not up; anything else raises RuntimeError."""
-    body, until = json.dumps(request).encode(), time.monotonic() + SECONDS
+    body, until, told = json.dumps(request).encode(), time.monotonic() + SECONDS, False
     while True:
         posted = urllib.request.Request(f"{URL}/score", body, {"Content-Type": "application/json"})
         try:
             with DIRECT.open(posted, timeout=SECONDS) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
-            told, pause = error.read().decode(errors="replace").strip(), error.headers.get("Retry-After")
+            why, pause = error.read().decode(errors="replace").strip(), error.headers.get("Retry-After")
             if error.code != 503 or time.monotonic() > until:
-                raise RuntimeError(f"{error.code}: {told}") from None
+                raise RuntimeError(f"{error.code}: {why}") from None
             time.sleep(float(pause or 1))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             if time.monotonic() > until:
                 raise RuntimeError(f"no answer ({error}); is prism-fast serve-discriminator running?") from None
+            if not told:
+                print(f"{URL}: no answer yet ({error}), asking for {SECONDS:.0f} s more", file=sys.stderr, flush=True)
+            told = True
             time.sleep(1)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from prism_fast.pack import Packs, Tree
+from prism_fast.pack import Packs, Rates
 
 SPARE = -1  # where a turn has no pack for a rank
 
@@ -35,16 +35,23 @@ class Work:
     patch_pairs: int = 0  # of the vision tower: all patches of an image see each other
 
     @classmethod
-    def of(cls, lengths: Sequence[int], prefix: Sequence[int], images: Iterable[int] = ()) -> Work:
+    def of(
+        cls,
+        lengths: Sequence[int],
+        prefix: Sequence[int],
+        images: Iterable[int] = (),
+        branch: Sequence[bool] | None = None,
+    ) -> Work:
         """By the segments' lengths, and the segment that each continues (-1: none, a root), as in TreeLayout.
 
-        ``images``: patches of every image. A root of P tokens has P (P + 1) / 2 pairs, a branch of L behind it
-        L P + L (L + 1) / 2.
+        ``images``: patches of every image; ``branch``: which segments are branches, by default all that continue
+        another. A root of P tokens has P (P + 1) / 2 pairs, a branch of L behind it L P + L (L + 1) / 2.
         """
         above: list[int] = []  # tokens above each segment
         for parent in prefix:
             above.append(0 if parent < 0 else above[parent] + lengths[parent])
-        branches = [i for i, parent in enumerate(prefix) if parent >= 0]
+        branch = [parent >= 0 for parent in prefix] if branch is None else branch
+        branches = [i for i, own in enumerate(branch) if own]
         images = list(images)
         return cls(
             tokens=sum(lengths),
@@ -63,14 +70,9 @@ class Work:
 
     @classmethod
     def of_packs(cls, packs: Packs) -> list[Work]:
-        """Of every pack of a plan, without building it: read off its trees' lengths and their images' sizes."""
-        return [sum((cls._of_part(packs.trees[t], chosen) for t, chosen in parts), cls()) for parts in packs.parts]
-
-    @classmethod
-    def _of_part(cls, tree: Tree, chosen: Sequence[int]) -> Work:
-        grid = tree.prompt.image_grid_thw
-        images = [] if grid is None else grid.prod(-1).tolist()
-        return cls.of_tree(len(tree.prompt), [tree.branches[b].numel() for b in chosen], images)
+        """Of every pack of a plan, without building it."""
+        outlines = map(packs.outline, range(len(packs)))
+        return [cls.of(found.lengths, found.prefix, found.images, found.branch) for found in outlines]
 
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + more for mine, more in zip(vars(self).values(), vars(other).values())))
@@ -156,6 +158,14 @@ def pack_cost(work: Work, dims: Dimensions) -> float:
     tower = dims.vision_depth * block + mergers
     vision = embedding + tower if dims.frozen_vision else 2 * embedding + 3 * tower
     return 2.0 * (3 * text + vision)
+
+
+def rates(dims: Dimensions) -> Rates:
+    """What one more of each costs, by `pack_cost`, which is a sum of these (and, of a discriminator, of its read-out
+    rows, which are few)."""
+    each = {"token": "tokens", "pair": "pairs", "predicted": "predicted", "patch_pair": "patch_pairs"}
+    patch = pack_cost(Work(patches=dims.vision_merge), dims) / dims.vision_merge
+    return Rates(patch=patch, **{rate: pack_cost(Work(**{work: 1}), dims) for rate, work in each.items()})
 
 
 def deal(costs: Sequence[float], world: int) -> list[list[int]]:

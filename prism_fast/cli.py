@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -40,6 +41,7 @@ DryRun = Annotated[
 ]
 AcceptChanges = Annotated[bool, typer.Option("--accept-changes", help="--resume with other settings or data.")]
 
+Columns = Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, for a field of another name.")]
 ImageFolders = Annotated[
     list[Path] | None, typer.Option("--image-folder", callback=home, help="Where else images may lie; / anywhere.")
 ]
@@ -84,7 +86,7 @@ def _dry_run(
     stage: str, settings, config: Path | None, console: Console, processes: int = 1, resume: bool = False
 ) -> NoReturn:
     """Tells what a command with these settings would hold and lack, and ends with the status of that."""
-    from prism_fast.data.check import glance
+    from prism_fast.data.kinds import glance
     from prism_fast.run import dry_run
 
     hint = "" if config is None else config.stem
@@ -380,7 +382,8 @@ def show(
 @data_app.command("check")
 def data_check(
     files: Annotated[
-        list[Path], typer.Argument(callback=home, help="SFT json, warm-up jsonl, alignment or RLVR parquet.")
+        list[Path],
+        typer.Argument(callback=home, help="SFT, warm-up, alignment or RLVR files; folders or patterns of shards."),
     ],
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are allowed, in all files.")] = 0,
     model: Annotated[
@@ -392,17 +395,24 @@ def data_check(
     histogram: Annotated[
         Path | None, typer.Option(callback=home, help="With --model: a PNG of the lengths, of one file.")
     ] = None,
+    column: Columns = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, max=256, help="Processes; 0: none of its own; default: a core each, at most 16."),
+    ] = None,
+    machine: Annotated[bool, typer.Option("--json", help="Prints JSON: a list, an object for each of FILES.")] = False,
     dry_run: DryRun = False,
     image_folder: ImageFolders = None,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, lengths, and one rendered sample."""
-    from prism_fast.data.bad_records import BadRecords
-    from prism_fast.data.check import Packing, check, glance
+    from prism_fast.data.check import Packing, Reading, check
+    from prism_fast.data.kinds import glance
 
+    columns = dict(_pair(text, "--column") for text in column or ())
     if dry_run:
         from prism_fast.run.dry_run import dry_files
 
-        _looked(dry_files(files, glance, model=model), Console(highlight=False))
+        _looked(dry_files(files, glance, columns=columns, model=model), Console(highlight=False))
     chat = None
     if model is not None:
         from prism_fast.data.chat import Chat
@@ -411,34 +421,43 @@ def data_check(
         quiet_libraries()
         chat = Chat.load(local_directory(model, weights=False))
     interruptible()
-    console, bad = Console(), BadRecords(sys.maxsize)
     if histogram is not None and (chat is None or len(files) > 1):
         raise DataError("--histogram: shows lengths of one file by a model's tokens; give one file, and --model")
     packing = Packing(max_prompt_tokens, tokens_per_pack, batch_size, histogram)
-    for file in files:
-        check(file, console, bad, chat, packing, image_folder or ())
-    if len(bad) > skip_bad_records:
+    reading = Reading(columns, image_folder or (), workers)
+    told: list[dict[str, Any]] = []
+    console, listen = (Console(stderr=True), told.append) if machine else (Console(), None)
+    found = [check(file, console, chat, packing, reading, listen) for file in files]
+    if machine:
+        print(json.dumps(told, indent=1, ensure_ascii=False))
+    if (bad := sum(each.bad for each in found)) > skip_bad_records:
+        first = next(each.first_bad[0] for each in found if each.bad)
         allowed = f"more than --skip-bad-records={skip_bad_records}"
-        raise DataError(f"{len(bad)} bad records, {allowed}; correct them, the first: {bad.messages[0]}")
+        raise DataError(f"{bad} bad records, {allowed}; correct them, the first: {first}")
 
 
 @data_app.command("convert")
 def data_convert(
-    files: Annotated[list[Path], typer.Argument(callback=home, help="Files of one of the formats.")],
-    out: Annotated[Path, typer.Option(callback=home, help="The .json, .jsonl or .parquet file to write.")],
-    to: Annotated[str, typer.Option(help="sft, warm-up, alignment or rlvr; default: as the first file is.")] = "",
-    column: Annotated[list[str] | None, typer.Option(help="ours=theirs, for a field of another name.")] = None,
+    files: Annotated[
+        list[Path], typer.Argument(callback=home, help="Files of any of the formats; folders or patterns of shards.")
+    ],
+    out: Annotated[
+        Path, typer.Option(callback=home, help="The .json, .jsonl or .parquet file to write; else a folder of parquet.")
+    ],
+    to: Annotated[
+        str, typer.Option(help="sft, warm-up, alignment, rlvr or llava; default: as the first file is.")
+    ] = "",
+    column: Columns = None,
     skip_bad_records: Annotated[int, typer.Option(min=0, help="Bad records that are left out.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replaces what is at --out.")] = False,
     dry_run: DryRun = False,
     image_folder: ImageFolders = None,
 ) -> None:
-    """Rewrites files as one of another format or container; images are copied where they are bytes."""
+    """Rewrites files as one of another format or container; images go along where they are bytes."""
     from rich.progress import Progress
 
-    from prism_fast.data.check import glance, kind_of
-    from prism_fast.data.convert import KINDS, convert
-    from prism_fast.data.formats import FORMATS, Dataset
-    from prism_fast.files import try_new
+    from prism_fast.data.convert import KINDS, convert, refuse_out
+    from prism_fast.data.kinds import glance
 
     columns = dict(_pair(text, "--column") for text in column or ())
     if to and to not in KINDS:
@@ -446,15 +465,21 @@ def data_convert(
     if dry_run:
         from prism_fast.run.dry_run import dry_files
 
-        _looked(dry_files(files, glance, out=out, columns=columns), Console(highlight=False))
-    try_new(out, "--out")
+        _looked(dry_files(files, glance, out=None if overwrite else out, columns=columns), Console(highlight=False))
+    refuse_out(out, overwrite)
     interruptible()
-    kind = kind_of(files[0], columns)
-    data = Dataset(files, FORMATS[kind], skip_bad_records, columns=columns, image_folders=image_folder or ())
-    with Progress(console=Console(), transient=True) as progress:
-        task = progress.add_task("records", total=len(data))
-        count = convert(data, to or kind, out, lambda done: progress.update(task, completed=done))
-    print(f"{count} records, {to or kind}, {len(data.bad)} left out -> {out}")
+    with Progress(console=Console(), transient=True) as bar:
+        task = bar.add_task("records", total=None)
+        made = convert(
+            files,
+            out,
+            to or None,
+            skip_bad=skip_bad_records,
+            columns=columns,
+            image_folders=image_folder or (),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{made.records} records, {made.kind}, {made.left_out} left out -> {out}")
 
 
 def _pair(text: str, key: str) -> tuple[str, str]:
@@ -489,13 +514,43 @@ def data_filter(config: ConfigFile = None, dry_run: DryRun = False, overrides: O
     _prepare("filter", FilterConfig, config, overrides, dry_run)
 
 
+@data_app.command("curate")
+def data_curate(config: ConfigFile = None, dry_run: DryRun = False, overrides: Overrides = None) -> None:
+    """Asks a teacher over HTTP about hard prompts, and makes of its right answers what the stages train on."""
+    from prism_fast.config import CurateConfig
+
+    settings = _settings(CurateConfig, config, overrides)
+    from prism_fast.stages.curate import curate
+    from prism_fast.stages.curating.hard import rollouts
+    from prism_fast.stages.curating.plan import plan
+
+    interruptible()
+    console = Console(highlight=False)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        for line in plan(settings):
+            say(line)
+        if (policy := rollouts(settings)) is not None:  # which is sampled as `data filter` does
+            _dry_run("filter", policy, config, console)
+        say("dry run: in order; nothing was started or written")
+        return
+    with contextlib.ExitStack() as bars:
+        rolled = bars.enter_context(_responses(console)) if settings.rates is not None else None
+        report = curate(settings, rolled, bars.enter_context(_responses(console, "prompts")), say)
+    for name in ("prompts", "answers", "mended", "requests", "tokens", "cost", "written"):
+        say(f"{name:10} " + ", ".join(f"{key} {value}" for key, value in report[name].items()))
+    if report["stopped"]:
+        say(f"stopped: {report['stopped']}; more is asked by the same command with another teacher.budget")
+    _done("curate", settings.out, config)
+
+
 @contextlib.contextmanager
-def _responses(console: Console) -> Iterator[Callable[[int, int], None]]:
+def _responses(console: Console, what: str = "responses") -> Iterator[Callable[[int, int], None]]:
     """A bar of the responses that are sampled: (done, in total) moves it."""
     from rich.progress import Progress
 
     with Progress(console=console) as progress:
-        task = progress.add_task("responses", total=None)
+        task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 

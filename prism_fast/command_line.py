@@ -25,23 +25,24 @@ REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 
 
 class Commands(TyperGroup):
-    """How every command ends: bad input is one line on stderr and exit status 2, a stopped run 128 + its signal.
+    """How every command ends: bad input is one line on stderr and exit status 2, a run that was stopped 128 + its
+    signal, and where one of several processes is lost it is 1.
 
-    Where several processes have saved and stopped because SIGTERM asked all of them to, the status is 0: so a launcher
-    and a scheduler take it for what it is. Where one of several is lost, it is 1.
+    SIGTERM is how launchers and schedulers ask for an end: a run that has saved has done so, with status 0.
     """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        with _one_line():
+        with one_line():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: typer.Context) -> object:
-        with _one_line():
+        with one_line():
             return super().invoke(ctx)
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
+    """What ends a command in this context does it as `Commands` says."""
     try:
         yield
     except (DataError, UsageError) as error:
@@ -59,7 +60,7 @@ def _one_line() -> Iterator[None]:
     except _of_a_run("session", "Stopped") as stop:
         if not _rank():  # all processes have stopped together
             print(str(stop), file=sys.stderr)
-        sys.exit(0 if stop.signum == signal.SIGTERM and place()[1] > 1 else 128 + stop.signum)
+        sys.exit(0 if stop.signum == signal.SIGTERM else 128 + stop.signum)
     except _of_a_run("watchdog", "Lost") as lost:
         _complain(f"error: {lost}", lost.told)
         sys.exit(1)

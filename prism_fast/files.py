@@ -1,8 +1,10 @@
-"""Files that are whole or not there: written aside, then renamed. Places to write to, tried before the work."""
+"""Files that are whole or not there: written aside, then renamed. Places to write to, tried before the work. The files
+that a folder or a pattern of data stands for."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import re
@@ -15,6 +17,8 @@ from typing import Any
 
 from prism_fast.records import DataError
 
+SHARDS = (".parquet", ".jsonl")  # endings of the files of a folder that are its data
+_ONE_OF = re.compile(r"(.+)-(\d{2,6})-of-(\d{2,6})(-[0-9a-f]+)?\.\w+")  # as the library datasets names a part
 _SYSTEM = re.compile(r"([^:]*)\(os error (\d+)\)")  # how libraries written in Rust word an OSError
 
 
@@ -176,3 +180,49 @@ def system_reason(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or isinstance(error, DataError):
         return None
     return error.strerror or " ".join(str(error).split())[:160] or "I/O error"
+
+
+def shards(path: Path) -> list[Path]:
+    """The data files that a folder or a pattern (``*``, ``?``, ``[ab]``, ``**``) stands for, in the order of their
+    names; none where ``path`` is a file, or a folder without any.
+
+    Of a folder: the parquet and JSON-lines files in it, or else in its ``data``, but those with a dot or an underscore
+    in front. Raises DataError for a pattern that nothing fits, files of several splits, and a set that is not whole.
+    """
+    if path.is_dir():
+        found = next(filter(None, (_data_files(folder) for folder in (path, path / "data"))), [])
+    elif glob.has_magic(str(path)) and not path.exists():
+        found = [file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()]
+        if not found:
+            raise DataError(f"{path}: no file fits this pattern; check the path")
+    else:
+        return []
+    found.sort(key=Path.as_posix)
+    _refuse_parts(path, found)
+    return found
+
+
+def _data_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    names = (name for name in os.listdir(folder) if name.endswith(SHARDS) and name[0] not in "._")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _refuse_parts(path: Path, found: list[Path]) -> None:
+    """Raises where names tell of several splits, or of more files than there are."""
+    sets: dict[tuple[Path, str, str], int] = {}
+    for file in found:
+        if told := _ONE_OF.fullmatch(file.name):
+            key = (file.parent, told[1], told[3])
+            sets[key] = sets.get(key, 0) + 1
+    splits = sorted({split for _, split, _ in sets})
+    if len(splits) > 1:
+        one = next(folder for folder, split, _ in sets if split == splits[-1]) / f"{splits[-1]}-*"
+        raise DataError(f"{path}: holds the splits {', '.join(splits)}; name those that are meant, as {str(one)!r}")
+    for (folder, split, total), count in sets.items():
+        if count != int(total):
+            raise DataError(
+                f"{folder}: {count} of {int(total)} files {split}-*-of-{total} are there; download the others, or "
+                "name those that are meant one by one"
+            )

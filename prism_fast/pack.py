@@ -6,14 +6,16 @@ for a discriminator. Everything here is on the host, before the pack is moved to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prism_fast.records import DataError, PackedTree, Prompt
-from prism_kernels import QueryRows, TreeLayout, pack_trees
+from prism_kernels import PackCost, QueryRows, TreeLayout, pack_trees
 
 # Kinds of token, for per-kind routing statistics.
 KIND_PROMPT, KIND_IMAGE, KIND_RESPONSE = 0, 1, 2
@@ -29,6 +31,8 @@ KIND_NAMES = (
 )
 
 LOPSIDED = 0.75  # of a pack's tokens: a half with more is not half of it
+
+Parts = Sequence[tuple[int, Sequence[int]]]  # [(index into trees, [branch, ...]), ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,20 @@ class Tree:
     def __post_init__(self):
         if self.labels is not None and len(self.labels) != len(self.branches):
             raise ValueError(f"labels: {len(self.labels)} for {len(self.branches)} branches; give one for each")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a pack costs, by what it is made of, in any unit; `prism_fast.balance.rates` has a model's operations."""
+
+    token: float
+    pair: float  # (query, key) pairs that tree attention visits
+    predicted: float  # tokens of branches, besides ``token``
+    patch: float
+    patch_pair: float  # patches of one image see each other
+
+    def images(self, patches: Iterable[int]) -> float:
+        return sum(self.patch * n + self.patch_pair * n * n for n in patches)
 
 
 def check_image_tokens(prompt: Prompt, image: ImageTokens) -> None:
@@ -94,79 +112,226 @@ def mrope_positions(prompt: Prompt, image: ImageTokens) -> tuple[Tensor, int]:
     return torch.cat(columns, dim=1), position + len(ids) - row
 
 
-def build_pack(trees: Sequence[Tree], parts: Sequence[tuple[int, Sequence[int]]], image: ImageTokens) -> PackedTree:
-    """One pack out of ``parts``: [(index into trees, [branch, ...]), ...]."""
-    ids, positions, kinds, lengths, prefix = [], [], [], [], []
-    pixels, grids, image_rows = [], [], []
+class Outline(NamedTuple):
+    """A pack's segments by their lengths, and its images by their sizes: what it costs, before it is built.
+
+    Of a root of 3 tokens with an image, and two questions of 2 and 1 about it, each with an answer of 4:
+
+    >>> Outline(lengths=[3, 2, 4, 1, 4], prefix=[-1, 0, 1, 0, 3], branch=[False, False, True, False, True], images=[8])
+    """
+
+    lengths: list[int]  # tokens
+    prefix: list[int]  # the segment that each one continues, -1 for a root
+    branch: list[bool]  # whether its tokens are predicted, and its last one is read out
+    images: list[int]  # patches, of each image once
+
+
+class _Root(NamedTuple):
+    """Parts of a pack that follow one root: the first ``length`` tokens of all their prompts."""
+
+    length: int
+    parts: list[tuple[int, Sequence[int]]]  # [(index into trees, [branch, ...]), ...]
+
+
+def _roots(trees: Sequence[Tree], parts: Parts, image: ImageTokens, share: bool) -> list[_Root]:
+    """Of a pack's parts, in order; where ``share``, neighbours with equal images have one root."""
+    found = []
+    for key, several in groupby(parts, lambda part: _images_of(trees[part[0]].prompt, image) if share else None):
+        members = list(several)
+        for together in [members] if key else [[part] for part in members]:
+            found.append(_Root(_common([trees[t].prompt.input_ids for t, _ in together]), together))
+    return found
+
+
+def _images_of(prompt: Prompt, image: ImageTokens) -> tuple | None:
+    """Equal for prompts that have the same images behind the same tokens; None without images."""
+    if not prompt.image_keys:
+        return None
+    end = int((prompt.input_ids == image.token_id).nonzero()[-1]) + 1
+    return prompt.image_keys, prompt.input_ids[:end].numpy().tobytes()
+
+
+def _common(several: Sequence[Tensor]) -> int:
+    """How many tokens all of these begin with."""
+    first, length = several[0], len(several[0])
+    for other in several[1:]:
+        length = min(length, len(other))
+        differs = (first[:length] != other[:length]).nonzero()
+        length = int(differs[0]) if len(differs) else length
+    return length
+
+
+def _each_once(prompts: Sequence[Prompt]) -> tuple[list[tuple[Prompt, int]], list[int]]:
+    """(every distinct image, as a prompt and the image's number there; for each of the prompts' images, which it is).
+
+    Of prompts with equal images one whose pixels are there is taken, if any.
+    """
+    number: dict[Any, int] = {}
+    images: list[tuple[Prompt, int]] = []
+    which = []
+    for prompt in prompts:
+        for i in range(0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)):
+            key = prompt.image_keys[i] if prompt.image_keys else len(number)  # a number is no bytes
+            which.append(number.setdefault(key, len(images)))
+            if which[-1] == len(images):
+                images.append((prompt, i))
+            elif images[which[-1]][0].pixel_values is None:
+                images[which[-1]] = prompt, i
+    return images, which
+
+
+def _opened(prompts: Sequence[Prompt]) -> Prompt:
+    """Of prompts with equal images one whose pixels are there, if any."""
+    return next((prompt for prompt in prompts if prompt.pixel_values is not None), prompts[0])
+
+
+class _Stream:
+    """A pack under construction, segment by segment."""
+
+    def __init__(self) -> None:
+        self.ids: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.kinds: list[Tensor] = []
+        self.lengths: list[int] = []
+        self.prefix: list[int] = []
+        self.rows = 0
+
+    def add(self, ids: Tensor, positions: Tensor, kind: Tensor, parent: int) -> int:
+        """The number of the new segment: ids (L,), positions (3, L), kind (L,) or ()."""
+        self.ids.append(ids)
+        self.positions.append(positions)
+        self.kinds.append(kind.to(torch.int32).expand(len(ids)))
+        self.lengths.append(len(ids))
+        self.prefix.append(parent)
+        self.rows += len(ids)
+        return len(self.lengths) - 1
+
+
+def build_pack(trees: Sequence[Tree], parts: Parts, image: ImageTokens, *, share: bool = False) -> PackedTree:
+    """One pack out of ``parts``: [(index into trees, [branch, ...]), ...].
+
+    An image is there once, wherever it occurs. ``share``: see `pack`.
+    """
+    stream, image_rows = _Stream(), []
     targets, predicts, starts, readouts, labels = [], [], [0], [], []
-    row = 0
-    for tree_index, chosen in parts:
-        tree = trees[tree_index]
-        root, root_segment = tree.prompt, len(lengths)
-        root_positions, next_position = mrope_positions(root, image)
-        is_image = root.input_ids == image.token_id
-        ids.append(root.input_ids)
-        positions.append(root_positions)
-        kinds.append(torch.where(is_image, KIND_IMAGE, KIND_PROMPT).to(torch.int32))
-        if root.image_grid_thw is not None:
-            pixels.append(root.pixels())
-            grids.append(root.image_grid_thw)
-            image_rows.append(is_image.nonzero().flatten() + row)
-        lengths.append(len(root))
-        prefix.append(-1)
-        row += len(root)
-        last_of_root = row - 1
-        for b in chosen:
-            branch = tree.branches[b]
-            length = branch.numel()
-            ids.append(branch)
-            positions.append((torch.arange(length) + next_position).expand(3, -1))
-            kinds.append(torch.full((length,), tree.kinds[b], dtype=torch.int32))
-            targets.append(torch.arange(row, row + length))
-            predicts.append(torch.cat([torch.tensor([last_of_root]), torch.arange(row, row + length - 1)]))
-            starts.append(starts[-1] + length)
-            readouts.append(row + length - 1)
-            labels.append(b if tree.labels is None else tree.labels[b])
-            lengths.append(length)
-            prefix.append(root_segment)
-            row += length
+    roots = _roots(trees, parts, image, share)
+    for length, members in roots:
+        for tree, chosen in ((trees[t], chosen) for t, chosen in members):
+            ids = tree.prompt.input_ids
+            positions, next_position = mrope_positions(tree.prompt, image)
+            if tree is trees[members[0][0]]:
+                is_image = ids == image.token_id
+                image_rows.append(is_image.nonzero().flatten() + stream.rows)
+                kinds = torch.where(is_image, KIND_IMAGE, KIND_PROMPT)
+                root = stream.add(ids[:length], positions[:, :length], kinds[:length], -1)
+                last_of_root = stream.rows - 1
+            above, last = root, last_of_root
+            if length < len(ids):
+                above = stream.add(ids[length:], positions[:, length:], torch.tensor(KIND_PROMPT), root)
+                last = stream.rows - 1
+            for b in chosen:
+                row, n = stream.rows, tree.branches[b].numel()
+                position = (torch.arange(n) + next_position).expand(3, -1)
+                stream.add(tree.branches[b], position, torch.tensor(tree.kinds[b]), above)
+                targets.append(torch.arange(row, row + n))
+                predicts.append(torch.cat([torch.tensor([last]), torch.arange(row, row + n - 1)]))
+                starts.append(starts[-1] + n)
+                readouts.append(row + n - 1)
+                labels.append(b if tree.labels is None else tree.labels[b])
     empty = torch.zeros(0, dtype=torch.int64)
+    pixels, grid, feature = _images([_opened([trees[t].prompt for t, _ in members]) for _, members in roots], image)
     return PackedTree(
-        input_ids=torch.cat(ids),
-        position_ids=torch.cat(positions, dim=1),
-        layout=TreeLayout.build(lengths, prefix),
-        segment_kind=torch.cat(kinds),
-        pixel_values=torch.cat(pixels) if pixels else None,
-        image_grid_thw=torch.cat(grids) if grids else None,
-        image_row=torch.cat(image_rows) if image_rows else empty,
+        input_ids=torch.cat(stream.ids),
+        position_ids=torch.cat(stream.positions, dim=1),
+        layout=TreeLayout.build(stream.lengths, stream.prefix),
+        segment_kind=torch.cat(stream.kinds),
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        image_row=torch.cat(image_rows),
         target_row=torch.cat(targets) if targets else empty,
         predict_row=torch.cat(predicts) if predicts else empty,
         sequence_start=torch.tensor(starts, dtype=torch.int32),
         readout=QueryRows.build(torch.tensor(readouts, dtype=torch.int64)),
         label=torch.tensor(labels, dtype=torch.int64),
+        image_feature=feature,
     )
+
+
+def _outline(trees: Sequence[Tree], parts: Parts, image: ImageTokens, share: bool) -> Outline:
+    made = Outline([], [], [], [])
+
+    def add(length: int, parent: int, branch: bool = False) -> int:
+        made.lengths.append(length)
+        made.prefix.append(parent)
+        made.branch.append(branch)
+        return len(made.lengths) - 1
+
+    roots = _roots(trees, parts, image, share)
+    for length, members in roots:
+        root = add(length, -1)
+        for t, chosen in members:
+            rest = len(trees[t].prompt) - length
+            above = add(rest, root) if rest else root
+            for b in chosen:
+                add(trees[t].branches[b].numel(), above, True)
+    images, _ = _each_once([trees[members[0][0]].prompt for _, members in roots])
+    made.images.extend(_patches(prompt)[i] for prompt, i in images)
+    return made
+
+
+def _grid(prompt: Prompt) -> Tensor:
+    """(images, 3), of a prompt without images too."""
+    return torch.zeros(0, 3, dtype=torch.int64) if prompt.image_grid_thw is None else prompt.image_grid_thw
+
+
+def _patches(prompt: Prompt) -> list[int]:
+    """Of each image."""
+    return _grid(prompt).prod(-1).tolist()
+
+
+def _images(prompts: Sequence[Prompt], image: ImageTokens) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """pixel_values, image_grid_thw and image_feature of a pack with these roots."""
+    images, which = _each_once(prompts)
+    if not images:
+        return None, None, None
+    grid = torch.stack([_grid(prompt)[i] for prompt, i in images])
+    opened: dict[int, tuple[Tensor, ...]] = {}  # pixels by prompt, cut into its images
+    for prompt, _ in images:
+        if id(prompt) not in opened:
+            of_prompt = prompt.pixels()
+            assert of_prompt is not None  # it has images
+            opened[id(prompt)] = of_prompt.split(_patches(prompt))
+    pixels = torch.cat([opened[id(prompt)][i] for prompt, i in images])
+    if len(images) == len(which):
+        return pixels, grid, None
+    sizes = (grid.prod(-1) // image.merge_size**2).tolist()  # tokens
+    features = torch.arange(sum(sizes)).split(sizes)
+    return pixels, grid, torch.cat([features[number] for number in which])
 
 
 class Packs:
     """The packs of a batch: planned at once, from lengths alone, and each built when it is asked for.
 
-    ``parts[i]`` of pack i: [(index into trees, [branch, ...]), ...]; ``capacity``: tokens that a pack may have.
+    ``parts[i]`` of pack i: [(index into trees, [branch, ...]), ...]; ``capacity``: tokens that a pack may have;
+    ``share``: see `pack`.
     """
 
     def __init__(
         self,
         trees: Sequence[Tree],
-        parts: Sequence[Sequence[tuple[int, Sequence[int]]]],
+        parts: Sequence[Parts],
         image: ImageTokens,
         capacity: int | None = None,
+        share: bool = False,
     ):
-        self.trees, self.parts, self.image, self.capacity = trees, parts, image, capacity
+        self.trees, self.parts, self.image, self.capacity, self.share = trees, parts, image, capacity, share
+        self._outlines: dict[int, Outline] = {}
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, index: int) -> PackedTree:
-        return build_pack(self.trees, self.parts[index], self.image)
+        return build_pack(self.trees, self.parts[index], self.image, share=self.share)
 
     def __iter__(self) -> Iterator[PackedTree]:
         return (self[index] for index in range(len(self)))
@@ -174,8 +339,7 @@ class Packs:
     @property
     def num_tokens(self) -> int:
         """Tokens in all packs; a split tree's root counts in each of its parts."""
-        roots = sum(len(self.trees[t].prompt) for part in self.parts for t, _ in part)
-        return roots + self.num_targets
+        return sum(map(self.tokens, range(len(self))))
 
     @property
     def num_targets(self) -> int:
@@ -188,7 +352,13 @@ class Packs:
 
     def tokens(self, index: int) -> int:
         """Of one pack."""
-        return sum(sum(self._lengths(t, chosen)) for t, chosen in self.parts[index])
+        return sum(self.outline(index).lengths)
+
+    def outline(self, index: int) -> Outline:
+        """Of one pack."""
+        if index not in self._outlines:
+            self._outlines[index] = _outline(self.trees, self.parts[index], self.image, self.share)
+        return self._outlines[index]
 
     def labels(self, index: int, half: int | None = None) -> Tensor:
         """(branches,) int64: ``PackedTree.label`` of a pack, or of one of its halves."""
@@ -205,45 +375,103 @@ class Packs:
         Trees are dealt whole where the larger pack then has at most `LOPSIDED` of the tokens. Else they are split
         between branches, which repeats a root (and the branches of ``together``). The same in every process.
         """
-        parts, whole = self.parts[index], self.tokens(index)
-        sizes = [(root, branches) for root, *branches in (self._lengths(t, chosen) for t, chosen in parts)]
-        together = [[i for i, b in enumerate(chosen) if b in self.trees[t].together] for t, chosen in parts]
+        whole = self.tokens(index)
         for split in (False, True):
-            found = pack_trees(sizes, whole, together=together, num_packs_multiple=2, split_for_multiple=split)
-            dealt = [[(parts[i][0], [parts[i][1][j] for j in chosen]) for i, chosen in half] for half in found if half]
-            halves = Packs(self.trees, dealt, self.image, self.capacity)
+            dealt = _dealt(self, self.parts[index], whole, multiple=2, split=split)
+            halves = Packs(self.trees, dealt, self.image, self.capacity, self.share)
             if len(halves) == 2 and (split or max(map(halves.tokens, range(2))) <= LOPSIDED * whole):
                 return halves
         return None
 
-    def _lengths(self, tree: int, chosen: Sequence[int]) -> list[int]:
-        """Of a root, then of the branches that are chosen of it."""
-        return [len(self.trees[tree].prompt), *(self.trees[tree].branches[b].numel() for b in chosen)]
 
-
-def pack(trees: Sequence[Tree], capacity: int, image: ImageTokens, *, multiple: int = 1) -> Packs:
+def pack(
+    trees: Sequence[Tree],
+    capacity: int,
+    image: ImageTokens,
+    *,
+    multiple: int = 1,
+    share: bool = False,
+    rates: Rates | None = None,
+) -> Packs:
     """Packs of at most ``capacity`` tokens that hold every branch of every tree (a split tree repeats its root).
 
     ``multiple``: of how many their number is, as far as there are branches: for processes that take equally many. Trees
-    are then split more often, which costs their roots again and leaves no process idle.
+    are then split more often, which costs their roots again and leaves no process idle. ``rates``: packs are made to
+    cost as much as each other by them, as far as trees go.
+
+    ``share``: trees with equal images behind equal tokens lie in one pack as far as they fit, where the tokens with
+    which all their prompts begin are one root; the rest of a prompt is a segment below it, and its branches follow
+    that. A tree is then not split, but where it alone is larger than a pack.
 
     Raises DataError, naming the prompt's file and record, where one root with one branch does not fit.
     """
-    for tree in trees:
+    for i, tree in enumerate(trees):
         check_image_tokens(tree.prompt, image)
-    sizes = [(len(tree.prompt), [b.numel() for b in tree.branches]) for tree in trees]
-    for i, (root, branches) in enumerate(sizes):
-        kept = sum(branches[b] for b in trees[i].together)
-        longest = max((length for b, length in enumerate(branches) if b not in trees[i].together), default=0)
+        lengths = [b.numel() for b in tree.branches]
+        root, kept = len(tree.prompt), sum(lengths[b] for b in tree.together)
+        longest = max((length for b, length in enumerate(lengths) if b not in tree.together), default=0)
         if root + kept + longest > capacity:
             raise DataError(
-                f"{trees[i].prompt.place or f'tree {i}'}: prompt of {root} tokens and branches of {kept + longest} do "
+                f"{tree.prompt.place or f'tree {i}'}: prompt of {root} tokens and branches of {kept + longest} do "
                 f"not fit in a pack of {capacity}; raise run.tokens_per_pack, lower the limits of lengths, or remove "
                 "the record"
             )
-    together = [tree.together for tree in trees]
-    parts = pack_trees(sizes, capacity, together=together, num_packs_multiple=multiple, split_for_multiple=multiple > 1)
-    return Packs(trees, [part for part in parts if part], image, capacity)
+    packs = Packs(trees, [], image, capacity, share)
+    whole = [(i, range(len(tree.branches))) for i, tree in enumerate(trees)]
+    packs.parts = _dealt(packs, whole, capacity, multiple=multiple, split=multiple > 1, rates=rates)
+    return packs
+
+
+def _dealt(
+    packs: Packs, parts: Parts, capacity: int, *, multiple: int, split: bool, rates: Rates | None = None
+) -> list[Parts]:
+    """``parts`` of the trees of ``packs``, dealt into packs of at most ``capacity`` tokens."""
+    bundles = _bundles(packs, parts, capacity)
+    sizes, together, images = [], [], []
+    for length, members in bundles:
+        of = [[packs.trees[t].branches[b].numel() for b in chosen] for t, chosen in members]
+        tree, chosen = packs.trees[members[0][0]], members[0][1]
+        images.append([_patches(prompt)[i] for prompt, i in _each_once([tree.prompt])[0]])
+        if len(members) == 1:
+            sizes.append((length, of[0]))
+            together.append([j for j, b in enumerate(chosen) if b in tree.together])
+        else:  # a member with all its branches is what such a bundle is split into
+            rest = [len(packs.trees[t].prompt) - length for t, _ in members]
+            sizes.append((length, [n + sum(branches) for n, branches in zip(rest, of)]))
+            together.append([])
+    cost = None
+    if rates is not None:
+        seen = [rates.images(patches) for patches in images]
+        cost = PackCost(rates.token, rates.pair, seen, rates.predicted)
+    options = {"num_packs_multiple": multiple, "split_for_multiple": split}
+    dealt = []
+    for found in pack_trees(sizes, capacity, cost=cost, together=together, **options):
+        held: dict[int, set[int]] = {}  # two parts of one bundle may have come together
+        for number, chosen in found:
+            held.setdefault(number, set()).update(chosen)
+        dealt.append([part for number, chosen in held.items() for part in _members(bundles[number], chosen)])
+    return [several for several in dealt if several]
+
+
+def _members(bundle: _Root, chosen: set[int]) -> list[tuple[int, list[int]]]:
+    """Of a bundle of one tree these branches; of several, these."""
+    if len(bundle.parts) > 1:
+        return [(t, list(branches)) for i, (t, branches) in enumerate(bundle.parts) if i in chosen]
+    tree, branches = bundle.parts[0]
+    return [(tree, [branches[j] for j in sorted(chosen)])]
+
+
+def _bundles(packs: Packs, parts: Parts, capacity: int) -> list[_Root]:
+    """The parts, those together that may share a root; one that has no room in a pack as a whole stays alone."""
+    found: dict[Any, list[tuple[int, Sequence[int]]]] = {}
+    for number, (t, chosen) in enumerate(parts):
+        tree = packs.trees[t]
+        fits = len(tree.prompt) + sum(tree.branches[b].numel() for b in chosen) <= capacity
+        key = _images_of(tree.prompt, packs.image) if packs.share and fits else None
+        found.setdefault(number if key is None else key, []).append((t, chosen))
+    return [
+        _Root(_common([packs.trees[t].prompt.input_ids for t, _ in members]), members) for members in found.values()
+    ]
 
 
 def spare_pack(image: ImageTokens) -> PackedTree:

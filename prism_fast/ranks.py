@@ -400,7 +400,7 @@ def add_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) ->
     dist.all_reduce(there, group=_mine.group)
     shared = [i for i, count in enumerate(there.tolist()) if count]
     found: dict[int, Tensor] = {}
-    for bucket in _buckets([(i, like[i]) for i in shared]):
+    for bucket in buckets([(i, like[i]) for i in shared]):
         wide = torch.promote_types(like[bucket[0]].dtype, torch.float32)
         for i in bucket:
             own = gradients[i]
@@ -412,7 +412,7 @@ def add_gradients(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) ->
     return [found.get(i) for i in range(len(gradients))]
 
 
-def _buckets(numbered: Iterable[tuple[int, Tensor]]) -> Iterator[list[int]]:
+def buckets(numbered: Iterable[tuple[int, Tensor]]) -> Iterator[list[int]]:
     """Runs of tensors of one dtype, by number, of at most BUCKET elements where they are smaller than that."""
     bucket: list[int] = []
     size, dtype = 0, None

@@ -44,11 +44,11 @@ class ImageRef:
 class Seen(NamedTuple):
     """Of a prompt whose images one process has decoded, what the others need to plan with it.
 
-    >>> Seen(grid=[[1, 8, 12]], key=prompt.key)
+    >>> Seen(grid=[[1, 8, 12]], image_keys=prompt.image_keys)
     """
 
     grid: list[list[int]]  # Prompt.image_grid_thw
-    key: bytes  # Prompt.key
+    image_keys: tuple[bytes, ...]  # Prompt.image_keys
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Sample:
     equivalents: tuple[str, ...] = ()  # reward_model.equivalent_answers
     question_type: str = "all"  # extra_info.question_type where there is one, else data_source
     data_source: str = ""
+    pass_rate: float | None = None  # extra_info.pass_rate: share of a policy's responses that are right
     seen: Seen | None = None  # what another process has found out about the prompt's images
 
 
@@ -88,6 +89,7 @@ class Prompt:
     key: bytes = b""
     place: str = ""  # "file:record" of the sample, for messages to a person
     decode: Callable[[], Tensor] | None = None  # gives the pixels, where another process has looked at them
+    image_keys: tuple[bytes, ...] = ()  # a hash of each image's pixels and size; (): equal images are not told
 
     def __len__(self) -> int:
         return self.input_ids.numel()
@@ -130,12 +132,14 @@ class PackedTree:
     segment_kind: Tensor  # (T,) int32, KIND_* of pack.py
     pixel_values: Tensor | None  # (patches, D) fp32
     image_grid_thw: Tensor | None  # (images, 3) int64, always on the host, which plans the vision tower's work by it
-    image_row: Tensor  # (image tokens,) int64: rows of the stream that hold image features, in image order
+    image_row: Tensor  # (image tokens,) int64: rows of the stream that hold image features
     target_row: Tensor  # (R,) int64
     predict_row: Tensor  # (R,) int64
     sequence_start: Tensor  # (branches + 1,) int32
     readout: QueryRows  # readout_row, which the host keeps too
     label: Tensor  # (branches,) int64: whose a branch is, as its tree says
+    image_feature: Tensor | None = None  # (image tokens,) int64: which feature a row of image_row takes, as an image
+    # that stands in several places is there once; None: each takes its own, in order
 
     @property
     def num_tokens(self) -> int:

@@ -408,7 +408,7 @@ def _filled(tree: dict[str, Any], missing: dict[tuple[str, ...], Leaf]) -> dict[
     """The tree with something valid in the place of every key that is missing."""
     for path, leaf in missing.items():
         numbers = {"integer", "number"} & {part.get("type") for part in (leaf.schema, *leaf.schema.get("anyOf", ()))}
-        branch: Any = 1 if numbers else "x"
+        branch: Any = leaf.schema.get("examples", [1 if numbers else "x"])[0]
         for name in reversed(path):
             branch = {name: branch}
         tree = merge(tree, branch)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
+
+BEGUN = time.monotonic()
+
+
+def seconds() -> str:
+    """Of this process so far, by the clock; of CPUs, with the processes that it started and that have ended."""
+    used = os.times()
+    cpu = used.user + used.system + used.children_user + used.children_system
+    return f"{time.monotonic() - BEGUN:.0f} (load {os.getloadavg()[2]:.0f}); {cpu:.0f}"
 
 
 def installed(name: str) -> bool:
@@ -40,6 +50,7 @@ def reported(target: str, packages: Sequence[str], about: Sequence[str]) -> Iter
     yield kept
     if not os.environ.get("PRISM_REPORT"):
         return
+    kept.add("seconds of the whole run, on a busy machine too; CPU seconds", seconds(), "600")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     lines = [
         f"# make {target}",

@@ -8,6 +8,8 @@ import hashlib
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from prism_fast.data.chat import _key
+from prism_fast.data.processed import Patches
 from prism_fast.records import Prompt
 from tests.oracle import assert_as_exact
 
@@ -81,6 +83,22 @@ def prompt(seed: int, images: tuple[tuple[int, int], ...] = (), text: int = 5) -
     ids = torch.cat(ids)
     raw = ids.numpy().tobytes() + (pixels.numpy().tobytes() if images else b"")
     return Prompt(ids, pixels, grid, hashlib.sha256(raw).digest())
+
+
+def question(pictures: tuple[int, ...], text: int, *, before: int = 0, size: tuple[int, int] = (4, 4)) -> Prompt:
+    """Text by the seed ``before``, these pictures, then text of 3 + text % 3 tokens, all as Chat makes a prompt."""
+    h, w = size
+    middle = torch.cat(
+        [torch.tensor([VISION_START]), torch.full((h * w // 4,), IMAGE_TOKEN), torch.tensor([VISION_END])]
+    )
+    ids = torch.cat([tokens(before, 4), *[middle] * len(pictures), tokens(text, 3 + text % 3)])
+    if not pictures:
+        return Prompt(ids, None, None, _key(ids, ()), f"text {before} {text}")
+    grid = torch.tensor([[1, h, w]])
+    made = [torch.randn(h * w, 96, generator=torch.Generator().manual_seed(500 + seed)) for seed in pictures]
+    pixels, grids, keys = zip(*(Patches.of(each, grid) for each in made))
+    keys, place = sum(keys, ()), f"pictures {pictures}, text {before} {text}"
+    return Prompt(ids, torch.cat(pixels), torch.cat(grids), _key(ids, keys), place, image_keys=keys)
 
 
 def tokens(seed: int, length: int) -> torch.Tensor:

@@ -59,6 +59,7 @@ CONFIGS = {
     "serve-discriminator": config.ServeConfig,
     "data pairs": config.PairsConfig,
     "data filter": config.FilterConfig,
+    "data curate": config.CurateConfig,
 }
 
 

@@ -7,12 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+from prism_fast.command_line import one_line
 from prism_fast.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, load_config
 from prism_fast.data.formats import read_align, read_sft, write_warmup
 from prism_fast.demo.digits import DemoSizes, write_demo_data
 from prism_fast.demo.tiny import make_tiny_model
 from prism_fast.models.upcycle import upcycle
-from prism_fast.run.session import Stopped
 from prism_fast.stages.align import align
 from prism_fast.stages.rlvr import rlvr
 from prism_fast.stages.sft import sft
@@ -81,6 +81,7 @@ def settings(folder: Path, stage: str, out: Path, **changes) -> dict:
             "eval": {"max_response_tokens": 8},
         },
     }
+    trees[stage]["data"]["workers"] = 0  # a process less for each of hundreds of runs; with some: test_resume.py
     return {**trees[stage], "steps": 8, "run": run, **changes}
 
 
@@ -105,9 +106,7 @@ def _in_a_process(stage: str, tree: dict, said: Path) -> None:
     with open(os.devnull, "w") as nowhere, open(said, "w", buffering=1) as errors:
         sys.stdout, sys.stderr = nowhere, errors
         try:
-            run_stage(stage, tree)
-        except Stopped as stop:
-            print(stop, file=errors)
-            sys.exit(128 + stop.signum)
+            with one_line():
+                run_stage(stage, tree)
         finally:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__

@@ -96,7 +96,7 @@ def _checks(dry_run: bool) -> list[Part]:
     cores = os.cpu_count() or 1
     few = (*_pytest(dry_run), *_workers(max(1, cores // 4)), "-m", "gpu")
     found = []
-    tested = {op: entry for op, entry in CATALOG.items() if entry.tests}
+    tested = {op: entry for op, entry in CATALOG.items() if entry.tests and entry.part}
     for op, entry in tested.items():
         groups = _groups(op, entry)
         found.append(_check(f"tests-{entry.part}", (*few, entry.tests), ("tests", *groups)))
@@ -132,6 +132,8 @@ def _speed(dry_run: bool) -> list[Part]:
     """Every benchmark, in the catalog's order; and what takes all the time, where it is named."""
     found = []
     for op, entry in CATALOG.items():
+        if not entry.part:
+            continue
         options = entry.arguments
         if entry.tests and not dry_run:
             options = (*options, "--no-tests")  # they are a part of their own

@@ -68,7 +68,9 @@ class Problem:
     """One workload at one shape.
 
     ``flops``, ``bytes``: what must be computed, and the fewest bytes that must move. ``limit``: (contender, multiple):
-    "over limit" is our median over multiple times its median.
+    "over limit" is our median over multiple times its median. ``figures``: of work on the host, those of
+    ``Contender.extra`` that its table shows; operations and bytes are then not counted, nor is memory measured.
+    ``sizes``: those of the shape that its heading names (all).
     """
 
     name: str
@@ -80,6 +82,8 @@ class Problem:
     truth: Callable[[], Outputs]
     tolerances: dict[str, Tolerance]
     limit: tuple[str, float] | None = None
+    figures: tuple[str, ...] | None = None
+    sizes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,8 @@ class Ready:
 def about(problem: Problem) -> dict[str, Any]:
     """The head of a problem's result."""
     head = {key: getattr(problem, key) for key in ("name", "title", "shape", "flops", "bytes")}
+    head |= {} if problem.figures is None else {"figures": list(problem.figures)}
+    head |= {"sizes": list(problem.sizes)} if problem.sizes else {}
     return {**head, "limit": list(problem.limit) if problem.limit else None, "status": "ok"}
 
 
@@ -203,7 +209,7 @@ def run_problem(
     samples, failed = measure.interleave(calls, timer, options.seconds, options.rounds, keep=tell)
     fill_times(result, samples, failed)
     for name in samples:
-        if options.memory and able[name].contender.role != "limit":
+        if options.memory and able[name].contender.role != "limit" and problem.figures is None:
             _add_memory(module, problem, able[name], options.device)
         if able[name].contender.extra is not None:
             _add_extra(able[name])
@@ -216,7 +222,8 @@ def fill_times(result: dict[str, Any], samples: measure.Samples, failed: dict[st
     rows = {row["name"]: row for row in result["rows"] if row["name"] in samples}
     first = next((name for name, row in rows.items() if row["role"] == "ours"), None)
     for name, row in rows.items():
-        work = {} if row["role"] == "limit" else {"flops": result["flops"], "bytes": result["bytes"]}
+        told = row["role"] == "limit" or "figures" in result
+        work = {} if told else {"flops": result["flops"], "bytes": result["bytes"]}
         add_times(row, samples[name], ours=samples[first] if first not in (None, name) else None, **work)
     limit, multiple = result["limit"] or (None, 1)
     if limit in rows:

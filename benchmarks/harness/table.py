@@ -75,6 +75,14 @@ ROLLOUT_COLUMNS = {
     "a token of all rows": _of("token_s", seconds),
     "error": errors,
 }
+LOADER_COLUMNS = {
+    **_START,
+    "tokens/s": _of("tokens_per_s", "{:,.0f}".format),
+    "tokens a CPU s": _of("tokens_per_cpu_s", "{:,.0f}".format),
+    "ours over it": _of("times_ours", "{:.2f}x".format),
+    "over training": _of("over_training", "{:.1f}x".format),
+    "by CPU seconds": _of("over_training_cpu", "{:.1f}x".format),
+}
 TRAINING_COLUMNS = {
     "device, allocated": _of("peak_bytes", size),
     "device, reserved": _of("reserved_bytes", size),
@@ -90,14 +98,27 @@ TRAINING_COLUMNS = {
 }
 
 
+def _figure(name: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row.get("extra", {}).get(name)
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+    return cell
+
+
 def columns(result: dict[str, Any]) -> dict[str, Callable[[Row], str]]:
     """Those of an op's problem, or of a whole step, way by way or part by part, or of training, form by form."""
+    if "figures" in result:
+        over = {"over ours": OP_COLUMNS["over ours"]}
+        return {**_START, **over, **{name: _figure(name) for name in result["figures"]}, "error": errors}
     if result["name"] == "training":
         return TRAINING_COLUMNS
     if "parts" in result:
         return PART_COLUMNS
     if result["name"] == "rollout":
         return ROLLOUT_COLUMNS
+    if result["name"] == "loader":
+        return LOADER_COLUMNS
     return STEP_COLUMNS if "sizes" in result else OP_COLUMNS
 
 
@@ -148,7 +169,7 @@ def lines(result: dict[str, Any], limits: dict[str, dict[str, float]]) -> list[s
     for row in result["rows"]:
         values = cells(result, row)
         if "median_s" in row:
-            found.append("  ".join([line(values), *_notes(row, limit)]))
+            found.append("  ".join([line(values), *_notes(row, limit, result.get("figures", ()))]))
         else:
             reason = values[1] if row["status"] != "ok" else ""
             parts = [f"  {row['name']:<{widths[0]}}", reason, values[-1], row.get("saves", "")]
@@ -170,8 +191,8 @@ def _of_step(result: dict[str, Any]) -> list[str]:
     return [agree, f"  {stock}activations: {recompute}"]
 
 
-def _notes(row: Row, limit: dict[str, float] | None) -> list[str]:
-    """What the terminal alone shows."""
+def _notes(row: Row, limit: dict[str, float] | None, shown: Sequence[str]) -> list[str]:
+    """What the terminal alone shows; ``shown``: figures that have a column."""
     found = [f"n {row['samples']}"]
     for key, bound, name in (("tflops", "matmul_tflops", "matmul"), ("gbps", "copy_gbps", "copy")):
         if limit and key in row:
@@ -180,6 +201,6 @@ def _notes(row: Row, limit: dict[str, float] | None) -> list[str]:
         found.append(f"outputs {size(row['output_bytes'])}")
     elif "memory_reason" in row:
         found.append(f"memory not measured: {row['memory_reason']}")
-    found += [f"{name} {value:.4g}" for name, value in row.get("extra", {}).items()]
+    found += [f"{name} {value:.4g}" for name, value in row.get("extra", {}).items() if name not in shown]
     found += [f"no further figures: {row['extra_reason']}"] if "extra_reason" in row else []
     return found + ([row["saves"]] if "saves" in row else [])

@@ -125,6 +125,7 @@ ATTENTION = "Tree attention (bf16, ragged packs of some 33,000 tokens)"
 STEPS = "Whole steps, against the reference's path on the same machine in the same run"
 UPDATE = "AdamW step, beside torch.optim.AdamW"
 TRAINING = "Training a 4B policy on one GPU (bf16, two packs of 24,576 tokens a step), against the plan's count"
+DATA = "Data path on two cores of a CPU: packing, spans, and loading by two workers, beside others in one run"
 SAMPLING = "Sampling: 64 and 256 rows; GPU: 4B dimensions, bf16, prompts of 1,024 tokens; CPU: the demo's, one thread"
 
 
@@ -263,8 +264,24 @@ def _sampling() -> Iterator[Target]:
         yield at(load, "cuda")(f"{load[3:]} rows, GPU: vLLM's tokens/s over ours", behind, 1.3)
 
 
+def _data() -> Iterator[Target]:
+    corpus = _in(DATA, "cpu", "pack", "corpus", {"N": 1_370_000})
+    yield corpus("packing 1.37 million records", of("prism", "median_s"), 2, unit="s")
+    yield corpus("fill of their packs, in percent", of("prism", "fill", 100), 99.3, least=True, unit="percent")
+    step = _in(DATA, "cpu", "pack", "step", {"prompts": 32, "samples": 16})
+    yield step("packing and dealing 512 responses", of("prism", "median_s", 1e3), 2, unit="ms")
+    spans = _in(DATA, "cpu", "spans", "spans", {"T": 1200})
+    yield spans("spans of a response of 1,200 tokens", of("prism", "median_s", 1e6), 100, unit="us")
+    loader = _in(DATA, "cpu", "loader", "loader", {"load": "digits"})
+    yield loader("tokens/s of the first epoch over those of training", of("ours", "over_training"), 8, least=True)
+    yield loader("tokens/s from the cache over those of training", of("ours, cached", "over_training"), 20, least=True)
+    for load in ("digits", "photos"):
+        at = _in(DATA, "cpu", "loader", "loader", {"load": load})
+        yield at(f"{load}: torch DataLoader's time over ours", of("torch DataLoader", "times_ours"), 1, least=True)
+
+
 TARGETS: list[Target] = [
-    *(*_head(), *_advantage(), *_moe(), *_attention(), *_update(), *_steps(), *_training(), *_sampling()),
+    *(*_head(), *_advantage(), *_moe(), *_attention(), *_update(), *_steps(), *_training(), *_sampling(), *_data()),
 ]
 
 

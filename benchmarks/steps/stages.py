@@ -178,7 +178,7 @@ def sft(stage: Stage, clock: Clock, number: int) -> tuple[dict[str, float], dict
     with clock("host"):
         each = [demonstration(sample, max_tokens=1 << 20, **stage.limits()) for sample in stage.samples]
         ragged = stage_case.cut_unevenly(each, load, number)
-        packs = demonstration_packs(ragged, load.tokens_per_pack, stage.policy.module.image)
+        packs = demonstration_packs(ragged, load.tokens_per_pack, stage.policy.module)
     with clock("update"):
         loss = supervised_gradient(stage.policy, packs)
     if not math.isfinite(loss):

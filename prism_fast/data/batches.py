@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -26,20 +26,24 @@ from prism_fast import ranks
 from prism_fast.data.dataset import Dataset
 from prism_fast.data.encode import encoded, own_positions
 from prism_fast.data.order import order
-from prism_fast.data.wire import from_bytes, to_bytes
+from prism_fast.data.wire import Parts, from_bytes, receive, send, to_parts
 from prism_fast.records import DataError, Sample
 
 T = TypeVar("T")
 
 MOST_WORKERS = 8
+SOON = 0.005  # seconds after which a worker sends what it has encoded
+_Made = tuple[int, bool, Any]  # position in the sequence, whether it failed, what it was encoded to or the failure
 
 
 def number_of_workers(asked: int | str) -> int:
-    """``auto``: a quarter of the cores that this process of the run has to itself, at most MOST_WORKERS."""
+    """``auto``: a quarter of the cores that this process of the run has to itself, at most MOST_WORKERS; one where that
+    is none, but for a process with a single core, which would gain nothing."""
     if asked != "auto":
         return int(asked)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world()))
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) // here // 4)
+    cores = len(os.sched_getaffinity(0)) // here
+    return min(MOST_WORKERS, max(cores // 4, 1)) if cores > 1 else 0
 
 
 class Batches(Generic[T]):
@@ -52,8 +56,8 @@ class Batches(Generic[T]):
     def __init__(self, data: Dataset, count: int, encode: Callable[[Sample], T], seed: int, workers: int | str = 0):
         self.bad = data.bad
         self._data, self._count, self._encode, self._seed = data, count, encode, seed
-        self._asked: dict[int, _Worker] = {}  # by position in the sequence
-        self._workers = [_Worker(data, encode) for _ in range(number_of_workers(workers))]
+        self._asked: dict[int, Worker] = {}  # by position in the sequence
+        self._workers = [Worker(data, encode) for _ in range(number_of_workers(workers))]
 
     def take(self, start: int, number: int) -> list[T]:
         """Entries [start, start + number); fewer where some are bad, none where all are.
@@ -71,10 +75,13 @@ class Batches(Generic[T]):
         def take(i: int) -> T:
             return self._asked.pop(start + i).result(start + i)
 
-        return [made for _, made in encoded(self._data, picked, self._encode, take)]
+        try:
+            return [made for _, made in encoded(self._data, picked, self._encode, take)]
+        except Ended as error:
+            raise DataError(str(error)) from None
 
     def _ask(self, start: int, number: int, picked: list[int]) -> None:
-        wanted: dict[_Worker, list[tuple[int, int]]] = {}
+        wanted: dict[Worker, list[tuple[int, int]]] = {}
         for i in own_positions(number):
             if start + i not in self._asked:
                 worker = self._workers[picked[i] % len(self._workers)]
@@ -88,11 +95,13 @@ class Batches(Generic[T]):
             worker.close()
 
 
-class _Worker:
+class Worker:
     """A process, and the thread that receives what it makes."""
 
+    remedy = "lower data.workers and --resume"  # where it ends by itself
+
     def __init__(self, data: Dataset, encode: Callable[[Sample], Any]):
-        self._pipe, theirs = multiprocessing.Pipe()
+        self._line, theirs = socket.socketpair()
         gc.freeze()  # else the child's collector writes to every page that it shares with this process
         try:
             self.pid = os.fork()  # multiprocessing's processes may not be had by its daemons
@@ -100,7 +109,7 @@ class _Worker:
             gc.unfreeze()
         if self.pid == 0:
             try:
-                _work(theirs, self._pipe, data, encode)
+                _work(theirs, self._line, data, encode)
             finally:
                 os._exit(1)  # nothing of the parent's is to be cleaned up here
         theirs.close()
@@ -114,7 +123,7 @@ class _Worker:
     def ask(self, entries: list[tuple[int, int]]) -> None:
         """[(position, number of its record)], to be encoded in this order."""
         try:
-            self._pipe.send_bytes(json.dumps(entries).encode())
+            send(self._line, [json.dumps(entries).encode()])
         except OSError:
             self._ended()
 
@@ -122,7 +131,7 @@ class _Worker:
         with self._news:
             self._news.wait_for(lambda: position in self._done or self._fault is not None)
             if position not in self._done:
-                raise DataError(str(self._fault))
+                raise Ended(str(self._fault))
             found = self._done.pop(position)
         if isinstance(found, _Failure):
             raise found.error()
@@ -150,14 +159,15 @@ class _Worker:
     def _receive(self) -> None:
         while True:
             try:
-                position, failed, made = from_bytes(self._pipe.recv_bytes())
+                message: list[_Made] = from_bytes(receive(self._line))
             except (EOFError, OSError):
                 return self._ended()
             with self._news:
-                if position in self._unwanted:
-                    self._unwanted.remove(position)
-                else:
-                    self._done[position] = _Failure(*made) if failed else made
+                for position, failed, made in message:
+                    if position in self._unwanted:
+                        self._unwanted.remove(position)
+                    else:
+                        self._done[position] = _Failure(*made) if failed else made
                 self._news.notify_all()
 
     def _ended(self) -> None:
@@ -165,8 +175,12 @@ class _Worker:
         how = f"signal {-status}" if status < 0 else f"status {status}"
         why = " (out of memory?)" if status == -signal.SIGKILL else ""
         with self._news:
-            self._fault = f"a data worker (process {self.pid}) ended with {how}{why}; lower data.workers and --resume"
+            self._fault = f"a data worker (process {self.pid}) ended with {how}{why}; {self.remedy}"
             self._news.notify_all()
+
+
+class Ended(Exception):
+    """A worker is gone: a fault of no record, so that none is passed over for it."""
 
 
 class _Failure(NamedTuple):
@@ -184,7 +198,7 @@ class _Failure(NamedTuple):
         return DataError(self.text) if self.is_data else RuntimeError(f"in a data worker:\n{self.text}")
 
 
-def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable[[Sample], Any]) -> None:
+def _work(line: socket.socket, parents: socket.socket, data: Dataset, encode: Callable[[Sample], Any]) -> None:
     """Encodes what is asked for until the parent is gone."""
     parents.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -196,18 +210,31 @@ def _work(pipe: Connection, parents: Connection, data: Dataset, encode: Callable
     def listen() -> None:
         while True:
             try:
-                asked.put(json.loads(pipe.recv_bytes()))
+                asked.put(json.loads(receive(line).tobytes()))
             except (EOFError, OSError):
                 os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()  # so that the parent never waits to be heard
     while True:
-        for position, index in asked.get():
+        made: list[_Made] = []
+        entries, since = asked.get(), time.monotonic()
+        for number, (position, index) in enumerate(entries, 1):
             try:
-                made = to_bytes((position, False, encode(data[index])))
+                made.append((position, False, encode(data[index])))
             except Exception as error:  # noqa: BLE001  the parent raises it
-                made = to_bytes((position, True, tuple(_Failure.of(error))))
-            try:
-                pipe.send_bytes(made)
-            except OSError:
-                os._exit(0)
+                made.append((position, True, tuple(_Failure.of(error))))
+            # A message wakes the parent: small records go several at once, what takes long goes by itself.
+            if number == len(entries) or time.monotonic() - since > SOON:
+                try:
+                    send(line, _parts(made))
+                except OSError:
+                    os._exit(0)
+                made, since = [], time.monotonic()
+
+
+def _parts(made: list[_Made]) -> Parts:
+    """As a message. What cannot be one is a failure of its own, which the parent raises."""
+    try:
+        return to_parts(made)
+    except Exception as error:  # noqa: BLE001
+        return to_parts([(position, True, tuple(_Failure.of(error))) for position, _, _ in made])

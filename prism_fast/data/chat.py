@@ -29,6 +29,7 @@ from prism_fast.data.chat_files import (
     quiet,
     render,
 )
+from prism_fast.data.patches import PatchMaker
 from prism_fast.data.processed import Patches, ProcessedImages
 from prism_fast.records import DataError, Message, Prompt, Sample
 
@@ -55,6 +56,11 @@ class Chat:
         self.images = ProcessedImages(self._patches)
         # A tokenizer has one state, such as whether control tokens are on, and a step may be drawn beside another.
         self._one_at_a_time = threading.Lock()
+        self._tokenize = getattr(tokenizer, "backend_tokenizer", None)
+        if self._tokenize is None:
+            raise DataError(f"tokenizer: {type(tokenizer).__name__} has no tokenizer.json behind it; add that file")
+        self._tokenize.no_truncation()
+        self._tokenize.no_padding()
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         missing = [token for token in (END_OF_TURN, *VISION_TOKENS.values()) if token not in added]
         if missing:
@@ -79,6 +85,7 @@ class Chat:
         self.forbidden_ids: tuple[int, ...] = tuple(
             sorted({*self._control.values(), self.pad_id} - {self.end_of_turn_id})
         )
+        self._make_patches = PatchMaker(image_processor)
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Chat:
@@ -124,10 +131,12 @@ class Chat:
                 " keep to its roles and their order"
             ) from error
         pixels = grid = decode = None
+        keys: tuple[bytes, ...] = ()
         if sample.images and sample.seen is not None:
             grid, decode = torch.tensor(sample.seen.grid), lambda: self._pixels(sample).pixels
+            keys = sample.seen.image_keys
         elif sample.images:
-            pixels, grid = self._pixels(sample)
+            pixels, grid, keys = self._pixels(sample)
         if grid is not None:
             text = self._expand(text, grid, sample.place)
         ids = torch.tensor(self._tokens(text), dtype=torch.int64)
@@ -136,18 +145,19 @@ class Chat:
                 f"{sample.place}: prompt: {len(ids)} tokens are over the limit of {max_tokens};"
                 " raise the limit, shorten the text or make the images smaller"
             )
-        key = _key(ids, pixels, grid) if decode is None else sample.seen.key
-        return Prompt(ids, pixels, grid, key, sample.place, decode)
+        return Prompt(ids, pixels, grid, _key(ids, keys), sample.place, decode, keys)
 
     def encode_part(self, text: str) -> Tensor:
         """(L,) int64: the tokens of a part of a response (a caption, a reasoning), tokenised on its own."""
-        pieces = self._seam.split(text)
-        ids = self._tokens(pieces, split_special_tokens=True)
-        return torch.tensor([index for piece in ids for index in piece], dtype=torch.int64)
+        ids = self._tokens(*self._seam.split(text), control=False)
+        return torch.tensor(ids, dtype=torch.int64)
 
-    def _tokens(self, text: str | list[str], **options: bool) -> Any:
+    def _tokens(self, *texts: str, control: bool = True) -> list[int]:
+        """Of texts one after the other. ``control``: whether control tokens that they spell are such."""
         with self._one_at_a_time:
-            return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+            # Not by calling the tokenizer, which does the same at several times the cost of a short text.
+            self._tokenize.encode_special_tokens = not control
+            return [index for text in texts for index in self._tokenize.encode(text, add_special_tokens=False).ids]
 
     def encode_response(self, text: str) -> Tensor:
         """(L + 1,) int64: the tokens of a response, then end-of-turn."""
@@ -210,8 +220,7 @@ class Chat:
             raise DataError(f"{sample.place}: images: cannot be preprocessed ({detail}); resize the image") from error
 
     def _patches(self, image: Image) -> Patches:
-        made = self.image_processor(images=[image], return_tensors="pt")
-        return Patches(made["pixel_values"].to(torch.float32), made["image_grid_thw"].to(torch.int64))
+        return Patches.of(*self._make_patches(image))
 
     def _expand(self, text: str, grid: Tensor, place: str) -> str:
         placeholder = VISION_TOKENS["image"]
@@ -225,13 +234,12 @@ class Chat:
         return pieces[0] + "".join(placeholder * count + piece for count, piece in zip(counts, pieces[1:]))
 
 
-def _key(ids: Tensor, pixels: Tensor | None, grid: Tensor | None) -> bytes:
-    """Hash of token ids, pixels and grid: equal only where a root may be shared."""
-    digest = blake2b(digest_size=16)
-    for tensor in (ids, grid, pixels):
-        if tensor is not None:
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+def _key(ids: Tensor, image_keys: Sequence[bytes]) -> bytes:
+    """Hash of token ids and images: equal only where a root may be shared."""
+    digest = blake2b(str(len(ids)).encode(), digest_size=16)
+    digest.update(ids.numpy())
+    for key in image_keys:
+        digest.update(key)
     return digest.digest()
 
 

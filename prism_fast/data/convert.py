@@ -2,38 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from prism_fast.data.formats import FORMATS, Dataset, require_parts
-from prism_fast.data.writers import write_as
-from prism_fast.records import Sample
+from prism_fast.data.bad_records import BadRecords
+from prism_fast.data.dataset import Records
+from prism_fast.data.formats import FORMATS, require_parts
+from prism_fast.data.held import Held
+from prism_fast.data.kinds import opened
+from prism_fast.data.parquet import GROUP_BYTES
+from prism_fast.data.writers import CONTAINERS, write_as
+from prism_fast.files import try_new
+from prism_fast.records import DataError, Sample
 
-KINDS = tuple(FORMATS)
-Progress = Callable[[int], None]  # is told how many records are written
+KINDS = (*FORMATS, "llava")
+Progress = Callable[[int, int], None]  # is told how many of how many records are read
+_SHARD = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
 
 
-def convert(data: Dataset, kind: str, out: Path, progress: Progress | None = None) -> int:
-    """Writes every good record of ``data`` as ``kind``, one of KINDS; returns how many.
+class Converted(NamedTuple):
+    """What was written."""
 
-    A demonstration gives a teacher's parts and a teacher's parts a demonstration; what a record lacks is an error, a
-    DataError that names it, and nothing is written.
+    kind: str
+    records: int
+    left_out: int
+
+
+def convert(
+    paths: Sequence[Path],
+    out: Path,
+    kind: str | None = None,
+    *,
+    skip_bad: int = 0,
+    columns: Mapping[str, str] | None = None,
+    image_folders: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> Converted:
+    """Writes the good records of files, folders and patterns, each of any format, as ``kind``, one of KINDS (None: as
+    the first file is), to ``out``; an earlier one is replaced.
+
+    Records go through one by one, and ``out`` appears whole or not at all. A demonstration gives a teacher's parts and
+    a teacher's parts a demonstration; what a record lacks is a DataError that names it, and so are more than
+    ``skip_bad`` bad records.
     """
+    held, bad, written = Held(GROUP_BYTES), BadRecords(skip_bad), 0
+    inputs = [opened(path, columns, image_folders, held) for path in paths]
+    target = kind or inputs[0][1]
+    total = sum(len(records) for records, _ in inputs)
 
-    def records() -> Iterator[Sample]:
-        for number, sample in enumerate(data):
-            if progress is not None:
-                progress(number)
-            yield _as(kind, sample)
+    def samples() -> Iterator[Sample]:
+        nonlocal written
+        done = 0
+        for records, _ in inputs:
+            for number, sample in _good(records, bad):
+                if progress is not None:
+                    progress(done + number, total)
+                yield _as(target, sample)
+                written += 1
+            done += len(records)
+        if not written:
+            raise DataError(f"{paths[0]}: no valid record is left, {total} are bad ({bad.messages[-1]})")
 
-    write_as(kind, out, records())
-    return len(data)
+    write_as(target, out, samples())
+    return Converted(target, written, len(bad))
+
+
+def _good(records: Records, bad: BadRecords) -> Iterator[tuple[int, Sample]]:
+    for number in range(len(records)):
+        try:
+            sample = records[number]
+        except DataError as error:
+            bad.add(records.place(number), error)
+            continue
+        yield number, sample
+
+
+def refuse_out(out: Path, overwrite: bool) -> None:
+    """Raises DataError where ``out`` cannot be what a conversion writes, before it reads anything: it is there, and
+    ``overwrite`` was not asked for; it is a folder of other things; its name ends in another way."""
+    if out.suffix not in ("", *CONTAINERS):
+        raise DataError(
+            f"{out}: expected a name that ends in {', '.join(CONTAINERS)}, or a folder's; choose another --out"
+        )
+    if not overwrite or not out.exists():
+        try_new(out, "--out, or --overwrite it")
+    elif out.is_dir() and (out.suffix or not all(_SHARD.fullmatch(file.name) for file in out.iterdir())):
+        raise DataError(f"{out}: a folder that no conversion has made is not overwritten; choose another --out")
+    elif out.is_file() and not out.suffix:
+        raise DataError(f"{out}: a file, and shards take a folder; choose another --out")
 
 
 def _as(kind: str, sample: Sample) -> Sample:
     """The sample with what the format needs and another of its fields tells."""
-    if kind == "sft" and sample.response is None and sample.teacher_caption is not None:
+    if kind in ("sft", "llava") and sample.response is None and sample.teacher_caption is not None:
         return replace(sample, response=sample.teacher_caption + str(sample.teacher_reasoning))
     if kind in ("alignment", "warm-up") and sample.teacher_caption is None and sample.response is not None:
         parts = require_parts(sample.response, sample.place, "the assistant's turn")

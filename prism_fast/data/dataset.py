@@ -14,24 +14,86 @@ import numpy as np
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.fields import Fields, is_read
-from prism_fast.data.source import Source, open_source
+from prism_fast.data.held import Held
+from prism_fast.data.shards import open_sources
+from prism_fast.data.source import Source
 from prism_fast.records import DataError, Sample
 
 PROGRESS_EVERY = 256  # records
-JUDGED_ONCE = 20_000  # records of a file; smaller ones are judged at every start
+JUDGED_ONCE = 20_000  # records of all files; fewer are judged at every start
 Paths = str | Path | Sequence[str | Path]
 Skip = int | BadRecords  # how many bad records are allowed, or the account of a command that reads other files too
 Convert = Callable[[Fields], Sample]
 Progress = Callable[[int, int], None]  # is told (good records, records) while files are read
 
 
-class Dataset(Sequence[Sample]):
-    """Validated records of one or more files, parsed when indexed.
+class Records(Sequence[Sample]):
+    """All records of one or more files, good or bad, parsed when indexed: a bad one raises DataError then.
 
     ``convert``: what makes a record of one of the formats. ``columns``: our name -> what the files call it; a name with
     a dot is a field within a field ("reward_model.ground_truth": "answer"). ``cache``: a folder where what is made of a
-    large file stays, as the verdicts on its records, so that it is judged once. ``image_folders``: where images may lie
-    beside their file's own folder.
+    large file stays. ``image_folders``: where images may lie beside their file's own folder. ``held``: what row groups
+    and open files are kept by.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        convert: Convert,
+        system_prompt: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        cache: Cache | None = None,
+        image_folders: Sequence[Path] = (),
+        held: Held | None = None,
+    ):
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        if not paths:
+            raise DataError("no data file given; name at least one")
+        self.convert, self.system_prompt, self.columns = convert, system_prompt, dict(columns or {})
+        self.image_folders = tuple(image_folders)
+        theirs, held, cache = {*self.columns.values()}, held or Held(), cache or Cache()
+        self.sources: list[Source] = [
+            source
+            for path in paths
+            for source in open_sources(Path(path), lambda name: name in theirs or is_read(name), cache, held)
+        ]
+        self._start = np.cumsum([0, *map(len, self.sources)])
+
+    def __len__(self) -> int:
+        return int(self._start[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.read(*self.at(index))
+
+    def at(self, index: int) -> tuple[int, int]:
+        """(number of the file, of the record in it)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of {len(self)} records")
+        file = int(np.searchsorted(self._start, index, side="right")) - 1
+        return file, index - int(self._start[file])
+
+    def place(self, index: int) -> str:
+        """ "file:record", for messages to a person."""
+        file, record = self.at(index)
+        return self.sources[file].place(record)
+
+    def read(self, file: int, record: int) -> Sample:
+        source = self.sources[file]
+        held = renamed(source[record], self.columns, source.place(record))
+        fields = Fields(held, source.place(record), source.path.parent, self.system_prompt, self.image_folders)
+        try:
+            sample = self.convert(fields)
+            fields.refuse_dropped(sample)
+        except RecursionError as error:
+            raise DataError(f"{fields.place}: lists in lists a thousand deep; remove the record") from error
+        return sample
+
+
+class Dataset(Sequence[Sample]):
+    """Validated records of one or more files, parsed when indexed.
+
+    ``convert``, ``system_prompt``, ``columns``, ``image_folders``: as of `Records`. ``cache``: a folder where what is
+    made of a large file stays, as the verdicts on its records, so that it is judged once.
 
     ``bad`` is the account of the bad records that were passed over; more than ``skip_bad`` of them raise. A stage that
     finds a bad record later (an image that does not open) reports it through ``skip`` to the same account.
@@ -48,25 +110,18 @@ class Dataset(Sequence[Sample]):
         progress: Progress | None = None,
         image_folders: Sequence[Path] = (),
     ):
-        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        if not paths:
-            raise DataError("no data file given; name at least one")
+        kept = Cache(cache)
         self.bad = skip_bad if isinstance(skip_bad, BadRecords) else BadRecords(skip_bad)
         self._skipped: set[int] = set()
-        self._convert, self._system_prompt, self._columns = convert, system_prompt, dict(columns or {})
-        self._image_folders = tuple(image_folders)
-        theirs, kept = set(self._columns.values()), Cache(cache)
-        self._sources: list[Source] = [
-            open_source(path, lambda name: name in theirs or is_read(name), kept) for path in paths
-        ]
-        good, self._total, self._done = [], sum(map(len, self._sources)), 0
-        for file in range(len(self._sources)):
+        self._all = Records(paths, convert, system_prompt, columns, kept, image_folders)
+        good, self._done = [], 0
+        for file in range(len(self._all.sources)):
             numbers = self._good(file, kept, progress)
             good.append(np.stack([np.full_like(numbers, file), numbers], axis=1))
         self._index = np.concatenate(good)
         if not len(self._index):
-            bad = f"{self._total} are bad; correct the file ({self.bad.messages[-1]})"
-            raise DataError(f"{paths[0]}: no valid record is left, {bad}")
+            bad = f"{len(self._all)} are bad; correct the file ({self.bad.messages[-1]})"
+            raise DataError(f"{self._all.sources[0].path}: no valid record is left, {bad}")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -75,30 +130,19 @@ class Dataset(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside a dataset of {len(self)} records")
         file, record = self._index[index]
-        return self._read(int(file), int(record))
-
-    def _read(self, file: int, record: int) -> Sample:
-        source = self._sources[file]
-        held = renamed(source[record], self._columns, source.place(record))
-        fields = Fields(held, source.place(record), source.path.parent, self._system_prompt, self._image_folders)
-        try:
-            sample = self._convert(fields)
-            fields.refuse_dropped(sample)
-        except RecursionError as error:
-            raise DataError(f"{fields.place}: lists in lists a thousand deep; remove the record") from error
-        return sample
+        return self._all.read(int(file), int(record))
 
     def _good(self, file: int, cache: Cache, progress: Progress | None) -> np.ndarray[Any, Any]:
         """Numbers of a file's good records; the others are in the account of bad ones."""
-        source = self._sources[file]
-        if len(source) < JUDGED_ONCE or not cache.is_kept:
+        source = self._all.sources[file]
+        if len(self._all) < JUDGED_ONCE or not cache.is_kept:
             bad = self._judge(file, progress)
         else:
             asked = [
-                self._convert.__name__,
-                self._system_prompt,
-                self._columns,
-                list(map(str, self._image_folders)),
+                self._all.convert.__name__,
+                self._all.system_prompt,
+                self._all.columns,
+                list(map(str, self._all.image_folders)),
                 _code(),
             ]
             now: dict[str, list[int]] = {}
@@ -107,7 +151,10 @@ class Dataset(Sequence[Sample]):
                 now["bad"] = self._judge(file, progress)
                 return json.dumps(now["bad"]).encode()
 
+            shards = len(self._all.sources)
             said = f"{source.path}: {len(source):,} records are read, once"
+            if shards > 1:  # a line for all of them
+                said = None if file else f"{len(self._all):,} records of {shards} files are read, once"
             known = cache.content(source.path, "bad", asked, make, said)
             # What was bad may have been mended since, as where an image was missing.
             bad = now["bad"] if now else self._judge(file, None, json.loads(known))
@@ -117,12 +164,12 @@ class Dataset(Sequence[Sample]):
     def _judge(self, file: int, progress: Progress | None, numbers: Iterable[int] | None = None) -> list[int]:
         """Which of the numbered records of a file are bad (null: of all)."""
         bad: list[int] = []
-        source = self._sources[file]
+        source = self._all.sources[file]
         for number in range(len(source)) if numbers is None else numbers:
             if progress is not None and number % PROGRESS_EVERY == 0:
-                progress(self._done + number - len(bad), self._total)
+                progress(self._done + number - len(bad), len(self._all))
             try:
-                self._read(file, number)
+                self._all.read(file, number)
             except DataError as error:
                 self.bad.add(source.place(number), error)
                 bad.append(number)
@@ -132,10 +179,12 @@ class Dataset(Sequence[Sample]):
         """Count record ``index`` as bad; raises once there are more than are allowed (at once by default), or no other
         record is left."""
         file, record = self._index[index]
-        self.bad.add(self._sources[file].place(int(record)), error)
+        self.bad.add(self._all.sources[file].place(int(record)), error)
         self._skipped.add(index % len(self))
         if len(self._skipped) == len(self):
-            raise DataError(f"{self._sources[0].path}: each of {len(self)} records is bad ({error}); correct the file")
+            raise DataError(
+                f"{self._all.sources[0].path}: each of {len(self)} records is bad ({error}); correct the file"
+            )
 
 
 def renamed(record: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:

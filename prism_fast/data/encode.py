@@ -53,7 +53,7 @@ def _encoded_apart(
             mine[position] = take(position)
             prompt = _prompt(mine[position])
             grid = None if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
-            told[position] = {"grid": grid, "key": prompt.key.hex()}
+            told[position] = {"grid": grid, "images": [key.hex() for key in prompt.image_keys]}
         except DataError as error:
             told[position] = str(error)
     found = {int(position): what for part in ranks.gather(told) for position, what in part.items()}
@@ -65,7 +65,8 @@ def _encoded_apart(
         elif position in mine:
             made.append((index, mine[position]))
         else:
-            seen = None if what["grid"] is None else Seen(what["grid"], bytes.fromhex(what["key"]))
+            keys = tuple(map(bytes.fromhex, what["images"]))
+            seen = None if what["grid"] is None else Seen(what["grid"], keys)
             made.append((index, encode(replace(data[index], seen=seen))))
     return made
 

@@ -130,7 +130,17 @@ def _gold(fields: Fields, required: bool) -> dict[str, Any]:
         "equivalents": equivalents,
         "question_type": question_type or source or "all",
         "data_source": source or "",
+        "pass_rate": _share(fields, extra.get("pass_rate"), "extra_info.pass_rate"),
     }
+
+
+def _share(fields: Fields, value: Any, field: str) -> float | None:
+    """A number from 0 to 1, None where it is missing."""
+    if missing(value):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise fields.error(field, f"expected a number from 0 to 1, got {value!r}", "correct it, or remove it")
+    return float(value)
 
 
 def _align(fields: Fields) -> Sample:

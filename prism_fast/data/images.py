@@ -20,14 +20,12 @@ import struct
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from prism_fast.files import replacing
 from prism_fast.records import DataError, ImageRef
 
 T = TypeVar("T")
@@ -42,7 +40,6 @@ MAX_ASPECT = 200  # of the longer side to the shorter; the image processor has t
 _VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 # How PNG, JPEG, GIF, WebP, BMP, TIFF, JPEG 2000 and AVIF begin; a path of the same letters has a suffix.
 _BASE64 = re.compile(r"(iVBOR|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A|AAAA)[A-Za-z0-9+/_=\s-]*")
-_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"GIF8": ".gif", b"II*\0": ".tif", b"MM\0*": ".tif"}
 _OTHERS = {  # what is found in place of an image, by its first bytes
     b"version https://git-lfs": "a git-lfs pointer: run git lfs pull",
     b"<!DOCTYPE": "an HTML page",
@@ -138,6 +135,26 @@ def _real(folder: Path) -> Path:
 def open_image(ref: ImageRef, place: str) -> Image.Image:
     """The image as a person sees it, as RGB. Raises DataError, naming ``place``, whatever the decoder raises."""
     return _looked_at(ref, place, _seen)
+
+
+class Look(NamedTuple):
+    """What there is to say of an image that opens."""
+
+    size: tuple[int, int]  # upright: width, height
+    format: str  # "PNG"
+    mode: str  # as it is stored, by Pillow's name: "RGB", "L", "P", "I;16", "CMYK", ...
+
+
+def look_at(ref: ImageRef, place: str) -> Look:
+    """Decodes the image, as `open_image`, and says how it is stored. Raises DataError as `open_image` does."""
+
+    def look(file: IO[bytes]) -> Look:
+        with _recognised(file) as image:
+            format, mode = str(image.format), image.mode
+        file.seek(0)
+        return Look(_seen(file).size, format, mode)
+
+    return _looked_at(ref, place, look)
 
 
 def pixels_of(ref: ImageRef, place: str) -> int:
@@ -389,18 +406,3 @@ def image_uri(ref: ImageRef, place: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def store_image(ref: ImageRef, folder: Path, subfolder: str) -> str:
-    """The path of an image relative to ``folder``; bytes are written once to ``folder/subfolder`` under their hash."""
-    if ref.data is None:
-        path = ref.path.resolve()
-        root = folder.resolve()
-        return str(path.relative_to(root) if path.is_relative_to(root) else path)
-    suffix = next((suffix for start, suffix in _SUFFIXES.items() if ref.data.startswith(start)), ".img")
-    relative = Path(subfolder) / (blake2b(ref.data, digest_size=12).hexdigest() + suffix)
-    target = folder / relative
-    if not target.exists():
-        with replacing(target) as aside:
-            aside.write_bytes(ref.data)
-    return str(relative)

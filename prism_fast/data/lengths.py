@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -34,41 +35,81 @@ def tree_of(made: object) -> Tree:
     raise TypeError(f"no tree is known of {type(made).__name__}")
 
 
-@dataclass
 class Lengths:
-    """Trees of the good records of a file, in its order."""
+    """Trees of the good records of a file, in its order: 16 bytes a record and 8 a part."""
 
-    trees: list[Tree] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._roots, self._parts, self._ends = array("q"), array("q"), array("q")
 
-    def lines(self, capacity: int, batch_size: int) -> Iterator[str]:
-        """What a person is told."""
-        columns = {"prompt": [root for root, _ in self.trees], "whole": [root + sum(rest) for root, rest in self.trees]}
-        if not any(rest for _, rest in self.trees):
-            columns = {"prompt": columns["prompt"]}
-        for name, values in columns.items():
-            points = np.percentile(values, PERCENTILES).round().astype(int)
-            shown = ", ".join(f"{p} %: {value:,}" for p, value in zip(PERCENTILES, points))
-            yield f"{name} tokens: {min(values):,} to {max(values):,}, mean {np.mean(values):,.0f}; {shown}"
-        if all(rest for _, rest in self.trees):
-            yield self._packing(capacity, batch_size)
+    def add(self, tree: Tree) -> None:
+        self._roots.append(tree[0])
+        self._parts.extend(tree[1])
+        self._ends.append(len(self._parts))
 
-    def _packing(self, capacity: int, batch_size: int) -> str:
-        longest = max(root + sum(rest) for root, rest in self.trees)
-        if longest > capacity:
-            return f"packing: the longest record takes {longest:,} tokens, over --tokens-per-pack={capacity:,}"
+    def __len__(self) -> int:
+        return len(self._roots)
+
+    def __getitem__(self, number: int) -> Tree:
+        start = self._ends[number - 1] if number else 0
+        return self._roots[number], self._parts[start : self._ends[number]].tolist()
+
+    def _whole(self) -> np.ndarray[Any, Any]:
+        """Tokens of each record, prompt and parts."""
+        total = np.concatenate([[0], np.cumsum(self._parts, dtype=np.int64)])
+        ends = np.array(self._ends)
+        return np.array(self._roots) + np.diff(total[ends], prepend=0)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of "prompt" and, where parts follow one, "whole": least, most, mean and percentiles."""
+        columns = {"prompt": np.array(self._roots)} | ({"whole": self._whole()} if self._parts else {})
+        return {
+            name: {
+                "min": int(values.min()),
+                "max": int(values.max()),
+                "mean": round(float(values.mean()), 1),
+                **{f"p{p}": round(float(point)) for p, point in zip(PERCENTILES, np.percentile(values, PERCENTILES))},
+            }
+            for name, values in columns.items()
+        }
+
+    def packing(self, capacity: int, batch_size: int) -> dict[str, float] | None:
+        """What packing makes of the first shuffled batches; None where a record has nothing after its prompt, or takes
+        more than a pack."""
+        ends = np.array(self._ends)
+        if not np.diff(ends, prepend=0).all() or self._whole().max() > capacity:
+            return None
         tokens = padded = packs = 0
-        batches = min(MOST_BATCHES, -(-len(self.trees) // batch_size))
+        batches = min(MOST_BATCHES, -(-len(self) // batch_size))
         for number in range(batches):
-            trees = [self.trees[i] for i in order(len(self.trees), 0, number * batch_size, batch_size)]
+            trees = [self[i] for i in order(len(self), 0, number * batch_size, batch_size)]
             packs += len(pack_trees(trees, capacity))
             tokens += sum(root + sum(rest) for root, rest in trees)
             sequences = [root + part for root, rest in trees for part in rest]
             padded += len(sequences) * max(sequences)
-        return (
-            f"packing, {batch_size} records a step into packs of {capacity:,} tokens: {packs / batches:.2f} packs a "
-            f"step, {tokens / (packs * capacity):.1%} full; padded to the longest, every part with its prompt: "
-            f"{padded / tokens:.2f} times the tokens"
-        )
+        return {
+            "tokens_per_pack": capacity,
+            "records_per_step": batch_size,
+            "packs_per_step": packs / batches,
+            "fill": tokens / (packs * capacity),
+            "padded_over_packed": padded / tokens,
+        }
+
+    def lines(self, capacity: int, batch_size: int) -> Iterator[str]:
+        """What a person is told."""
+        figures = self.figures()
+        for name, told in figures.items():
+            shown = ", ".join(f"{p} %: {told[f'p{p}']:,}" for p in PERCENTILES)
+            yield f"{name} tokens: {told['min']:,} to {told['max']:,}, mean {told['mean']:,.0f}; {shown}"
+        if "whole" not in figures:
+            return
+        if (longest := figures["whole"]["max"]) > capacity:
+            yield f"packing: the longest record takes {longest:,} tokens, over --tokens-per-pack={capacity:,}"
+        elif packing := self.packing(capacity, batch_size):
+            yield (
+                f"packing, {batch_size} records a step into packs of {capacity:,} tokens: "
+                f"{packing['packs_per_step']:.2f} packs a step, {packing['fill']:.1%} full; padded to the longest, "
+                f"every part with its prompt: {packing['padded_over_packed']:.2f} times the tokens"
+            )
 
     def plot(self, path: Path, name: str) -> None:
         """A histogram of whole lengths as PNG, or what else ``path`` ends with."""
@@ -76,12 +117,7 @@ class Lengths:
 
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.subplots()
-        axes.hist([root + sum(rest) for root, rest in self.trees], bins=60, color="#4477aa")
+        axes.hist(self._whole(), bins=60, color="#4477aa")
         axes.set(xlabel="tokens of a record, prompt included", ylabel="records", title=name)
         with writing(path, "--histogram"), replacing(path) as aside:
             figure.savefig(aside, dpi=150, format=path.suffix.lstrip(".") or "png")
-
-
-def duplicates(digests: Sequence[bytes]) -> int:
-    """How many records repeat an earlier one."""
-    return len(digests) - len(set(digests))

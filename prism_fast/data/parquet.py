@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,37 +15,37 @@ import pyarrow.parquet as pq
 
 from prism_fast.data import row_groups
 from prism_fast.data.cache import Cache
+from prism_fast.data.held import Held, state
 from prism_fast.data.row_groups import PIECE_BYTES, opened, reason, unreadable
 from prism_fast.records import DataError
 
 GROUP_BYTES = 32 << 20  # of a row group's wanted columns; a file with a larger one is cut,
 GROUP_ROWS = 20_000  # or with one of more rows, since equal texts are stored once and unpacked each for itself
-HELD_BYTES = 128 << 20  # of unpacked row groups that stay in memory
 
+EXTRA = ("question_type", "pass_rate")  # fields of extra_info that are read
 Wanted = Callable[[str], bool]  # whether a field of this name is looked at
 
 
 class Parquet:
-    """Rows of a parquet file; row groups are unpacked when needed and kept while they fit in ``held_bytes``.
+    """Rows of a parquet file; row groups are unpacked when needed, and ``held`` keeps what it has room for.
 
     One record costs its row group. Where that is large (images by the hundred, a file of one group), ``cache`` gets a
     copy of the wanted columns in small ones, made once.
     """
 
-    def __init__(self, path: Path, cache: Cache, wanted: Wanted | None = None, held_bytes: int = HELD_BYTES):
-        self.path = path
-        self._file = opened(path, path)
-        self._columns = columns_of(self._file.schema_arrow, wanted or (lambda name: True), path)
-        size, rows = _largest_group(self._file, self._columns)
-        self._read = path
+    def __init__(self, path: Path, cache: Cache, wanted: Wanted | None = None, held: Held | None = None):
+        self.path, self._read_from = path, path
+        file = opened(path, path)
+        self._theirs = _starts(file)  # before they are cut
+        self.columns = columns_of(file.schema_arrow, wanted or (lambda name: True), path)
+        size, rows = _largest_group(file, self.columns)
         if size > GROUP_BYTES or rows > GROUP_ROWS:
-            self._read = self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows")
-            self._file = opened(self._read, path)
-        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
-        self._start = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
-        self._held: OrderedDict[int, pa.Table] = OrderedDict()
-        self._unreadable: dict[int, DataError] = {}  # row groups, each tried once for all of its records
-        self._held_bytes = held_bytes
+            self._read_from = self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows")
+            file = opened(self._read_from, path)
+        self._cache = cache  # a temporary one goes with its last user
+        self._held, self._state = held or Held(), state(self._read_from)
+        self._start = _starts(file)
+        self._unreadable: dict[int, str] = {}  # row groups, each tried once for all of its records
 
     def __len__(self) -> int:
         return int(self._start[-1])
@@ -54,35 +53,39 @@ class Parquet:
     def place(self, index: int) -> str:
         return f"{self.path}:{index + 1}"
 
+    def group_of(self, index: int) -> int:
+        """The row group of the file, from 1, that row ``index`` lies in."""
+        return int(np.searchsorted(self._theirs, index, side="right"))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._start, index, side="right")) - 1
         return row(self._group(group), index - int(self._start[group]), self.place(index))
 
     def _group(self, group: int) -> pa.Table:
-        if group in self._held:
-            self._held.move_to_end(group)
-            return self._held[group]
         if group in self._unreadable:
-            raise self._unreadable[group]
+            raise DataError(self._unreadable[group])
         rows = int(self._start[group + 1] - self._start[group])
-        try:
-            table = self._file.read_row_group(group, columns=self._columns)
-            if table.num_rows != rows:
-                raise OSError(f"{table.num_rows} of {rows} rows")
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            remedy = "copy the file again" if self._read == self.path else "remove it, it is made anew"
-            self._unreadable[group] = unreadable(self._read, group, error, remedy)
-            raise self._unreadable[group] from error
-        self._held[group] = table
-        while len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > self._held_bytes:
-            self._held.popitem(last=False)
-        return table
+
+        def read() -> pa.Table:
+            try:
+                file = self._held.file(self._read_from, self._state, lambda path: opened(path, self.path))
+                table = file.read_row_group(group, columns=self.columns)
+                if table.num_rows != rows:
+                    raise OSError(f"{table.num_rows} of {rows} rows")
+                return table
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                remedy = "copy the file again" if self._read_from == self.path else "remove it, it is made anew"
+                fault = unreadable(self._read_from, group, error, remedy)
+                self._unreadable[group] = str(fault)
+                raise fault from error
+
+        return self._held.group(self._read_from, group, read)
 
     def _cut(self, cache: Cache, groups: str) -> Path:
         """In a process of its own: a page has to be unpacked whole, and a page may be as large as its row group."""
 
         def make(target: Path) -> None:
-            asked = json.dumps({"source": str(self.path), "target": str(target), "columns": self._columns})
+            asked = json.dumps({"source": str(self.path), "target": str(target), "columns": self.columns})
             done = subprocess.run(
                 [sys.executable, "-m", row_groups.__name__, asked], capture_output=True, text=True, check=False
             )
@@ -96,14 +99,20 @@ class Parquet:
                 )
 
         said = f"{groups} are cut into pieces of {PIECE_BYTES >> 20} MiB, once"
-        return cache.file(self.path, "rows.parquet", self._columns, make, said, self._holds_all)
+        return cache.file(self.path, "rows.parquet", self.columns, make, said, self._holds_all)
 
     def _holds_all(self, copy: Path) -> bool:
         """Whether it is a copy of all rows, as far as its footer tells; its pages have checksums."""
         try:
-            return copy.exists() and opened(copy, copy).metadata.num_rows == self._file.metadata.num_rows
+            return copy.exists() and opened(copy, copy).metadata.num_rows == self._theirs[-1]
         except DataError:
             return False
+
+
+def _starts(file: pq.ParquetFile) -> np.ndarray[Any, Any]:
+    """The first row of each row group, then the number of rows."""
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
 
 
 def row(table: pa.Table, index: int, place: str) -> dict[str, Any]:
@@ -153,8 +162,8 @@ def columns_of(schema: pa.Schema, wanted: Wanted, path: Path) -> list[str]:
         kind = schema.field(name).type
         if name != "extra_info" or not pa.types.is_struct(kind):
             columns.append(name)
-        elif kind.get_field_index("question_type") >= 0:
-            columns.append("extra_info.question_type")
+        else:
+            columns += [f"extra_info.{read}" for read in EXTRA if kind.get_field_index(read) >= 0]
     return columns
 
 

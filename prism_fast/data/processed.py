@@ -19,10 +19,18 @@ HELD_BYTES = 512 << 20  # of patches; 24 bytes a pixel, so some 700 images of 17
 
 
 class Patches(NamedTuple):
-    """Of one image."""
+    """Of one image, or of all images of a prompt, one after the other."""
 
     pixels: Tensor  # (patches, D) fp32
-    grid: Tensor  # (1, 3) int64, in patches
+    grid: Tensor  # (images, 3) int64, in patches
+    keys: tuple[bytes, ...]  # a hash of each image's pixels and size
+
+    @classmethod
+    def of(cls, pixels: Tensor, grid: Tensor) -> Patches:
+        """Of one image."""
+        digest = blake2b(str((*pixels.shape, *grid.flatten().tolist())).encode(), digest_size=16)
+        digest.update(pixels.contiguous().numpy())
+        return cls(pixels, grid, (digest.digest(),))
 
 
 class ProcessedImages:
@@ -48,7 +56,8 @@ class ProcessedImages:
         found = [self._one(ref, place) for ref in refs]
         if len(found) == 1:
             return found[0]
-        return Patches(torch.cat([each.pixels for each in found]), torch.cat([each.grid for each in found]))
+        pixels, grids, keys = zip(*found)
+        return Patches(torch.cat(pixels), torch.cat(grids), sum(keys, ()))
 
     def _one(self, ref: ImageRef, place: str) -> Patches:
         read = content(ref)

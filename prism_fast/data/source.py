@@ -10,6 +10,7 @@ import codecs
 import io
 import json
 import mmap
+import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
@@ -19,45 +20,23 @@ from typing import Any
 import numpy as np
 
 from prism_fast.data.cache import Cache
+from prism_fast.data.held import Held, state
 from prism_fast.data.parquet import Parquet, Wanted
 from prism_fast.data.row_groups import reason
 from prism_fast.data.saved import Saved, is_saved
 from prism_fast.records import DataError
 
-INDEXED_BYTES = 64 << 20  # of a file: smaller ones are read through at every start
+INDEXED_BYTES = 4 << 20  # of a file: smaller ones are read through at every start
 
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)
 
 
-class JsonLines:
-    """One JSON object per line; blank lines are allowed and not counted as records."""
+class _Json:
+    """A JSON file whose records lie in spans of its bytes."""
 
-    def __init__(self, path: Path, cache: Cache):
-        self.path = path
-        self._span, self._line = _index(path, cache, _lines).values()
-        self._bytes = _map(path)
-
-    def __len__(self) -> int:
-        return len(self._span)
-
-    def place(self, index: int) -> str:
-        return f"{self.path}:{self._line[index]}"
-
-    def line(self, index: int) -> bytes:
-        start, end = self._span[index]
-        return self._bytes[start:end]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return _parse(self.line(index), self.place(index))
-
-
-class JsonList:
-    """A JSON file that holds one list of objects (LLaMA-Factory's layout), whatever its size."""
-
-    def __init__(self, path: Path, cache: Cache):
-        self.path = path
-        (self._span,) = _index(path, cache, _elements).values()
-        self._bytes = _map(path)
+    def __init__(self, path: Path, held: Held | None):
+        self.path, self._held, self._state = path, held or Held(), state(path)
+        self._span = np.empty((0, 2), np.int64)
 
     def __len__(self) -> int:
         return len(self._span)
@@ -65,27 +44,63 @@ class JsonList:
     def place(self, index: int) -> str:
         return f"{self.path}:{index + 1}"
 
+    def text(self, index: int) -> bytes:
+        start, end = map(int, self._span[index])
+        try:
+            file = self._held.file(self.path, self._state, io.FileIO)
+            return os.pread(file.fileno(), end - start, start)  # no position, which forked workers would share
+        except OSError as error:
+            raise DataError(f"{self.place(index)}: cannot be read ({error.strerror}); copy the file again") from error
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, end = self._span[index]
-        return _parse(self._bytes[start:end], self.place(index))
+        return _parse(self.text(index), self.place(index))
+
+
+class JsonLines(_Json):
+    """One JSON object per line; blank lines are allowed and not counted as records."""
+
+    def __init__(self, path: Path, cache: Cache, held: Held | None = None):
+        super().__init__(path, held)
+        self._span, self._line = _index(path, cache, _lines).values()
+
+    def place(self, index: int) -> str:
+        return f"{self.path}:{self._line[index]}"
+
+
+class JsonList(_Json):
+    """A JSON file that holds one list of objects (LLaMA-Factory's layout), whatever its size."""
+
+    def __init__(self, path: Path, cache: Cache, held: Held | None = None):
+        super().__init__(path, held)
+        (self._span,) = _index(path, cache, _elements).values()
 
 
 Source = JsonLines | JsonList | Parquet | Saved
 Index = dict[str, "np.ndarray[Any, Any]"]
 
 
-def open_source(path: str | Path, wanted: Wanted | None = None, cache: Cache | None = None) -> Source:
+def open_source(
+    path: str | Path, wanted: Wanted | None = None, cache: Cache | None = None, held: Held | None = None
+) -> Source:
     """The records of one file; the layout is told by the first bytes, not by the name.
 
-    Of a parquet file only ``wanted`` columns are read. ``cache``: where what is made of a large file stays. Raises
-    DataError for a missing, empty or unreadable file.
+    Of a parquet file only ``wanted`` columns are read. ``cache``: where what is made of a large file stays; ``held``:
+    what keeps files open and row groups in memory, for several files. Raises DataError for a missing, empty or
+    unreadable file.
     """
-    path, cache = Path(path), cache or Cache()
+    source = opened_source(Path(path), wanted, cache or Cache(), held)
+    if not len(source):
+        raise DataError(f"{source.path}: holds no record; write at least one")
+    return source
+
+
+def opened_source(path: Path, wanted: Wanted | None, cache: Cache, held: Held | None) -> Source:
+    """As `open_source`, of any number of records."""
     if not path.exists():
         remote = re.match(r"(https?|s3|gs|hf|file):", str(path))
         raise DataError(f"{path}: " + ("a URL; download it first" if remote else "no such file; check the path"))
     if path.is_dir() and is_saved(path):
-        return _filled(Saved(path, wanted))
+        return Saved(path, wanted)
     if not path.is_file():
         example = "".join(f", as {found}" for found in _inside(path, "parquet", "jsonl", "json")[:1])
         raise DataError(f"{path}: not a file; name the data file itself{example}")
@@ -100,19 +115,13 @@ def open_source(path: str | Path, wanted: Wanted | None = None, cache: Cache | N
         raise DataError(f"{path}: the file is empty; write at least one record")
     begins = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if head.startswith(b"PAR1") or (path.suffix == ".parquet" and begins not in (b"{", b"[")):
-        source: Source = Parquet(path, cache, wanted)
+        source: Source = Parquet(path, cache, wanted, held)
     elif begins == b"[":
-        source = JsonList(path, cache)
+        source = JsonList(path, cache, held)
     else:
         _refuse_other_layouts(head, path)
-        source = JsonLines(path, cache)
+        source = JsonLines(path, cache, held)
         _refuse_one_object(source)
-    return _filled(source)
-
-
-def _filled(source: Source) -> Source:
-    if not len(source):
-        raise DataError(f"{source.path}: holds no record; write at least one")
     return source
 
 
@@ -160,7 +169,7 @@ def _refuse_one_object(source: JsonLines) -> None:
     try:
         source[0]
     except DataError as error:
-        if len(source) > 1 and not source.line(1).startswith(b"{"):
+        if len(source) > 1 and not source.text(1).startswith(b"{"):
             raise DataError(
                 f"{source.path}: an object over several lines; write one record a line (jq -c . FILE), or a list "
                 'of the records ([{...}, ...], without {"data": ...} around it)'

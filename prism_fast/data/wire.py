@@ -6,10 +6,13 @@ Nothing is pickled: bytes can make nothing but what is listed here.
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,23 +22,34 @@ _RECORDS: dict[str, type] = {cls.__name__: cls for cls in (ImageRef, Lesson, Mes
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.int64)}
 _DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int32, torch.uint8, torch.bool)}
 _ALIGNED = 64
+_TOGETHER = 1 << 16  # bytes: what is smaller is copied into one piece, for one call of the system
+Parts = list[bytes | memoryview]
+
+
+def to_parts(value: Any) -> Parts:
+    """Of records, tensors, texts, bytes, paths and numbers, in lists and tuples; tensors as they lie in memory, not
+    copied. Raises TypeError for anything else."""
+    blobs: Parts = []
+    header = json.dumps([_plain(value, blobs), [len(blob) for blob in blobs]]).encode()
+    parts: Parts = [len(header).to_bytes(8, "little"), header]
+    end = 8 + len(header)
+    for blob in blobs:
+        parts += [bytes(-end % _ALIGNED), blob]
+        end += -end % _ALIGNED + len(blob)
+    return parts
 
 
 def to_bytes(value: Any) -> bytes:
-    """Of records, tensors, texts, bytes, paths and numbers, in lists and tuples. Raises TypeError for anything else."""
-    blobs: list[bytes] = []
-    header = json.dumps([_plain(value, blobs), [len(blob) for blob in blobs]]).encode()
-    parts = [len(header).to_bytes(8, "little"), header]
-    for blob in blobs:
-        parts += [bytes(-sum(map(len, parts)) % _ALIGNED), blob]
-    return b"".join(parts)
+    """The same in one piece."""
+    return b"".join(to_parts(value))
 
 
-def from_bytes(data: bytes) -> Any:
-    """The value that `to_bytes` was given; its tensors share one copy of ``data``."""
-    memory = bytearray(data)
-    end = 8 + int.from_bytes(memory[:8], "little")
-    plain, sizes = json.loads(memory[8:end])
+def from_bytes(data: bytes | np.ndarray[Any, Any]) -> Any:
+    """The value that `to_bytes` was given; its tensors share one copy of ``data``, or ``data`` itself where it is an
+    array (n,) uint8."""
+    memory = np.frombuffer(bytearray(data), np.uint8) if isinstance(data, bytes) else data
+    end = 8 + int.from_bytes(memory[:8].tobytes(), "little")
+    plain, sizes = json.loads(memory[8:end].tobytes())
     places = []
     for size in sizes:
         start = end + -end % _ALIGNED
@@ -44,13 +58,37 @@ def from_bytes(data: bytes) -> Any:
     return _value(plain, memory, places)
 
 
-def _plain(value: Any, blobs: list[bytes]) -> Any:
+def send(line: socket.socket, parts: Parts) -> None:
+    """One message. Raises OSError where nobody reads any more."""
+    size = sum(map(len, parts))
+    whole: Parts = [size.to_bytes(8, "little"), *parts]
+    for piece in [b"".join(whole)] if size < _TOGETHER else whole:
+        line.sendall(piece)
+
+
+def receive(line: socket.socket) -> np.ndarray[Any, Any]:
+    """The next message, (n,) uint8. Raises EOFError or OSError where nobody writes any more."""
+    size = int.from_bytes(_filled(line, np.empty(8, np.uint8)).tobytes(), "little")
+    return _filled(line, np.empty(size, np.uint8))
+
+
+def _filled(line: socket.socket, memory: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    left = memoryview(memory)
+    while left:
+        count = line.recv_into(left)
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return memory
+
+
+def _plain(value: Any, blobs: Parts) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.")
         if kind in _DTYPES:
-            blobs.append(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            blobs.append(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             return {"tensor": len(blobs) - 1, "dtype": kind, "shape": list(value.shape)}
     if isinstance(value, bytes):
         blobs.append(value)
@@ -65,7 +103,7 @@ def _plain(value: Any, blobs: list[bytes]) -> Any:
     raise TypeError(f"{name}: expected records, tensors, texts, bytes, paths and numbers; add it to data/wire.py")
 
 
-def _value(plain: Any, memory: bytearray, places: list[tuple[int, int]]) -> Any:
+def _value(plain: Any, memory: np.ndarray[Any, Any], places: list[tuple[int, int]]) -> Any:
     if not isinstance(plain, dict):
         return plain
     if "tensor" in plain:
@@ -76,7 +114,7 @@ def _value(plain: Any, memory: bytearray, places: list[tuple[int, int]]) -> Any:
         return torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize, offset=start).view(plain["shape"])
     if "bytes" in plain:
         start, size = places[plain["bytes"]]
-        return bytes(memory[start : start + size])
+        return memory[start : start + size].tobytes()
     if "path" in plain:
         return Path(plain["path"])
     if "record" in plain:
@@ -86,5 +124,6 @@ def _value(plain: Any, memory: bytearray, places: list[tuple[int, int]]) -> Any:
     return {"list": list, "tuple": tuple}[name](_value(item, memory, places) for item in items)
 
 
+@cache
 def _fields(cls: Any) -> list[str]:
     return [field.name for field in fields(cls)] if is_dataclass(cls) else list(cls._fields)

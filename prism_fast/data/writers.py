@@ -1,25 +1,28 @@
-"""Writers of the four published formats. Files appear whole or not at all: written aside, then renamed."""
+"""Writers of the four published formats and of LLaVA's. Files appear whole or not at all: written aside,
+then renamed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism_fast.data.images import store_image
-from prism_fast.files import replacing
-from prism_fast.records import DataError, ImageRef, Message, Sample
+from prism_fast.data.stored import Stored, within
+from prism_fast.files import replacing, write_aside
+from prism_fast.records import DataError, Message, Sample
 
-ROWS_PER_GROUP = 256  # keeps random access to large images cheap
+ROWS_PER_GROUP = 256
+GROUP_BYTES = 8 << 20  # of images: keeps random access to them cheap, and memory small
+SHARD_BYTES = 512 << 20  # of images, in a file of a folder
 CONTAINERS = {".json": "a JSON list", ".jsonl": "JSON lines", ".parquet": "parquet"}
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SHAREGPT = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
 _PROMPT = [("prompt", _TURNS), ("images", pa.list_(_IMAGE))]
 _GOLD = [
     ("data_source", pa.string()),
@@ -29,15 +32,20 @@ _GOLD = [
             [("style", pa.string()), ("ground_truth", pa.string()), ("equivalent_answers", pa.list_(pa.string()))]
         ),
     ),
-    ("extra_info", pa.struct([("index", pa.int64()), ("question_type", pa.string())])),
+    (
+        "extra_info",
+        pa.struct([("index", pa.int64()), ("question_type", pa.string()), ("pass_rate", pa.float64())]),
+    ),
 ]
 _PARTS = [(f"{voice}_{part}", pa.string()) for voice in ("teacher", "student") for part in ("caption", "cot")]
-_SCHEMAS = {
+_FIELDS = {
     "sft": [("messages", _TURNS), ("images", pa.list_(_IMAGE))],
     "warm-up": [*_PROMPT, *_PARTS],
     "alignment": [*_PROMPT, *_GOLD, ("teacher_response", pa.string()), *_PARTS[:2]],
     "rlvr": [*_PROMPT, *_GOLD],
+    "llava": [("id", pa.string()), ("image", pa.list_(_IMAGE)), ("conversations", _SHAREGPT)],
 }
+_SCHEMAS = {kind: pa.schema(fields) for kind, fields in _FIELDS.items()}
 
 
 def write_sft(path: str | Path, samples: Iterable[Sample]) -> Path:
@@ -61,26 +69,65 @@ def write_rlvr(path: str | Path, samples: Iterable[Sample]) -> Path:
 
 
 def write_as(kind: str, path: Path, samples: Iterable[Sample]) -> Path:
-    """Any of the formats in the container that ``path`` ends with. Raises DataError for another ending, and for a
-    sample that lacks what the format holds."""
+    """Any of the formats, or "llava", LLaVA's conversations, in the container that ``path`` ends with; without an
+    ending a folder, by `write_shards`. Raises DataError for another ending, and for a sample that lacks what the format
+    holds."""
+    if not path.suffix:
+        return write_shards(kind, path, samples)
     if path.suffix not in CONTAINERS:
-        raise DataError(f"{path}: expected a name that ends in {', '.join(CONTAINERS)}; choose another out")
+        raise DataError(
+            f"{path}: expected a name that ends in {', '.join(CONTAINERS)}, or a folder's; choose another out"
+        )
     return _write(kind, path.suffix, path, samples)
 
 
+def write_shards(kind: str, folder: Path, samples: Iterable[Sample]) -> Path:
+    """Any of the formats as a folder of parquet files, ``train-00000-of-00002.parquet``, with all images in bytes: what
+    the library datasets loads from a folder. An earlier folder is replaced."""
+
+    def write(aside: Path) -> None:
+        rows = _groups(_RECORDS[kind](i, sample, within(sample)) for i, sample in enumerate(samples))
+        made: list[Path] = []
+        for group, size in rows:
+            made.append(aside / f"{len(made)}")
+            with pq.ParquetWriter(made[-1], _SCHEMAS[kind], write_page_checksum=True) as writer:
+                writer.write_table(pa.Table.from_pylist(group, _SCHEMAS[kind]))
+                while size < SHARD_BYTES and (more := next(rows, None)):
+                    writer.write_table(pa.Table.from_pylist(more[0], _SCHEMAS[kind]))
+                    size += more[1]
+        for number, file in enumerate(made):
+            file.rename(aside / f"train-{number:05}-of-{len(made):05}.parquet")
+
+    write_aside(folder, write)
+    return folder
+
+
 def _write(kind: str, container: str, path: Path, samples: Iterable[Sample]) -> Path:
-    with replacing(path) as aside:
+    with replacing(path) as aside, Stored(path) as images:
         if container == ".parquet":
-            schema = pa.schema(_SCHEMAS[kind])
-            rows = (_RECORDS[kind](i, sample, _structs(sample, path)) for i, sample in enumerate(samples))
-            with pq.ParquetWriter(aside, schema, write_page_checksum=True) as writer:
-                while group := list(islice(rows, ROWS_PER_GROUP)):
-                    writer.write_table(pa.Table.from_pylist(group, schema))
+            rows = (_RECORDS[kind](i, sample, images.structs(sample)) for i, sample in enumerate(samples))
+            with pq.ParquetWriter(aside, _SCHEMAS[kind], write_page_checksum=True) as writer:
+                for group, _ in _groups(rows):
+                    writer.write_table(pa.Table.from_pylist(group, _SCHEMAS[kind]))
         else:
-            records = (_RECORDS[kind](i, sample, _paths(sample, path)) for i, sample in enumerate(samples))
+            records = (_RECORDS[kind](i, sample, images.paths(sample)) for i, sample in enumerate(samples))
             with open(aside, "w", encoding="utf-8") as file:
                 file.writelines(_lines(records, container))
     return path
+
+
+def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """(rows of a row group, bytes of their images): at most ROWS_PER_GROUP rows and about GROUP_BYTES."""
+    group, size = [], 0
+    for row in rows:
+        group.append(row)
+        held = row.get("images") or row.get("image") or []
+        size += sum(len(image["bytes"] or b"") for image in held)
+        if len(group) == ROWS_PER_GROUP or size >= GROUP_BYTES:
+            yield group, size
+            group, size = [], 0
+    if group:
+        yield group, size
 
 
 def _lines(records: Iterable[dict[str, Any]], container: str) -> Iterator[str]:
@@ -98,18 +145,6 @@ def _turns(messages: Iterable[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _paths(sample: Sample, file: Path) -> list[Any]:
-    return [_stored(ref, file) for ref in sample.images]
-
-
-def _structs(sample: Sample, file: Path) -> list[Any]:
-    return [{"bytes": ref.data, "path": None if ref.data is not None else _stored(ref, file)} for ref in sample.images]
-
-
-def _stored(ref: ImageRef, file: Path) -> str:
-    return store_image(ref, file.parent, f"{file.stem}_images")
-
-
 def _need(sample: Sample, kind: str, *names: str) -> None:
     missing = [name for name in names if getattr(sample, name) is None]
     if missing:
@@ -120,6 +155,17 @@ def _sft(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
     _need(sample, "SFT", "response")
     record: dict[str, Any] = {"messages": [*_turns(sample.messages), {"role": "assistant", "content": sample.response}]}
     return {**record, "images": images} if images else record
+
+
+def _llava(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
+    _need(sample, "LLaVA", "response")
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[message.role], "value": message.content} for message in sample.messages]
+    record = {"id": str(index), "conversations": [*turns, {"from": "gpt", "value": sample.response}]}
+    if not images:
+        return record
+    single = len(images) == 1 and isinstance(images[0], str)
+    return {**record, "image": images[0] if single else images}
 
 
 def _warmup(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
@@ -150,7 +196,11 @@ def _gold(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
             "ground_truth": sample.gold,
             "equivalent_answers": list(sample.equivalents) or None,
         },
-        "extra_info": {"index": index, "question_type": sample.question_type},
+        "extra_info": {
+            "index": index,
+            "question_type": sample.question_type,
+            **({} if sample.pass_rate is None else {"pass_rate": sample.pass_rate}),
+        },
     }
 
 
@@ -174,4 +224,5 @@ _RECORDS: dict[str, Callable[[int, Sample, list[Any]], dict[str, Any]]] = {
     "warm-up": _warmup,
     "alignment": _align,
     "rlvr": _rlvr,
+    "llava": _llava,
 }

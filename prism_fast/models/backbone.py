@@ -230,7 +230,17 @@ def embed(backbone: Any, pack: PackedTree) -> tuple[Tensor, list[Tensor]]:
     visual = backbone.visual
     pixels = pack.pixel_values.to(visual.dtype)
     features = visual(pixels, grid_thw=grid, **planned(visual, grid, pixels.device), return_dict=True)
-    pooled, deepstack = features.pooler_output, list(features.deepstack_features)
-    if len(pooled) > len(pack.image_row):  # a blank image: it is computed, and no row takes it
-        pooled, *deepstack = (x[: len(pack.image_row)] for x in (pooled, *deepstack))
+    pooled, *deepstack = (_by_row(x, pack) for x in (features.pooler_output, *features.deepstack_features))
     return hidden.index_copy(0, pack.image_row, pooled.to(hidden.dtype)), deepstack
+
+
+def _by_row(features: Tensor, pack: PackedTree) -> Tensor:
+    """The tower's output (image tokens of every image once, H) -> one for each of ``pack.image_row``.
+
+    The gradients of an image that stands in several places are summed in at least fp32, and rounded once.
+    """
+    rows = len(pack.image_row)
+    if pack.image_feature is None:  # a blank image has more than there are rows: it is computed, and no row takes it
+        return features if len(features) == rows else features[:rows]
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return nn.functional.embedding(pack.image_feature, features.to(wide))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from prism_fast.config import BenchmarksConfig, DataConfig, ModelConfig, OwnReward
-from prism_fast.files import refuse_existing, refuse_unwritable
+from prism_fast.files import refuse_existing, refuse_unwritable, shards
 from prism_fast.records import DataError
 from prism_fast.run.launch import STAGES
 from prism_fast.run.plan import HUB_NAME, Question, Section, config_file, read_model
@@ -198,7 +198,14 @@ def _of_the_hub(path: Path) -> bool:
 
 def _faults_of_file(file: Path, reads: tuple[str, ...], kind: Kind, columns: dict[str, str]) -> Iterator[str]:
     """``reads``: the formats that are expected; empty: any."""
-    if not file.exists():
+    try:
+        found = shards(file)
+    except DataError as error:
+        yield str(error)
+        return
+    if found:
+        yield from (fault for each in found for fault in _faults_of_file(each, reads, kind, columns))
+    elif not file.exists():
         yield f"{file}: no such file"
     elif not os.access(file, os.R_OK):
         yield f"{file}: cannot be read; check its rights"

@@ -23,6 +23,7 @@ import torch
 from pydantic import BaseModel
 
 from prism_fast.config import DataConfig, ModelConfig, OptimizerConfig, OwnReward
+from prism_fast.files import shards
 from prism_fast.records import DataError
 from prism_fast.run.environment import engine, environment
 
@@ -158,6 +159,9 @@ def _inputs(node: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _file(path: Path) -> dict[str, Any]:
     try:
+        if found := shards(path):  # of a folder, or of a pattern
+            root = os.path.commonpath([file.parent for file in found])
+            return {"path": str(path), "files": {os.path.relpath(file, root): fingerprint(file) for file in found}}
         if path.is_dir():  # a saved data set
             inside = sorted(file for file in path.iterdir() if file.is_file())
             return {"path": str(path), "files": {file.name: fingerprint(file) for file in inside}}

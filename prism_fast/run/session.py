@@ -254,7 +254,9 @@ class Session:
         except Exception as fault:
             if error is None:
                 raise
-            self._monitor.warn(f"a checkpoint was not written: {fault}")
+            # Which process is lost, the run's last line says.
+            why = "a process is gone, or does not answer" if ranks.is_lost(fault) else fault
+            self._monitor.warn(f"a checkpoint was not written: {why}")
 
     def _ask_to_stop(self, signum: int, frame: object) -> None:
         if self._signum is not None:  # a second one does not wait for the step's end

@@ -19,6 +19,10 @@ NEXT = {
         ("align", "align_4b", f"policy.path=SFT/final/policy discriminator.path={{}} {ALIGNMENT} run.out=ALIGN"),
     ),
     "align": (("rlvr", "rlvr_4b_grpo", "policy.path={} data.files=RLVR.parquet run.out=RLVR"),),
+    "curate": (
+        ("sft", "sft_4b", "data.files={}/sft.json run.out=SFT"),
+        ("data pairs", "pairs", "model.path=SFT/final/policy data.files={}/alignment.parquet out=PAIRS.jsonl"),
+    ),
     "filter": (("rlvr", "rlvr_4b_grpo", "policy.path=ALIGN/final/policy data.files={} run.out=RLVR"),),
     "rlvr": (("eval", "eval", "model.path={} data.files=TEST.parquet out=EVAL.json"),),
 }

@@ -82,7 +82,7 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: 
         for sample, (_, texts, _) in zip(samples, answered)
     ]
     rate = [count / config.samples for count in right]  # as exact as the bounds: 8 / 10 is 0.8, which in fp32 it is not
-    kept = [s for s, r in zip(samples, rate) if config.low <= r <= config.high]
+    kept = [replace(s, pass_rate=r) for s, r in zip(samples, rate) if config.low <= r <= config.high]
     counts = {
         "prompts": len(samples),
         "kept": len(kept[: config.keep]),

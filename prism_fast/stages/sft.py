@@ -47,7 +47,7 @@ def sft(config: SFTConfig, *, resume: bool = False, accept_changes: bool = False
             clock, warnings, fault = Clock(), [], None
             with clock("data"):
                 records = batches.take(step * config.batch_size, config.batch_size)
-                packs = demonstration_packs(records, per_pack, policy.image)
+                packs = demonstration_packs(records, per_pack, policy)
             metrics: dict[str, float] = {names.LEARNING_RATE: updater.lr}
             if not packs:
                 warnings.append(NO_RECORDS)

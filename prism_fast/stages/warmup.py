@@ -12,12 +12,11 @@ from prism_fast.data.batches import Batches
 from prism_fast.data.encode import NO_RECORDS, Held, pair_record
 from prism_fast.data.formats import Dataset, read_warmup
 from prism_fast.models.load import ProductChoices, collected, open_discriminator
-from prism_fast.pack import pack
 from prism_fast.records import DataError, Fault, PairRecord, Sample
 from prism_fast.run.session import Clock, Session
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.free_memory import free_bytes
-from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
+from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_packs
 from prism_fast.steps.update import Updater, open_updater
 
 
@@ -55,8 +54,7 @@ def warmup(config: WarmupConfig, *, resume: bool = False, accept_changes: bool =
                 session.end_of_step(step + 1, clock, {"update": 0}, {names.LEARNING_RATE: lr}, [NO_RECORDS])
                 continue
             with clock("data"):
-                trees, labels = pair_trees(records)
-                packs = pack(trees, per_pack, discriminator.image)
+                packs, labels = pair_packs(records, per_pack, discriminator)
             with clock("update"):
                 metrics, broken = pair_gradient(updater, packs, labels, balance_coef=config.balance_coef, load=load)
                 metrics[names.LEARNING_RATE] = lr

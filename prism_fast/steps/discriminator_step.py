@@ -19,7 +19,7 @@ from prism_fast.response_format import split_parts
 from prism_fast.steps.experience import sampling_balance
 from prism_fast.steps.expert_load import ExpertLoad, balance_share
 from prism_fast.steps.over_packs import counts_of_whole, over_packs
-from prism_fast.steps.own_packs import OwnPack
+from prism_fast.steps.own_packs import OwnPack, packs_for_all
 from prism_fast.steps.pair_loss import PairScores, alignment_loss, length_corrected, ranked_right
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared, same_parts
 from prism_fast.steps.readings import read_with_load
@@ -90,7 +90,7 @@ def discriminator_gradient(
     """
     discriminator = updater.module
     trees, labels = discriminator_trees(lessons, rollout, parts)
-    packs = pack(trees, tokens_per_pack, discriminator.image, multiple=ranks.world())
+    packs = packs_for_all(trees, tokens_per_pack, discriminator)
     valid_total = int((labels.student[0] >= 0).sum())
     uncounted = _uncounted(packs, labels, rollout.group.bincount(minlength=len(lessons)))
     balanced, positions = config.balance_coef > 0, config.compat.text_positions

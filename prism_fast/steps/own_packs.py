@@ -8,11 +8,13 @@ image, whose gradients are exactly 0 (not 0 times something, which would let a N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prism_fast import ranks
-from prism_fast.balance import SPARE, Work, deal, pack_cost
-from prism_fast.pack import Packs, spare_pack, with_blank_image
+from prism_fast.balance import SPARE, Work, deal, pack_cost, rates
+from prism_fast.pack import Packs, Tree, pack, spare_pack, with_blank_image
 from prism_fast.records import PackedTree
 from prism_fast.steps.backprop import Backprop
 
@@ -34,6 +36,14 @@ class OwnPack:
     def place(self) -> tuple[int, ...]:
         """(number,), or of a half (number, half): by it, parts of the batch are in its order."""
         return (self.number,) if self.half is None else (self.number, self.half)
+
+
+def packs_for_all(trees: Sequence[Tree], capacity: int, model: Any, *, share: bool = False) -> Packs:
+    """The packs of a batch: of several processes as many as go evenly into them, of even cost. ``model``: a
+    TreeModel, which reads them."""
+    world = ranks.world()
+    even = rates(model.dimensions) if world > 1 else None
+    return pack(trees, capacity, model.image, multiple=world, share=share, rates=even)
 
 
 def own_numbers(updater: Backprop, packs: Packs) -> list[int]:

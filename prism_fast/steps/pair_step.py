@@ -13,6 +13,7 @@ from torch import Tensor
 from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.balance import SPARE
+from prism_fast.models.discriminator import Discriminator
 from prism_fast.pack import Packs, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, PairRecord, to_device
 from prism_fast.steps.expert_load import ExpertLoad, balance_share
@@ -38,6 +39,15 @@ def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
     teacher, student = torch.tensor(labels).permute(1, 2, 0)
     same = same_parts([(record.teacher, record.student) for record in records])
     return trees.trees(), PartLabels(teacher, student, len(trees), same)
+
+
+def pair_packs(
+    records: Sequence[PairRecord], tokens_per_pack: int, discriminator: Discriminator
+) -> tuple[Packs, PartLabels]:
+    """As few packs as fit, so that the load-balancing loss, a mean over packs, does not depend on the number of
+    processes. Records with the same images share them, and the text with which their prompts begin."""
+    trees, labels = pair_trees(records)
+    return pack(trees, tokens_per_pack, discriminator.image, share=True), labels
 
 
 def pair_scores(score: Tensor, packed: PackedTree, labels: PartLabels, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,9 +111,11 @@ def equal_parts(labels: PartLabels) -> dict[str, float]:
 
 
 def _seed(own: OwnPack, seeds: Sequence[int]) -> int | None:
-    """Of a pack's dropout; halves draw anew."""
-    if not (seeds and own.counts):
+    """Of a pack's dropout; halves draw anew, and what a spare one draws is nobody's."""
+    if not seeds:
         return None
+    if not own.counts:
+        return 0
     return seeds[own.number] + (0 if own.half is None else 1 + own.half)
 
 
@@ -173,8 +185,8 @@ def pair_accuracy(updater: Backprop, records: Sequence[PairRecord], *, tokens_pe
     discriminator.eval()
     with updater.gathered():
         for start in range(0, len(records), AT_ONCE):
-            trees, labels = pair_trees([records[i] for i in range(start, min(start + AT_ONCE, len(records)))])
-            packs = pack(trees, tokens_per_pack, discriminator.image)
+            several = [records[i] for i in range(start, min(start + AT_ONCE, len(records)))]
+            packs, labels = pair_packs(several, tokens_per_pack, discriminator)
             for number in range(ranks.rank(), len(packs), ranks.world()):
                 packed = packs[number]
                 score = discriminator(packed.to(discriminator.device)).score

@@ -10,10 +10,10 @@ from torch import Tensor
 from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.models.policy import Policy
-from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts, pack
+from prism_fast.pack import KIND_RESPONSE, Tree, merge_prompts
 from prism_fast.records import PackedTree, Rollout, to_device
 from prism_fast.steps.over_packs import over_packs
-from prism_fast.steps.own_packs import OwnPack
+from prism_fast.steps.own_packs import OwnPack, packs_for_all
 from prism_fast.steps.readings import read
 from prism_fast.steps.update import Backprop
 from prism_kernels import PolicyObjective, linear_logprob, linear_policy_loss
@@ -57,7 +57,7 @@ def policy_gradient(
     policy: Policy = updater.module
     every = objective.kl_coef != 0 or objective.entropy_coef != 0
     trees = response_trees(rollout, None if every else advantages != 0)
-    packs = pack(trees, tokens_per_pack, policy.image, multiple=ranks.world())
+    packs = packs_for_all(trees, tokens_per_pack, policy)
     normalizer = rollout.num_tokens if objective.aggregate == "token_mean" else len(rollout)
     device = policy.device
 

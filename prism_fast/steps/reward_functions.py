@@ -135,6 +135,9 @@ class DiscriminatorReward:
         batch = ranks.gather([record, ids])
         records = [number for theirs, _ in batch for number in theirs]
         asked = list(dict.fromkeys(records))
+        if outside := [number for number in asked if not 0 <= number < len(self.data)]:
+            last = len(self.data) - 1
+            raise DataError(f"reward functions: record: expected the number of one, 0 to {last}, got {outside[0]}")
         encode = partial(lesson, chat=self.chat, max_prompt_tokens=self.max_prompt_tokens, config=self.config)
         lessons = [made for _, made in encoded(self.data, asked, encode)]
         if len(lessons) != len(asked):
@@ -163,7 +166,7 @@ class DiscriminatorReward:
 
     def _rollout(self, lessons: Sequence[Lesson], group: Tensor, ids: Sequence[Sequence[int]]) -> Rollout:
         """Responses as the discriminator's step reads them; one with ids that no token has is empty, and so invalid."""
-        known = [max(row, default=0) < self.chat.vocab_size for row in ids]
+        known = [min(row, default=0) >= 0 and max(row, default=0) < self.chat.vocab_size for row in ids]
         rows = [torch.tensor(row if fits else [], dtype=torch.int64) for row, fits in zip(ids, known)]
         return Rollout(
             prompts=[item.prompt for item in lessons],

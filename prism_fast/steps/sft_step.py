@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from prism_fast import ranks
-from prism_fast.pack import KIND_RESPONSE, ImageTokens, Packs, Tree, merge_prompts, pack
+from prism_fast.models.policy import Policy
+from prism_fast.pack import KIND_RESPONSE, Packs, Tree, merge_prompts
 from prism_fast.records import Prompt
 from prism_fast.steps.over_packs import over_packs
-from prism_fast.steps.own_packs import OwnPack
+from prism_fast.steps.own_packs import OwnPack, packs_for_all
 from prism_fast.steps.update import Backprop
 from prism_kernels import linear_cross_entropy
 
@@ -28,11 +29,10 @@ def demonstration_trees(demonstrations: Sequence[tuple[Prompt, Tensor]]) -> list
     ]
 
 
-def demonstration_packs(
-    demonstrations: Sequence[tuple[Prompt, Tensor]], tokens_per_pack: int, image: ImageTokens
-) -> Packs:
-    """The packs of a batch, of none where it is empty."""
-    return pack(demonstration_trees(demonstrations), tokens_per_pack, image, multiple=ranks.world())
+def demonstration_packs(demonstrations: Sequence[tuple[Prompt, Tensor]], tokens_per_pack: int, policy: Policy) -> Packs:
+    """The packs of a batch, of none where it is empty. Demonstrations with the same images share them, and the text
+    with which their prompts begin."""
+    return packs_for_all(demonstration_trees(demonstrations), tokens_per_pack, policy, share=True)
 
 
 def supervised_gradient(policy: Backprop, packs: Packs) -> float:

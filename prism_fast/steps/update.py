@@ -137,14 +137,36 @@ class DeepSpeedUpdater(Updater):
         steps = [state["step"] for p in self._flat() if (state := self.optimizer.optimizer.state.get(p))]
         if steps:
             self._link_moments()
-        for name, parameter in zip(self.names, self.parameters):
-            if name in self.mastered:
-                share.offer(f"master.{name}", _whole("get_full_fp32_param", parameter))
-            if steps:
-                share.offer(f"step.{name}", steps[0])
-                for key in ("exp_avg", "exp_avg_sq"):
-                    share.offer(f"{key}.{name}", _whole("get_full_optimizer_state", parameter, key))
+        for name in self.names if steps else ():
+            share.offer(f"step.{name}", steps[0])
+        for key in (None, *(("exp_avg", "exp_avg_sq") if steps else ())):
+            for name, value in self._wholes(key):
+                share.offer(f"{key or 'master'}.{name}", value)
         return share.kept
+
+    def _wholes(self, key: str | None) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of a moment of every parameter, or of the masters, of which processes hold parts.
+
+        DeepSpeed's own way is a sum over processes for each; here many are in one, where it can be (`ranks.buckets`).
+        """
+        named = [(n, p) for n, p in zip(self.names, self.parameters) if key is not None or n in self.mastered]
+        if self.stage == 3:
+            for name, parameter in named:
+                what = "fp32_param" if key is None else "optimizer_state"
+                yield name, _whole(f"get_full_{what}", parameter, *(() if key is None else (key,)))
+            return
+        for bucket in ranks.buckets(enumerate(p for _, p in named)):
+            parameters = [named[i][1] for i in bucket]
+            flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+            parts = flat.split([p.numel() for p in parameters])
+            for parameter, part in zip(parameters, parts):
+                held = parameter._hp_mapping  # type: ignore[attr-defined]
+                if held is not None:  # a part of it is this process's
+                    at = held.lp_fragment_address
+                    part[at.start : at.start + at.numel].copy_(held.get_hp_fragment(key).detach())
+            ranks.add(flat)
+            for i, part in zip(bucket, parts):
+                yield named[i][0], part.view_as(named[i][1])
 
     def load(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

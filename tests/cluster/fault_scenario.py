@@ -10,6 +10,7 @@ import faulthandler
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from prism_fast import cli, ranks
-from prism_fast.run import watchdog
+from prism_fast.run import checkpoint, watchdog
 from prism_fast.run.session import Session
 from prism_fast.steps.update import DeepSpeedUpdater
 from prism_fast.steps.updater import FSDPUpdater, Updater
@@ -96,6 +97,32 @@ def in_a_collective(step: int) -> None:
     dist.all_reduce = all_reduce
 
 
+def in_writing(step: int, around: Callable[[Callable[[], Any]], Any]) -> None:
+    """``around`` what this process writes of the checkpoint of step ``step``, in the thread that does."""
+    real = checkpoint.Part.write
+
+    def write(part: checkpoint.Part, folder: Path) -> checkpoint.Files:
+        return around(lambda: real(part, folder)) if part.step == step else real(part, folder)
+
+    checkpoint.Part.write = write  # type: ignore[method-assign]
+
+
+def written_and_dead(write: Callable[[], Any]) -> None:
+    """Its part is there, and the others do not hear of it."""
+    write()
+    die()
+
+
+def full(write: Callable[[], Any]) -> Any:
+    """As a full disk, for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        return write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def lose(step: int, factor: float, on: bool) -> None:
     """Losses of this process's packs are not finite."""
 
@@ -142,6 +169,10 @@ def put_in(fault: str, step: int) -> None:
             before(form, "backward", at(step, die))
     elif name == "dies-in-collective":
         in_a_collective(step)
+    elif name == "dies-while-writing":
+        in_writing(step, written_and_dead)
+    elif name == "full-disk":
+        in_writing(step, full)
     elif name == "hangs":
         before(Updater, "step", at(step, hang))
     elif name == "halts":

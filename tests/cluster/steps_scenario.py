@@ -24,18 +24,17 @@ from prism_fast import ranks
 from prism_fast.config import AdvantageConfig, ClusterConfig, DiscriminatorStep, OptimizerConfig, Sampling
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
-from prism_fast.pack import pack
 from prism_fast.records import Lesson, PairRecord, Rollout, Sample
 from prism_fast.steps.advantage import alignment_advantage
 from prism_fast.steps.discriminator_step import discriminator_gradient
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.pair_step import pair_gradient, pair_trees
+from prism_fast.steps.pair_step import pair_gradient, pair_packs
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sampler import generate
-from prism_fast.steps.sft_step import demonstration_trees, supervised_gradient
+from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import Backprop, Updater, open_updater
 from prism_kernels import PolicyObjective
-from tests.models import EOS, moe, prompt, qwen, tokens
+from tests.models import EOS, moe, prompt, question, qwen, tokens
 
 STEPS = 2
 OPTIMIZER = OptimizerConfig(lr=1e-4, clip_norm=1e9)  # so large that a first moment is 0.1 of a gradient
@@ -280,10 +279,10 @@ def parts(case: Case) -> list[tuple[Tensor, Tensor] | None]:
 
 
 def play_sft(case: Case, updaters: dict[str, Updater], step: str, found: dict[str, Tensor]) -> None:
-    made = rollout(case)
-    trees = demonstration_trees([(made.prompts[g], ids) for g, ids in zip(made.group.tolist(), made.response_ids)])
-    each = updaters["policy"]
-    loss = supervised_gradient(each, pack(trees, case.tokens_per_pack, each.module.image))
+    made, each = rollout(case), updaters["policy"]
+    told = [(made.prompts[g], ids) for g, ids in zip(made.group.tolist(), made.response_ids)]
+    told += [(question((1,), i), tokens(i, 5)) for i in range(5)]  # which share a picture
+    loss = supervised_gradient(each, demonstration_packs(told, case.tokens_per_pack, each.module))
     found[f"figure.loss.{step}"] = torch.tensor(loss)
     found[f"figure.norm.{step}"] = torch.tensor(each.step())
 
@@ -293,9 +292,9 @@ def play_warmup(case: Case, updaters: dict[str, Updater], step: str, found: dict
         PairRecord(item.prompt, item.teacher, pair or (tokens(1, 4), tokens(2, 5)))
         for item, pair in zip([x for x in lessons(case) for _ in range(4)], parts(case))
     ]
-    trees, labels = pair_trees(made)
+    made += [PairRecord(question((1,), i), *[(tokens(v + i, 4), tokens(v, 5)) for v in (2, 9)]) for i in range(3)]
     each, load = updaters["discriminator"], ExpertLoad()
-    packs = pack(trees, case.tokens_per_pack, each.module.image)
+    packs, labels = pair_packs(made, case.tokens_per_pack, each.module)
     metrics, _ = pair_gradient(each, packs, labels, balance_coef=0.01, load=load)
     found |= {f"figure.{k}.{step}": torch.tensor(float(v)) for k, v in {**metrics, **load.fractions()}.items()}
     found[f"figure.norm.{step}"] = torch.tensor(each.step())

@@ -1,10 +1,12 @@
-"""Checkpoints of several processes: read by any number of them in any form, and what is damaged is not read."""
+"""Checkpoints of several processes: read by any number of them in any form, and what is damaged is not read.
+
+A process killed while it writes, a full disk: tests/cluster/test_faults.py.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
-from tests.cluster.launch import launch
 from tests.cluster.test_stages import LIMIT, play, tree
 from tests.damage import DAMAGE
 
@@ -116,31 +117,3 @@ def test_what_is_damaged_is_named_and_the_checkpoint_before_is_taken(how, saved,
     assert (out / "checkpoints/damaged-step-000004").exists() and checkpoint.steps(out / "checkpoints") == [2, 4]
     whole = final(saved / "none-2")
     assert all(final(out)[name].equal(value) for name, value in whole.items())
-
-
-def broken(saved: Path, folder: Path, tmp_path: Path, how: str, form: str) -> tuple[Path, list[Any]]:
-    out = cut(saved, f"{form}-2", tmp_path / "out")
-    given = json.dumps(sft(folder, out, form))
-    return out, launch(["-m", "tests.cluster.checkpoints_scenario", how, "sft", given], 2, seconds=240)
-
-
-@pytest.mark.cluster
-def test_a_disk_that_is_full_for_one_process_costs_a_warning(saved, tiny_folder, tmp_path):
-    out, ends = broken(saved, tiny_folder, tmp_path, "full", "none")
-    assert [end.returncode for end in ends] == [0, 0], ends
-    (said,) = warnings(out)
-    assert said.startswith("step 4: the checkpoint could not be written (File too large); the last one is")
-    assert checkpoint.steps(out / "checkpoints") == [2] and not list((out / "checkpoints").glob(".*"))
-    assert all(final(out)[name].equal(value) for name, value in final(saved / "none-2").items())
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize("form", ["none", "fsdp2"])
-def test_a_process_killed_while_it_writes_costs_that_checkpoint_alone(form, saved, tiny_folder, tmp_path):
-    out, ends = broken(saved, tiny_folder, tmp_path, "killed", form)
-    # The other has heard of it: it ends by an exception of its own, however slowly it is torn down after that.
-    assert ends[1].returncode == -signal.SIGKILL and ends[0].returncode and "[rank0]:" in ends[0].stderr, ends
-    assert checkpoint.steps(out / "checkpoints") == [2]
-    play(tmp_path, [("sft", sft(tiny_folder, out, form), True)], 2)
-    assert not list((out / "checkpoints").glob(".*"))
-    assert all(final(out)[key].equal(value) for key, value in final(saved / f"{form}-2").items())

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from prism_fast.run import checkpoint
 from prism_fast.run.monitor import read_metrics
 from tests.cluster.fault_scenario import NOTHING, End, Fault, Started
 from tests.cluster.launch import ROOT, environment
@@ -63,18 +64,19 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys() and all(found[name].equal(value) for name, value in expected.items())
 
 
-def uninterrupted(tiny: Path, form: str) -> dict[str, Any]:
+def uninterrupted(tiny: Path, form: str, world: int) -> dict[str, Any]:
     """The weights of a run that nothing happens to; made once."""
-    out = tiny / f"uninterrupted-{form}"
+    out = tiny / f"uninterrupted-{form}-{world}"
     if not (out / "final").exists():
-        assert_ends(play(command(tiny, out, form), tiny / f"{out.name}-said"), 0, 0)
+        assert_ends(play(command(tiny, out, form), tiny / f"{out.name}-said", world=world), *[0] * max(1, world))
     return weights(out)
 
 
-def assert_goes_on(words: list[str], tiny: Path, folder: Path, form: str = "none") -> None:
-    """Started again it ends as if nothing had happened, bit for bit."""
-    assert_ends(play([*words, "--resume"], folder / "again"), 0, 0)
-    assert_same(weights(folder / "run"), uninterrupted(tiny, form))
+def assert_goes_on(words: list[str], tiny: Path, folder: Path, form: str = "none", world: int = 2) -> None:
+    """Started again it ends as if nothing had happened, bit for bit, and nothing half written is left."""
+    assert_ends(play([*words, "--resume"], folder / "again", world=world), *[0] * max(1, world))
+    assert_same(weights(folder / "run"), uninterrupted(tiny, form, world))
+    assert not list((folder / "run" / "checkpoints").glob(".*"))
 
 
 # ---- a process that is gone
@@ -86,6 +88,9 @@ def killed(tiny: Path, folder: Path, where: str, form: str = "none") -> None:
     assert_ends(ends, 1, -signal.SIGKILL)
     told = "error: rank 1 of 2 has ended, or its machine does not answer; start again with --resume\n"
     assert ends[0].errors == told, ends[0].errors
+    assert BROKEN not in checkpoint.steps(folder / "run" / "checkpoints")
+    said = [line["warning"] for line in read_metrics(folder / "run" / "metrics.jsonl") if "warning" in line]
+    assert all(re.fullmatch("a checkpoint was not written: a process is gone, .*", text) for text in said), said
     assert_goes_on(words, tiny, folder, form)
 
 
@@ -98,18 +103,33 @@ def first_killed(tiny: Path, folder: Path) -> None:
     assert_goes_on(words, tiny, folder)
 
 
-def asked_to_stop(tiny: Path, folder: Path) -> None:
+def full_disk(tiny: Path, folder: Path, world: int = 2) -> None:
+    """For one process, at one checkpoint."""
+    words, out = command(tiny, folder / "run"), folder / "run"
+    assert_ends(play(words, folder, Fault("full-disk", BROKEN, rank=max(0, world - 1)), world), *[0] * max(1, world))
+    (said,) = [line["warning"] for line in read_metrics(out / "metrics.jsonl") if "warning" in line]
+    kept = out / "checkpoints" / f"step-{BROKEN - 1:06d}"
+    told = f"step {BROKEN}: the checkpoint could not be written (File too large); the last one is {kept}; free space "
+    assert said.startswith(told), said
+    assert checkpoint.steps(kept.parent) == [step for step in range(1, STEPS + 1) if step != BROKEN]
+    assert not list(kept.parent.glob(".*"))
+    assert_same(weights(out), uninterrupted(tiny, "none", world))
+
+
+def asked_to_stop(tiny: Path, folder: Path, asked: slice = slice(None), world: int = 2) -> None:
+    """All of them, or some: they end together."""
     words = command(tiny, folder / "run", run={"save_every": 0})
-    started = Started(words, folder, Fault("waits", BROKEN, rank=None))
+    started = Started(words, folder, Fault("waits", BROKEN, rank=None), world)
     for rank in started.ranks:
         started.wait_for(rank)
-    for process in started.processes:
+    for process in started.processes[asked]:
         os.kill(process.pid, signal.SIGTERM)
     ends = started.ends()
-    assert_ends(ends, 0, 0)
+    assert_ends(ends, *[0] * max(1, world))
     saved = folder / "run" / "checkpoints" / f"step-{BROKEN:06d}"
-    assert [end.errors for end in ends] == [f"stopped by SIGTERM; saved {saved}; go on with --resume\n", ""]
-    assert_goes_on(words, tiny, folder)
+    told = f"stopped by SIGTERM; saved {saved}; go on with --resume\n"
+    assert [end.errors for end in ends] == [told, *[""] * (len(ends) - 1)]
+    assert_goes_on(words, tiny, folder, world=world)
 
 
 # ---- a process that does not come
@@ -239,11 +259,15 @@ def listening(pid: int) -> list[tuple[str, int]]:
     return [(host, int(port, 16)) for host, port in found]
 
 
+SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
 CHECKS: dict[str, Check] = {
     "killed in a step": partial(killed, where="dies-in-step"),
     "killed in a collective": partial(killed, where="dies-in-collective"),
+    "killed while it writes": partial(killed, where="dies-while-writing"),
+    "a full disk": full_disk,
     "the first killed": first_killed,
     "SIGTERM to all": asked_to_stop,
+    "SIGTERM to one of them": partial(asked_to_stop, asked=slice(1, 2)),
     "a hung collective": partial(hangs, how="hangs"),
     "a halted process": partial(hangs, how="halts"),
     "a NaN gradient": partial(skipped_once, fault="nan-gradient"),
@@ -253,9 +277,14 @@ CHECKS: dict[str, Check] = {
     "a bad record": bad_record,
     "a stale build lock": build_lock,
     "listening sockets": listens,
+    "alone: a full disk": partial(full_disk, world=0),
+    "alone: SIGTERM": partial(asked_to_stop, world=0),
     "alone: a NaN gradient": partial(skipped_once, fault="nan-gradient", world=0),
     "alone: NaN losses in a row": partial(skipped_again_and_again, fault="nan-loss", world=0),
     "alone: no listening socket": partial(listens, world=0),
+    **{f"{form}: killed in a step": partial(killed, where="dies-in-step", form=form) for form in SHARDED},
+    **{f"{form}: killed while it writes": partial(killed, where="dies-while-writing", form=form) for form in SHARDED},
+    **{f"{form}: a NaN loss": partial(skipped_once, fault="nan-loss", form=form) for form in SHARDED},
 }
 CHEAP = ("killed in a collective", "NaN losses in a row", "a sample over the capacity")
 
@@ -269,13 +298,6 @@ def test_a_fault(name, tiny_folder, tmp_path):
 @pytest.mark.parametrize("name", [name for name in CHECKS if name not in CHEAP])
 def test_another_fault(name, tiny_folder, tmp_path):
     CHECKS[name](tiny_folder, tmp_path)
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize("form", ["zero1", "zero2", "zero3", "fsdp2"])
-def test_faults_of_sharded_runs(form, tiny_folder, tmp_path):
-    killed(tiny_folder, tmp_path / "killed", "dies-in-step", form)
-    skipped_once(tiny_folder, tmp_path / "skipped", "nan-loss", form=form)
 
 
 @pytest.mark.cluster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,18 @@ def assert_same_run(out: Path, alone: Path) -> None:
             assert mine[name].shape == value.shape and float((mine[name] - value).abs().max()) <= LIMIT, name
 
 
-def compare(folder: Path, stage: str, form: str, where: Path) -> None:
-    where.mkdir(exist_ok=True)
-    alone, out = where / f"{stage}-alone", where / f"{stage}-{form}"
-    if not alone.exists():
-        run(stage, tree(folder, stage, alone), 0)
-    first, second = run(stage, tree(folder, stage, out, form), 2)
+@pytest.mark.cluster
+def test_the_command_aligns_with_sharded_weights(tiny_folder, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "zero3"
+    run("align", tree(tiny_folder, "align", alone), 0)
+    first, second = run("align", tree(tiny_folder, "align", out, "zero3"), 2)
     assert_same_run(out, alone)
     assert second.stdout == second.stderr == ""  # the others are silent
     assert "2 processes" in first.stdout and first.stdout.count("done:") == 1
-    written = sorted(path.name for path in out.glob("deepspeed*.json"))
-    both = ["deepspeed.json", "deepspeed_discriminator.json"] if stage == "align" else ["deepspeed.json"]
-    assert written == (both if form.startswith("zero") else [])
-
-
-def test_alignment_with_sharded_weights(tiny_folder, tmp_path):
-    compare(tiny_folder, "align", "zero3", tmp_path)
+    assert sorted(path.name for path in out.glob("deepspeed*.json")) == [
+        "deepspeed.json",
+        "deepspeed_discriminator.json",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +155,8 @@ def test_a_bad_record_of_one_process_is_told_once_and_ends_both(tiny_folder, tmp
     config = tmp_path / "sft.yaml"
     config.write_text(yaml.safe_dump(made))
     first, second = launch(["-m", "prism_fast", "sft", "--config", str(config)], 2)
-    assert first.returncode == 2 and second.returncode
+    # The first ends with 2, or is ended by the launcher, where the other was quicker to end.
+    assert first.returncode in (2, -signal.SIGTERM) and second.returncode
     assert first.stderr.count("error:") == 1 and "torn.png" in first.stderr and second.stderr == ""
     (tmp_path / "out" / "metrics.jsonl").unlink(missing_ok=True)
     made["data"]["skip_bad_records"] = 1

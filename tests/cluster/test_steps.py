@@ -211,7 +211,7 @@ found, gather = [], group.foreach_all_gather
 group.foreach_all_gather = lambda *given, **named: found.append(1) or gather(*given, **named)
 with ranks.joined(timeout_minutes=1.0):
     updater = FSDPUpdater(policy(Case()), OPTIMIZER, 10)
-    packs = demonstration_packs([(prompt(i), tokens(i, 5)) for i in range(2)], 64, updater.module.image)
+    packs = demonstration_packs([(prompt(i), tokens(i, 5)) for i in range(2)], 64, updater.module)
     counts = []
     for _ in range(3):
         found.clear()

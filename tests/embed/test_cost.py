@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from dev import trl_step
-from tests.embed import cost
+from tests.embed import cost, cost_transformers
 
 
-def measured(way):
-    done = subprocess.run([sys.executable, "-m", "tests.embed.cost", way], capture_output=True, text=True)
+def measured(*words, module=cost):
+    done = subprocess.run([sys.executable, "-m", module.__name__, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -25,6 +25,17 @@ def test_memory_at_a_vocabulary_of_32768(report):
     report.add(f"CPU seconds: {what}", ", ".join(f"{way['seconds']:.1f}" for way in ways), "-")
     assert 3 * ours["bytes"] <= full["bytes"]
     assert ours["bytes"] <= chunked["bytes"]
+
+
+def test_a_forward_and_backward_of_transformers_at_a_vocabulary_of_32768(report):
+    found = measured(module=cost_transformers)
+    stock, patched = found["stock"], found["patched"]
+    assert abs(stock["loss"] - patched["loss"]) < 1e-5 and found["gradients"] < 1e-5
+    size = f"{cost_transformers.N:,} tokens, V = {cost_transformers.V:,}"
+    what = f"a tiny Qwen3 of {size}, forward and backward; transformers' own, ours"
+    report.add(f"peak memory, MB: {what}", f"{stock['bytes'] / 1e6:,.0f}, {patched['bytes'] / 1e6:,.0f}", "a third")
+    report.add(f"CPU seconds: {what}", f"{stock['seconds']:.1f}, {patched['seconds']:.1f}", "-")
+    assert 3 * patched["bytes"] <= stock["bytes"]
 
 
 def test_a_step_of_grpo_at_a_vocabulary_of_32768(report):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from prism_fast.balance import SPARE, Dimensions, Work, deal, deal_groups, pack_cost
+from prism_fast.balance import SPARE, Dimensions, Work, deal, deal_groups, pack_cost, rates
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, ImageTokens, Tree, pack
@@ -70,6 +70,35 @@ def test_linear_work_of_a_discriminator_is_what_torch_counts(frozen):
     pack = packed(model)
     expected = pack_cost(linear(pack), Dimensions.of(model.model.config, frozen_vision=frozen))
     assert counted(lambda: model(pack).score.sum().backward()) == pytest.approx(expected, rel=0.005)
+
+
+def test_linear_work_of_a_pack_that_shares_its_images_is_what_torch_counts():
+    """Two questions about one picture under one root, and the picture again behind other words."""
+    model = Policy(models.qwen())
+    prompts = [models.question((1,), 4), models.question((1,), 8), models.question((1,), 4, before=3)]
+    trees = [Tree(p, [models.tokens(i, 6)], [KIND_RESPONSE]) for i, p in enumerate(prompts)]
+    packs = pack(trees, 1000, model.image, share=True)
+    (work,) = Work.of_packs(packs)
+    assert work.patches == 16 and work.branches == 3 and work.predicted == 18
+    packed = packs[0]
+    layout = packed.layout
+    assert work.tokens == layout.num_tokens and work.pairs == int(layout.allowed().sum())
+    assert work.read_pairs == int(layout.allowed()[packed.readout_row].sum())
+    expected = pack_cost(replace(work, pairs=0, read_pairs=0, patch_pairs=0), model.dimensions)
+    assert counted(lambda: (model(packed)[packed.predict_row] @ model.head.T).sum().backward()) == expected
+
+
+@pytest.mark.parametrize("config", [models.qwen_config(), models.moe(experts=4, top_k=2).config])
+def test_rates_add_up_to_the_cost_of_a_pack(config):
+    """But for the few rows that a discriminator reads out."""
+    dims = Dimensions.of(config)
+    each = rates(dims)
+    work = Work.of([30, 20, 10, 40], [-1, 0, 0, 0], images=[16, 8], branch=[False, True, True, True])
+    found = each.token * work.tokens + each.pair * work.pairs + each.predicted * work.predicted
+    found += each.images([16, 8])
+    rest = 0.0 if dims.vocab else pack_cost(Work(branches=3, read_pairs=work.read_pairs), dims)
+    assert found + rest == pytest.approx(pack_cost(work, dims), rel=1e-12)
+    assert all(rate > 0 for name, rate in vars(each).items() if name != "predicted" or dims.vocab)
 
 
 def test_attention_is_two_products_there_and_four_back():

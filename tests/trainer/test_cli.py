@@ -60,14 +60,16 @@ def test_the_command_line_is_frozen():
         ],
         "bench": [],
         "doctor": [],
-        "data convert": ["--column", "--dry-run", "--image-folder", "--out", "--skip-bad-records", "--to"],
+        "data convert": [
+            *("--column", "--dry-run", "--image-folder", "--out", "--overwrite", "--skip-bad-records", "--to"),
+        ],
         "data check": [
-            *("--batch-size", "--dry-run", "--histogram", "--image-folder", "--max-prompt-tokens", "--model"),
-            *("--skip-bad-records",),
-            "--tokens-per-pack",
+            *("--batch-size", "--column", "--dry-run", "--histogram", "--image-folder", "--json"),
+            *("--max-prompt-tokens", "--model", "--skip-bad-records", "--tokens-per-pack", "--workers"),
         ],
         "data pairs": ["--config", "--dry-run", "--hard-negatives"],
         "data filter": ["--config", "--dry-run"],
+        "data curate": ["--config", "--dry-run"],
     }
     assert options == expected
 
@@ -78,7 +80,7 @@ COMMANDS = [
     ["doctor"],
 ]
 COMMANDS += [["launch"], ["plan"]]
-COMMANDS += [["data", name] for name in ("check", "pairs", "filter")]
+COMMANDS += [["data", name] for name in ("check", "pairs", "filter", "curate")]
 
 
 def test_help_texts_load_neither_torch_nor_transformers():

@@ -13,7 +13,9 @@ B sequences, L tokens, K of them predicted and kept, V vocab size, H hidden; N r
 
 from __future__ import annotations
 
+import http.client
 import json
+import logging
 import os
 import time
 import urllib.error
@@ -332,21 +334,26 @@ class _Served:
 def ask(url: str, request: dict[str, Any]) -> dict[str, Any]:
     """The reply of `prism-fast serve-discriminator`. Waits where it is busy (503) or not up; else RuntimeError."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    body, until = json.dumps(request).encode(), time.monotonic() + SECONDS
+    body, until, told = json.dumps(request).encode(), time.monotonic() + SECONDS, False
     while True:
         posted = urllib.request.Request(f"{url}/score", body, {"Content-Type": "application/json"})
         try:
             with opener.open(posted, timeout=SECONDS) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
-            told, pause = error.read().decode(errors="replace").strip(), error.headers.get("Retry-After")
+            why, pause = error.read().decode(errors="replace").strip(), error.headers.get("Retry-After")
             if error.code != 503 or time.monotonic() > until:
-                raise RuntimeError(f"{url}: {error.code}: {told}") from None
+                raise RuntimeError(f"{url}: {error.code}: {why}") from None
             time.sleep(float(pause or 1))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             if time.monotonic() > until:
-                told = f"{url}: no answer ({error}); is prism-fast serve-discriminator running?"
-                raise RuntimeError(told) from None
+                why = f"{url}: no answer ({error}); is prism-fast serve-discriminator running?"
+                raise RuntimeError(why) from None
+            if not told:
+                logging.getLogger(__name__).warning(
+                    "%s: no answer yet (%s), asking for %.0f s more", url, error, SECONDS
+                )
+            told = True
             time.sleep(1)
 
 

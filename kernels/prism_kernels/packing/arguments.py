@@ -20,11 +20,14 @@ class PackCost:
     """What a pack costs, in any unit (FLOPs, seconds): a sum over its parts, a part being a root with branches.
 
     cost(part of tree i) = token * (r + sum_b b) + attention * (r (r + 1) / 2 + sum_b (b r + b (b + 1) / 2)) + vision[i]
+                           + predicted * sum_b b
 
     with root length r and branch lengths b. ``token``: linear work per token. ``attention``: work per visited (query,
     key) pair of tree attention. ``vision``: one figure per tree for encoding the images of its root, paid again by
-    every part of a tree that is split; None = no images. A transformer of N active non-embedding parameters, L layers
-    and Hq query heads of dimension D costs about token = 2 N and attention = 4 L Hq D FLOPs forward.
+    every part of a tree that is split; None = no images. ``predicted``: work per token of a branch besides ``token``,
+    such as the LM head's: the tokens of branches are predicted, those of roots are not. A transformer of N active
+    non-embedding parameters, L layers and Hq query heads of dimension D costs about token = 2 N and
+    attention = 4 L Hq D FLOPs forward.
 
     >>> cost = PackCost(token=2 * 4.0e9, attention=4 * 36 * 32 * 128, vision=[2.1e12, 0.0])
     """
@@ -32,10 +35,12 @@ class PackCost:
     token: float = 1.0
     attention: float = 0.0
     vision: Sequence[float] | None = None
+    predicted: float = 0.0
 
     def __post_init__(self) -> None:
         number("cost.token", self.token, at_least=0)
         number("cost.attention", self.attention, at_least=0)
+        number("cost.predicted", self.predicted, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,15 @@ class Trees:
 
     def is_kept(self, tree: int, branch: int) -> bool:
         return self.kept is not None and bool(self.kept[self.start[tree] + branch])
+
+
+class Coefficients(NamedTuple):
+    """A :class:`PackCost`, checked; csrc/packing.h has the same record."""
+
+    token: float
+    attention: float
+    predicted: float
+    vision: array  # double (trees,)
 
 
 class PackOptions(NamedTuple):
@@ -130,18 +144,15 @@ def does_not_fit(trees: Trees, tree: int, capacity: int) -> ValueError:
     )
 
 
-def read_cost(cost: Any, num_trees: int) -> tuple[float, float, array]:
-    """(token, attention, vision per tree) of ``cost``; tokens are counted where it is None."""
-    if cost is None:
-        return 1.0, 0.0, array("d", bytes(8 * num_trees))
+def read_cost(cost: Any, num_trees: int) -> Coefficients:
+    """Tokens are counted where ``cost`` is None."""
+    cost = PackCost() if cost is None else cost
     if not isinstance(cost, PackCost):
         raise wrong("cost", "None or prism_kernels.PackCost", type(cost).__name__)
-    if cost.vision is None:
-        return float(cost.token), float(cost.attention), array("d", bytes(8 * num_trees))
-    vision = read_numbers("cost.vision", cost.vision)
+    vision = array("d", bytes(8 * num_trees)) if cost.vision is None else read_numbers("cost.vision", cost.vision)
     if len(vision) != num_trees:
         raise wrong("cost.vision", f"one value per tree ({num_trees})", f"{len(vision)} values")
-    return float(cost.token), float(cost.attention), vision
+    return Coefficients(float(cost.token), float(cost.attention), float(cost.predicted), vision)
 
 
 def read_numbers(name: str, values: Any) -> array:

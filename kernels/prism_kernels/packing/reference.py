@@ -5,12 +5,11 @@ Sums of floats are written as loops: their order is part of the definition (and 
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prism_kernels.packing.arguments import PackOptions, Trees, does_not_fit
+from prism_kernels.packing.arguments import Coefficients, PackOptions, Trees, does_not_fit
 
 MAX_ROUNDS = 16  # of exchanges between costly and cheap packs
 RARE = 16  # a round that changes at most one pair for so many packs is the last
@@ -27,9 +26,7 @@ class Part:
     cost: float
 
 
-def pack_trees(
-    trees: Trees, coefficients: tuple[float, float, array], options: PackOptions
-) -> list[list[tuple[int, list[int]]]]:
+def pack_trees(trees: Trees, coefficients: Coefficients, options: PackOptions) -> list[list[tuple[int, list[int]]]]:
     capacity, multiple, split_for_multiple, cost_given = options
 
     def fill(limit: int) -> list[list[Part]]:
@@ -124,15 +121,15 @@ def _split(trees: Trees, tree: int, capacity: int) -> list[list[int]]:
     return [sorted([*kept, *(free[i] for i in members)]) for members in bins]
 
 
-def _part(trees: Trees, coefficients: tuple[float, float, array], tree: int, branches: Sequence[int]) -> Part:
+def _part(trees: Trees, coefficients: Coefficients, tree: int, branches: Sequence[int]) -> Part:
     root, first = trees.root[tree], trees.start[tree]
-    token, attention, vision = coefficients
+    token, attention, predicted, vision = coefficients
     tokens = root
     cost = _work(token, attention, root, 0) + vision[tree]
     for branch in branches:
         length = trees.branch[first + branch]
         tokens += length
-        cost += _work(token, attention, length, root)
+        cost += _work(token + predicted, attention, length, root)
     return Part(tree, tuple(branches), tokens, cost)
 
 

@@ -20,7 +20,9 @@ from prism_fast.config import ServeConfig
 from prism_fast.stages.serving.asked import Refused
 
 RETRY_SECONDS = 1
-LINGER = (1.0, 1 << 20)  # seconds, bytes: of a refused body, read so that the client sees the answer
+# Seconds, bytes: of a refused body, read so that the client sees the answer. A client whose sending breaks off takes
+# the server for one that is gone, and comes again; so the bytes are more than anyone sends by mistake.
+LINGER = (5.0, 1 << 26)
 Answer = Callable[[bytes, Callable[[], bool]], dict[str, Any]]  # (body, is the client still there?) -> reply
 
 

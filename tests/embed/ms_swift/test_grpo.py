@@ -13,11 +13,13 @@ from swift.pipelines.train.rlhf import SwiftRLHF
 from swift.rlhf_trainers import grpo_trainer
 from swift.template.templates import qwen
 from swift.trainers import mixin
+from swift.utils import parse_args
 
 from prism_fast.config import ServeConfig, load_config
 from prism_fast.data.formats import read_align
 from prism_fast.stages.serving.score_server import ScoreServer
 from prism_kernels.integrations import ms_swift
+from tests.embed.page import block, command
 
 EPS = 1e-6  # of AdamW; with 1e-8 a step moves a weight by the sign of a rounding
 QUESTIONS = ["What is the sum?", "How many digits?", "Name them.", "Which is largest?"]
@@ -132,10 +134,7 @@ def test_prisms_advantage_of_a_served_discriminator(base, tiny_folder, pictures,
     seen = []
     monkeypatch.setenv("PRISM_SCORE_URL", server.url)
     plugin = tmp_path / "plugin.py"
-    plugin.write_text(
-        "from prism_kernels.integrations import ms_swift\n"
-        "ms_swift.install(rule={'rule': 'align', 'format_penalty': 1.5})\n"
-    )
+    plugin.write_text(block("ms-swift", 0))
     ready = "<caption>3, 4</caption><think>3 + 4 = 7</think><answer>7</answer>"
     real = ms_swift._Served.__call__
 
@@ -185,3 +184,17 @@ def test_probes_of_the_real_methods_and_their_undoing(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="groups or normalises otherwise"):
         ms_swift.install()
+
+
+def test_the_pages_options_are_ms_swifts(base, pictures, tmp_path):
+    """Parsed by its own parser; the values that are a reader's are replaced."""
+    given = command(block("ms-swift", 1), "swift rlhf ")
+    own = {"--model": str(base), "--dataset": str(pictures / "rows.jsonl"), "--external_plugins": None}
+    words = [own.get(before) or word for before, word in zip(["", *given], given)]
+    words = [word for before, word in zip(["", *words], words) if "--external_plugins" not in (before, word)]
+    more = ["--model_type", "qwen3_vl", "--output_dir", str(tmp_path), "--use_cpu", "true", "--torch_dtype", "float32"]
+    ms_swift.install()
+    parsed, rest = parse_args(RLHFArguments, [*words, *more])
+    assert not rest and parsed.rlhf_type == "grpo" and parsed.num_generations == 8
+    assert parsed.reward_funcs == ["prism_perception", "prism_reasoning", "prism_format_valid"]
+    assert set(parsed.reward_funcs) <= grpo_trainer.orms.keys() and "--external_plugins" in given

@@ -27,7 +27,7 @@ def part_cost(cost, trees, tree, branches):
     root, lengths = trees[tree][0], [trees[tree][1][j] for j in branches]
     pairs = sum(range(1, root + 1)) + sum(root + k for length in lengths for k in range(1, length + 1))
     vision = 0.0 if cost.vision is None else cost.vision[tree]
-    return cost.token * (root + sum(lengths)) + cost.attention * pairs + vision
+    return cost.token * (root + sum(lengths)) + cost.attention * pairs + vision + cost.predicted * sum(lengths)
 
 
 def pack_cost(cost, trees, pack):
@@ -50,7 +50,7 @@ def packing_problems(draw):
         trees.append((root, [n if j in kept else min(n, room) for j, n in enumerate(lengths)]))
         together.append(kept)
     vision = st.lists(st.floats(0, 50), min_size=len(trees), max_size=len(trees))
-    costs = st.builds(PackCost, st.floats(0, 9), st.floats(0, 2), st.none() | vision)
+    costs = st.builds(PackCost, st.floats(0, 9), st.floats(0, 2), st.none() | vision, st.floats(0, 9))
     return {
         "trees": trees,
         "capacity": capacity,

@@ -99,14 +99,14 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path, workers, busy):
             os.kill(os.getpid(), signal.SIGKILL)
         return sample.data_source
 
-    batches = opened(read_rlvr(files(tmp_path)), encode, workers)
+    batches = opened(read_rlvr(files(tmp_path), skip_bad=12), encode, workers)  # it is no bad record
     if not busy:
         batches.take(0, 2)
         for worker in batches._workers:
             os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"data worker .*signal 9 \(out of memory\?\); lower data.workers") as caught:
         [batches.take(2 * step, 2) for step in range(4)]
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not batches.bad.found
     batches.close()
 
 
@@ -170,4 +170,8 @@ def test_workers_by_the_number_of_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert number_of_workers("auto") == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert number_of_workers("auto") == 0  # eight processes on two cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert number_of_workers("auto") == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert number_of_workers("auto") == 0

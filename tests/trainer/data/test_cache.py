@@ -104,9 +104,9 @@ def test_records_are_judged_once(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*.bad"))  # nothing is known of the others
     first = read_sft(path, skip_bad=2, cache=tmp_path / "cache")
     read: list[int] = []
-    judge = dataset.Dataset._read
+    judge = dataset.Records.read
     monkeypatch.setattr(
-        dataset.Dataset, "_read", lambda self, file, number: read.append(number) or judge(self, file, number)
+        dataset.Records, "read", lambda self, file, number: read.append(number) or judge(self, file, number)
     )
     again = read_sft(path, skip_bad=2, cache=tmp_path / "cache")
     assert read == [1, 3]  # the bad ones, which may have been mended

@@ -61,6 +61,20 @@ def test_a_prompt_is_template_placeholders_and_pixels(chat):
     assert len(prompt) == prompt.input_ids.numel()
 
 
+def test_tokens_are_those_of_a_call_of_the_tokenizer(chat):
+    """Also where tokenizer.json asks for cut or padded texts, as a call does neither."""
+    backend = chat.tokenizer.backend_tokenizer
+    backend.enable_truncation(2)
+    backend.enable_padding(length=40)
+    chat = Chat(chat.tokenizer, chat.image_processor)
+    texts = ["", "Sum?", RESPONSE, "a <|im_end|> b <think>", "<|vision_start|>", "\u00e4 \U0001f600\n\n 12"]
+    for text in (*texts, *reversed(texts)):
+        plain = chat.tokenizer(chat._seam.split(text), add_special_tokens=False, split_special_tokens=True)
+        assert chat.encode_part(text).tolist() == [index for piece in plain["input_ids"] for index in piece]
+        assert chat._tokens(text) == chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert chat.end_of_turn_id in chat._tokens(texts[3]) and chat.end_of_turn_id not in chat.encode_part(texts[3])
+
+
 def test_pixels_are_the_image_in_merged_patch_order(chat):
     """A 2 x 2 block of patches before the next block; both frames hold the image; pixels are (x - 0.25) / 0.25."""
     ref = image(32, 16)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from prism_fast.cli import app
+from prism_fast.data import convert as convert_module
+from prism_fast.data import writers
 from prism_fast.data.convert import KINDS, convert
 from prism_fast.data.formats import FORMATS, Dataset, read_align, read_rlvr, read_sft
 from prism_fast.data.images import content
-from prism_fast.records import DataError
+from prism_fast.records import DataError, Sample
 from tests.trainer.data.test_formats import CAPTION, REASONING, png, record, refuse, write
 
 datasets = pytest.importorskip("datasets", reason="the library datasets is not installed")
@@ -32,7 +36,7 @@ def same(one, other) -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("first", ["json", "jsonl", "parquet"])
 @pytest.mark.parametrize("second", ["json", "jsonl", "parquet"])
 def test_a_round_trip_changes_nothing(tmp_path, kind, first, second):
@@ -49,18 +53,18 @@ def test_a_round_trip_changes_nothing(tmp_path, kind, first, second):
     source = write(tmp_path / "in", OURS[kind], more, more, name="d.jsonl")
     data = Dataset(source, FORMATS[kind])
     once, twice = tmp_path / f"once.{first}", tmp_path / "out" / f"twice.{second}"
-    assert convert(data, kind, once) == 2
-    convert(Dataset(once, FORMATS[kind]), kind, twice)
+    assert convert([source], once, kind, image_folders=[tmp_path]) == (kind, 2, 0)
+    convert([once], twice, image_folders=[tmp_path])
     same(Dataset(twice, FORMATS[kind], image_folders=[tmp_path]), data)
 
 
 def test_images_in_bytes_go_along(tmp_path):
     struct = {"bytes": png(3), "path": None}
     path = write(tmp_path, "align", record("align", images=[struct]))
-    convert(read_align(path), "sft", tmp_path / "out" / "sft.json")
+    convert([path], tmp_path / "out" / "sft.json", "sft")
     (sample,) = read_sft(tmp_path / "out" / "sft.json")
     assert content(sample.images[0]) == png(3)
-    convert(read_sft(tmp_path / "out" / "sft.json"), "alignment", tmp_path / "back.parquet")
+    convert([tmp_path / "out" / "sft.json"], tmp_path / "back.parquet", "alignment")
     (back,) = read_align(tmp_path / "back.parquet")
     assert (back.teacher_caption, back.teacher_reasoning, back.gold) == (CAPTION, REASONING, None)
 
@@ -69,10 +73,10 @@ def test_what_a_format_needs_and_a_record_lacks_is_named(tmp_path):
     path = write(tmp_path, "sft", record("sft"))
     for kind, lacking in (("rlvr", "gold"), ("warm-up", "student_caption")):
         with pytest.raises(DataError, match=f"sft.json:1: has no .*{lacking}"):
-            convert(read_sft(path), kind, tmp_path / "out.jsonl")
+            convert([path], tmp_path / "out.jsonl", kind)
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(DataError, match=r"ends in .json, .jsonl, .parquet"):
-        convert(read_sft(path), "sft", tmp_path / "out.csv")
+        convert([path], tmp_path / "out.csv", "sft")
 
 
 def test_llava_conversations(tmp_path):
@@ -97,9 +101,195 @@ def test_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     assert "3 records, rlvr, 1 left out" in done.output
     assert [sample.gold for sample in read_rlvr(tmp_path / "out.jsonl")] == ["0", "1", "2"]
-    for wrong, said in ((["--to", "llava"], "--to"), (["--column", "prompt"], "--column"), ([], "out.jsonl")):
+    for wrong, said in ((["--to", "csv"], "--to"), (["--column", "prompt"], "--column"), ([], "out.jsonl")):
         done = CliRunner().invoke(app, [*asked, "--skip-bad-records", "1", *wrong])
         assert done.exit_code == 2 and said in done.output
+
+
+# ---- every format into every other
+
+
+HELD = {  # fields of a sample that a format holds
+    "sft": {"messages", "images", "response"},
+    "llava": {"messages", "images", "response"},
+    "warm-up": {"messages", "images", *(f"{v}_{p}" for v in ("teacher", "student") for p in ("caption", "reasoning"))},
+    "alignment": {
+        "messages",
+        "images",
+        "teacher_caption",
+        "teacher_reasoning",
+        "gold",
+        "equivalents",
+        "data_source",
+        "question_type",
+    },
+    "rlvr": {"messages", "images", "gold", "equivalents", "data_source", "question_type"},
+}
+TO = {  # what each of them is made of
+    "sft": {"sft", "llava", "warm-up", "alignment"},
+    "llava": {"sft", "llava", "warm-up", "alignment"},
+    "warm-up": {"warm-up"},
+    "alignment": {"sft", "llava", "warm-up", "alignment"},
+    "rlvr": {"rlvr", "alignment"},
+}
+READS = {**{kind: kind for kind in FORMATS}, "llava": "sft"}
+
+
+@pytest.mark.parametrize("to", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_into_every_other_and_back(tmp_path, kind, to):
+    def opened(path, kind):
+        return list(Dataset(path, FORMATS[READS[kind]]))
+
+    struct = {"bytes": png(3), "path": None}
+    image = {"image" if kind == "warm-up" else "images": [struct]}
+    if kind == "warm-up":
+        image["prompt"] = [{"role": "user", "content": "<image>Sum?"}]
+    rows = [record({**OURS, "llava": "sft"}[kind], **image) for _ in range(3)]
+    source = write(tmp_path, "rlvr", *rows, name="in.parquet")
+    if kind == "llava":
+        convert([source], tmp_path / "llava.jsonl", "llava")
+        source = tmp_path / "llava.jsonl"
+    for suffix in (".json", ".jsonl", ".parquet", ""):
+        out, back = tmp_path / f"out{suffix}", tmp_path / f"back{suffix}"
+        if kind not in TO[to]:
+            with pytest.raises(DataError, match=r"in.parquet:1: has no \w+|llava.jsonl:1: has no \w+"):
+                convert([source], out, to)
+            assert not out.exists()
+            continue
+        assert convert([source], out, to) == (to, 3, 0)
+        pairs = [(opened(source, kind), opened(out, to), HELD[kind] & HELD[to])]
+        if to in TO[kind]:
+            convert([out], back, kind)
+            pairs.append((pairs[0][0], opened(back, kind), HELD[kind] & HELD[to]))
+        for one, other, fields in pairs:
+            for field in fields - {"images"}:
+                assert [getattr(sample, field) for sample in one] == [getattr(sample, field) for sample in other], field
+            assert [[content(ref) for ref in s.images] for s in one] == [
+                [content(ref) for ref in s.images] for s in other
+            ]
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def test_llava_is_written_as_llava_is(tmp_path):
+    path = write(tmp_path, "sft", record("sft"), name="in.jsonl")
+    convert([path], tmp_path / "out.json", "llava")
+    (made,) = json.loads((tmp_path / "out.json").read_text())
+    assert made["image"] == "a.png" and made["id"] == "0"
+    assert [turn["from"] for turn in made["conversations"]] == ["system", "human", "gpt"]
+
+
+def test_a_folder_is_a_data_set_of_hugging_face(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "ROWS_PER_GROUP", 2)
+    monkeypatch.setattr(writers, "SHARD_BYTES", 5 * len(png()))
+    path = write(tmp_path, "align", *[record("align", data_source=str(i)) for i in range(11)], name="in.jsonl")
+    convert([path], tmp_path / "folder")
+    assert [file.name for file in sorted((tmp_path / "folder").iterdir())] == [
+        f"train-{i:05}-of-00002.parquet" for i in range(2)
+    ]
+    made = datasets.load_dataset(str(tmp_path / "folder"), split="train", cache_dir=str(tmp_path / "hf"))
+    assert made["data_source"] == [str(i) for i in range(11)]
+    assert made[3]["images"][0]["bytes"] == png()  # a path before
+    moved = (tmp_path / "folder").rename(tmp_path / "moved")
+    same(read_align(moved), read_align(path))
+
+
+@pytest.mark.parametrize("shape", ["folder", "saved", "both"])
+def test_from_shards_and_saved_data_sets(tmp_path, shape):
+    rows = [{**record("align", data_source=str(i)), "images": [{"bytes": png(i), "path": None}]} for i in range(5)]
+    made, inputs = datasets.Dataset.from_list(rows), []
+    if shape in ("folder", "both"):
+        (tmp_path / "d").mkdir()
+        for i in range(2):
+            made.shard(2, i, contiguous=True).to_parquet(tmp_path / "d" / f"part-{i}.parquet")
+        inputs.append(tmp_path / "d")
+    if shape in ("saved", "both"):
+        made.save_to_disk(tmp_path / "saved", num_shards=2)
+        inputs.append(tmp_path / "saved")
+    count = 5 * len(inputs)
+    assert convert(inputs, tmp_path / "out.jsonl", "rlvr") == ("rlvr", count, 0)
+    back = read_rlvr(tmp_path / "out.jsonl")
+    assert [sample.data_source for sample in back] == [str(i % 5) for i in range(count)]
+    assert [content(sample.images[0]) for sample in back] == [png(i % 5) for i in range(count)]
+
+
+def test_files_of_several_formats_become_one(tmp_path):
+    first = write(tmp_path, "sft", record("sft"), name="a.jsonl")
+    second = write(tmp_path, "align", record("align"), name="b.parquet")
+    third = write(
+        tmp_path, "warmup", record("warmup", prompt=[{"role": "user", "content": "<image>x"}]), name="c.jsonl"
+    )
+    assert convert([first, second, third], tmp_path / "out.jsonl") == ("sft", 3, 0)
+    assert [sample.messages[-1].content for sample in read_sft(tmp_path / "out.jsonl")] == ["<image>Sum?"] * 2 + [
+        "<image>x"
+    ]
+
+
+# ---- what is written, and over what
+
+
+def test_nothing_stays_of_what_fails(tmp_path):
+    image = {"bytes": png(), "path": None}
+    good, bad = record("align", images=[image]), record("align", images=[image], teacher_response="7")
+    path = write(tmp_path, "align", *[good] * 3, bad)
+    before = sorted(tmp_path.iterdir())
+    for name in ("out.jsonl", "out.parquet", "out"):
+        with pytest.raises(DataError, match=r"align.parquet:4: teacher_response"):
+            convert([path], tmp_path / name, "sft")
+        assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(DataError, match="no valid record is left, 1 are bad"):
+        convert(
+            [write(tmp_path, "rlvr", {**record("rlvr"), "prompt": 3}, name="none.jsonl")],
+            tmp_path / "o.json",
+            skip_bad=9,
+        )
+
+
+def test_what_is_there_is_replaced_where_that_is_asked_for(tmp_path):
+    def run(out, *more):
+        return CliRunner().invoke(app, ["data", "convert", str(path), "--out", str(out), *more])
+
+    path = write(tmp_path, "sft", record("sft"), name="in.jsonl")
+    for name in ("out.json", "out"):
+        assert run(tmp_path / name).exit_code == 0
+        done = run(tmp_path / name)
+        assert done.exit_code == 2 and "exists already; choose another --out, or --overwrite it" in done.output
+        assert run(tmp_path / name, "--overwrite").exit_code == 0
+        assert len(read_sft(tmp_path / name)) == 1
+    assert run(path, "--overwrite").exit_code == 0 and len(read_sft(path)) == 1  # over itself
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for out, said in (
+        ("mine", "a folder that no conversion has made"),
+        ("a.png", "a name that ends in"),
+        ("x.csv", "ends in"),
+    ):
+        done = run(tmp_path / out, "--overwrite")
+        assert done.exit_code == 2 and said in done.output
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_few_records_are_in_memory_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "GROUP_BYTES", 3 * len(png()))
+    image = {"bytes": png(), "path": None}
+    path = write(tmp_path, "align", *[record("align", images=[image], data_source=str(i)) for i in range(40)])
+    alive, most = weakref.WeakSet(), []
+    made = convert_module._as
+
+    class Followed(Sample):
+        pass
+
+    def follow(kind, sample):
+        sample = Followed(**vars(made(kind, sample)))
+        alive.add(sample)
+        most.append(len(alive))
+        return sample
+
+    monkeypatch.setattr(convert_module, "_as", follow)
+    for name in ("out.jsonl", "out.parquet", "out"):
+        convert([path], tmp_path / name)
+    assert len(most) == 120 and max(most) <= 3
+    assert pq.read_metadata(tmp_path / "out.parquet").row_group(0).num_rows == 3
 
 
 # ---- data sets that the library datasets saved

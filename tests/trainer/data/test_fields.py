@@ -330,9 +330,9 @@ def test_places_that_are_no_data_files(tmp_path):
     (tmp_path / "saved" / "train").mkdir(parents=True)
     (tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").touch()
     refuse(read_sft, tmp_path / "saved", "not a file")
-    (tmp_path / "hub" / "data").mkdir(parents=True)
-    (tmp_path / "hub" / "data" / "train.parquet").touch()
-    refuse(read_sft, tmp_path / "hub", f"name the data file itself, as {tmp_path}/hub/data/train.parquet")
+    (tmp_path / "hub" / "sft").mkdir(parents=True)
+    (tmp_path / "hub" / "sft" / "train.json").touch()
+    refuse(read_sft, tmp_path / "hub", f"name the data file itself, as {tmp_path}/hub/sft/train.json")
     refuse(read_sft, "https://x.org/d.jsonl", "a URL; download it first")
 
 

@@ -20,6 +20,7 @@ from prism_fast.data import formats, source
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.formats import open_image, read_align, read_rlvr, read_sft, read_warmup
+from prism_fast.data.held import Held
 from prism_fast.records import DataError, ImageRef, Message, Sample
 
 CAPTION = "<caption>a 3</caption>"
@@ -212,6 +213,8 @@ BAD = [
     ("rlvr", {"reward_model": {"ground_truth": "7", "equivalent_answers": "8"}}, ("equivalent_answers", "list")),
     ("rlvr", {"prompt": 3}, ("prompt", "list of turns")),
     ("rlvr", {"extra_info": "x"}, ("extra_info", "named fields")),
+    ("rlvr", {"extra_info": {"pass_rate": 1.5}}, ("extra_info.pass_rate", "a number from 0 to 1")),
+    ("align", {"extra_info": {"pass_rate": "low"}}, ("extra_info.pass_rate", "a number from 0 to 1")),
 ]
 
 
@@ -331,10 +334,11 @@ def test_a_data_set_of_which_nothing_is_left(tmp_path):
 
 def test_row_groups_leave_the_cache(tmp_path):
     path = write(tmp_path, "align", *[record("align", data_source=str(i)) for i in range(9)])
-    rows = source.Parquet(path, Cache(), held_bytes=1)
+    held = Held(held_bytes=1)
+    rows = source.Parquet(path, Cache(), held=held)
     order = [8, 0, 3, 8, 1, 5]
     assert [rows[i]["data_source"] for i in order] == [str(i) for i in order]
-    assert len(rows._held) == 1
+    assert len(held._groups) == 1
 
 
 @pytest.mark.parametrize("stored", ["bytes", "path"])
@@ -356,17 +360,19 @@ def test_what_is_written_reads_back(tmp_path, kind, stored):
         equivalents=("7.0", "seven"),
         question_type="sum",
         data_source="geo",
+        pass_rate=0.125,
     )
     name = {"sft": "d.json", "warmup": "d.jsonl"}.get(kind, "d.parquet")
     path = getattr(formats, f"write_{kind}")(tmp_path / "out" / name, [sample] * 3)
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]
     back = READERS[kind](path, image_folders=[tmp_path / "in"])
     assert len(back) == 3
+    gold = ("gold", "equivalents", "question_type", "data_source", "pass_rate")
     fields = {
         "sft": ("response",),
         "warmup": ("teacher_caption", "teacher_reasoning", "student_caption", "student_reasoning"),
-        "align": ("teacher_caption", "teacher_reasoning", "gold", "equivalents", "question_type", "data_source"),
-        "rlvr": ("gold", "equivalents", "question_type", "data_source"),
+        "align": ("teacher_caption", "teacher_reasoning", *gold),
+        "rlvr": gold,
     }[kind]
     for field in ("messages", *fields):
         assert getattr(back[1], field) == getattr(sample, field), field

@@ -17,7 +17,7 @@ SAMPLE = Sample(
     (ImageRef(path=Path("a b/c.png")), ImageRef(data=b"\x89PNG")),
     response="r",
     equivalents=("1", "1.0"),
-    seen=Seen([[1, 2, 2]], b"key"),
+    seen=Seen([[1, 2, 2]], (b"key",)),
 )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -338,19 +339,12 @@ def judged_within_the_limits(answer, gold):
     return verdict
 
 
-@pytest.mark.parametrize(
-    ("answers", "golds"),
-    [
-        (HOSTILE[::3] + TOWERS[::16], ["x+1"]),
-        pytest.param(HOSTILE + TOWERS, ["x+1", "5", r"\frac{1}{x}"], marks=pytest.mark.slow),
-    ],
-    ids=["some", "all"],
-)
-def test_hostile_answers_are_wrong_within_the_limits(answers, golds):
+@pytest.mark.slow
+def test_hostile_answers_are_wrong_within_the_limits():
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for answer in answers:
-        for gold in golds:
-            assert judged_within_the_limits(answer, gold).accuracy == 0.0, answer[:40]
+    # One gold each, in turn: neighbours in the lists differ by a number, so that every form meets all three.
+    for answer, gold in zip(HOSTILE + TOWERS, cycle(["x+1", "5", r"\frac{1}{x}"])):
+        assert judged_within_the_limits(answer, gold).accuracy == 0.0, (answer[:40], gold)
     assert is_right("y+1", "1+y")  # and the judge goes on
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
     assert len(HOSTILE + TOWERS) >= 200

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prism_fast.config import CONFIGS, load_config
-from prism_fast.data.check import glance
+from prism_fast.data.kinds import glance
 from prism_fast.records import DataError
 from prism_fast.run.dimensions import DISCRIMINATOR, POLICIES, Model
 from prism_fast.run.dry_run import DOES_NOT_FIT, FITS, READS, dry_run

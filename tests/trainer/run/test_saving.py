@@ -101,6 +101,22 @@ def test_a_run_that_ends_with_an_error_waits_for_its_checkpoint(tmp_path, held):
     assert checkpoint.steps(tmp_path / "checkpoints") == [2]
 
 
+def test_a_checkpoint_that_is_lost_with_a_process_is_told_in_plain_words(tmp_path, monkeypatch):
+    """The thread that writes hears of it as the first does, from a library that knows no process's number."""
+
+    def lost(part, folder):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:42")
+
+    def fail(step):
+        if step == 3:
+            raise DataError("a.json:3: torn")
+
+    monkeypatch.setattr(checkpoint.Part, "write", lost)
+    with pytest.raises(DataError, match="torn"):
+        Stage(tmp_path, save_every=2, save_in_background=True).run(5, fault=fail)
+    assert warned(tmp_path) == ["a checkpoint was not written: a process is gone, or does not answer"]
+
+
 def test_who_will_not_wait_does_not(tmp_path, held):
     """A second signal: what was begun is no checkpoint."""
 

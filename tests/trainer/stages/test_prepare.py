@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prism_fast.config import FilterConfig, PairsConfig, load_config
-from prism_fast.data.formats import write_align
+from prism_fast.data.formats import read_rlvr, write_align
 from prism_fast.records import DataError, Message, Sample
 from prism_fast.stages import prepare
 from prism_fast.stages.answers import Answered
@@ -23,6 +23,7 @@ def test_a_pass_rate_on_the_bound_is_kept(right, samples, low, high, tmp_path, m
     tree = {"model": {"path": "m"}, "data": {"files": tmp_path / "p.jsonl"}, "out": tmp_path / "kept.parquet"}
     config = load_config(FilterConfig, None, base={**tree, "samples": samples, "low": low, "high": high})
     assert prepare.filter_prompts(config)["kept"] == 1
+    assert read_rlvr(tmp_path / "kept.parquet")[0].pass_rate == right / samples
 
 
 def pairs_of(tmp_path, monkeypatch, **hard):

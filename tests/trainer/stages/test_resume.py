@@ -89,7 +89,7 @@ def test_sigterm_saves_says_so_and_resumes(tiny_folder, tmp_path):
     wait_for_step(out, 2, process)
     process.terminate()
     process.join()
-    assert process.exitcode == 128 + signal.SIGTERM
+    assert process.exitcode == 0
     said = (tmp_path / "said").read_text()
     assert "SIGTERM" in said and "--resume" in said
     saved = checkpoint.steps(out / "checkpoints")[-1]

@@ -21,7 +21,7 @@ from prism_fast.steps import updater as updaters
 from prism_fast.steps.discriminator_step import discriminator_gradient
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.over_packs import is_out_of_memory, over_packs
-from prism_fast.steps.pair_step import pair_gradient, pair_trees
+from prism_fast.steps.pair_step import pair_gradient, pair_packs
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import Backprop, Updater
@@ -73,7 +73,7 @@ def policy_step(objective):
 
 def sft_step(each, tokens_per_pack):
     demonstrations = [(prompt(i % 3, images=((4, 4), (2, 6))), tokens(i, 5 + i)) for i in range(6)]
-    return {"loss": supervised_gradient(each, demonstration_packs(demonstrations, tokens_per_pack, each.module.image))}
+    return {"loss": supervised_gradient(each, demonstration_packs(demonstrations, tokens_per_pack, each.module))}
 
 
 def discriminator_step(each, tokens_per_pack):
@@ -86,8 +86,7 @@ def discriminator_step(each, tokens_per_pack):
 
 
 def pair_step(each, tokens_per_pack, balance=0.1):
-    trees, labels = pair_trees(records())
-    packs = pack(trees, tokens_per_pack, each.module.image)
+    packs, labels = pair_packs(records(), tokens_per_pack, each.module)
     metrics, broken = pair_gradient(each, packs, labels, balance_coef=balance, load=ExpertLoad())
     assert not broken
     return metrics
@@ -447,6 +446,58 @@ def test_a_build_that_runs_out_of_memory_is_halved_too(monkeypatch):
     each = Updater(Counting(), OptimizerConfig(lr=1e-2), 4)
     # Building by hand goes past the fault: it is one of the whole pack's.
     assert [place for place, _ in count(each, packs)] == [(0,), (1, 0), (1, 1)]
+
+
+SMALL = 64 << 10  # bytes: CUDA copies as many to memory of its own before it returns, pinned or not
+
+
+def test_for_a_gpu_the_thread_pins_and_no_copy_waits(monkeypatch):
+    """What torch pins it hands out again only behind the copies out of it (its allocator records an event for each)."""
+    gpu, main = torch.device("cuda", 1), threading.main_thread()
+    pinned, copies, chosen, real = {}, [], [], torch.Tensor.to
+
+    def pin(tensor):
+        if id(tensor) in pinned:
+            return tensor
+        made = tensor.clone()
+        pinned[id(made)] = made, threading.current_thread() is main
+        return made
+
+    def to(tensor, *args, **options):
+        if torch.device("cuda", 1) not in args:
+            return real(tensor, *args, **options)
+        copies.append((tensor, options.get("non_blocking", False)))
+        return tensor
+
+    class OnGPU(Counting):
+        device = gpu
+
+    prompts = [prompt(seed, ((4, 4),)) for seed in range(3)]
+    trees = [Tree(each, [tokens(seed, 5)], [KIND_RESPONSE]) for seed, each in enumerate(prompts)]
+    packs = pack(trees, max(len(each) for each in prompts) + 5, ImageTokens(IMAGE_TOKEN, 2))
+    assert len(packs) == 3
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread())))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    over_packs(Updater(OnGPU(), OptimizerConfig(lr=1e-2), 3), packs, lambda own: own.packed.to(gpu))
+    assert [device for device, _ in chosen] == [gpu] * 3 and all(thread is not main for _, thread in chosen)
+    assert pinned and not any(in_main for _, in_main in pinned.values())
+    assert copies and all(non_blocking for _, non_blocking in copies)
+    assert all(id(tensor) in pinned or tensor.nbytes <= SMALL for tensor, _ in copies)
+    pixels = [tensor for tensor, _ in copies if tensor.dtype == torch.float32]
+    assert len(pixels) == 3 and all(id(tensor) in pinned for tensor in pixels)
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_not_used_again_before_it_is_copied():
+    """Each buffer is given back while its copy waits behind a kernel, and the next of its size is filled at once."""
+    copied = []
+    torch.cuda._sleep(200_000_000)
+    for number in range(20):
+        buffer = torch.full((1 << 20,), number).pin_memory()
+        copied.append(buffer.to("cuda", non_blocking=True))
+        del buffer
+    assert [(int(found.min()), int(found.max())) for found in copied] == [(n, n) for n in range(20)]
 
 
 @pytest.mark.parametrize("where", ["in a build", "in a pack"])

@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prism_fast.pack import Tree, pack
+from prism_fast.balance import SPARE
+from prism_fast.models.discriminator import Discriminator
+from prism_fast.pack import Tree
 from prism_fast.records import PairRecord
-from prism_fast.steps import pair_step
+from prism_fast.steps import over_packs, pair_step
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_trees
+from prism_fast.steps.pair_step import not_finite, pair_accuracy, pair_gradient, pair_packs
 from prism_fast.steps.update import Backprop
-from tests.models import assert_gradients_as_exact, exact, moe, prompt, roundings, tokens
+from tests.models import assert_gradients_as_exact, exact, moe, prompt, question, roundings, tokens
 from tests.oracle import assert_as_exact, assert_same
 from tests.trainer.models.test_discriminator import discriminator, separate_scores
 
@@ -29,18 +31,37 @@ def records():
     ]
 
 
+def records_about_pictures():
+    """Two questions about one picture, one of them asked twice with the same teacher, and one about another."""
+    once, twice, other = question((1,), 4), question((1,), 8), question((2,), 5)
+    return [
+        PairRecord(once, (tokens(1, 4), tokens(2, 6)), (tokens(3, 3), tokens(4, 5))),
+        PairRecord(twice, (tokens(1, 4), tokens(5, 7)), (tokens(6, 2), tokens(7, 4))),
+        PairRecord(other, (tokens(8, 5), tokens(9, 3)), (tokens(10, 4), tokens(11, 6))),
+        PairRecord(twice, (tokens(1, 4), tokens(5, 7)), (tokens(14, 3), tokens(11, 6))),
+    ]
+
+
 def gradient(mine, batch, tokens_per_pack, balance_coef=0.0):
-    trees, labels = pair_trees(batch)
-    packs = pack(trees, tokens_per_pack, mine.image)
+    packs, labels = pair_packs(batch, tokens_per_pack, mine)
     return pair_gradient(Backprop(mine), packs, labels, balance_coef=balance_coef, load=ExpertLoad()), packs, labels
 
 
-@pytest.mark.parametrize("tokens_per_pack", [4096, 40])  # 40: a tree's students are split, its teachers repeated
-def test_step_equals_the_definition(tokens_per_pack, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "tokens_per_pack", "number"),
+    [
+        (records(), 4096, 1),
+        (records(), 40, 3),  # of two trees: a tree's students are split, its teachers repeated
+        (records_about_pictures(), 4096, 1),
+        (records_about_pictures(), 70, 2),  # one picture in each
+        (records_about_pictures(), 40, 4),  # a question is split by itself
+    ],
+)
+def test_step_equals_the_definition(batch, tokens_per_pack, number, monkeypatch):
     stock, head = moe(), torch.randn(32)
-    mine, batch = discriminator(stock, head), records()
+    mine = discriminator(stock, head)
     (metrics, broken), packs, _ = gradient(mine, batch, tokens_per_pack)
-    assert len(packs) == 1 if tokens_per_pack == 4096 else len(packs) > 2  # of two trees
+    assert len(packs) == number
 
     def definition(model, head):
         loss, right = [0.0, 0.0], [0, 0]
@@ -102,3 +123,15 @@ def test_a_score_that_is_not_finite_is_named_by_record_side_and_voice():
     last = {int(labels.student[0, 3])}
     assert not_finite(last, labels, batch) == "the perception score of the student of pairs.jsonl:4 is not finite"
     assert not_finite(set(), labels, batch) is None
+
+
+def test_a_spare_pack_draws_from_no_generator_that_is_kept(monkeypatch):
+    """A process with a spare pack and one without have the same random numbers in the next step."""
+    states = []
+    for numbers in ([0], [0, SPARE]):
+        mine = Discriminator(moe(), torch.randn(32), dropout=0.3).train()
+        monkeypatch.setattr(over_packs, "own_numbers", lambda *_, numbers=numbers: numbers)
+        torch.manual_seed(0)
+        gradient(mine, records(), 4096)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

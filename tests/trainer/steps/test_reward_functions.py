@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from prism_fast import DataError
 from prism_fast import metric_names as names
 from prism_fast.config import DiscriminatorStep, ModelConfig, OptimizerConfig
 from prism_fast.data.encode import lesson
@@ -117,6 +118,13 @@ def test_what_cannot_be_scored_is_invalid(judge, batch):
     with pytest.warns(UserWarning, match=r"the perception score of response 0 \(.*align.parquet:6\) is not finite"):
         assert judge.perception(**batch) == [None] * 4
     assert judge.format_valid(**batch) == [0.0] * 4 and judge.updater.steps == 2
+
+
+@pytest.mark.parametrize("number", [12, -1])
+def test_a_record_that_is_none_is_named(judge, batch, number):
+    """-1 would be the last one, to Python."""
+    with pytest.raises(DataError, match=rf"record: expected the number of one, 0 to 11, got {number}"):
+        judge.perception(**{**batch, "record": [5, 2, 2, number]})
 
 
 def test_rows_for_a_dataset(judge, data):

@@ -11,10 +11,9 @@ import torch
 from prism_fast.config import DiscriminatorStep
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
-from prism_fast.pack import pack
 from prism_fast.steps.discriminator_step import discriminator_gradient
 from prism_fast.steps.expert_load import ExpertLoad
-from prism_fast.steps.pair_step import pair_gradient, pair_trees
+from prism_fast.steps.pair_step import pair_gradient, pair_packs
 from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import Backprop
@@ -77,7 +76,7 @@ def policy_step(device, guard, objective):
 def sft_step(device, guard):
     updater = Guarded(policy(device, checkpointing=False), guard)
     demonstrations = [(prompt(i % 2, images=((4, 4), (2, 6))), tokens(i, 5 + i)) for i in range(6)]
-    packs = demonstration_packs(demonstrations, TOKENS, updater.module.image)
+    packs = demonstration_packs(demonstrations, TOKENS, updater.module)
     return updater, lambda: supervised_gradient(updater, packs)
 
 
@@ -92,10 +91,9 @@ def discriminator_step(device, guard, valid=True):
 
 
 def pair_step(device, guard, balance=0.1):
-    trees, labels = pair_trees(records())
     updater = Guarded(discriminator(device, dropout=0.1), guard)
     updater.module.checkpoint_activations()
-    packs = pack(trees, TOKENS, updater.module.image)
+    packs, labels = pair_packs(records(), TOKENS, updater.module)
     load = ExpertLoad()
     return updater, lambda: (
         pair_gradient(updater, packs, labels, balance_coef=balance, load=load),
