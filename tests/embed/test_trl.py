@@ -99,6 +99,25 @@ def test_prisms_advantage(tokenizer, tmp_path, monkeypatch):
         assert logged[-8:] == pytest.approx(expected.tolist())
 
 
+def test_an_advantage_of_every_token_is_taken_like_one_of_every_row(tokenizer, tmp_path):
+    class ByToken(PrismTrainer):
+        def _generate_and_score_completions(self, inputs):
+            out = super()._generate_and_score_completions(inputs)
+            out["advantages"] = out["advantages"][:, None].expand(out["completion_ids"].shape)
+            return out
+
+    _, by_row = trained(grpo(PrismTrainer, tokenizer, tmp_path / "row"))
+    _, by_token = trained(grpo(ByToken, tokenizer, tmp_path / "token"))
+    for name, weight in by_row.items():
+        torch.testing.assert_close(by_token[name], weight, atol=5e-5, rtol=0)
+
+
+def test_verl_asks_this_version_of_transformers_for_a_name_that_is_gone():
+    """Why its environment has an older one (dev/embed_environment.py); a name that is back makes that unnecessary."""
+    with pytest.raises(ImportError, match="Qwen3VLCausalLMOutputWithPast"):
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLCausalLMOutputWithPast  # noqa: F401
+
+
 def test_prisms_advantage_says_what_is_missing(tokenizer, tmp_path, monkeypatch):
     class Answered(PrismTrainer):
         prism_accuracy = "accuracy"
