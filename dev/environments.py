@@ -51,6 +51,7 @@ def build(
     ``apart``: installed after them, without what they require. ``modules`` must import in it at the end. Where the
     ``trainer`` cannot stand beside them, its needs are left out, and prism_kernels must import.
     """
+    folder = folder.absolute()
     venv.create(folder, with_pip=True, clear=True)
     python = str(folder / "bin" / "python")
 

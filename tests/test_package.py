@@ -57,7 +57,7 @@ def test_what_is_imported_is_declared(declared):
     assert integrations <= declared[""] | declared["train"] | inside
     optional = declared["trackers"] | declared["cluster"] | declared["vllm"] | declared["eval"]
     assert packages(TRAINER) <= declared[""] | declared["train"] | optional
-    hosts = {"tomli", "datasets"} | inside | declared["eval"]  # trl brings datasets, verl:
+    hosts = {"tomli", "datasets", "openrlhf"} | inside | declared["eval"]  # trl brings datasets, verl:
     hosts |= {"ray", "tensordict", "transfer-queue", "hydra", "omegaconf"}
     assert packages(house.ROOT / "tests") <= declared[""] | declared["train"] | declared["dev"] | hosts
 

@@ -310,7 +310,7 @@ class Training:
         for _ in range(updates):
             batch = self.batches[self.number % len(self.batches)]
             self.number, tokens = self.number + 1, tokens + tokens_of(batch)
-            supervised_gradient(self.updater, demonstration_packs(batch, 4096, self.policy.image))
+            supervised_gradient(self.updater, demonstration_packs(batch, 4096, self.policy))
             self.updater.step()
         return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "tokens": tokens}
 
