@@ -15,10 +15,8 @@ from rich.console import Console
 
 from prism_fast import cli
 from prism_fast.config import CurateConfig, load_config
-from prism_fast.data.bad_records import BadRecords
-from prism_fast.data.check import check
+from prism_fast.data.check import Reading, check
 from prism_fast.data.formats import read_align, read_rlvr, read_warmup, write_rlvr
-from prism_fast.data.kinds import kind_of
 from prism_fast.records import DataError
 from prism_fast.reward import verifiable_reward
 from prism_fast.run.session import Stopped
@@ -96,9 +94,8 @@ def test_right_answers_to_hard_prompts_become_files_that_stages_train_on(folder,
     assert all(verifiable_reward(s.teacher_caption + s.teacher_reasoning, s.gold).accuracy for s in lessons)
     assert [s.images for s in lessons] == [s.images for s in hard[:1] + hard[2:]] and lessons[0].pass_rate == HARD
     for name, kind in (("sft.json", "sft"), ("alignment.parquet", "alignment")):
-        bad = BadRecords(10**6)
-        check(tmp_path / "out" / name, Console(quiet=True), bad)
-        assert kind_of(tmp_path / "out" / name) == kind and not len(bad)
+        found = check(tmp_path / "out" / name, Console(quiet=True), reading=Reading(processes=0))
+        assert (found.kind, found.bad) == (kind, 0)
     tree = settings(folder, "sft", tmp_path / "sft", data={"files": [str(tmp_path / "out" / "sft.json")]}, steps=2)
     run_stage("sft", tree)
     assert trained(tmp_path / "sft") == [1, 2]
