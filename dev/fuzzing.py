@@ -87,11 +87,11 @@ def run(judge: Judge, name: str, numbers: Iterable[int], seed: int, jobs: int, m
     workers = [_Worker(judge, name, numbers[i::jobs], seed, memory) for i in range(jobs)]
     try:
         while workers:
-            ready = wait([worker.pipe for worker in workers], timeout=1.0)
+            ready = wait([worker.pipe for worker in workers], timeout=min(1.0, SECONDS))
             for worker in list(workers):
                 if worker.pipe in ready:
                     worker.hear(tally)
-                elif time.monotonic() - worker.since > SECONDS:
+                elif worker.left and time.monotonic() - worker.since > SECONDS:
                     worker.end(tally, f"a hang: over {SECONDS} s")
                 if not worker.left and worker.process.exitcode is not None:
                     workers.remove(worker)

@@ -128,13 +128,15 @@ def row(table: pa.Table, index: int, place: str) -> dict[str, Any]:
 
 
 def _largest_group(file: pq.ParquetFile, columns: list[str]) -> tuple[int, int]:
-    """(bytes of the wanted columns of the row group that has the most, as the file says; most rows of one)."""
+    """(bytes of the wanted columns of the row group that has the most, unpacked or not, as the file says; most rows of
+    one)."""
     meta, size, rows = file.metadata, 0, 0
     leaves = [meta.schema.column(i).path for i in range(meta.num_columns)]
     wanted = [i for i, leaf in enumerate(leaves) if any(f"{leaf}.".startswith(f"{name}.") for name in columns)]
     for number in range(meta.num_row_groups):
         group = meta.row_group(number)
-        size = max(size, sum(group.column(i).total_uncompressed_size for i in wanted))
+        chunks = [group.column(i) for i in wanted]
+        size = max(size, sum(max(chunk.total_uncompressed_size, chunk.total_compressed_size) for chunk in chunks))
         rows = max(rows, group.num_rows)
     return size, rows
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,17 +20,19 @@ import pyarrow.parquet as pq
 from prism_fast import DataError
 
 PIECE_BYTES = 4 << 20  # of a row group of the copy: what it costs to look at one record
+MAPPED_BYTES = 256 << 20  # of a row group; a larger one is mapped into memory, for as long as it is read
 MOST_ROWS = 4096  # that are unpacked at once: a column of equal texts takes far more than a file says
 UNREADABLE = 3  # exit status: the line says what is wrong with the source
 
 
-def opened(path: Path, source: Path) -> pq.ParquetFile:
-    """For reading by and by: a mapped file's pages would count as this process's memory. Pages with a checksum, as our
-    writers', are held against it."""
+def opened(path: Path, source: Path, *, mapped: bool = False) -> pq.ParquetFile:
+    """For reading by and by. Pages with a checksum, as our writers', are held against it.
+
+    A column's part of a row group is read at once, or lies in ``mapped`` memory, which counts as this process's. Never
+    by a buffer: it is filled with zeros to the length that a page gives, 2 GB of a damaged one.
+    """
     try:
-        file = pq.ParquetFile(
-            path, memory_map=False, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
-        )
+        file = pq.ParquetFile(path, memory_map=mapped, pre_buffer=False, page_checksum_verification=True)
         _check_counts(file.metadata)
         return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -73,12 +76,14 @@ def _batches(file: pq.ParquetFile, source: Path, columns: list[str]) -> Iterator
     for number in range(file.metadata.num_row_groups):
         group, found = file.metadata.row_group(number), 0
         rows = PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
+        mapped = group.total_byte_size > MAPPED_BYTES
         try:
-            for batch in file.iter_batches(
-                max(1, min(rows, MOST_ROWS)), row_groups=[number], columns=columns, use_threads=False
-            ):
-                found += batch.num_rows
-                yield batch
+            with opened(source, source, mapped=True) if mapped else nullcontext(file) as read:
+                for batch in read.iter_batches(
+                    max(1, min(rows, MOST_ROWS)), row_groups=[number], columns=columns, use_threads=False
+                ):
+                    found += batch.num_rows
+                    yield batch
             if found != group.num_rows:
                 raise OSError(f"{found} of {group.num_rows} rows")
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import pytest
 from dev import fuzz_files, fuzz_native, fuzz_packing, fuzzing
 from tests.trainer.data.test_formats import png
 
-SAMPLE = 12  # cases of a format; `make fuzz` takes 5,000
+SAMPLE = 4  # cases of a format; `make fuzz` takes 5,000
 
 
 def ill(rng: random.Random, folder) -> str:
@@ -29,7 +30,8 @@ def ill(rng: random.Random, folder) -> str:
     return "well"
 
 
-def test_what_a_process_can_do_is_seen_and_the_others_go_on():
+def test_what_a_process_can_do_is_seen_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(fuzzing, "SECONDS", math.inf)  # however busy the machine is
     ways = [fuzzing.case(5, "ill", number).randrange(7) for number in range(24)]
     assert set(ways) == set(range(7))
     tally = fuzzing.run(ill, "ill", range(24), 5, 2)
@@ -42,9 +44,9 @@ def test_what_a_process_can_do_is_seen_and_the_others_go_on():
 
 
 def test_a_hang_is_seen(monkeypatch):
-    monkeypatch.setattr(fuzzing, "SECONDS", 1)
+    monkeypatch.setattr(fuzzing, "SECONDS", 0)
     tally = fuzzing.run(lambda rng, folder: time.sleep(3600), "ill", range(1), 5, 1)
-    assert ["a hang: over 1 s" in line for line in tally.faults] == [True]
+    assert ["a hang: over 0 s" in line for line in tally.faults] == [True]
 
 
 def test_a_case_is_a_function_of_its_seed():

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prism_fast.data import formats, source
+from prism_fast.data import formats, row_groups, source
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.formats import open_image, read_align, read_rlvr, read_sft, read_warmup
@@ -468,3 +468,24 @@ def test_a_footer_that_counts_other_rows_than_there_are(tmp_path):
         else:
             assert count == 300
     assert any("rows" in line for line in told)
+
+
+@pytest.mark.parametrize("kind", [b"\x02", b"\x04", b"\x00"], ids=["index", "dictionary", "data"])
+def test_a_page_that_gives_a_length_of_gigabytes_takes_no_memory(tmp_path, monkeypatch, kind):
+    """It would be taken and filled with zeros by a buffered reader, column by column."""
+    path = tmp_path / "d.parquet"
+    rows = [record("rlvr", images=[], prompt="How many? " * 20)] * 3
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="none", use_dictionary=False)
+    begin, _ = _pages(path, "prompt")
+    most = b"\xfe\xff\xff\xff\x0f"  # 2^31 - 1, as thrift writes it
+    header = b"\x15" + kind + b"\x15" + most + b"\x15" + most + b"\x00"  # kind, bytes unpacked, bytes
+    content = path.read_bytes()
+    path.write_bytes(content[:begin] + header + content[begin + len(header) :])
+    most_before = pa.default_memory_pool().max_memory()
+    with pytest.raises(DataError, match="row group 1 cannot be read"):
+        read_rlvr(path)
+    for limit in (row_groups.MAPPED_BYTES, 0):
+        monkeypatch.setattr(row_groups, "MAPPED_BYTES", limit)
+        with pytest.raises(DataError, match="row group 1 cannot be read"):
+            row_groups.cut(path, tmp_path / "cut.parquet", ["prompt"])
+    assert pa.default_memory_pool().max_memory() < most_before + (1 << 30)
