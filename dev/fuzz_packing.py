@@ -37,7 +37,9 @@ def problem(rng: random.Random, most: int) -> dict[str, Any]:
         "trees": trees,
         "capacity": capacity,
         "together": together if rng.random() < 0.5 else None,
-        "cost": PackCost(rng.random(), rng.random() * 1e-3, vision) if rng.random() < 0.5 else None,
+        "cost": PackCost(rng.random(), rng.random() * 1e-3, vision, predicted=rng.choice((0.0, rng.random())))
+        if rng.random() < 0.5
+        else None,
         "num_packs_multiple": rng.choice((1, 1, 2, 8, 64)),
         "split_for_multiple": rng.random() < 0.3,
     }

@@ -14,7 +14,7 @@ struct Problem {
   std::vector<uint8_t> kept;
   std::vector<double> vision;
   prism::PackOptions options;
-  double token, attention;
+  double token, attention, predicted;
   bool together;
 };
 
@@ -28,6 +28,7 @@ Problem problem_of(Input& in) {
   p.together = in.flag();
   p.token = in.flag() ? 1.0 : in.byte() * 1e300;
   p.attention = in.flag() ? 0.0 : in.byte() / 256.0;
+  p.predicted = in.flag() ? 0.0 : in.byte() / 4.0;
   for (int64_t tree = 0; tree < trees; ++tree) {
     p.root.push_back(in.length());
     p.vision.push_back(in.flag() ? 0.0 : in.byte() * 1e3);
@@ -90,7 +91,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const prism::Packs packs = prism::pack_trees(
       {static_cast<int64_t>(p.root.size()), p.root.data(), p.branch.data(), p.start.data(),
        p.together ? p.kept.data() : nullptr},
-      {p.token, p.attention, p.vision.data()}, p.options);
+      {p.token, p.attention, p.predicted, p.vision.data()}, p.options);
   int64_t misfit = -1;
   for (int64_t tree = static_cast<int64_t>(p.root.size()) - 1; tree >= 0; --tree) misfit = fits(p, tree) ? misfit : tree;
   HOLDS(packs.misfit == misfit);

@@ -15,6 +15,7 @@ from prism_fast.records import DataError
 
 STATE = "state.json"
 SPLITS = "dataset_dict.json"
+LONGEST_NAME = 255  # of a file
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
@@ -59,7 +60,7 @@ class Saved:
 
 
 def _beside(folder: Path, name: str) -> Path:
-    if not name or Path(name).name != name:
+    if not name or Path(name).name != name or len(name) > LONGEST_NAME or not name.isprintable():
         raise ValueError(f"a file in the folder is expected, not {name[:80]!r}")
     return folder / name
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -84,3 +86,10 @@ def test_packs_of_random_trees():
 def test_every_part_of_the_extension_has_a_harness():
     parts = {path.stem for path in fuzz_native.SOURCES.glob("*.cpp")} - {"bindings"}
     assert set(fuzz_native.NAMES) == parts
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("name", fuzz_native.NAMES)
+def test_harnesses_call_the_extension_as_it_is(name):
+    command = ["g++", "-fsyntax-only", *fuzz_native.OPTIONS, str(fuzz_native.HARNESSES / f"{name}.cpp")]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""

@@ -369,6 +369,8 @@ def test_offsets_that_lead_out_of_a_saved_data_set(tmp_path):
         ({"_data_files": [{"filename": "../other/data.arrow"}]}, "a file in the folder is expected"),
         ({"_data_files": [{"filename": "/etc/passwd"}]}, "a file in the folder is expected"),
         ({"_data_files": [{"filename": 5}]}, "not a data set's state"),
+        ({"_data_files": [{"filename": "x" * 3000}]}, "a file in the folder is expected"),
+        ({"_data_files": [{"filename": "a\x1b[31m"}]}, "a file in the folder is expected"),
         ([["x"]], "not a data set's state"),
     ],
 )
