@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 # A new folder every time: nothing that an earlier demo wrote is overwritten.
 OUT    ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
-JOBS   ?= $(shell nproc)
+JOBS   ?= $(shell env -u OMP_NUM_THREADS nproc)
 
 .PHONY: setup demo test test-portable test-cluster test-vllm test-embed test-embed-trl test-embed-verl test-embed-swift
 .PHONY: test-eval lint fuzz bench gate gpu clean
