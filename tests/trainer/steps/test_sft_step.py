@@ -26,6 +26,11 @@ def test_step_equals_separate_forwards(tokens_per_pack):
     packs = pack(trees, tokens_per_pack, policy.image)
     assert len(packs) == (1 if tokens_per_pack == 4096 else 2)
     loss = supervised_gradient(Backprop(policy), packs)
+    assert_as_one_at_a_time(policy, loss, stock, demonstrations)
+
+
+def assert_as_one_at_a_time(policy, loss, stock, demonstrations):
+    """Loss and gradients are those of the stock model over each demonstration by itself."""
     truth, terms, alone = exact(stock), roundings(stock, 50), [Tree(p, [ids], ()) for p, ids in demonstrations]
     expected, eager = (-separate_logprobs(model, alone).mean() for model in (truth, stock))
     for each in (expected, eager):
@@ -60,12 +65,7 @@ def test_demonstrations_about_one_picture_share_it_and_equal_separate_forwards(t
     assert len(packs) == {4096: 1, 40: 3, 30: 4}[tokens_per_pack]
     loss = supervised_gradient(Backprop(policy), packs)
     assert sum(patches) == 16 * {4096: 2, 40: 4, 30: 5}[tokens_per_pack]
-    truth, terms, alone = exact(stock), roundings(stock, 50), [Tree(p, [ids], ()) for p, ids in demonstrations]
-    expected, eager = (-separate_logprobs(model, alone).mean() for model in (truth, stock))
-    for each in (expected, eager):
-        each.backward()
-    assert_as_exact(torch.tensor(loss), expected, eager, terms)
-    assert_gradients_as_exact(policy.model, truth, stock, terms)
+    assert_as_one_at_a_time(policy, loss, stock, demonstrations)
 
 
 def test_in_float64_sharing_leaves_loss_and_gradients_as_they_are():

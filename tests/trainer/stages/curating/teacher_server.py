@@ -161,26 +161,25 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
         raise OSError
 
-    def reset(self, text: str, _) -> None:
-        """Half a body comes, then the connection is reset."""
+    def begin(self, text: str) -> None:
+        """Half of a body."""
         data = json.dumps(completion(text)).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2])
         self.wfile.flush()
+
+    def reset(self, text: str, _) -> None:
+        """Half a body comes, then the connection is reset."""
+        self.begin(text)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         raise OSError
 
     def cut(self, text: str, _) -> None:
         """Half a body comes, then the connection ends in order."""
-        data = json.dumps(completion(text)).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data[: len(data) // 2])
-        self.wfile.flush()
+        self.begin(text)
         self.drop(text, _)
 
     def hang(self, text: str, _) -> None:
