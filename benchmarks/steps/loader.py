@@ -5,15 +5,15 @@ tokenise. "digits": the demo's, small scenes as PNG; "photos": JPEGs of a millio
 24 MB a record. Workers have one thread each. An epoch is timed from before the workers start; "cached" is the epoch
 after it, with the same workers, whose processed images are still there. DataLoader collates a list; `datasets` gives
 another order, from as many parquet files as workers, through a buffer of 256. "training" is updates of the tiny model
-on the same batches; ratios are taken within a round. CPU seconds are those of all processes, for a machine that others
-use: "by CPU seconds" is what a core encodes over what a core trains on. Before that each way's records are compared
-with those that one process encodes, in their order.
+on the same batches, on one thread and on as many as there are workers; "over training" is within a round, over the
+faster of the two. CPU seconds are those of all processes, for a machine that others use: "by CPU seconds" is what a
+core encodes over what one that trains alone gets through. Before that each way's records are compared with those that
+one process encodes, in their order.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import resource
 import statistics
@@ -21,15 +21,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.harness import measure
@@ -37,105 +32,20 @@ from benchmarks.harness.document import add_times
 from benchmarks.harness.measure import Unavailable
 from benchmarks.harness.peers import need
 from benchmarks.harness.run import Options
+from benchmarks.steps.loader_case import DEFAULT, LOADS, SEED, Case, Encode, Load, Record
 from prism_fast.config import ModelConfig, OptimizerConfig
 from prism_fast.data.batches import Batches
-from prism_fast.data.chat import Chat
 from prism_fast.data.dataset import Dataset
-from prism_fast.data.encode import demonstration
 from prism_fast.data.fields import Fields
-from prism_fast.data.formats import FORMATS, read_sft
-from prism_fast.data.order import order
-from prism_fast.data.writers import write_as
-from prism_fast.demo.digits import DemoSizes, write_demo_data
-from prism_fast.demo.tiny import image_processor, make_tiny_model
+from prism_fast.data.formats import FORMATS
 from prism_fast.models.load import load_policy
-from prism_fast.records import ImageRef, Message, Prompt, Sample
 from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import open_updater
 
 OURS = "ours"
 TRAINING = "training"
-SEED = 3
 TICKS = os.sysconf("SC_CLK_TCK")
-Record = tuple[Prompt, Tensor]
-Encode = Callable[[Sample], Record]
 Keep = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Load:
-    kind: str
-    records: int
-    batch: int
-    workers: int = 2
-    cached: bool = True  # a second epoch, of what the first left in the cache
-    trains: bool = True
-
-
-LOADS = {
-    "digits": Load("digits", 2048, 32),
-    "photos": Load("photos", 48, 8, cached=False, trains=False),
-    "tiny": Load("digits", 24, 4),
-}
-DEFAULT = ("digits", "photos")
-
-
-@dataclass
-class Case:
-    """Records on disk, and what encodes them. ``chat`` keeps processed images: empty at every epoch that is the first
-    of its workers."""
-
-    load: Load
-    chat: Chat
-    base: Path  # of the tiny model
-    data: Dataset
-    parquet: list[Path]  # the same records, in as many files as workers
-
-    @classmethod
-    def made(cls, load: Load, folder: Path) -> Case:
-        source = write_demo_data(folder / "digits", 0, DemoSizes(sft=load.records, align=1, rlvr=1, eval=1)).sft
-        drawn = list(read_sft(source))
-        base = make_tiny_model(
-            folder / "base", [t for s in drawn for t in (*(m.content for m in s.messages), s.response)]
-        )
-        chat, samples = Chat.load(base), drawn
-        if load.kind == "photos":
-            samples = [_with_photo(sample, number) for number, sample in enumerate(drawn)]
-            source = write_as("sft", folder / "photos.parquet", samples)
-            chat = Chat(chat.tokenizer, image_processor(min_pixels=4096, max_pixels=1 << 20))
-            chat.image_processor.patch_size = 16
-        data, parquet = read_sft(source), []
-        for number in range(load.workers):
-            part = [_with_bytes(sample) for sample in list(data)[number :: load.workers]]
-            parquet.append(write_as("sft", folder / f"part{number}.parquet", part))
-        return cls(load, chat, base, data, parquet)
-
-    @property
-    def encode(self) -> Encode:
-        return partial(demonstration, chat=self.chat, max_prompt_tokens=4096, max_tokens=8192)
-
-    def fresh(self) -> Encode:
-        """With no image processed."""
-        self.chat = Chat(self.chat.tokenizer, self.chat.image_processor)
-        return self.encode
-
-    def picked(self) -> list[list[int]]:
-        """Records of an epoch's batches."""
-        picked = order(len(self.data), SEED, 0, len(self.data))
-        return [picked[i : i + self.load.batch] for i in range(0, len(picked), self.load.batch)]
-
-
-def _with_photo(sample: Sample, number: int) -> Sample:
-    coarse = np.random.default_rng(number).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(coarse).resize((1000, 1000), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    return Sample(sample.place, sample.messages, (ImageRef(data=file.getvalue()),), response=sample.response)
-
-
-def _with_bytes(sample: Sample) -> Sample:
-    images = tuple(ref if ref.data else ImageRef(data=Path(str(ref.path)).read_bytes()) for ref in sample.images)
-    messages = tuple(Message(message.role, message.content) for message in sample.messages)
-    return Sample(sample.place, messages, images, response=sample.response)
 
 
 class Way:
@@ -305,14 +215,22 @@ class Training:
         self.number = 0
         self.timed(updates=2)  # what is allocated once
 
-    def timed(self, updates: int = 4) -> dict[str, float]:
+    def timed(self, threads: int = 1, updates: int = 4) -> dict[str, float]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
         start, cpu, tokens = time.perf_counter(), time.process_time(), 0
         for _ in range(updates):
             batch = self.batches[self.number % len(self.batches)]
             self.number, tokens = self.number + 1, tokens + tokens_of(batch)
             supervised_gradient(self.updater, demonstration_packs(batch, 4096, self.policy))
             self.updater.step()
+        torch.set_num_threads(before)
         return {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "tokens": tokens}
+
+
+def training_rows(load: Load) -> dict[str, int]:
+    """Threads of each row of training; the first's are those of "by CPU seconds"."""
+    return {f"{TRAINING}, {n} thread{'s' * (n > 1)}": n for n in sorted({1, load.workers})}
 
 
 class Loader:
@@ -371,8 +289,8 @@ def result(name: str, case: Case, options: Options, keep: Keep) -> dict[str, Any
         for way in ways if done % 2 == 0 else reversed(ways):
             for row_name, value in timed(way, case).items():
                 taken.setdefault(row_name, []).append(value)
-        if training is not None:
-            taken.setdefault(TRAINING, []).append(training.timed())
+        for row_name, threads in training_rows(case.load).items() if training is not None else ():
+            taken.setdefault(row_name, []).append(training.timed(threads))
         fill(found, rows, taken)
         keep(found)
     return found
@@ -381,7 +299,9 @@ def result(name: str, case: Case, options: Options, keep: Keep) -> dict[str, Any
 def fill(found: dict[str, Any], rows: dict[str, dict[str, Any]], taken: dict[str, list[dict[str, float]]]) -> None:
     """Times, speeds and ratios of what was taken by now."""
     made: list[dict[str, Any]] = []
-    for name in [*(n for way in WAYS for n in (way, f"{way}, cached")), TRAINING]:
+    trained = [taken[name] for name in taken if name.startswith(TRAINING)]
+    fastest = [max(map(_speed, ones)) for ones in zip(*trained)]
+    for name in [*(n for way in WAYS for n in (way, f"{way}, cached")), *(n for n in taken if n.startswith(TRAINING))]:
         if name in rows and rows[name]["status"] != "ok":
             made.append(rows[name])
         if name not in taken:
@@ -392,12 +312,11 @@ def fill(found: dict[str, Any], rows: dict[str, dict[str, Any]], taken: dict[str
         row["tokens_per_s"] = statistics.median(map(_speed, rounds))
         row["tokens_per_cpu_s"] = _of_core(rounds)
         ours = taken.get(f"{OURS}, cached" if name.endswith("cached") else OURS, [])
-        if name not in (OURS, TRAINING) and len(ours) == len(rounds):
+        if name != OURS and not name.startswith(TRAINING) and len(ours) == len(rounds):
             row["times_ours"] = statistics.median(_speed(mine) / _speed(one) for mine, one in zip(ours, rounds))
-        if name != TRAINING and TRAINING in taken:
-            pairs = zip(rounds, taken[TRAINING])
-            row["over_training"] = statistics.median(_speed(one) / _speed(trained) for one, trained in pairs)
-            row["over_training_cpu"] = row["tokens_per_cpu_s"] / _of_core(taken[TRAINING])
+        if trained and not name.startswith(TRAINING):
+            row["over_training"] = statistics.median(_speed(one) / best for one, best in zip(rounds, fastest))
+            row["over_training_cpu"] = row["tokens_per_cpu_s"] / _of_core(trained[0])
         made.append(row)
     found["rows"] = made
 

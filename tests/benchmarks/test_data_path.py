@@ -80,6 +80,7 @@ def test_ways_load_the_same_records(tmp_path):
     (problem,) = found["problems"]
     rows = {row["name"]: row for row in problem["rows"]}
     assert problem["status"] == "ok" and loader.OURS in rows and f"{loader.OURS}, cached" in rows
+    assert {"training, 1 thread", "training, 2 threads"} <= set(rows)
     for name in (loader.OURS, f"{loader.OURS}, cached", "ours, no worker", "torch DataLoader"):
         assert rows[name]["status"] == "ok" and rows[name]["over_training"] > 0, rows[name]
     assert "| over training |" in results.render([found])
