@@ -39,7 +39,7 @@ class Load:
 
 LOADS = {
     "digits": Load("digits", 2048, 32),
-    "photos": Load("photos", 48, 8, cached=False, trains=False),
+    "photos": Load("photos", 160, 8, cached=False, trains=False),
     "tiny": Load("digits", 24, 4),
 }
 DEFAULT = ("digits", "photos")
