@@ -32,7 +32,7 @@ class Plan:
     """Rooms of one package and what they import of each other.
 
     >>> Plan.of(ROOT / "prism_fast").imports
-    {('cli', 'config'): ('prism_fast/cli.py:42',), ('cli', 'data'): ...}
+    {('cli', 'config'): ('prism_fast/cli/common.py:19',), ('cli', 'data'): ...}
     """
 
     rooms: tuple[str, ...]

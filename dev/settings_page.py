@@ -11,7 +11,7 @@ from prism_fast.settings import allowed, node_of, scalar
 
 HEAD = """# Settings
 
-Every key of every command, read off `prism_fast/config.py`. `prism-fast config STAGE [--config FILE] [KEY=VALUE ...]`
+Every key of every command, read off `prism_fast/config/`. `prism-fast config STAGE [--config FILE] [KEY=VALUE ...]`
 prints the same for one command, with the values that it would run with, as YAML that `--config` reads again.
 
 - **Layers**: the keys' defaults; the file or recipe of `--config` (`base: NAME` at its top names a recipe, or a file

@@ -1,6 +1,6 @@
 """YAML files, recipes and ``key.path=value`` overrides as one tree; faults in plain words; a tree printed as YAML.
 
-Knows no key: `prism_fast/config.py` says what there is.
+Knows no key: `prism_fast/config/` says what there is.
 """
 
 from __future__ import annotations

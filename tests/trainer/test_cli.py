@@ -138,7 +138,7 @@ def clone(root):
 def test_bench_hands_everything_to_the_clones_benchmarks(tmp_path, capfd, monkeypatch):
     root = clone(tmp_path / "clone")
     other = clone(tmp_path / "elsewhere")  # what lies under that name in the current folder or on the path loses
-    monkeypatch.setattr(cli, "CLONE", root)
+    monkeypatch.setattr(cli.bench, "CLONE", root)
     monkeypatch.setenv("PYTHONPATH", str(other))
     monkeypatch.chdir(other)
     given = ["moe", "--help", "--shape", "T=1", "--shape=T=2", "-x", "--plot", "a b.png"]
@@ -152,9 +152,7 @@ def test_bench_hands_everything_to_the_clones_benchmarks(tmp_path, capfd, monkey
 
 def test_bench_ends_with_its_benchmark_at_ctrl_c(tmp_path):
     root = clone(tmp_path / "clone")
-    code = (
-        f"import sys; from pathlib import Path; from prism_fast import cli; cli.CLONE = Path({str(root)!r}); cli.main()"
-    )
+    code = f"from pathlib import Path; from prism_fast import cli\ncli.bench.CLONE = Path({str(root)!r}); cli.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "bench", "wait"], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -164,7 +162,7 @@ def test_bench_ends_with_its_benchmark_at_ctrl_c(tmp_path):
 
 
 def test_bench_without_a_clone_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "CLONE", tmp_path)
+    monkeypatch.setattr(cli.bench, "CLONE", tmp_path)
     status, _, err = run(capsys, monkeypatch, "bench", "moe")
     assert status == 2 and err.startswith(f"error: bench: {tmp_path} holds no benchmarks/") and err.count("\n") == 1
     assert "git clone" in err
