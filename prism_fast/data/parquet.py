@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from prism_fast.data import row_groups
 from prism_fast.data.cache import Cache
 from prism_fast.data.held import Held, state
-from prism_fast.data.row_groups import PIECE_BYTES, opened, reason, unreadable
+from prism_fast.data.row_groups import PIECE_BYTES, leaves_of, opened, reason, unreadable
 from prism_fast.records import DataError
 
 GROUP_BYTES = 32 << 20  # of a row group's wanted columns; a file with a larger one is cut,
@@ -82,7 +82,7 @@ class Parquet:
         return self._held.group(self._read_from, group, read)
 
     def _cut(self, cache: Cache, groups: str) -> Path:
-        """In a process of its own: a page has to be unpacked whole, and a page may be as large as its row group."""
+        """In a process of its own, which gives its memory back."""
 
         def make(target: Path) -> None:
             asked = json.dumps({"source": str(self.path), "target": str(target), "columns": self.columns})
@@ -131,8 +131,7 @@ def _largest_group(file: pq.ParquetFile, columns: list[str]) -> tuple[int, int]:
     """(bytes of the wanted columns of the row group that has the most, unpacked or not, as the file says; most rows of
     one)."""
     meta, size, rows = file.metadata, 0, 0
-    leaves = [meta.schema.column(i).path for i in range(meta.num_columns)]
-    wanted = [i for i, leaf in enumerate(leaves) if any(f"{leaf}.".startswith(f"{name}.") for name in columns)]
+    wanted = leaves_of(meta, columns)
     for number in range(meta.num_row_groups):
         group = meta.row_group(number)
         chunks = [group.column(i) for i in wanted]

@@ -2,8 +2,7 @@
 
     python -m prism_fast.data.row_groups '{"source": "a.parquet", "target": "b.parquet", "columns": ["prompt"]}'
 
-A page is unpacked whole, and writers that count rows make pages as large as their row groups, so that it may take twice
-the bytes of a row group: its process gives them back.
+In bounded memory, see `prism_fast.data.pages`; its process gives back what pyarrow's allocator would keep.
 """
 
 from __future__ import annotations
@@ -11,28 +10,28 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism_fast import DataError
+from prism_fast.data.pages import SmallPages
 
 PIECE_BYTES = 4 << 20  # of a row group of the copy: what it costs to look at one record
-MAPPED_BYTES = 256 << 20  # of a row group; a larger one is mapped into memory, for as long as it is read
 MOST_ROWS = 4096  # that are unpacked at once: a column of equal texts takes far more than a file says
 UNREADABLE = 3  # exit status: the line says what is wrong with the source
 
 
-def opened(path: Path, source: Path, *, mapped: bool = False) -> pq.ParquetFile:
+def opened(path: Path, source: Path) -> pq.ParquetFile:
     """For reading by and by. Pages with a checksum, as our writers', are held against it.
 
-    A column's part of a row group is read at once, or lies in ``mapped`` memory, which counts as this process's. Never
-    by a buffer: it is filled with zeros to the length that a page gives, 2 GB of a damaged one.
+    A column's part of a row group is read at once. Never by a buffer: it is filled with zeros to the length that a page
+    gives, 2 GB of a damaged one.
     """
     try:
-        file = pq.ParquetFile(path, memory_map=mapped, pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
         _check_counts(file.metadata)
         return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -57,37 +56,55 @@ def unreadable(path: Path, group: int, error: Exception, remedy: str = "copy the
 
 def cut(source: Path, target: Path, columns: list[str]) -> None:
     """Copies ``columns`` into row groups of about PIECE_BYTES. Raises DataError for what cannot be read."""
-    file = opened(source, source)
     writer: pq.ParquetWriter | None = None
     try:
-        for batch in _batches(file, source, columns):
+        for table in _pieces(_batches(source, target.parent, columns)):
             if writer is None:
                 writer = pq.ParquetWriter(
-                    target, batch.schema, compression="lz4", use_dictionary=False, write_page_checksum=True
+                    target, table.schema, compression="lz4", use_dictionary=False, write_page_checksum=True
                 )
-            rows = PIECE_BYTES * batch.num_rows // max(1, batch.nbytes)
-            writer.write_batch(batch, row_group_size=max(1, rows))
+            writer.write_table(table, row_group_size=max(1, PIECE_BYTES * table.num_rows // max(1, table.nbytes)))
     finally:
         if writer is not None:
             writer.close()
 
 
-def _batches(file: pq.ParquetFile, source: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    for number in range(file.metadata.num_row_groups):
-        group, found = file.metadata.row_group(number), 0
-        rows = PIECE_BYTES * group.num_rows // max(1, group.total_byte_size)
-        mapped = group.total_byte_size > MAPPED_BYTES
-        try:
-            with opened(source, source, mapped=True) if mapped else nullcontext(file) as read:
-                for batch in read.iter_batches(
-                    max(1, min(rows, MOST_ROWS)), row_groups=[number], columns=columns, use_threads=False
-                ):
-                    found += batch.num_rows
-                    yield batch
-            if found != group.num_rows:
-                raise OSError(f"{found} of {group.num_rows} rows")
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise unreadable(source, number, error) from error
+def _pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    held: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        if held and size + batch.nbytes > PIECE_BYTES:
+            yield pa.Table.from_batches(held)
+            held, size = [], 0
+        held.append(batch)
+        size += batch.nbytes
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def _batches(source: Path, scratch: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    meta = opened(source, source).metadata
+    leaves = leaves_of(meta, columns)
+    with closing(SmallPages(source, meta, scratch)) as small:
+        for number in range(meta.num_row_groups):
+            found, wanted = 0, meta.row_group(number).num_rows
+            try:
+                with small.group(number, leaves, PIECE_BYTES // 4) as (file, rows):
+                    for batch in file.iter_batches(
+                        max(1, min(int(rows), MOST_ROWS)), columns=columns, use_threads=False
+                    ):
+                        found += batch.num_rows
+                        yield batch
+                if found != wanted:
+                    raise OSError(f"{found} of {wanted} rows")
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise unreadable(source, number, error) from error
+
+
+def leaves_of(meta: pq.FileMetaData, columns: list[str]) -> list[int]:
+    """Numbers of the columns as they are stored that are part of ``columns``."""
+    paths = [meta.schema.column(number).path for number in range(meta.num_columns)]
+    return [n for n, path in enumerate(paths) if any(f"{path}.".startswith(f"{name}.") for name in columns)]
 
 
 def reason(error: Exception | str) -> str:
