@@ -10,7 +10,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism_fast.data.images import Look, content, look_at
+from prism_fast.data.images import Look, content, image_key, look_at
 from prism_fast.data.lengths import Tree, tree_of
 from prism_fast.records import DataError, ImageRef, Sample, Seen
 from prism_fast.response_format import is_valid
@@ -77,7 +77,7 @@ class Judge:
 
     def _picture(self, ref: ImageRef, place: str) -> Picture:
         read = content(ref)
-        key = blake2b(read or b"", digest_size=16).digest()
+        key = image_key(read or b"")
         look = self._looks.pop(key, None) or look_at(ref, place)
         if read is not None:  # else it has come back meanwhile
             self._looks[key] = look
