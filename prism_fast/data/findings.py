@@ -15,6 +15,7 @@ from rich.panel import Panel
 
 from prism_fast import printable
 from prism_fast.data.lengths import Lengths
+from prism_fast.data.packing import Packing, Steps, figures, lines
 from prism_fast.data.verdicts import Judged
 from prism_fast.records import Sample
 
@@ -38,7 +39,7 @@ class Bad(dict[str, Any]):
 
 @dataclass
 class Findings:
-    """Counts of the good records, and the first bad ones: some 50 bytes a record and 24 an image."""
+    """Counts of the good records, and the first bad ones: some 60 bytes a record and 24 an image."""
 
     path: str
     kind: str
@@ -56,6 +57,9 @@ class Findings:
     numbers: array[int] = field(default_factory=lambda: array("q"))  # of the good records, among all
     images: array[int] = field(default_factory=lambda: array("Q"))  # their digests
     sizes: array[int] = field(default_factory=lambda: array("i"))  # width, height, ...
+    ends: array[int] = field(default_factory=lambda: array("q"))  # of each record's images
+    steps: dict[str, Steps] = field(default_factory=dict)  # by model, in packs
+    misfit: str | None = None  # why there are none
 
     def add(self, number: int, judged: Judged) -> None:
         self.records += 1
@@ -65,6 +69,7 @@ class Findings:
             self.images.append(digest)
             self.sizes.extend(look.size)
             self.stored[look.format, look.mode] += 1
+        self.ends.append(len(self.images))
         if judged.tree is not None:
             self.lengths.add(judged.tree)
         self.types[judged.question_type] += 1
@@ -75,6 +80,12 @@ class Findings:
         if len(self.first_bad) < KEPT_BAD:
             told = Bad(place=place, problem=problem)
             self.first_bad.append(told if row_group is None else Bad(told, row_group=row_group))
+
+    def pictures(self, record: int) -> list[tuple[int, tuple[int, int]]]:
+        """(digest, (width, height)) of the images of a good record, by its number among them."""
+        start = self.ends[record - 1] if record else 0
+        sizes = self.sizes
+        return [(self.images[i], (sizes[2 * i], sizes[2 * i + 1])) for i in range(start, self.ends[record])]
 
     def distinct_images(self) -> int:
         """By what their files hold."""
@@ -112,7 +123,7 @@ def _spread(values: np.ndarray[Any, Any]) -> dict[str, int]:
     return {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
 
 
-def as_json(found: Findings, place: Place, capacity: int, batch_size: int) -> dict[str, Any]:
+def as_json(found: Findings, place: Place, packing: Packing) -> dict[str, Any]:
     """For machines; the names are kept."""
     repeated, some = found.repeats()
     return {
@@ -128,12 +139,13 @@ def as_json(found: Findings, place: Place, capacity: int, batch_size: int) -> di
         "question_types": dict(found.types.most_common()),
         "responses_without_format": found.unformatted,
         "tokens": found.lengths.figures() if len(found.lengths) else None,
-        "packing": found.lengths.packing(capacity, batch_size) if len(found.lengths) else None,
+        "packing": {model: figures(steps, packing) for model, steps in found.steps.items()} or None,
+        "does_not_fit": found.misfit,
         "limits": found.limits,
     }
 
 
-def show(found: Findings, place: Place, capacity: int, batch_size: int, console: Console) -> None:
+def show(found: Findings, place: Place, packing: Packing, console: Console) -> None:
     """For a person."""
     for line in _lines(found, place):
         console.print(line, highlight=False, soft_wrap=True)
@@ -147,8 +159,8 @@ def show(found: Findings, place: Place, capacity: int, batch_size: int, console:
         title = escape(printable(found.first.place))
         console.print(Panel(escape(printable(render(found.first))), title=title, title_align="left"))
     if len(found.lengths):
-        for line in found.lengths.lines(capacity, batch_size):
-            console.print(line, highlight=False, soft_wrap=True)
+        for line in (*found.lengths.lines(), *lines(found.kind, found.steps, found.misfit, packing)):
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     console.print(found.limits, highlight=False, soft_wrap=True)
 
 

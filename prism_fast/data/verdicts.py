@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
@@ -60,20 +60,26 @@ class Judge:
 
     def __call__(self, sample: Sample) -> Judged:
         tree = None
-        if self._encode is None or self._chat is None:
+        if self._encode is None:
             _refuse_control_tokens(sample)
             pictures = [self._picture(ref, sample.place) for ref in sample.images]
         else:
             try:
                 pictures = [self._picture(ref, sample.place) for ref in sample.images]
-                grid = [_grid(self._chat.image_processor, picture.look.size) for picture in pictures]
+                made = self.encode(sample, [(picture.digest, picture.look.size) for picture in pictures])
             except (DataError, ValueError):
                 self._encode(sample)  # says so itself, but for what comes first
                 raise
-            seen = Seen(grid, ()) if grid else None
-            tree = tree_of(self._encode(replace(sample, seen=seen)))
+            tree = tree_of(made)
         unformatted = sample.response is not None and not is_valid(sample.response)
         return Judged(_digest(sample, pictures), pictures, sample.question_type, unformatted, tree)
+
+    def encode(self, sample: Sample, pictures: Sequence[tuple[int, tuple[int, int]]]) -> object:
+        """As the stage does, by the images' digests and sizes alone: equal images have one key. With a model."""
+        assert self._encode is not None and self._chat is not None
+        grid = [_grid(self._chat.image_processor, size) for _, size in pictures]
+        keys = tuple(digest.to_bytes(8, "big") for digest, _ in pictures)
+        return self._encode(replace(sample, seen=Seen(grid, keys) if grid else None))
 
     def _picture(self, ref: ImageRef, place: str) -> Picture:
         read = content(ref)
