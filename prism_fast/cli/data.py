@@ -103,6 +103,7 @@ def data_convert(
 
     from prism_fast.data.convert import KINDS, convert, refuse_out
     from prism_fast.data.kinds import glance
+    from prism_fast.data.unread import not_written
 
     columns = dict(_pair(text, "--column") for text in column or ())
     if to and to not in KINDS:
@@ -125,6 +126,8 @@ def data_convert(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(f"{made.records} records, {made.kind}, {made.left_out} left out -> {out}")
+    if made.not_written:
+        print(not_written(made.not_written))
 
 
 def _pair(text: str, key: str) -> tuple[str, str]:

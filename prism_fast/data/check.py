@@ -82,6 +82,7 @@ def check(
         for run, verdicts in _verdicts(records, judge, workers):
             _add(found, records, run, verdicts)
             bar.update(task, completed=run.stop)
+    found.unread = records.unread
     if found.records:
         found.first = records[found.numbers[0]]
     if packing.plan is not None and len(found.lengths):
@@ -139,7 +140,15 @@ class _Checker(Worker):
     def __init__(self, records: Records, judge: Judge):
         self._records = records
         runs: Any = _Runs(len(records))
-        super().__init__(runs, lambda run: [_to_wire(each) for each in judged(records, judge, run)])
+        told: set[str] = set()
+
+        def work(run: range) -> list[Any]:
+            found = [_to_wire(each) for each in judged(records, judge, run)]
+            news = sorted(records.unread - told)
+            told.update(news)
+            return [news, found]
+
+        super().__init__(runs, work)
 
     def __enter__(self) -> _Checker:
         return self
@@ -152,10 +161,11 @@ class _Checker(Worker):
 
     def take(self, number: int, run: range) -> list[Verdict]:
         try:
-            told = self.result(number)
+            unread, told = self.result(number)
         except Ended as error:
             first, last = self._records.place(run[0]), self._records.place(run[-1])
             raise DataError(f"{error}, or look at {first} to {last}, which it had still to do") from None
+        self._records.unread.update(unread)
         return [each if isinstance(each, str) else _from_wire(each) for each in told]
 
 

@@ -16,6 +16,7 @@ from rich.panel import Panel
 from prism_fast import printable
 from prism_fast.data.lengths import Lengths
 from prism_fast.data.packing import Packing, Steps, figures, lines
+from prism_fast.data.unread import named
 from prism_fast.data.verdicts import Judged
 from prism_fast.records import Sample
 
@@ -48,6 +49,7 @@ class Findings:
     records: int = 0
     bad: int = 0
     first_bad: list[Bad] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)  # fields that hold something and that no stage reads
     types: Counter[str] = field(default_factory=Counter)
     unformatted: int = 0
     stored: Counter[tuple[str, str]] = field(default_factory=Counter)  # images by format of file, and mode
@@ -136,6 +138,7 @@ def as_json(found: Findings, place: Place, packing: Packing) -> dict[str, Any]:
         "images": found.image_figures(),
         "repeated_records": repeated,
         "repeats": [{"place": place(one), "first": place(first)} for one, first in some],
+        "not_read": sorted(found.unread),
         "question_types": dict(found.types.most_common()),
         "responses_without_format": found.unformatted,
         "tokens": found.lengths.figures() if len(found.lengths) else None,
@@ -185,6 +188,8 @@ def _lines(found: Findings, place: Place) -> Iterator[str]:
     if repeated:
         shown = "; ".join(f"{place(one)} as {place(first)}" for one, first in some)
         yield f"[yellow]{repeated} records repeat an earlier one,[/] texts and images alike: {escape(printable(shown))}"
+    if found.unread:
+        yield f"not read: {escape(printable(named(found.unread)))}"
     if found.kind in ("alignment", "rlvr") and found.types:
         types = (f"{escape(printable(name))} {count}" for name, count in found.types.most_common(12))
         yield "question types: " + ", ".join(types)
