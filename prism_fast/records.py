@@ -80,7 +80,7 @@ class Sample:
 class Prompt:
     """A rendered and tokenised prompt, images preprocessed; ends with the start of the assistant's turn.
 
-    ``key`` hashes token ids **and** pixels: two prompts share a root only where both are equal (docs/method.md 7).
+    ``key`` hashes token ids **and** images: two prompts share a root only where both are equal (docs/method.md 7).
     """
 
     input_ids: Tensor  # (P,) int64, image placeholders expanded to one token per merged patch
@@ -89,7 +89,7 @@ class Prompt:
     key: bytes = b""
     place: str = ""  # "file:record" of the sample, for messages to a person
     decode: Callable[[], Tensor] | None = None  # gives the pixels, where another process has looked at them
-    image_keys: tuple[bytes, ...] = ()  # a hash of each image's pixels and size; (): equal images are not told
+    image_keys: tuple[bytes, ...] = ()  # a hash of each image's file; (): equal images are not told
 
     def __len__(self) -> int:
         return self.input_ids.numel()

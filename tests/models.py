@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from prism_fast.data.chat import _key
-from prism_fast.data.processed import Patches
+from prism_fast.data.images import image_key
 from prism_fast.records import Prompt
 from tests.oracle import assert_as_exact
 
@@ -96,9 +96,11 @@ def question(pictures: tuple[int, ...], text: int, *, before: int = 0, size: tup
         return Prompt(ids, None, None, _key(ids, ()), f"text {before} {text}")
     grid = torch.tensor([[1, h, w]])
     made = [torch.randn(h * w, 96, generator=torch.Generator().manual_seed(500 + seed)) for seed in pictures]
-    pixels, grids, keys = zip(*(Patches.of(each, grid) for each in made))
-    keys, place = sum(keys, ()), f"pictures {pictures}, text {before} {text}"
-    return Prompt(ids, torch.cat(pixels), torch.cat(grids), _key(ids, keys), place, image_keys=keys)
+    keys, place = (
+        tuple(image_key(f"{seed} {size}".encode()) for seed in pictures),
+        f"pictures {pictures}, text {before} {text}",
+    )
+    return Prompt(ids, torch.cat(made), grid.repeat(len(made), 1), _key(ids, keys), place, image_keys=keys)
 
 
 def tokens(seed: int, length: int) -> torch.Tensor:

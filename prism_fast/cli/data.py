@@ -32,6 +32,7 @@ def data_check(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="With --model: data.max_prompt_tokens.")] = 2048,
     tokens_per_pack: Annotated[int, typer.Option(min=1, help="With --model: run.tokens_per_pack.")] = 16384,
     batch_size: Annotated[int, typer.Option(min=1, help="With --model: records of a step.")] = 16,
+    ranks: Annotated[int, typer.Option(min=1, max=4096, help="With --model: processes that share a step.")] = 1,
     histogram: Annotated[
         Path | None, typer.Option(callback=home, help="With --model: a PNG of the lengths, of one file.")
     ] = None,
@@ -45,25 +46,29 @@ def data_check(
     image_folder: ImageFolders = None,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, lengths, and one rendered sample."""
-    from prism_fast.data.check import Packing, Reading, check
+    from prism_fast.data.check import Reading, check
     from prism_fast.data.kinds import glance
+    from prism_fast.data.packing import Packing
 
     columns = dict(_pair(text, "--column") for text in column or ())
     if dry_run:
         from prism_fast.run.dry_run import dry_files
 
         end_dry_run(dry_files(files, glance, columns=columns, model=model), Console(highlight=False))
-    chat = None
+    chat = plan = None
     if model is not None:
         from prism_fast.data.chat import Chat
         from prism_fast.models.backbone import local_directory
+        from prism_fast.stages.packing import plan as plan_of
 
         quiet_libraries()
-        chat = Chat.load(local_directory(model, weights=False))
+        folder = local_directory(model, weights=False)
+        chat = Chat.load(folder)
+        plan = plan_of(chat, folder, ranks)
     interruptible()
     if histogram is not None and (chat is None or len(files) > 1):
         raise DataError("--histogram: shows lengths of one file by a model's tokens; give one file, and --model")
-    packing = Packing(max_prompt_tokens, tokens_per_pack, batch_size, histogram)
+    packing = Packing(max_prompt_tokens, tokens_per_pack, batch_size, histogram, plan, ranks)
     reading = Reading(columns, image_folder or (), workers)
     told: list[dict[str, Any]] = []
     console, listen = (Console(stderr=True), told.append) if machine else (Console(), None)
@@ -98,6 +103,7 @@ def data_convert(
 
     from prism_fast.data.convert import KINDS, convert, refuse_out
     from prism_fast.data.kinds import glance
+    from prism_fast.data.unread import not_written
 
     columns = dict(_pair(text, "--column") for text in column or ())
     if to and to not in KINDS:
@@ -120,6 +126,8 @@ def data_convert(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(f"{made.records} records, {made.kind}, {made.left_out} left out -> {out}")
+    if made.not_written:
+        print(not_written(made.not_written))
 
 
 def _pair(text: str, key: str) -> tuple[str, str]:

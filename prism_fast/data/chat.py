@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from prism_fast.data.chat_files import (
@@ -53,7 +52,6 @@ class Chat:
     def __init__(self, tokenizer: Any, image_processor: Any):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.images = ProcessedImages(self._patches)
         # A tokenizer has one state, such as whether control tokens are on, and a step may be drawn beside another.
         self._one_at_a_time = threading.Lock()
         self._tokenize = getattr(tokenizer, "backend_tokenizer", None)
@@ -85,7 +83,7 @@ class Chat:
         self.forbidden_ids: tuple[int, ...] = tuple(
             sorted({*self._control.values(), self.pad_id} - {self.end_of_turn_id})
         )
-        self._make_patches = PatchMaker(image_processor)
+        self.images = ProcessedImages(PatchMaker(image_processor))
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Chat:
@@ -218,9 +216,6 @@ class Chat:
         except ValueError as error:  # a size that the processor refuses and open_image takes
             detail = " ".join(str(error).split())[:160]
             raise DataError(f"{sample.place}: images: cannot be preprocessed ({detail}); resize the image") from error
-
-    def _patches(self, image: Image) -> Patches:
-        return Patches.of(*self._make_patches(image))
 
     def _expand(self, text: str, grid: Tensor, place: str) -> str:
         placeholder = VISION_TOKENS["image"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ from prism_fast.data.findings import Findings, as_json, show
 from prism_fast.data.held import Held
 from prism_fast.data.images import Look
 from prism_fast.data.kinds import opened
+from prism_fast.data.packing import Packing, packed_steps
 from prism_fast.data.parquet import GROUP_BYTES, Parquet
 from prism_fast.data.verdicts import Judge, Judged, Picture, judge_of
 from prism_fast.records import DataError, Sample
@@ -34,15 +36,6 @@ if TYPE_CHECKING:
 AT_ONCE = 64  # records that a process judges before it tells
 AHEAD = 2  # such runs that each process is asked for
 MOST_PROCESSES = 16
-
-
-class Packing(NamedTuple):
-    """What a stage would pack by."""
-
-    max_prompt_tokens: int = 2048
-    tokens_per_pack: int = 16384
-    batch_size: int = 16
-    histogram: Path | None = None
 
 
 class Reading(NamedTuple):
@@ -89,15 +82,24 @@ def check(
         for run, verdicts in _verdicts(records, judge, workers):
             _add(found, records, run, verdicts)
             bar.update(task, completed=run.stop)
+    found.unread = records.unread
     if found.records:
         found.first = records[found.numbers[0]]
+    if packing.plan is not None and len(found.lengths):
+        encode = partial(_encoded, found, records, judge)
+        found.steps, found.misfit = packed_steps(kind, found.records, found.lengths.longest(), encode, packing)
     if packing.histogram is not None and len(found.lengths):
         found.lengths.plot(packing.histogram, printable(path.name))
     if machine is None:
-        show(found, records.place, packing.tokens_per_pack, packing.batch_size, console)
+        show(found, records.place, packing, console)
     else:
-        machine(as_json(found, records.place, packing.tokens_per_pack, packing.batch_size))
+        machine(as_json(found, records.place, packing))
     return found
+
+
+def _encoded(found: Findings, records: Records, judge: Judge, record: int) -> object:
+    """A good record, by its number among them."""
+    return judge.encode(records[found.numbers[record]], found.pictures(record))
 
 
 Verdict = str | Judged  # what is wrong with a record, or what there is to count of it
@@ -138,7 +140,15 @@ class _Checker(Worker):
     def __init__(self, records: Records, judge: Judge):
         self._records = records
         runs: Any = _Runs(len(records))
-        super().__init__(runs, lambda run: [_to_wire(each) for each in judged(records, judge, run)])
+        told: set[str] = set()
+
+        def work(run: range) -> list[Any]:
+            found = [_to_wire(each) for each in judged(records, judge, run)]
+            news = sorted(records.unread - told)
+            told.update(news)
+            return [news, found]
+
+        super().__init__(runs, work)
 
     def __enter__(self) -> _Checker:
         return self
@@ -151,10 +161,11 @@ class _Checker(Worker):
 
     def take(self, number: int, run: range) -> list[Verdict]:
         try:
-            told = self.result(number)
+            unread, told = self.result(number)
         except Ended as error:
             first, last = self._records.place(run[0]), self._records.place(run[-1])
             raise DataError(f"{error}, or look at {first} to {last}, which it had still to do") from None
+        self._records.unread.update(unread)
         return [each if isinstance(each, str) else _from_wire(each) for each in told]
 
 

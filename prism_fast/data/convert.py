@@ -29,6 +29,7 @@ class Converted(NamedTuple):
     kind: str
     records: int
     left_out: int
+    not_written: frozenset[str] = frozenset()  # fields of the inputs that hold something and are not in ``out``
 
 
 def convert(
@@ -49,6 +50,7 @@ def convert(
     ``skip_bad`` bad records.
     """
     held, bad, written = Held(GROUP_BYTES), BadRecords(skip_bad), 0
+    lost: set[str] = set()
     inputs = [opened(path, columns, image_folders, held) for path in paths]
     target = kind or inputs[0][1]
     total = sum(len(records) for records, _ in inputs)
@@ -60,6 +62,7 @@ def convert(
             for number, sample in _good(records, bad):
                 if progress is not None:
                     progress(done + number, total)
+                lost.update(_lost(target, sample))
                 yield _as(target, sample)
                 written += 1
             done += len(records)
@@ -67,7 +70,8 @@ def convert(
             raise DataError(f"{paths[0]}: no valid record is left, {total} are bad ({bad.messages[-1]})")
 
     write_as(target, out, samples())
-    return Converted(target, written, len(bad))
+    lost.update(*(records.unread for records, _ in inputs))
+    return Converted(target, written, len(bad), frozenset(lost))
 
 
 def _good(records: Records, bad: BadRecords) -> Iterator[tuple[int, Sample]]:
@@ -78,6 +82,29 @@ def _good(records: Records, bad: BadRecords) -> Iterator[tuple[int, Sample]]:
             bad.add(records.place(number), error)
             continue
         yield number, sample
+
+
+_TEACHER, _GOLD = {"sft", "llava", "warm-up", "alignment"}, {"alignment", "rlvr"}
+_HELD_BY = {  # by field of a sample: what files call it, and the formats that hold it
+    "teacher_caption": ("teacher_caption", _TEACHER),
+    "teacher_reasoning": ("teacher_cot", _TEACHER),
+    "student_caption": ("student_caption", {"warm-up"}),
+    "student_reasoning": ("student_cot", {"warm-up"}),
+    "gold": ("reward_model.ground_truth", _GOLD),
+    "equivalents": ("reward_model.equivalent_answers", _GOLD),
+    "data_source": ("data_source", _GOLD),
+    "question_type": ("extra_info.question_type", _GOLD),
+    "pass_rate": ("extra_info.pass_rate", _GOLD),
+}
+
+
+def _lost(kind: str, sample: Sample) -> Iterator[str]:
+    """What was read of a record, and has no place in this format."""
+    for name, (field, kinds) in _HELD_BY.items():
+        value = getattr(sample, name)
+        given = value not in ("all", sample.data_source) if name == "question_type" else value not in (None, "", ())
+        if given and kind not in kinds:
+            yield field
 
 
 def refuse_out(out: Path, overwrite: bool) -> None:

@@ -15,8 +15,11 @@ from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.fields import Fields, is_read
 from prism_fast.data.held import Held
+from prism_fast.data.parquet import Parquet
+from prism_fast.data.saved import Saved
 from prism_fast.data.shards import open_sources
 from prism_fast.data.source import Source
+from prism_fast.data.unread import MOST, unread, unread_columns
 from prism_fast.records import DataError, Sample
 
 PROGRESS_EVERY = 256  # records
@@ -58,6 +61,10 @@ class Records(Sequence[Sample]):
             for source in open_sources(Path(path), lambda name: name in theirs or is_read(name), cache, held)
         ]
         self._start = np.cumsum([0, *map(len, self.sources)])
+        self.unread: set[str] = set()  # fields of what was read so far, and columns, that hold something nobody reads
+        for source in self.sources:
+            if isinstance(source, (Parquet, Saved)):
+                self.unread.update(unread_columns(source.schema, source.columns))
 
     def __len__(self) -> int:
         return int(self._start[-1])
@@ -84,6 +91,8 @@ class Records(Sequence[Sample]):
         try:
             sample = self.convert(fields)
             fields.refuse_dropped(sample)
+            if len(self.unread) < MOST:
+                self.unread.update(unread(fields, sample))
         except RecursionError as error:
             raise DataError(f"{fields.place}: lists in lists a thousand deep; remove the record") from error
         return sample
@@ -125,6 +134,11 @@ class Dataset(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def unread(self) -> set[str]:
+        """As of `Records`."""
+        return self._all.unread
 
     def __getitem__(self, index: int) -> Sample:
         if not -len(self) <= index < len(self):

@@ -156,7 +156,7 @@ class Fields:
     ):
         self.record, self.place, self.folder, self.system_prompt = record, place, folder, system_prompt
         self._image_folders = image_folders
-        self._used: set[str] = set()
+        self.used: set[str] = set()
         for key, value in record.items():
             media = UNSUPPORTED.fullmatch(key)
             if media and not missing(value) and not (isinstance(value, list) and all(map(missing, value))):
@@ -167,7 +167,7 @@ class Fields:
 
     def value(self, key: str) -> Any:
         """The field, None where it is missing."""
-        self._used.add(key)
+        self.used.add(key)
         value = self.record.get(key)
         return None if missing(value) else value
 
@@ -359,7 +359,7 @@ class Fields:
     def refuse_dropped(self, sample: Sample) -> None:
         """Raises where a field that looks like content was not read and does not stand in what was."""
         for key, value in self.record.items():
-            if key in self._used or key in BESIDE or VOICE.fullmatch(key) or missing(value):
+            if key in self.used or key in BESIDE or VOICE.fullmatch(key) or missing(value):
                 continue
             if not (looks_like_content(key) or is_image(value)) or (sample.images and _ORIGIN.fullmatch(key.lower())):
                 continue

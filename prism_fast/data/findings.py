@@ -15,6 +15,8 @@ from rich.panel import Panel
 
 from prism_fast import printable
 from prism_fast.data.lengths import Lengths
+from prism_fast.data.packing import Packing, Steps, figures, lines
+from prism_fast.data.unread import named
 from prism_fast.data.verdicts import Judged
 from prism_fast.records import Sample
 
@@ -38,7 +40,7 @@ class Bad(dict[str, Any]):
 
 @dataclass
 class Findings:
-    """Counts of the good records, and the first bad ones: some 50 bytes a record and 24 an image."""
+    """Counts of the good records, and the first bad ones: some 60 bytes a record and 24 an image."""
 
     path: str
     kind: str
@@ -47,6 +49,7 @@ class Findings:
     records: int = 0
     bad: int = 0
     first_bad: list[Bad] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)  # fields that hold something and that no stage reads
     types: Counter[str] = field(default_factory=Counter)
     unformatted: int = 0
     stored: Counter[tuple[str, str]] = field(default_factory=Counter)  # images by format of file, and mode
@@ -56,6 +59,9 @@ class Findings:
     numbers: array[int] = field(default_factory=lambda: array("q"))  # of the good records, among all
     images: array[int] = field(default_factory=lambda: array("Q"))  # their digests
     sizes: array[int] = field(default_factory=lambda: array("i"))  # width, height, ...
+    ends: array[int] = field(default_factory=lambda: array("q"))  # of each record's images
+    steps: dict[str, Steps] = field(default_factory=dict)  # by model, in packs
+    misfit: str | None = None  # why there are none
 
     def add(self, number: int, judged: Judged) -> None:
         self.records += 1
@@ -65,6 +71,7 @@ class Findings:
             self.images.append(digest)
             self.sizes.extend(look.size)
             self.stored[look.format, look.mode] += 1
+        self.ends.append(len(self.images))
         if judged.tree is not None:
             self.lengths.add(judged.tree)
         self.types[judged.question_type] += 1
@@ -75,6 +82,12 @@ class Findings:
         if len(self.first_bad) < KEPT_BAD:
             told = Bad(place=place, problem=problem)
             self.first_bad.append(told if row_group is None else Bad(told, row_group=row_group))
+
+    def pictures(self, record: int) -> list[tuple[int, tuple[int, int]]]:
+        """(digest, (width, height)) of the images of a good record, by its number among them."""
+        start = self.ends[record - 1] if record else 0
+        sizes = self.sizes
+        return [(self.images[i], (sizes[2 * i], sizes[2 * i + 1])) for i in range(start, self.ends[record])]
 
     def distinct_images(self) -> int:
         """By what their files hold."""
@@ -112,7 +125,7 @@ def _spread(values: np.ndarray[Any, Any]) -> dict[str, int]:
     return {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
 
 
-def as_json(found: Findings, place: Place, capacity: int, batch_size: int) -> dict[str, Any]:
+def as_json(found: Findings, place: Place, packing: Packing) -> dict[str, Any]:
     """For machines; the names are kept."""
     repeated, some = found.repeats()
     return {
@@ -125,15 +138,17 @@ def as_json(found: Findings, place: Place, capacity: int, batch_size: int) -> di
         "images": found.image_figures(),
         "repeated_records": repeated,
         "repeats": [{"place": place(one), "first": place(first)} for one, first in some],
+        "not_read": sorted(found.unread),
         "question_types": dict(found.types.most_common()),
         "responses_without_format": found.unformatted,
         "tokens": found.lengths.figures() if len(found.lengths) else None,
-        "packing": found.lengths.packing(capacity, batch_size) if len(found.lengths) else None,
+        "packing": {model: figures(steps, packing) for model, steps in found.steps.items()} or None,
+        "does_not_fit": found.misfit,
         "limits": found.limits,
     }
 
 
-def show(found: Findings, place: Place, capacity: int, batch_size: int, console: Console) -> None:
+def show(found: Findings, place: Place, packing: Packing, console: Console) -> None:
     """For a person."""
     for line in _lines(found, place):
         console.print(line, highlight=False, soft_wrap=True)
@@ -147,8 +162,8 @@ def show(found: Findings, place: Place, capacity: int, batch_size: int, console:
         title = escape(printable(found.first.place))
         console.print(Panel(escape(printable(render(found.first))), title=title, title_align="left"))
     if len(found.lengths):
-        for line in found.lengths.lines(capacity, batch_size):
-            console.print(line, highlight=False, soft_wrap=True)
+        for line in (*found.lengths.lines(), *lines(found.kind, found.steps, found.misfit, packing)):
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     console.print(found.limits, highlight=False, soft_wrap=True)
 
 
@@ -173,6 +188,8 @@ def _lines(found: Findings, place: Place) -> Iterator[str]:
     if repeated:
         shown = "; ".join(f"{place(one)} as {place(first)}" for one, first in some)
         yield f"[yellow]{repeated} records repeat an earlier one,[/] texts and images alike: {escape(printable(shown))}"
+    if found.unread:
+        yield f"not read: {escape(printable(named(found.unread)))}"
     if found.kind in ("alignment", "rlvr") and found.types:
         types = (f"{escape(printable(name))} {count}" for name, count in found.types.most_common(12))
         yield "question types: " + ", ".join(types)

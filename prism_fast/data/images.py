@@ -20,6 +20,7 @@ import struct
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -132,9 +133,10 @@ def _real(folder: Path) -> Path:
     return Path(os.path.realpath(folder))
 
 
-def open_image(ref: ImageRef, place: str) -> Image.Image:
-    """The image as a person sees it, as RGB. Raises DataError, naming ``place``, whatever the decoder raises."""
-    return _looked_at(ref, place, _seen)
+def open_image(ref: ImageRef, place: str, read: bytes | None = None) -> Image.Image:
+    """The image as a person sees it, as RGB; ``read``: what `content` gave of it, if it was asked. Raises DataError,
+    naming ``place``, whatever the decoder raises."""
+    return _looked_at(ref, place, _seen, read)
 
 
 class Look(NamedTuple):
@@ -173,10 +175,15 @@ def content(ref: ImageRef) -> bytes | None:
         return None
 
 
-def _looked_at(ref: ImageRef, place: str, look: Callable[[IO[bytes]], T]) -> T:
+def image_key(read: bytes) -> bytes:
+    """What tells images apart, 16 bytes: a hash of the encoded image, of which everything else is made."""
+    return blake2b(read, digest_size=16).digest()
+
+
+def _looked_at(ref: ImageRef, place: str, look: Callable[[IO[bytes]], T], read: bytes | None = None) -> T:
     name = f"{len(ref.data)} bytes" if ref.data is not None else repr(str(ref.path))[1:-1]
     try:
-        with _open(ref) as file:
+        with _open(ref if read is None else ImageRef(data=read)) as file:
             return look(file)
     except _Refusal as error:
         raise DataError(f"{place}: images: {name} {error}") from error

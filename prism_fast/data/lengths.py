@@ -1,4 +1,4 @@
-"""How long a file's records are, and what packing makes of them: part of `prism-fast data check --model`."""
+"""How long a file's records are: part of `prism-fast data check --model`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prism_fast.data.order import order
 from prism_fast.files import replacing, writing
 from prism_fast.records import Lesson, PairRecord, Prompt
-from prism_kernels import pack_trees
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-MOST_BATCHES = 200  # that are packed to say how it goes
 
 Tree = tuple[int, list[int]]  # tokens of the prompt, and of each part that follows it
 
@@ -72,44 +69,15 @@ class Lengths:
             for name, values in columns.items()
         }
 
-    def packing(self, capacity: int, batch_size: int) -> dict[str, float] | None:
-        """What packing makes of the first shuffled batches; None where a record has nothing after its prompt, or takes
-        more than a pack."""
-        ends = np.array(self._ends)
-        if not np.diff(ends, prepend=0).all() or self._whole().max() > capacity:
-            return None
-        tokens = padded = packs = 0
-        batches = min(MOST_BATCHES, -(-len(self) // batch_size))
-        for number in range(batches):
-            trees = [self[i] for i in order(len(self), 0, number * batch_size, batch_size)]
-            packs += len(pack_trees(trees, capacity))
-            tokens += sum(root + sum(rest) for root, rest in trees)
-            sequences = [root + part for root, rest in trees for part in rest]
-            padded += len(sequences) * max(sequences)
-        return {
-            "tokens_per_pack": capacity,
-            "records_per_step": batch_size,
-            "packs_per_step": packs / batches,
-            "fill": tokens / (packs * capacity),
-            "padded_over_packed": padded / tokens,
-        }
+    def longest(self) -> int:
+        """The number of the record that has the most tokens."""
+        return int(self._whole().argmax())
 
-    def lines(self, capacity: int, batch_size: int) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         """What a person is told."""
-        figures = self.figures()
-        for name, told in figures.items():
+        for name, told in self.figures().items():
             shown = ", ".join(f"{p} %: {told[f'p{p}']:,}" for p in PERCENTILES)
             yield f"{name} tokens: {told['min']:,} to {told['max']:,}, mean {told['mean']:,.0f}; {shown}"
-        if "whole" not in figures:
-            return
-        if (longest := figures["whole"]["max"]) > capacity:
-            yield f"packing: the longest record takes {longest:,} tokens, over --tokens-per-pack={capacity:,}"
-        elif packing := self.packing(capacity, batch_size):
-            yield (
-                f"packing, {batch_size} records a step into packs of {capacity:,} tokens: "
-                f"{packing['packs_per_step']:.2f} packs a step, {packing['fill']:.1%} full; padded to the longest, "
-                f"every part with its prompt: {packing['padded_over_packed']:.2f} times the tokens"
-            )
 
     def plot(self, path: Path, name: str) -> None:
         """A histogram of whole lengths as PNG, or what else ``path`` ends with."""

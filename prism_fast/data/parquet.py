@@ -37,7 +37,8 @@ class Parquet:
         self.path, self._read_from = path, path
         file = opened(path, path)
         self._theirs = _starts(file)  # before they are cut
-        self.columns = columns_of(file.schema_arrow, wanted or (lambda name: True), path)
+        self.schema = file.schema_arrow
+        self.columns = columns_of(self.schema, wanted or (lambda name: True), path)
         size, rows = _largest_group(file, self.columns)
         if size > GROUP_BYTES or rows > GROUP_ROWS:
             self._read_from = self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from threading import Lock
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prism_fast.data.images import content, open_image
+from prism_fast.data.images import content, image_key, open_image
 from prism_fast.records import ImageRef
 
 HELD_BYTES = 512 << 20  # of patches; 24 bytes a pixel, so some 700 images of 175 x 175
@@ -23,14 +22,7 @@ class Patches(NamedTuple):
 
     pixels: Tensor  # (patches, D) fp32
     grid: Tensor  # (images, 3) int64, in patches
-    keys: tuple[bytes, ...]  # a hash of each image's pixels and size
-
-    @classmethod
-    def of(cls, pixels: Tensor, grid: Tensor) -> Patches:
-        """Of one image."""
-        digest = blake2b(str((*pixels.shape, *grid.flatten().tolist())).encode(), digest_size=16)
-        digest.update(pixels.contiguous().numpy())
-        return cls(pixels, grid, (digest.digest(),))
+    keys: tuple[bytes, ...]  # `image_key` of each image
 
 
 class ProcessedImages:
@@ -40,7 +32,7 @@ class ProcessedImages:
     was replaced is another image. Safe to call from several threads.
     """
 
-    def __init__(self, process: Callable[[Image.Image], Patches]):
+    def __init__(self, process: Callable[[Image.Image], tuple[Tensor, Tensor]]):
         self.held_bytes = HELD_BYTES
         self.decoded = 0  # images, since the beginning
         self._process, self._lock = process, Lock()
@@ -61,15 +53,18 @@ class ProcessedImages:
 
     def _one(self, ref: ImageRef, place: str) -> Patches:
         read = content(ref)
-        key = None if read is None else blake2b(read, digest_size=16).digest()
+        if read is None:
+            open_image(ref, place)  # says why
+            return self._one(ref, place)  # it has come back meanwhile
+        key = image_key(read)
         with self._lock:
-            if key is not None and key in self._held:
+            if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key]
-        made = self._process(open_image(ref, place))
+        made = Patches(*self._process(open_image(ref, place, read)), (key,))
         with self._lock:
             self.decoded += 1
-            if key is not None and key not in self._held:
+            if key not in self._held:
                 self._held[key] = made
                 self._bytes += made.pixels.nbytes
             while self._bytes > self.held_bytes:

@@ -44,7 +44,8 @@ class Saved:
         for file, table in zip(files, self._tables):
             if not table.schema.equals(self._tables[0].schema):
                 raise DataError(f"{file}: its columns are not those of {files[0].name}; save the data set again")
-        self._columns = columns_of(self._tables[0].schema, wanted or (lambda name: True), path) if files else []
+        self.schema = self._tables[0].schema if files else pa.schema([])
+        self.columns = columns_of(self.schema, wanted or (lambda name: True), path)
         self._start = np.cumsum([0, *(table.num_rows for table in self._tables)])
 
     def __len__(self) -> int:
@@ -55,7 +56,7 @@ class Saved:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file = int(np.searchsorted(self._start, index, side="right")) - 1
-        table = self._tables[file].select(sorted({name.split(".")[0] for name in self._columns}))
+        table = self._tables[file].select(sorted({name.split(".")[0] for name in self.columns}))
         return row(_sound(table.slice(index - int(self._start[file]), 1), self.place(index)), 0, self.place(index))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism_fast.data.images import Look, content, look_at
+from prism_fast.data.images import Look, content, image_key, look_at
 from prism_fast.data.lengths import Tree, tree_of
 from prism_fast.records import DataError, ImageRef, Sample, Seen
 from prism_fast.response_format import is_valid
@@ -60,24 +60,30 @@ class Judge:
 
     def __call__(self, sample: Sample) -> Judged:
         tree = None
-        if self._encode is None or self._chat is None:
+        if self._encode is None:
             _refuse_control_tokens(sample)
             pictures = [self._picture(ref, sample.place) for ref in sample.images]
         else:
             try:
                 pictures = [self._picture(ref, sample.place) for ref in sample.images]
-                grid = [_grid(self._chat.image_processor, picture.look.size) for picture in pictures]
+                made = self.encode(sample, [(picture.digest, picture.look.size) for picture in pictures])
             except (DataError, ValueError):
                 self._encode(sample)  # says so itself, but for what comes first
                 raise
-            seen = Seen(grid, ()) if grid else None
-            tree = tree_of(self._encode(replace(sample, seen=seen)))
+            tree = tree_of(made)
         unformatted = sample.response is not None and not is_valid(sample.response)
         return Judged(_digest(sample, pictures), pictures, sample.question_type, unformatted, tree)
 
+    def encode(self, sample: Sample, pictures: Sequence[tuple[int, tuple[int, int]]]) -> object:
+        """As the stage does, by the images' digests and sizes alone: equal images have one key. With a model."""
+        assert self._encode is not None and self._chat is not None
+        grid = [_grid(self._chat.image_processor, size) for _, size in pictures]
+        keys = tuple(digest.to_bytes(8, "big") for digest, _ in pictures)
+        return self._encode(replace(sample, seen=Seen(grid, keys) if grid else None))
+
     def _picture(self, ref: ImageRef, place: str) -> Picture:
         read = content(ref)
-        key = blake2b(read or b"", digest_size=16).digest()
+        key = image_key(read or b"")
         look = self._looks.pop(key, None) or look_at(ref, place)
         if read is not None:  # else it has come back meanwhile
             self._looks[key] = look

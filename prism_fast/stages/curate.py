@@ -9,6 +9,7 @@ from typing import Any
 
 from prism_fast.config import CurateConfig
 from prism_fast.data.formats import Dataset, read_rlvr
+from prism_fast.data.unread import not_written
 from prism_fast.records import DataError
 from prism_fast.reward import started
 from prism_fast.run.lock import FolderLock
@@ -46,6 +47,8 @@ def curate(
         right = made.Kept(data, kept, looked, outcomes)
         report["written"] = made.write_files(config, right) if len(right) else {}
         made.write_report(config, report)
+        if data.unread:
+            say(not_written(data.unread))
     if not len(right):
         raise DataError(f"{config.out / made.REPORT}: no answer was kept; it says why")
     return report

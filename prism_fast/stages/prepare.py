@@ -9,6 +9,7 @@ from typing import cast
 from prism_fast.config import FilterConfig, PairsConfig
 from prism_fast.data.formats import Dataset, read_align, read_rlvr, write_rlvr, write_warmup
 from prism_fast.data.hard_negatives import HardNegatives
+from prism_fast.data.unread import not_written
 from prism_fast.files import try_new, writing
 from prism_fast.records import DataError, Sample
 from prism_fast.reward import split_parts, verifiable_reward
@@ -97,6 +98,8 @@ def filter_prompts(config: FilterConfig, progress: Progress | None = None, say: 
         )
     with writing(config.out):
         write_rlvr(config.out, kept[: config.keep])
+    if data.unread and say is not None:
+        say(not_written(data.unread))
     partial_file(config.out).unlink(missing_ok=True)
     return counts
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from prism_fast import ranks
-from prism_fast.balance import SPARE, Work, deal, pack_cost, rates
-from prism_fast.pack import Packs, Tree, pack, spare_pack, with_blank_image
+from prism_fast.balance import SPARE, Dimensions, Work, deal, pack_cost, rates
+from prism_fast.pack import ImageTokens, Packs, Tree, pack, spare_pack, with_blank_image
 from prism_fast.records import PackedTree
 from prism_fast.steps.backprop import Backprop
 
@@ -38,10 +38,22 @@ class OwnPack:
         return (self.number,) if self.half is None else (self.number, self.half)
 
 
-def packs_for_all(trees: Sequence[Tree], capacity: int, model: Any, *, share: bool = False) -> Packs:
-    """The packs of a batch: of several processes as many as go evenly into them, of even cost. ``model``: a
-    TreeModel, which reads them."""
-    world = ranks.world()
+class Reader(Protocol):
+    """What packing asks of the model that reads the packs, a TreeModel or its `Shape`."""
+
+    @property
+    def image(self) -> ImageTokens: ...
+
+    @property
+    def dimensions(self) -> Any: ...
+
+
+def packs_for_all(
+    trees: Sequence[Tree], capacity: int, model: Reader, *, share: bool = False, world: int | None = None
+) -> Packs:
+    """The packs of a batch: of several processes as many as go evenly into them, of even cost. ``model`` reads them;
+    ``world``: of how many processes, null: of this run's."""
+    world = ranks.world() if world is None else world
     even = rates(model.dimensions) if world > 1 else None
     return pack(trees, capacity, model.image, multiple=world, share=share, rates=even)
 
@@ -51,9 +63,19 @@ def own_numbers(updater: Backprop, packs: Packs) -> list[int]:
     world = ranks.world()
     if world == 1:
         return list(range(len(packs)))
-    costs = [pack_cost(work, updater.module.dimensions) for work in Work.of_packs(packs)]
-    own = [turn[ranks.rank()] for turn in deal(costs, world)]
+    own = [turn[ranks.rank()] for turn in deal(_costs(packs, updater.module.dimensions), world)]
     return own if updater.lockstep else [number for number in own if number != SPARE]
+
+
+def unevenness(packs: Packs, dimensions: Dimensions, world: int) -> float:
+    """What the costliest of ``world`` processes has to compute, over the mean of them."""
+    costs = _costs(packs, dimensions)
+    shares = zip(*([0.0 if number == SPARE else costs[number] for number in turn] for turn in deal(costs, world)))
+    return max(map(sum, shares)) * world / sum(costs)
+
+
+def _costs(packs: Packs, dimensions: Dimensions) -> list[float]:
+    return [pack_cost(work, dimensions) for work in Work.of_packs(packs)]
 
 
 def own_pack(updater: Backprop, packs: Packs, number: int) -> PackedTree:

@@ -13,12 +13,11 @@ from torch import Tensor
 from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.balance import SPARE
-from prism_fast.models.discriminator import Discriminator
 from prism_fast.pack import Packs, Tree, merge_prompts, pack
 from prism_fast.records import PackedTree, PairRecord, to_device
 from prism_fast.steps.expert_load import ExpertLoad, balance_share
 from prism_fast.steps.over_packs import counts_of_whole, over_packs
-from prism_fast.steps.own_packs import OwnPack
+from prism_fast.steps.own_packs import OwnPack, Reader
 from prism_fast.steps.pair_loss import bradley_terry, ranked_right
 from prism_fast.steps.parts import STUDENT_KINDS, TEACHER_KINDS, PartLabels, PartTrees, compared, same_parts
 from prism_fast.steps.readings import read, read_with_load
@@ -41,9 +40,7 @@ def pair_trees(records: Sequence[PairRecord]) -> tuple[list[Tree], PartLabels]:
     return trees.trees(), PartLabels(teacher, student, len(trees), same)
 
 
-def pair_packs(
-    records: Sequence[PairRecord], tokens_per_pack: int, discriminator: Discriminator
-) -> tuple[Packs, PartLabels]:
+def pair_packs(records: Sequence[PairRecord], tokens_per_pack: int, discriminator: Reader) -> tuple[Packs, PartLabels]:
     """As few packs as fit, so that the load-balancing loss, a mean over packs, does not depend on the number of
     processes. Records with the same images share them, and the text with which their prompts begin."""
     trees, labels = pair_trees(records)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from prism_fast import ranks
-from prism_fast.models.policy import Policy
 from prism_fast.pack import KIND_RESPONSE, Packs, Tree, merge_prompts
 from prism_fast.records import Prompt
 from prism_fast.steps.over_packs import over_packs
-from prism_fast.steps.own_packs import OwnPack, packs_for_all
+from prism_fast.steps.own_packs import OwnPack, Reader, packs_for_all
 from prism_fast.steps.update import Backprop
 from prism_kernels import linear_cross_entropy
 
@@ -29,10 +28,12 @@ def demonstration_trees(demonstrations: Sequence[tuple[Prompt, Tensor]]) -> list
     ]
 
 
-def demonstration_packs(demonstrations: Sequence[tuple[Prompt, Tensor]], tokens_per_pack: int, policy: Policy) -> Packs:
+def demonstration_packs(
+    demonstrations: Sequence[tuple[Prompt, Tensor]], tokens_per_pack: int, policy: Reader, *, world: int | None = None
+) -> Packs:
     """The packs of a batch, of none where it is empty. Demonstrations with the same images share them, and the text
-    with which their prompts begin."""
-    return packs_for_all(demonstration_trees(demonstrations), tokens_per_pack, policy, share=True)
+    with which their prompts begin. ``world``: as of `packs_for_all`."""
+    return packs_for_all(demonstration_trees(demonstrations), tokens_per_pack, policy, share=True, world=world)
 
 
 def supervised_gradient(policy: Backprop, packs: Packs) -> float:

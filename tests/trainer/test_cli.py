@@ -65,7 +65,7 @@ def test_the_command_line_is_frozen():
         ],
         "data check": [
             *("--batch-size", "--column", "--dry-run", "--histogram", "--image-folder", "--json"),
-            *("--max-prompt-tokens", "--model", "--skip-bad-records", "--tokens-per-pack", "--workers"),
+            *("--max-prompt-tokens", "--model", "--ranks", "--skip-bad-records", "--tokens-per-pack", "--workers"),
         ],
         "data pairs": ["--config", "--dry-run", "--hard-negatives"],
         "data filter": ["--config", "--dry-run"],

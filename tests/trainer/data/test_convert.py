@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from prism_fast.cli import app
 from prism_fast.data import convert as convert_module
 from prism_fast.data import writers
+from prism_fast.data.check import Reading, check
 from prism_fast.data.convert import KINDS, convert
 from prism_fast.data.formats import FORMATS, Dataset, read_align, read_rlvr, read_sft
 from prism_fast.data.images import content
@@ -53,7 +56,7 @@ def test_a_round_trip_changes_nothing(tmp_path, kind, first, second):
     source = write(tmp_path / "in", OURS[kind], more, more, name="d.jsonl")
     data = Dataset(source, FORMATS[kind])
     once, twice = tmp_path / f"once.{first}", tmp_path / "out" / f"twice.{second}"
-    assert convert([source], once, kind, image_folders=[tmp_path]) == (kind, 2, 0)
+    assert convert([source], once, kind, image_folders=[tmp_path]) == (kind, 2, 0, frozenset())
     convert([once], twice, image_folders=[tmp_path])
     same(Dataset(twice, FORMATS[kind], image_folders=[tmp_path]), data)
 
@@ -104,6 +107,77 @@ def test_the_command_line(tmp_path):
     for wrong, said in ((["--to", "csv"], "--to"), (["--column", "prompt"], "--column"), ([], "out.jsonl")):
         done = CliRunner().invoke(app, [*asked, "--skip-bad-records", "1", *wrong])
         assert done.exit_code == 2 and said in done.output
+
+
+# ---- what is not carried over is said
+
+
+MORE = {"id": "x1", "license": "cc-by", "meta": {"split": "train"}, "height": 30}
+NESTED = {"extra_info": {"index": 0, "split": "train", "answer_key": "B"}}
+
+
+def written(folder, container, rows):
+    """Rows as a file of this container, or as a data set that the library datasets saved."""
+    if container == "saved":
+        made = datasets.Dataset.from_list(rows)
+        made.save_to_disk(folder / "saved")
+        return folder / "saved"
+    return write(folder, "rlvr", *rows, name=f"in.{container}")
+
+
+@pytest.mark.parametrize("container", ["json", "jsonl", "parquet", "saved"])
+@pytest.mark.parametrize("kind", OURS)
+def test_fields_that_nothing_reads_are_named_once(tmp_path, kind, container):
+    image = {"bytes": png(3), "path": None, "rotated": True}
+    row = record(OURS[kind], **MORE)
+    if kind != "sft":
+        row["prompt"] = [{"role": "user", "content": "<image>Sum?"}]
+    row |= {"images": [image], **(NESTED if kind in ("alignment", "rlvr") else {})}
+    row.pop("image", None)
+    rows = [row, {**row, "license": None}]
+    if container == "json" or container == "jsonl":
+        (tmp_path / "a.png").write_bytes(png(3))
+        rows = [{**row, "images": [{"path": "a.png", "rotated": True}]} for row in rows]
+    path = written(tmp_path, container, rows)
+    want = {*MORE, "images.rotated"}
+    want |= {"extra_info.split", "extra_info.answer_key"} if kind in ("alignment", "rlvr") else set()
+    made = convert([path], tmp_path / "out.parquet")
+    assert made[:3] == (kind, 2, 0) and made.not_written == want
+    for processes in (0, 2):
+        told, console = [], Console(file=io.StringIO(), width=500)
+        for machine in (told.append, None):
+            check(path, console, reading=Reading(processes=processes), machine=machine)
+        assert (
+            told[0]["not_read"] == sorted(want) and f"not read: {', '.join(sorted(want))}\n" in console.file.getvalue()
+        )
+    assert convert([tmp_path / "out.parquet"], tmp_path / "again.jsonl").not_written == set()
+
+
+def test_what_a_format_does_not_hold_is_named(tmp_path):
+    gold = {"reward_model.ground_truth", "reward_model.equivalent_answers", "data_source", "extra_info.question_type"}
+    path = write(tmp_path, "align", record("align", extra_info={"question_type": "sum", "pass_rate": 0.5}))
+    assert convert([path], tmp_path / "a.json", "sft").not_written == gold | {"extra_info.pass_rate"}
+    assert convert([path], tmp_path / "a.parquet", "rlvr").not_written == {"teacher_caption", "teacher_cot"}
+    path = write(tmp_path, "warmup", record("warmup"))
+    assert convert([path], tmp_path / "b.json", "llava").not_written == {"student_caption", "student_cot"}
+    turns = [{"from": "human", "value": "<image>\nSum?"}, {"from": "gpt", "value": CAPTION + REASONING}]
+    llava = {"id": "1", "image": "a.png", "conversations": turns, "model": "x", "reward_model": {"ground_truth": "7"}}
+    path = write(tmp_path, "sft", llava, name="llava.json")
+    done = CliRunner().invoke(app, ["data", "convert", str(path), "--out", str(tmp_path / "c.parquet"), "--to", "sft"])
+    assert "\nnot written, as the format has no place for them: id, model, reward_model\n" in done.output
+    other = record("rlvr", reward_model={"style": "model", "ground_truth": "7", "weight": 3})
+    path = write(tmp_path, "rlvr", other, name="d.jsonl")
+    assert convert([path], tmp_path / "d.json").not_written == {"reward_model.style", "reward_model.weight"}
+
+
+def test_a_response_beside_its_parts_is_read_with_them(tmp_path):
+    for whole in (CAPTION + REASONING, f"{CAPTION}\n{REASONING}"):
+        path = write(
+            tmp_path, "align", record("align", teacher_response=whole, teacher_caption=CAPTION, teacher_cot=REASONING)
+        )
+        assert convert([path], tmp_path / "a.jsonl").not_written == set()
+    other = record("align", teacher_response="another", teacher_caption=CAPTION, teacher_cot=REASONING)
+    assert convert([write(tmp_path, "align", other)], tmp_path / "a.jsonl").not_written == {"teacher_response"}
 
 
 # ---- every format into every other
@@ -157,7 +231,7 @@ def test_every_format_into_every_other_and_back(tmp_path, kind, to):
                 convert([source], out, to)
             assert not out.exists()
             continue
-        assert convert([source], out, to) == (to, 3, 0)
+        assert convert([source], out, to)[:3] == (to, 3, 0)
         pairs = [(opened(source, kind), opened(out, to), HELD[kind] & HELD[to])]
         if to in TO[kind]:
             convert([out], back, kind)
@@ -207,7 +281,7 @@ def test_from_shards_and_saved_data_sets(tmp_path, shape):
         made.save_to_disk(tmp_path / "saved", num_shards=2)
         inputs.append(tmp_path / "saved")
     count = 5 * len(inputs)
-    assert convert(inputs, tmp_path / "out.jsonl", "rlvr") == ("rlvr", count, 0)
+    assert convert(inputs, tmp_path / "out.jsonl", "rlvr")[:3] == ("rlvr", count, 0)
     back = read_rlvr(tmp_path / "out.jsonl")
     assert [sample.data_source for sample in back] == [str(i % 5) for i in range(count)]
     assert [content(sample.images[0]) for sample in back] == [png(i % 5) for i in range(count)]
@@ -219,7 +293,7 @@ def test_files_of_several_formats_become_one(tmp_path):
     third = write(
         tmp_path, "warmup", record("warmup", prompt=[{"role": "user", "content": "<image>x"}]), name="c.jsonl"
     )
-    assert convert([first, second, third], tmp_path / "out.jsonl") == ("sft", 3, 0)
+    assert convert([first, second, third], tmp_path / "out.jsonl")[:3] == ("sft", 3, 0)
     assert [sample.messages[-1].content for sample in read_sft(tmp_path / "out.jsonl")] == ["<image>Sum?"] * 2 + [
         "<image>x"
     ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prism_fast.data import processed
 from prism_fast.data.chat import Chat
-from prism_fast.data.images import open_image
+from prism_fast.data.images import content, open_image
 from prism_fast.records import DataError, ImageRef, Message, Sample
 from tests.trainer.data.test_formats import png
 
@@ -42,6 +43,22 @@ def test_a_replaced_file_is_another_image(chat, tmp_path):
     path.write_bytes(png(200))
     second = chat.encode_prompt(sample(ImageRef(path=path)))
     assert first.key != second.key and not torch.equal(first.pixel_values, second.pixel_values)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_what_its_key_says(chat, tmp_path, monkeypatch):
+    path, as_before = tmp_path / "a.png", chat.encode_prompt(sample(ImageRef(data=png(9))))
+    path.write_bytes(png(9))
+    chat.images.held_bytes = 0
+    chat.encode_prompt(sample(ImageRef(data=png(8))))  # so that nothing is held
+
+    def replaced(ref):
+        read = content(ref)
+        path.write_bytes(png(200))
+        return read
+
+    monkeypatch.setattr(processed, "content", replaced)
+    made = chat.encode_prompt(sample(ImageRef(path=path)))
+    assert made.image_keys == as_before.image_keys and torch.equal(made.pixel_values, as_before.pixel_values)
 
 
 @pytest.mark.parametrize("room", [0, 1, 2])
