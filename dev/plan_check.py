@@ -43,10 +43,10 @@ def case(tokens: int, checkpointing: bool, heap: bool) -> dict[str, Any]:
     from benchmarks.steps.training import Lengths, made_up, shape_of
     from prism_fast.config import OptimizerConfig, RunConfig
     from prism_fast.models.policy import Policy
+    from prism_fast.run.deterministic import set_up_torch
     from prism_fast.run.dimensions import Model, Pack, Text, Tree, Vision
     from prism_fast.run.memory import Setup, Trained, need
     from prism_fast.run.pack_size import give_freed_blocks_back
-    from prism_fast.run.session import set_up_torch
     from prism_fast.steps.policy_step import policy_gradient
     from prism_fast.steps.update import open_updater
     from prism_kernels import PolicyObjective

@@ -57,7 +57,7 @@ def one_line() -> Iterator[None]:
         file = f"{error.filename}: " if error.filename else ""
         _complain(f"error: {file}{error.strerror}; free space there, or choose another folder", None)
         sys.exit(2)
-    except _of_a_run("session", "Stopped") as stop:
+    except _of_a_run("signals", "Stopped") as stop:
         if not _rank():  # all processes have stopped together
             print(str(stop), file=sys.stderr)
         sys.exit(0 if stop.signum == signal.SIGTERM else 128 + stop.signum)

@@ -45,12 +45,13 @@ from prism_fast.files import write_json
 from prism_fast.models.load import open_policy
 from prism_fast.records import DataError
 from prism_fast.report.build import build_report
+from prism_fast.run.deterministic import set_up_torch
 from prism_fast.run.environment import environment
+from prism_fast.run.folder import begun
 from prism_fast.run.lock import FILE_NAME as LOCK
 from prism_fast.run.lock import FolderLock
 from prism_fast.run.monitor import breakdown, read_metrics, tokens_per_second
 from prism_fast.run.record import change_line, differences
-from prism_fast.run.session import begun, set_up_torch
 from prism_fast.stages.align import align
 from prism_fast.stages.prepare import filter_prompts, pairs
 from prism_fast.stages.rlvr import rlvr

@@ -21,11 +21,11 @@ import torch
 from prism_fast.config import BenchmarksConfig, DataConfig, ModelConfig, OwnReward
 from prism_fast.files import refuse_existing, refuse_unwritable, shards
 from prism_fast.records import DataError
+from prism_fast.run.folder import refuse_earlier_run, refuse_other_folder
 from prism_fast.run.launch import STAGES
 from prism_fast.run.plan import HUB_NAME, Question, Section, config_file, read_model
 from prism_fast.run.plans import plan_of
 from prism_fast.run.seconds import GPUS
-from prism_fast.run.session import refuse_earlier_run, refuse_other_folder
 
 FITS, DOES_NOT_FIT = 0, 1  # what is wrong or missing is a DataError, which ends in status 2
 

@@ -1,4 +1,4 @@
-"""What every stage needs around its loop: its folder, determinism, signals, timing, resume, and the end of a step.
+"""What every stage needs around its loop: its folder, signals, resume, and the end of a step.
 
 A session knows no model, no kernel and no data: a stage hands in what is saved, restored and evaluated.
 """
@@ -6,11 +6,9 @@ A session knows no model, no kernel and no data: a stage hands in what is saved,
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,21 +17,23 @@ from torch import Tensor
 
 from prism_fast import metric_names as names
 from prism_fast import ranks
-from prism_fast.config import AlignConfig, RLVRConfig, RunConfig, SFTConfig, WarmupConfig, WatchConfig
+from prism_fast.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, WatchConfig
 from prism_fast.files import system_reason, write_json
 from prism_fast.records import DataError, Fault, StepStats
 from prism_fast.run import checkpoint, pack_size, record
 from prism_fast.run.alerts import Watch, halved_packs, sentence
-from prism_fast.run.lock import FILE_NAME as LOCK
+from prism_fast.run.clock import Clock
+from prism_fast.run.deterministic import set_up_torch
+from prism_fast.run.folder import refuse_earlier_run, refuse_other_folder
 from prism_fast.run.lock import FolderLock
-from prism_fast.run.monitor import FILE_NAME as METRICS
 from prism_fast.run.monitor import Monitor
 from prism_fast.run.saving import REMEDY, Saver, newest_whole, write_final
+from prism_fast.run.signals import Stopped, StopRequest
+from prism_fast.run.skipped import SkippedUpdates
 from prism_fast.run.watchdog import Watchdog
 
 # Copies a model as it now is, dealt to so many processes: a call of all, each of which gets what writes its part.
 CollectModel = Callable[[int], checkpoint.SaveModel]
-SKIPPED = "skipped_updates.jsonl"  # in run.out: the batches that could not be learned from
 StageConfig = SFTConfig | WarmupConfig | AlignConfig | RLVRConfig
 # -> (held-out figures, what the best checkpoint has most of)
 Evaluate = Callable[[], tuple[dict[str, float], float]]
@@ -64,79 +64,8 @@ class HasClose(Protocol):
 Closes = TypeVar("Closes", bound=HasClose)
 
 
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, SIGHUP, Ctrl-C) and has saved its state."""
-
-    def __init__(self, signum: int, saved: Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {saved}; go on with --resume")
-        self.signum = signum
-
-
-def set_up_torch(config: RunConfig) -> None:
-    """Seeds, threads, and algorithms that give the same bits every time: on a GPU where the run asks for them."""
-    torch.manual_seed(config.seed)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    on_gpu = torch.cuda.is_available()
-    if config.tokens_per_pack == "auto" and not on_gpu:
-        pack_size.give_freed_blocks_back()
-    if config.deterministic if config.deterministic is not None else not on_gpu:
-        # Root rows repeat in a tree; the backward of an index with repeated rows is otherwise not repeatable.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        if on_gpu:
-            # Without it torch refuses products of matrices: cuBLAS takes whichever workspace is free otherwise.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.backends.cudnn.benchmark = False  # which algorithm is the fastest is measured anew in every process
-
-
-class Clock:
-    """Seconds by part of a step."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
-
-
 def _millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
-
-
-def begun(out: Path) -> bool:
-    """Whether a run has begun in this folder: it can be resumed, from step 0 where nothing was saved yet."""
-    return (out / LOCK).exists() or bool(checkpoint.steps(out / "checkpoints"))
-
-
-def refuse_other_folder(out: Path, stage: str, resume: bool) -> None:
-    """Raises DataError where no run may begin in this folder, or none can be resumed. Before it is locked."""
-    if any((out / file).exists() for file in ("config.json", "model.safetensors")):
-        raise DataError(f"{out}: is the folder of a model; choose another run.out, such as {out}-{stage}")
-    if resume and not begun(out):
-        raise DataError(f"{out}: holds no run to resume; correct run.out, or leave out --resume to begin one")
-
-
-def refuse_earlier_run(out: Path, resume: bool) -> None:
-    """Raises DataError where what lies in this folder is in the way of a run. When nobody else works in it."""
-    checkpoints, final = out / "checkpoints", out / "final"
-    for folder in (checkpoints, final):
-        if folder.exists() and not folder.is_dir():
-            raise DataError(f"{folder}: is a file, expected a folder; choose another run.out")
-    for file in (METRICS, record.FILE_NAME):
-        if (out / file).is_dir():
-            raise DataError(f"{out / file}: is a folder, expected a file; choose another run.out")
-    if not resume and (final.exists() or checkpoint.steps(checkpoints)):
-        raise DataError(f"{out}: holds an earlier run; add --resume to go on, or choose another run.out")
-    if not record.is_ours(out / record.FILE_NAME):
-        raise DataError(f"{out / record.FILE_NAME}: is of another program; choose another run.out")
 
 
 class Session:
@@ -175,12 +104,11 @@ class Session:
         self._notes: list[str] = []  # warnings from before there was a monitor
         self._chosen: dict[str, Any] = {}  # what was chosen where settings say auto, by the checkpoint's record
         self._changed: list[str] = []  # since the checkpoint, and accepted
-        self._skipped = 0  # updates in a row
+        self._skipped = SkippedUpdates(self.out, self.config.max_skipped_updates)
         self._halved = False  # packs were, and it was said
         self._cpu_seconds = 0.0  # of this process, when a step last ended
-        self._signum: int | None = None  # that asked this process to stop
+        self._asked = StopRequest()  # of this process
         self._agreed: int | None = None  # that asked any process, as all of them know it
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Session:
         cluster = self.settings.cluster
@@ -201,11 +129,7 @@ class Session:
                     self._compare(self._checkpoint)
             self._saver = Saver(self.folder, self.config.keep_last, cluster.timeout_minutes)
             self._lock = entered.pop_all()
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-                continue  # nohup
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-                self._previous[signum] = signal.signal(signum, self._ask_to_stop)
+        self._asked.__enter__()
         return self
 
     def _claim_folder(self, entered: contextlib.ExitStack) -> None:
@@ -237,13 +161,13 @@ class Session:
         self._changed = changed
 
     def __exit__(self, *exc: Any) -> None:
-        try:
-            self._end_saving(*exc[:2])
-            self._open.close()
-        finally:
-            self._lock.__exit__(*exc)
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        with contextlib.ExitStack() as last:
+            last.push(self._asked)
+            try:
+                self._end_saving(*exc[:2])
+                self._open.close()
+            finally:
+                self._lock.__exit__(*exc)
 
     def _end_saving(self, kind: type[BaseException] | None, error: BaseException | None) -> None:
         """Waits for a checkpoint that is being written, whatever ended the run, but for who will not wait."""
@@ -257,11 +181,6 @@ class Session:
             # Which process is lost, the run's last line says.
             why = "a process is gone, or does not answer" if ranks.is_lost(fault) else fault
             self._monitor.warn(f"a checkpoint was not written: {why}")
-
-    def _ask_to_stop(self, signum: int, frame: object) -> None:
-        if self._signum is not None:  # a second one does not wait for the step's end
-            raise KeyboardInterrupt
-        self._signum = signum
 
     def saved(self, model: str) -> Path | None:
         """The directory of a model in the checkpoint that this run resumes from; None for a fresh start."""
@@ -368,7 +287,7 @@ class Session:
                     raise DataError(f"{found}/trainer.json: {name}: {error}") from None
         if self.state.get("best") is not None:
             self._best = self._best_saved = (self.state["best"], self.state["best_value"])
-        self._skipped = self.state.get("skipped_updates", 0)
+        self._skipped.in_a_row = self.state.get("skipped_updates", 0)
         return step
 
     def end_of_step(
@@ -384,17 +303,17 @@ class Session:
         """Records step ``step`` (from 1), warns, evaluates and saves where it is time to.
 
         ``tokens`` by part of the step; ``state``: what else a resumed run needs, as JSON, by name; ``fault``: what was
-        not finite, so that an update was skipped, which is counted, and its records kept in SKIPPED. Raises, after
+        not finite, so that an update was skipped, which is counted, and its records kept. Raises, after
         saving, Stopped where a signal asked for it, DataError where ``max_skipped_updates`` in a row were skipped. A
         checkpoint that cannot be written is a warning.
         """
-        metrics = metrics | self._heed_others() | self._count_skipped(step, fault)
+        metrics = metrics | self._heed_others() | self._skipped.count(step, fault, self._monitor.warn)
         stats = StepStats(step, metrics, clock.seconds, tokens)
         self._monitor.step(stats)
         alerts = self._watch.observe(stats) if self._watch is not None else []
         for text in (*alerts, *(f"step {step}: {text}" for text in (*self._first_halved(metrics), *warnings))):
             self._monitor.warn(text)
-        hopeless = 0 < self.config.max_skipped_updates <= self._skipped
+        hopeless = self._skipped.too_many
         if self._evaluate is not None and self._is_time(step, self.config.eval_every):
             self._settle()  # or the best may be one that is not there
             self.figures, value = self._evaluate()
@@ -403,21 +322,17 @@ class Session:
                 self._best = (step, value)
         is_best = self._best is not None and self._best[0] == step
         # Saving is a call of all processes: a signal that one of them got meanwhile is heeded at the next step's end.
-        signum = self._signum if ranks.world() == 1 else self._agreed
+        signum = self._asked.signum if ranks.world() == 1 else self._agreed
         if not (self._is_time(step, self.config.save_every) or is_best or hopeless or signum is not None):
             return
         self._settle()  # one at a time
-        self._save(step, {**(state or {}), "skipped_updates": 0 if hopeless else self._skipped})
+        self._save(step, {**(state or {}), "skipped_updates": 0 if hopeless else self._skipped.in_a_row})
         if not (hopeless or signum is not None or not self.config.save_in_background):
             return
         unsaved = self._settle()
         saved = ranks.from_first(str(checkpoint.latest(self.folder) or self.folder))
         if hopeless:
-            raise DataError(
-                f"{self.out}: {self._skipped} updates in a row were skipped, the last as {fault and fault.what}; "
-                f"stopped at step {step}, last saved {saved}, their records are in {self.out / SKIPPED}; lower the "
-                "learning rate, or set run.max_skipped_updates=0 to go on anyway"
-            )
+            raise self._skipped.error(step, fault, saved)
         if signum is not None and step < self.total:
             if unsaved is not None:
                 raise DataError(f"stopped by {signal.Signals(signum).name} at step {step}; {unsaved}")
@@ -440,21 +355,6 @@ class Session:
         self._halved = True
         return [f"{sentence('halved', count=count)} (now {self.config.tokens_per_pack})"]
 
-    def _count_skipped(self, step: int, fault: Fault | None) -> dict[str, float]:
-        """How many updates in a row were skipped, if any; the records of this one's batch are written down."""
-        if fault is None:
-            self._skipped = 0
-            return {}
-        self._skipped += 1
-        if ranks.is_first():
-            line = json.dumps({"step": step, "what": fault.what, "records": fault.records})
-            try:
-                with open(self.out / SKIPPED, "a", encoding="utf-8") as file:
-                    file.write(f"{line}\n")
-            except OSError as error:
-                self._monitor.warn(f"step {step}: {self.out / SKIPPED}: cannot be written ({error.strerror}); {REMEDY}")
-        return {names.SKIPPED_UPDATES: float(self._skipped)}
-
     def _heed_others(self) -> dict[str, float]:
         """Says that this process gets on, hears of a signal that any was sent, compares work, and brings together what
         the optimizers of each have measured by themselves."""
@@ -466,7 +366,7 @@ class Session:
             if self._saver.done:
                 self._settle()
             return own
-        said = ranks.gather([self._signum or 0, self._cpu_seconds - before, own, self._saver.done])
+        said = ranks.gather([self._asked.signum or 0, self._cpu_seconds - before, own, self._saver.done])
         signums, seconds, measured, saved = zip(*said)
         if all(saved):
             self._settle()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prism_fast.run.session import Stopped
+from prism_fast.run.signals import Stopped
 from prism_fast.stages.curating.pace import Halt
 
 

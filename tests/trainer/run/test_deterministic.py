@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prism_fast.config import DiscriminatorStep, RunConfig
 from prism_fast.models.discriminator import Discriminator
 from prism_fast.models.policy import Policy
-from prism_fast.run.session import set_up_torch
+from prism_fast.run.deterministic import set_up_torch
 from prism_fast.steps.discriminator_step import discriminator_gradient
 from prism_fast.steps.expert_load import ExpertLoad
 from prism_fast.steps.policy_step import policy_gradient

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from prism_fast import ranks
 from prism_fast.records import DataError
 from prism_fast.run import checkpoint
-from prism_fast.run.session import Stopped
+from prism_fast.run.signals import Stopped
 from tests.damage import DAMAGE, edit_state, flip
 from tests.trainer.run.test_session import FullDisk, Stage, lines
 

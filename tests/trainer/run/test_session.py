@@ -15,7 +15,8 @@ from prism_fast.config import SFTConfig, WatchConfig
 from prism_fast.records import DataError, Fault
 from prism_fast.run import checkpoint, saving
 from prism_fast.run.monitor import read_metrics
-from prism_fast.run.session import Clock, Session, Stopped
+from prism_fast.run.session import Clock, Session
+from prism_fast.run.signals import Stopped
 from tests.damage import edit_state
 
 pytestmark = pytest.mark.usefixtures("torch_settings")
@@ -406,6 +407,14 @@ def test_a_bug_while_saving_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     FullDisk(monkeypatch, {2}, RuntimeError("shapes"))
     with pytest.raises(RuntimeError, match="shapes"):
         Stage(tmp_path, save_every=1).run(5)
+
+
+def test_signals_are_the_callers_again_whatever_the_end_raises(tmp_path, monkeypatch):
+    FullDisk(monkeypatch, {1}, RuntimeError("shapes"))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="shapes"):
+        Stage(tmp_path, save_every=1).run(5, until=1)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_skipped_updates_in_a_row_stop_the_run(tmp_path):

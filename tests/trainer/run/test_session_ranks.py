@@ -9,7 +9,7 @@ import pytest
 from prism_fast import metric_names as names
 from prism_fast import ranks
 from prism_fast.run import checkpoint
-from prism_fast.run.session import Stopped
+from prism_fast.run.signals import Stopped
 from tests.trainer.run.test_session import Stage, lines
 
 pytestmark = pytest.mark.usefixtures("torch_settings")

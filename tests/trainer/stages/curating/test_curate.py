@@ -19,7 +19,7 @@ from prism_fast.data.check import Reading, check
 from prism_fast.data.formats import read_align, read_rlvr, read_warmup, write_rlvr
 from prism_fast.records import DataError
 from prism_fast.reward import verifiable_reward
-from prism_fast.run.session import Stopped
+from prism_fast.run.signals import Stopped
 from prism_fast.stages.curate import curate
 from prism_fast.stages.curating.plan import plan
 from tests.tiny_run import PROCESSES, prepare, run_stage, settings
