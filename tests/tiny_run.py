@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from prism_fast.command_line import one_line
+from prism_fast.cli.command_line import one_line
 from prism_fast.config import AlignConfig, RLVRConfig, SFTConfig, WarmupConfig, load_config
 from prism_fast.data.formats import read_align, read_sft, write_warmup
 from prism_fast.demo.digits import DemoSizes, write_demo_data

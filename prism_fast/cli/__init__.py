@@ -6,8 +6,8 @@ from __future__ import annotations
 import typer
 
 from prism_fast.cli import bench, data, doctor, evaluation, runs, training
+from prism_fast.cli.command_line import Commands, spin_briefly
 from prism_fast.cli.options import LocalRank
-from prism_fast.command_line import Commands, spin_briefly
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prism_fast.command_line import alone, place, quiet_libraries
+from prism_fast.cli.command_line import alone, place, quiet_libraries
 
 
 def settings_of(cls, config: Path | None, overrides: list[str] | None, dry_run: bool = False, resume: bool = False):

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from prism_fast.cli.command_line import interruptible
 from prism_fast.cli.common import end_dry_run, responses_bar, settings_of, show_table
 from prism_fast.cli.options import ConfigFile, DryRun, Overrides
-from prism_fast.command_line import interruptible
 
 app = typer.Typer()
 

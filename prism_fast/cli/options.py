@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prism_fast.command_line import home
+from prism_fast.cli.command_line import home
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file, or the name of a recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, values in YAML.")]

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from prism_fast import DataError
+from prism_fast.cli.command_line import alone, home, interruptible, place, quiet_libraries
 from prism_fast.cli.common import say_done, settings_of
 from prism_fast.cli.options import AcceptChanges, ConfigFile, DryRun, LocalRank, Overrides, Resume
-from prism_fast.command_line import alone, home, interruptible, place, quiet_libraries
 
 app = typer.Typer()
 
