@@ -129,7 +129,7 @@ class PackedTree:
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (3, T) int64: t, h, w
     layout: TreeLayout
-    segment_kind: Tensor  # (T,) int32, KIND_* of pack.py
+    segment_kind: Tensor  # (T,) int32, KIND_* of pack/tree.py
     pixel_values: Tensor | None  # (patches, D) fp32
     image_grid_thw: Tensor | None  # (images, 3) int64, always on the host, which plans the vision tower's work by it
     image_row: Tensor  # (image tokens,) int64: rows of the stream that hold image features
