@@ -1,8 +1,6 @@
 """References to images in records, and opening them as a person sees them. Nothing is opened before it is needed.
 
-Upright (orientation of EXIF or XMP), on white where it is transparent, 8 bits of sRGB: an embedded ICC profile of the
-image's own colour space is applied, others are passed over, as viewers do. Grey of 16 bits is scaled by the whole range
-of its format; grey of 32 bits and floats, which have no agreed black and white, are refused. Of animations and files of
+Upright (orientation of EXIF or XMP), in colours as `prism_fast/data/colours.py` has them. Of animations and files of
 several pages: the first.
 """
 
@@ -25,8 +23,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from prism_fast.data.colours import Refusal, on_white
 from prism_fast.records import DataError, ImageRef
 
 T = TypeVar("T")
@@ -76,10 +75,6 @@ _PILLOW = r"PIL\."  # its modules
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors reach stderr beside the exception
 with contextlib.suppress(OSError, AttributeError):  # libtiff's too, wherever Pillow's has a symbol for it
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
-
-
-class _Refusal(Exception):
-    """Why an image is not taken and what to do, to go on after its name."""
 
 
 def image_ref(value: Any, place: str, field: str, folder: Path, others: Sequence[Path] = ()) -> ImageRef:
@@ -171,7 +166,7 @@ def content(ref: ImageRef) -> bytes | None:
     try:
         with _open(ref) as file:
             return file.read()
-    except (_Refusal, OSError, ValueError):
+    except (Refusal, OSError, ValueError):
         return None
 
 
@@ -185,7 +180,7 @@ def _looked_at(ref: ImageRef, place: str, look: Callable[[IO[bytes]], T], read: 
     try:
         with _open(ref if read is None else ImageRef(data=read)) as file:
             return look(file)
-    except _Refusal as error:
+    except Refusal as error:
         raise DataError(f"{place}: images: {name} {error}") from error
     except Exception as error:  # decoders of damaged files raise any type
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -204,12 +199,12 @@ def _open(ref: ImageRef) -> IO[bytes]:
     else:
         status = os.stat(str(ref.path))
         if not stat.S_ISREG(status.st_mode):
-            raise _Refusal(f"does not open: it is {_kind(status.st_mode)}; give the path of an image file")
+            raise Refusal(f"does not open: it is {_kind(status.st_mode)}; give the path of an image file")
         size = status.st_size
     if size == 0:
-        raise _Refusal("does not open: it is empty; replace the image or remove it")
+        raise Refusal("does not open: it is empty; replace the image or remove it")
     if size > MAX_BYTES:
-        raise _Refusal(f"has {size:,} bytes, over the limit of {MAX_BYTES:,}; make it smaller or remove it")
+        raise Refusal(f"has {size:,} bytes, over the limit of {MAX_BYTES:,}; make it smaller or remove it")
     return open(ref.path, "rb") if ref.data is None else io.BytesIO(ref.data)
 
 
@@ -225,11 +220,11 @@ def _recognised(file: IO[bytes]) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise _Refusal(
+        raise Refusal(
             f"does not open (damaged, or none of {', '.join(FORMATS)}{_looks_like(file)}); convert or remove it"
         ) from error
     except Image.DecompressionBombError as error:  # Pillow's own limit, which is higher
-        raise _Refusal(f"is over the limit of {MAX_PIXELS:,} pixels; make it smaller or remove it") from error
+        raise Refusal(f"is over the limit of {MAX_PIXELS:,} pixels; make it smaller or remove it") from error
 
 
 def _seen(file: IO[bytes]) -> Image.Image:
@@ -239,8 +234,8 @@ def _seen(file: IO[bytes]) -> Image.Image:
         box = image.tile[0][1] if image.format == "GIF" and image.tile else None  # of the first frame
         image.load()
         if image.format == "JPEG2000" and not _ends(file):
-            raise _Refusal("does not open: it is truncated; replace the image or remove it")
-        rgb = _on_white(image, file)
+            raise Refusal("does not open: it is truncated; replace the image or remove it")
+        rgb = on_white(image, file)
         if box is not None and box != (0, 0, *image.size):
             white = Image.new("RGB", image.size, "white")
             white.paste(rgb.crop(box), box)
@@ -288,21 +283,21 @@ def _check_size(width: int, height: int) -> None:
         why = f"an aspect ratio over the limit of {MAX_ASPECT}; crop it"
     else:
         return
-    raise _Refusal(f"has {width} x {height} pixels, {why} or remove it")
+    raise Refusal(f"has {width} x {height} pixels, {why} or remove it")
 
 
 def _check_work(image: Image.Image, file: IO[bytes]) -> None:
     """Refuses what decodes far more than its pixels: tiles larger than the image, a JPEG of very many scans."""
     tile = [int(np.max(getattr(image, "tag_v2", {}).get(tag, 0))) for tag in (322, 323)]
     if tile[0] * tile[1] > MAX_PIXELS:
-        raise _Refusal(f"has tiles of {tile[0]} x {tile[1]} pixels, over the limit of {MAX_PIXELS:,}; save it again")
+        raise Refusal(f"has tiles of {tile[0]} x {tile[1]} pixels, over the limit of {MAX_PIXELS:,}; save it again")
     if image.info.get("progressive"):
         position = file.tell()
         file.seek(0)
         scans = file.read().count(b"\xff\xda")
         file.seek(position)
         if scans * image.width * image.height > MAX_SCANS:
-            raise _Refusal(
+            raise Refusal(
                 f"has {image.width} x {image.height} pixels in {scans} scans, which is too much; save it again"
             )
 
@@ -313,97 +308,6 @@ def _orientation(image: Image.Image) -> Any:
         return image.getexif().get(0x0112, 1)
     except (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, struct.error):
         return 1
-
-
-def _on_white(image: Image.Image, file: IO[bytes]) -> Image.Image:
-    """A loaded image of any mode as RGB, what is transparent in it on white."""
-    premultiplied, profile = {"La": "LA", "RGBa": "RGBA"}, image.info.get("icc_profile")
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        image = _grey_of_16_bits(image)
-    elif image.mode in ("I", "F"):
-        raise _Refusal(
-            f"has grey of 32 bits, signed or floating (mode {image.mode}), with no agreed black and white;"
-            " save it with 8 or 16 bits"
-        )
-    elif image.mode in premultiplied:
-        image = image.convert(premultiplied[image.mode])
-    elif image.format == "PNG" and image.mode in ("L", "RGB") and "transparency" in image.info:
-        image = _with_key_as_alpha(image, file)
-    if not image.has_transparency_data:
-        return _in_srgb(image, profile)
-    rgba = image.convert("RGBA")
-    alpha = rgba.getchannel("A")
-    rgb = _in_srgb(image.getchannel("L") if image.mode == "LA" else rgba, profile)
-    if image.format == "BMP" and alpha.getextrema() == (0, 0):  # an unused channel, as browsers take it
-        return rgb
-    white = Image.new("RGB", image.size, "white")
-    white.paste(rgb, mask=alpha)
-    return white
-
-
-def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Opaque colours by their profile; as they are where there is none, or it is damaged or of another space."""
-    space = {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB ")
-    plain = image.convert("RGB")
-    transform = _to_srgb(profile, space) if profile else None
-    if transform is None:
-        return plain
-    return transform.apply(plain if space == "RGB " else image)
-
-
-@lru_cache(maxsize=16)
-def _to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
-    """None for what is not a profile of this space, and for sRGB, told by what it does: at most 2 of 255."""
-    mode = {"GRAY": "L", "CMYK": "CMYK"}.get(space, "RGB")
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space != space:
-            return None
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-    if mode == "CMYK":
-        return transform
-    levels = np.linspace(0, 255, 6).astype(np.uint8)
-    colours = (
-        np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3) if mode == "RGB" else levels[None]
-    )
-    trial = Image.fromarray(np.ascontiguousarray(colours))
-    change = np.asarray(transform.apply(trial)).astype(int) - np.asarray(trial.convert("RGB"))
-    return transform if np.abs(change).max() > 2 else None
-
-
-def _grey_of_16_bits(image: Image.Image) -> Image.Image:
-    """As L, or as LA where a PNG names a transparent grey. PPM's grey is 16 bits in Pillow's mode I."""
-    tags = getattr(image, "tag_v2", {})  # of TIFF
-    top = 4095 if tuple(np.atleast_1d(tags.get(258, 16))) == (12,) else 65535
-    table = (np.minimum(np.arange(65536), top) * 255 + top // 2) // top
-    if tags.get(262) == 0:  # white is zero
-        table = 255 - table
-    values = np.asarray(image)
-    grey = Image.fromarray(table.astype(np.uint8)[values])
-    if "transparency" not in image.info:
-        return grey
-    alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
-    return Image.merge("LA", (grey, Image.fromarray(alpha)))
-
-
-def _with_key_as_alpha(image: Image.Image, file: IO[bytes]) -> Image.Image:
-    """A PNG with its transparent colour, written in the file's depth, as alpha: Pillow compares it with 8 bits."""
-    file.seek(24)
-    depth = file.read(1)[0]
-    key = np.atleast_1d(image.info["transparency"]) & (2**depth - 1)
-    pixels = np.asarray(image).reshape(image.height, image.width, -1)
-    if depth == 16:
-        low = Image.open(file, formats=("PNG",))
-        low.tile = [low.tile[0]._replace(args="RGB;16L")]  # the lower byte of each value, which Pillow drops
-        hidden = (pixels == key >> 8).all(-1) & (np.asarray(low) == (key & 255)).all(-1)
-    else:
-        hidden = (pixels == key * 255 // (2**depth - 1)).all(-1)
-    del image.info["transparency"]
-    image = image.convert("RGB")
-    image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
-    return image
 
 
 def image_uri(ref: ImageRef, place: str) -> str:
