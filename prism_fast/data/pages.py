@@ -63,7 +63,7 @@ class Column:
         self.meta, self.fd, self.name = meta, fd, about.path
         self._highest = (about.max_repetition_level, about.max_definition_level)
         self.codec, self.values, self.size = meta[4][1], meta[5][1], meta[7][1]
-        self.begin = min(place for place in (meta[9][1], meta.get(11, (I64, 0))[1]) if place > 0)
+        self.begin = min(meta[field][1] for field in (9, 11) if field in meta and (meta[field][1] > 0 or field == 9))
         self.is_text = meta[1][1] == BYTE_ARRAY
         self.is_plain = not {1, 8, 9} & told.keys()  # lies in this file, and not encrypted
         self.pages = list(self._walk()) if self.is_plain else []
@@ -87,6 +87,8 @@ class Column:
 
     def _header(self, at: int, end: int) -> tuple[Struct, int]:
         size = 1 << 12
+        if at >= end:
+            raise Fault(f"{self.name}: pages are missing")
         while True:
             data = os.pread(self.fd, min(size, end - at), at)
             try:
@@ -254,6 +256,17 @@ def _page(header: Struct, begin: int) -> Page:
         raise Fault("a page's header is none") from None
 
 
+@contextmanager
+def _plain_faults(what: str) -> Iterator[None]:
+    """Fields that are missing, or of another kind."""
+    try:
+        yield
+    except pa.ArrowException:  # some are ValueErrors
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Fault(what) from error
+
+
 class SmallPages:
     """A parquet file whose row groups are read with small pages, by pyarrow. Holds the file open until `close`.
 
@@ -266,7 +279,8 @@ class SmallPages:
         fd = self._file.fileno()
         end = os.fstat(fd).st_size - 8  # the footer's length and four letters
         length = int.from_bytes(os.pread(fd, 4, end), "little")
-        self._footer = read_struct(os.pread(fd, length, end - length))[0]
+        with _plain_faults("its footer is damaged"):
+            self._footer = read_struct(os.pread(fd, length, end - length))[0]
 
     def close(self) -> None:
         self._file.close()
@@ -278,27 +292,33 @@ class SmallPages:
 
         Raises OSError and pyarrow's errors, also while it is read, for what is damaged.
         """
+        with ExitStack() as stack:
+            with _plain_faults("its footer or a page's header is damaged"):
+                group, shown, rows = self._shown(number, leaves, share, stack)
+                file = stack.enter_context(self._opened(group, shown))
+            yield file, rows
+
+    def _shown(self, number: int, leaves: list[int], share: int, stack: ExitStack) -> tuple[Struct, _Shown, float]:
         group: Struct = self._footer[4][1][1][number]
         told, total = list(group[1][1][1]), group[3][1]
         shown, rows = _Shown(self._file.fileno()), float(total)
-        with ExitStack() as stack:
-            for leaf in leaves:
-                column = Column(shown.fd, told[leaf], self._schema.column(leaf))
-                if not column.is_plain:
-                    continue
-                place = (leaf + 1) * _APART
-                if column.is_remade():
-                    dictionary = Dictionary(column.dictionary_values(), self._scratch)
-                    stack.callback(dictionary.close)
-                    longest = dictionary.longest
-                    shown.made[leaf + 1] = _Pieces(column.small_pages(dictionary))
-                    told[leaf] = column.told(place, is_remade=True)
-                else:
-                    longest = column.longest_of_dictionary()
-                    shown.begin[leaf + 1] = column.begin
-                    told[leaf] = column.told(place, is_remade=False)
-                rows = min(rows, column.rows_of(share, total, longest))
-            yield stack.enter_context(self._opened({**group, 1: (LIST, (STRUCT, told))}, shown)), rows
+        for leaf in leaves:
+            column = Column(shown.fd, told[leaf], self._schema.column(leaf))
+            if not column.is_plain:
+                continue
+            place = (leaf + 1) * _APART
+            if column.is_remade():
+                dictionary = Dictionary(column.dictionary_values(), self._scratch)
+                stack.callback(dictionary.close)
+                longest = dictionary.longest
+                shown.made[leaf + 1] = _Pieces(column.small_pages(dictionary))
+                told[leaf] = column.told(place, is_remade=True)
+            else:
+                longest = column.longest_of_dictionary()
+                shown.begin[leaf + 1] = column.begin
+                told[leaf] = column.told(place, is_remade=False)
+            rows = min(rows, column.rows_of(share, total, longest))
+        return {**group, 1: (LIST, (STRUCT, told))}, shown, rows
 
     def _opened(self, group: Struct, shown: _Shown) -> pq.ParquetFile:
         kept = {field: value for field, value in self._footer.items() if field not in (8, 9)}  # how it is encrypted
