@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ from prism_fast.data.values import (
     RLE,
     Dictionary,
     levels,
+    named,
     numbers_part,
     packed_levels,
     values_of,
@@ -71,7 +74,7 @@ class Column:
     def _walk(self) -> Iterator[Page]:
         at, seen = self.begin, 0
         end = min(self.begin + self.size + 100, os.fstat(self.fd).st_size)  # old writers left out a header's bytes
-        while seen < self.values:
+        while seen < self.values and at < self.begin + self.size:
             header, at = self._header(at, end)
             page = _page(header, at)
             at += page.packed
@@ -82,7 +85,7 @@ class Column:
                 )
             if page.kind in (DATA, DATA_2):
                 seen += page.values
-            if page.kind != INDEX:
+            if page.kind in (DATA, DATA_2, DICTIONARY):
                 yield page
 
     def _header(self, at: int, end: int) -> tuple[Struct, int]:
@@ -101,8 +104,9 @@ class Column:
 
     def is_remade(self) -> bool:
         """Whether it has a page that is too large, and all of its pages can be read here."""
-        if not any(max(page.packed, page.unpacked) > LARGEST_PAGE for page in self.pages):
-            return False
+        return self._is_readable() and any(max(page.packed, page.unpacked) > LARGEST_PAGE for page in self.pages)
+
+    def _is_readable(self) -> bool:
         readable = self.is_text and self.codec in CODECS and max(self._highest) < 128
         return readable and all(
             page.encoding in ENCODINGS and all(how == RLE for how, most in zip(page.stored, self._highest) if most)
@@ -190,6 +194,20 @@ class Column:
             return sizes[0]
         return max(map(len, self.dictionary_values()), default=0)
 
+    def unpacked_bytes(self) -> int:
+        """Of all its values, those of a dictionary as often as they are named, as far as that can be read here."""
+        if not self._is_readable():
+            return 0
+        lengths, size = array("q", map(len, self.dictionary_values())), 0
+        for page in self.pages:
+            if page.kind != DICTIONARY and page.encoding in DICTIONARIES:
+                stream = self.stream(page)
+                count = sum(define == self._highest[1] for define in self._levels(page, stream)[1])
+                size += sum(lengths[number] for number in islice(named(stream), count))
+            elif page.kind != DICTIONARY:
+                size += page.unpacked
+        return size
+
     def rows_of(self, share: int, rows: int, longest: int) -> float:
         """How many of ``rows`` rows have ``share`` bytes: by pages' means, or all a dictionary's ``longest`` value."""
         most = float(rows)
@@ -270,10 +288,10 @@ def _plain_faults(what: str) -> Iterator[None]:
 class SmallPages:
     """A parquet file whose row groups are read with small pages, by pyarrow. Holds the file open until `close`.
 
-    ``meta``: its footer; ``scratch``: a folder for dictionaries that are too large for memory.
+    ``meta``: its footer; ``scratch``: a folder for dictionaries that are too large for memory, for `group`.
     """
 
-    def __init__(self, path: Path, meta: pq.FileMetaData, scratch: Path):
+    def __init__(self, path: Path, meta: pq.FileMetaData, scratch: Path | None = None):
         self._scratch, self._schema = scratch, meta.schema
         self._file = path.open("rb")
         fd = self._file.fileno()
@@ -284,6 +302,12 @@ class SmallPages:
 
     def close(self) -> None:
         self._file.close()
+
+    def unpacked_bytes(self, number: int, leaf: int) -> int:
+        """Of the values of a column of byte strings in row group ``number``, however often one is stored."""
+        with _plain_faults("its footer or a page is damaged"):
+            told = self._footer[4][1][1][number][1][1][1][leaf]
+            return Column(self._file.fileno(), told, self._schema.column(leaf)).unpacked_bytes()
 
     @contextmanager
     def group(self, number: int, leaves: list[int], share: int) -> Iterator[tuple[pq.ParquetFile, float]]:
