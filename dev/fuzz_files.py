@@ -31,7 +31,7 @@ import torch
 from dev import damaged as make
 from dev import fuzz_models
 from dev.fuzzing import Judge, damaged, main
-from prism_fast.data import dataset, kinds, parquet, row_groups, source, wire
+from prism_fast.data import dataset, kinds, pages, parquet, row_groups, source, wire
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.chat import Chat
@@ -205,15 +205,17 @@ def saved() -> Judge:
 
 
 def pieces() -> Judge:
-    """The program that cuts large row groups, and what is read of its copy."""
+    """The program that cuts large row groups, and what is read of its copy; half of them have large pages."""
     base = make.records("alignment", embedded=True)
 
     def judge(rng: random.Random, folder: Path) -> str:
         path = folder / "data.parquet"
         path.write_bytes(make.parquet_file(base, rng)[0])
+        largest = rng.choice((50, pages.LARGEST_PAGE))
         try:
             held = parquet.Parquet(path, Cache(folder / "cache"))
-            row_groups.cut(path, folder / "cut.parquet", held.columns)
+            with mock.patch.object(pages, "LARGEST_PAGE", largest):
+                row_groups.cut(path, folder / "cut.parquet", held.columns)
         except DataError as error:
             plain(error, path)
             return "refused"

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ from prism_fast.data.values import (
     RLE,
     Dictionary,
     levels,
+    named,
     numbers_part,
     packed_levels,
     values_of,
@@ -63,7 +66,7 @@ class Column:
         self.meta, self.fd, self.name = meta, fd, about.path
         self._highest = (about.max_repetition_level, about.max_definition_level)
         self.codec, self.values, self.size = meta[4][1], meta[5][1], meta[7][1]
-        self.begin = min(place for place in (meta[9][1], meta.get(11, (I64, 0))[1]) if place > 0)
+        self.begin = min(meta[field][1] for field in (9, 11) if field in meta and (meta[field][1] > 0 or field == 9))
         self.is_text = meta[1][1] == BYTE_ARRAY
         self.is_plain = not {1, 8, 9} & told.keys()  # lies in this file, and not encrypted
         self.pages = list(self._walk()) if self.is_plain else []
@@ -71,7 +74,7 @@ class Column:
     def _walk(self) -> Iterator[Page]:
         at, seen = self.begin, 0
         end = min(self.begin + self.size + 100, os.fstat(self.fd).st_size)  # old writers left out a header's bytes
-        while seen < self.values:
+        while seen < self.values and at < self.begin + self.size:
             header, at = self._header(at, end)
             page = _page(header, at)
             at += page.packed
@@ -82,11 +85,13 @@ class Column:
                 )
             if page.kind in (DATA, DATA_2):
                 seen += page.values
-            if page.kind != INDEX:
+            if page.kind in (DATA, DATA_2, DICTIONARY):
                 yield page
 
     def _header(self, at: int, end: int) -> tuple[Struct, int]:
         size = 1 << 12
+        if at >= end:
+            raise Fault(f"{self.name}: pages are missing")
         while True:
             data = os.pread(self.fd, min(size, end - at), at)
             try:
@@ -99,8 +104,9 @@ class Column:
 
     def is_remade(self) -> bool:
         """Whether it has a page that is too large, and all of its pages can be read here."""
-        if not any(max(page.packed, page.unpacked) > LARGEST_PAGE for page in self.pages):
-            return False
+        return self._is_readable() and any(max(page.packed, page.unpacked) > LARGEST_PAGE for page in self.pages)
+
+    def _is_readable(self) -> bool:
         readable = self.is_text and self.codec in CODECS and max(self._highest) < 128
         return readable and all(
             page.encoding in ENCODINGS and all(how == RLE for how, most in zip(page.stored, self._highest) if most)
@@ -188,6 +194,20 @@ class Column:
             return sizes[0]
         return max(map(len, self.dictionary_values()), default=0)
 
+    def unpacked_bytes(self) -> int:
+        """Of all its values, those of a dictionary as often as they are named, as far as that can be read here."""
+        if not self._is_readable():
+            return 0
+        lengths, size = array("q", map(len, self.dictionary_values())), 0
+        for page in self.pages:
+            if page.kind != DICTIONARY and page.encoding in DICTIONARIES:
+                stream = self.stream(page)
+                count = sum(define == self._highest[1] for define in self._levels(page, stream)[1])
+                size += sum(lengths[number] for number in islice(named(stream), count))
+            elif page.kind != DICTIONARY:
+                size += page.unpacked
+        return size
+
     def rows_of(self, share: int, rows: int, longest: int) -> float:
         """How many of ``rows`` rows have ``share`` bytes: by pages' means, or all a dictionary's ``longest`` value."""
         most = float(rows)
@@ -254,22 +274,40 @@ def _page(header: Struct, begin: int) -> Page:
         raise Fault("a page's header is none") from None
 
 
+@contextmanager
+def _plain_faults(what: str) -> Iterator[None]:
+    """Fields that are missing, or of another kind."""
+    try:
+        yield
+    except pa.ArrowException:  # some are ValueErrors
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Fault(what) from error
+
+
 class SmallPages:
     """A parquet file whose row groups are read with small pages, by pyarrow. Holds the file open until `close`.
 
-    ``meta``: its footer; ``scratch``: a folder for dictionaries that are too large for memory.
+    ``meta``: its footer; ``scratch``: a folder for dictionaries that are too large for memory, for `group`.
     """
 
-    def __init__(self, path: Path, meta: pq.FileMetaData, scratch: Path):
+    def __init__(self, path: Path, meta: pq.FileMetaData, scratch: Path | None = None):
         self._scratch, self._schema = scratch, meta.schema
         self._file = path.open("rb")
         fd = self._file.fileno()
         end = os.fstat(fd).st_size - 8  # the footer's length and four letters
         length = int.from_bytes(os.pread(fd, 4, end), "little")
-        self._footer = read_struct(os.pread(fd, length, end - length))[0]
+        with _plain_faults("its footer is damaged"):
+            self._footer = read_struct(os.pread(fd, length, end - length))[0]
 
     def close(self) -> None:
         self._file.close()
+
+    def unpacked_bytes(self, number: int, leaf: int) -> int:
+        """Of the values of a column of byte strings in row group ``number``, however often one is stored."""
+        with _plain_faults("its footer or a page is damaged"):
+            told = self._footer[4][1][1][number][1][1][1][leaf]
+            return Column(self._file.fileno(), told, self._schema.column(leaf)).unpacked_bytes()
 
     @contextmanager
     def group(self, number: int, leaves: list[int], share: int) -> Iterator[tuple[pq.ParquetFile, float]]:
@@ -278,27 +316,33 @@ class SmallPages:
 
         Raises OSError and pyarrow's errors, also while it is read, for what is damaged.
         """
+        with ExitStack() as stack:
+            with _plain_faults("its footer or a page's header is damaged"):
+                group, shown, rows = self._shown(number, leaves, share, stack)
+                file = stack.enter_context(self._opened(group, shown))
+            yield file, rows
+
+    def _shown(self, number: int, leaves: list[int], share: int, stack: ExitStack) -> tuple[Struct, _Shown, float]:
         group: Struct = self._footer[4][1][1][number]
         told, total = list(group[1][1][1]), group[3][1]
         shown, rows = _Shown(self._file.fileno()), float(total)
-        with ExitStack() as stack:
-            for leaf in leaves:
-                column = Column(shown.fd, told[leaf], self._schema.column(leaf))
-                if not column.is_plain:
-                    continue
-                place = (leaf + 1) * _APART
-                if column.is_remade():
-                    dictionary = Dictionary(column.dictionary_values(), self._scratch)
-                    stack.callback(dictionary.close)
-                    longest = dictionary.longest
-                    shown.made[leaf + 1] = _Pieces(column.small_pages(dictionary))
-                    told[leaf] = column.told(place, is_remade=True)
-                else:
-                    longest = column.longest_of_dictionary()
-                    shown.begin[leaf + 1] = column.begin
-                    told[leaf] = column.told(place, is_remade=False)
-                rows = min(rows, column.rows_of(share, total, longest))
-            yield stack.enter_context(self._opened({**group, 1: (LIST, (STRUCT, told))}, shown)), rows
+        for leaf in leaves:
+            column = Column(shown.fd, told[leaf], self._schema.column(leaf))
+            if not column.is_plain:
+                continue
+            place = (leaf + 1) * _APART
+            if column.is_remade():
+                dictionary = Dictionary(column.dictionary_values(), self._scratch)
+                stack.callback(dictionary.close)
+                longest = dictionary.longest
+                shown.made[leaf + 1] = _Pieces(column.small_pages(dictionary))
+                told[leaf] = column.told(place, is_remade=True)
+            else:
+                longest = column.longest_of_dictionary()
+                shown.begin[leaf + 1] = column.begin
+                told[leaf] = column.told(place, is_remade=False)
+            rows = min(rows, column.rows_of(share, total, longest))
+        return {**group, 1: (LIST, (STRUCT, told))}, shown, rows
 
     def _opened(self, group: Struct, shown: _Shown) -> pq.ParquetFile:
         kept = {field: value for field, value in self._footer.items() if field not in (8, 9)}  # how it is encrypted

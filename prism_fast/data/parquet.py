@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 from prism_fast.data import row_groups
 from prism_fast.data.cache import Cache
 from prism_fast.data.held import Held, state
+from prism_fast.data.pages import SmallPages
 from prism_fast.data.row_groups import PIECE_BYTES, leaves_of, opened, reason, unreadable
 from prism_fast.records import DataError
 
@@ -39,7 +42,7 @@ class Parquet:
         self._theirs = _starts(file)  # before they are cut
         self.schema = file.schema_arrow
         self.columns = columns_of(self.schema, wanted or (lambda name: True), path)
-        size, rows = _largest_group(file, self.columns)
+        size, rows = _largest_group(file, self.columns, path)
         if size > GROUP_BYTES or rows > GROUP_ROWS:
             self._read_from = self._cut(cache, f"{path}: row groups of up to {size >> 20:,} MiB, {rows:,} rows")
             file = opened(self._read_from, path)
@@ -128,17 +131,29 @@ def row(table: pa.Table, index: int, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: a value cannot be read; write it as a text ({detail})") from error
 
 
-def _largest_group(file: pq.ParquetFile, columns: list[str]) -> tuple[int, int]:
-    """(bytes of the wanted columns of the row group that has the most, unpacked or not, as the file says; most rows of
-    one)."""
+def _largest_group(file: pq.ParquetFile, columns: list[str], path: Path) -> tuple[int, int]:
+    """(bytes of the wanted columns of the row group that has the most, unpacked or not; most rows of one)."""
     meta, size, rows = file.metadata, 0, 0
     wanted = leaves_of(meta, columns)
-    for number in range(meta.num_row_groups):
-        group = meta.row_group(number)
-        chunks = [group.column(i) for i in wanted]
-        size = max(size, sum(max(chunk.total_uncompressed_size, chunk.total_compressed_size) for chunk in chunks))
-        rows = max(rows, group.num_rows)
+    with ExitStack() as stack:
+        pages = cache(lambda: stack.enter_context(closing(SmallPages(path, meta))))
+        for number in range(meta.num_row_groups):
+            group, bytes_here = meta.row_group(number), 0
+            for leaf in wanted:
+                chunk = group.column(leaf)
+                told = max(chunk.total_uncompressed_size, chunk.total_compressed_size)
+                if _repeats(chunk):  # a text that is stored once for many rows is unpacked for each
+                    with suppress(OSError, pa.ArrowException):  # said where its records are read
+                        told = max(told, pages().unpacked_bytes(number, leaf))
+                bytes_here += told
+            size, rows = max(size, bytes_here), max(rows, group.num_rows)
     return size, rows
+
+
+def _repeats(chunk: pq.ColumnChunkMetaData) -> bool:
+    """Whether a text could be stored once for so many rows that they are above GROUP_BYTES."""
+    most = chunk.total_uncompressed_size * chunk.num_values
+    return chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY" and most > GROUP_BYTES
 
 
 def _shortest(value: Any, kind: pa.DataType) -> Any:

@@ -35,9 +35,11 @@ def opened(path: Path, source: Path) -> pq.ParquetFile:
         _check_counts(file.metadata)
         return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{source}: not a readable parquet file, perhaps truncated; copy it again ({reason(error)})"
-        ) from error
+        raise _no_file(source, error) from error
+
+
+def _no_file(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: not a readable parquet file, perhaps truncated; copy it again ({reason(error)})")
 
 
 def _check_counts(meta: pq.FileMetaData) -> None:
@@ -85,7 +87,11 @@ def _pieces(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
 def _batches(source: Path, scratch: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     meta = opened(source, source).metadata
     leaves = leaves_of(meta, columns)
-    with closing(SmallPages(source, meta, scratch)) as small:
+    try:
+        opened_small = SmallPages(source, meta, scratch)
+    except OSError as error:
+        raise _no_file(source, error) from error
+    with closing(opened_small) as small:
         for number in range(meta.num_row_groups):
             found, wanted = 0, meta.row_group(number).num_rows
             try:

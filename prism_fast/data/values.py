@@ -28,9 +28,9 @@ _GROUPS = 512  # of eight numbers that are unpacked at once
 class Dictionary:
     """Values that data pages name by number; large ones in a file of ``folder`` that ends with this process."""
 
-    def __init__(self, values: Iterable[bytes], folder: Path):
+    def __init__(self, values: Iterable[bytes], folder: Path | None):
         self.longest, self._start = 0, array("q", [0])
-        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=str(folder), prefix="dictionary-")  # noqa: SIM115
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=folder and str(folder), prefix="dictionary-")  # noqa: SIM115
         for value in values:
             self._file.write(value)
             self._start.append(self._start[-1] + len(value))
@@ -51,10 +51,7 @@ def values_of(stream: Stream, encoding: int, most: int, dictionary: Dictionary |
     if encoding in DICTIONARIES:
         if dictionary is None:
             raise Fault("a page names values of a dictionary that is missing")
-        if stream.left:
-            width = stream.take(1)[0]
-            for number in numbers(numbers_part(stream, stream.left), width, None):
-                yield dictionary[number]
+        yield from map(dictionary.__getitem__, named(stream))
     elif encoding == PLAIN:
         while stream.left:
             yield stream.take(int.from_bytes(stream.take(4), "little"))
@@ -67,6 +64,13 @@ def values_of(stream: Stream, encoding: int, most: int, dictionary: Dictionary |
                 raise Fault("a value repeats more of the one before than there is")
             value = value[:same] + stream.take(length)
             yield value
+
+
+def named(stream: Stream) -> Iterator[int]:
+    """Numbers in a dictionary, and a few that mean nothing behind the last."""
+    if stream.left:
+        width = stream.take(1)[0]
+        yield from numbers(numbers_part(stream, stream.left), width, None)
 
 
 def numbers_part(stream: Stream, size: int) -> bytes:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prism_fast.data import pages, row_groups, thrift, unpack, values
+from prism_fast.data import pages, parquet, row_groups, thrift, unpack, values
+from prism_fast.data.cache import Cache
 from prism_fast.records import DataError
 
 RNG_SEED = 18
@@ -154,6 +155,23 @@ def test_memory_does_not_grow_with_a_page(tmp_path, options, equal):
     done = subprocess.run([sys.executable, "-c", PEAK, path, target], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 60  # MB; the page alone is 64
     assert pq.read_table(target).equals(pa.table(rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"data_page_version": "2.0"}, {"compression": "none"}], ids=str)
+def test_equal_images_are_counted_as_often_as_they_are_unpacked(tmp_path, capsys, options):
+    """Else a file of 2 MB would be read as a row group of 40."""
+    path, image = tmp_path / "a.parquet", random.Random(RNG_SEED).randbytes(1 << 20)
+    one, none = {"bytes": image, "path": None}, {"bytes": None, "path": None}
+    rows = {"images": [[one] if i % 50 else [none] for i in range(41)], "question": ["How many?"] * 41}
+    pq.write_table(pa.table(rows), path, **options)
+    assert path.stat().st_size < 4 << 20
+    data = parquet.Parquet(path, Cache(tmp_path / "cache"))
+    assert "row groups of up to 40 MiB, 41 rows are cut into pieces" in capsys.readouterr().err
+    assert data[40]["images"][0]["bytes"] == image
+    small = {**rows, "images": rows["images"][:20], "question": rows["question"][:20]}
+    pq.write_table(pa.table(small), path, **options)
+    assert len(parquet.Parquet(path, Cache(tmp_path / "cache"))) == 20
+    assert not capsys.readouterr().err
 
 
 PACKED = {
