@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prism_fast import printable
-from prism_fast.data.batches import Ended, Worker
 from prism_fast.data.dataset import Records
 from prism_fast.data.findings import Findings, as_json, show
 from prism_fast.data.held import Held
@@ -28,6 +27,7 @@ from prism_fast.data.kinds import opened
 from prism_fast.data.packing import Packing, packed_steps
 from prism_fast.data.parquet import GROUP_BYTES, Parquet
 from prism_fast.data.verdicts import Judge, Judged, Picture, judge_of
+from prism_fast.data.workers import Ended, Worker
 from prism_fast.records import DataError, Sample
 
 if TYPE_CHECKING:

@@ -32,10 +32,8 @@ def unread_columns(schema: pa.Schema, columns: Collection[str]) -> list[str]:
 def unread(fields: Fields, sample: Sample) -> Iterator[str]:
     """Of a record and what was made of it, the fields that hold something and were not read."""
     for key, value in fields.record.items():
-        if missing(value):
-            continue
         if key not in fields.used:
-            if not (VOICE.fullmatch(key) and _says(value, sample)):
+            if not missing(value) and not (VOICE.fullmatch(key) and _says(value, sample)):
                 yield key
         elif isinstance(value, dict) and key == "extra_info":
             yield from _inside(key, [value], (*EXTRA, "index"))

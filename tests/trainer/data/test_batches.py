@@ -12,9 +12,12 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from prism_fast.data.batches import MOST_WORKERS, Batches, number_of_workers
+from prism_fast.data.batches import MOST_WORKERS, Batches, number_of_workers, together
 from prism_fast.data.chat import Chat
+from prism_fast.data.dataset import Dataset
 from prism_fast.data.encode import question
 from prism_fast.data.formats import read_rlvr
 from prism_fast.data.order import order
@@ -56,6 +59,59 @@ def test_entries_are_those_of_the_order(tmp_path, tiny_folder, workers):
                 assert torch.equal(prompt.input_ids, own.input_ids)
     finally:
         batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_an_image_is_decoded_once_a_batch_whoever_meets_it(tmp_path, tiny_folder, workers):
+    """Of 24 records on 5 pictures, each in two files; some have two, and tie others together."""
+    for i in range(10):
+        (tmp_path / f"{i}.png").write_bytes(png(i % 5))
+    asked = [[i % 10] if i % 6 else [i % 10, (i + 3) % 10] for i in range(24)]
+    rows = [
+        record(
+            "rlvr",
+            images=[f"{name}.png" for name in names],
+            prompt=[{"role": "user", "content": "<image>" * len(names) + f"Sum {i}?"}],
+        )
+        for i, names in enumerate(asked)
+    ]
+    data, chat = read_rlvr(write(tmp_path, "rlvr", *rows, name="d.jsonl")), Chat.load(tiny_folder / "base")
+
+    def encode(sample):
+        before = chat.images.decoded
+        made = question(sample, chat, max_prompt_tokens=512)
+        with open(tmp_path / "decoded", "a") as log:
+            log.write(f"{sample.place} {chat.images.decoded - before}\n")
+        return made
+
+    batches, picked = opened(data, encode, workers), order(24, 3, 0, 12)
+    try:
+        taken = batches.take(0, 12)
+    finally:
+        batches.close()
+    decoded = dict(line.rsplit(" ", 1) for line in (tmp_path / "decoded").read_text().splitlines())
+    distinct = {name % 5 for i in picked for name in asked[i]}
+    assert sum(int(decoded[data[i].place]) for i in picked) == len(distinct) == 5
+    own = Chat.load(tiny_folder / "base")
+    for i, (sample, prompt) in zip(picked, taken, strict=True):
+        want = question(data[i], own, max_prompt_tokens=512)[1]
+        assert sample == data[i] and prompt.key == want.key and torch.equal(prompt.pixel_values, want.pixel_values)
+
+
+@given(st.lists(st.lists(st.integers(0, 12), max_size=3), max_size=20))
+def test_records_that_share_an_image_are_together(keys):
+    named = {7 * i: [str(key) for key in several] for i, several in enumerate(keys)}
+    groups = together(named)
+    assert sorted(position for group in groups for position in group) == sorted(named)
+    assert groups == sorted(groups) and all(group == sorted(group) for group in groups)
+    held = [{key for position in group for key in named[position]} for group in groups]
+    assert sum(map(len, held)) == len(set().union(*held))  # none in two of them
+    for group in groups:  # and no larger than they have to be
+        reached = {group[0]}
+        for _ in group:
+            near = {key for position in reached for key in named[position]}
+            reached |= {position for position in group if near & {*named[position]}}
+        assert reached == {*group}
 
 
 @ALL
@@ -108,6 +164,24 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path, workers, busy):
         [batches.take(2 * step, 2) for step in range(4)]
     assert "\n" not in str(caught.value) and not batches.bad.found
     batches.close()
+
+
+def test_a_worker_that_dies_while_the_others_wait_to_be_dealt_records(tmp_path, monkeypatch):
+    """Two of three have looked at their records; those of the third are never seen."""
+    data, parent, read = read_rlvr(files(tmp_path)), os.getpid(), Dataset.__getitem__
+
+    def dies(self, index):
+        if os.getpid() != parent and index % 3 == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    monkeypatch.setattr(Dataset, "__getitem__", dies)
+    batches = opened(data, lambda sample: sample.place, 3)
+    try:
+        with pytest.raises(DataError, match=r"data worker .*signal 9 \(out of memory\?\); lower data.workers"):
+            batches.take(0, 12)
+    finally:
+        batches.close()
 
 
 def test_no_more_than_the_next_batch_is_encoded_ahead(tmp_path):

@@ -1,6 +1,7 @@
 """A killed stage, resumed, gives the same losses and the same final weights, bit for bit on a CPU."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -68,6 +69,41 @@ def test_killed_and_resumed_equals_uninterrupted(stage, tiny_folder, finished, t
     for file, tensors in a.items():
         for name, value in tensors.items():
             assert torch.equal(value, b[file][name]), (file, name)
+
+
+def processes_of(pid):
+    """Those that it has started and that are there still."""
+    listed = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for text in listed for child in text.split()]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_data_worker_that_is_killed_ends_the_stage_in_one_line_and_it_resumes(
+    workers, tiny_folder, finished, tmp_path
+):
+    whole, cut = finished("sft"), tmp_path / "cut"
+    tree = settings(tiny_folder, "sft", cut)
+    tree["data"]["workers"] = workers
+    process = start_stage("sft", tree, tmp_path / "said")
+    wait_for_step(cut, 2, process)
+    os.kill(process.pid, signal.SIGSTOP)  # or it may be at its end before the worker is
+    data_workers = processes_of(process.pid)
+    assert len(data_workers) == workers
+    os.kill(data_workers[0], signal.SIGKILL)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(60)
+    assert process.exitcode == 2 and not (cut / "final").exists()
+    said = (tmp_path / "said").read_text().splitlines()
+    end = "ended with signal 9 (out of memory?); lower data.workers and --resume"
+    assert said[-1] == f"error: a data worker (process {data_workers[0]}) {end}" and not any(
+        "Traceback" in line or "worker" in line for line in said[:-1]
+    )
+    assert not any(Path(f"/proc/{pid}").exists() for pid in data_workers)
+    run_stage("sft", settings(tiny_folder, "sft", cut), resume=True)
+    assert losses(cut) == losses(whole)
+    for file, tensors in weights(whole).items():
+        for name, value in tensors.items():
+            assert torch.equal(value, weights(cut)[file][name]), (file, name)
 
 
 def test_bf16_weights_resume_with_their_fp32_masters(tiny_folder, tmp_path):
