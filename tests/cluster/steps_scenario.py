@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -55,7 +54,7 @@ class Case:
     form: str = "none"
     stage: str = "align"
     tokens_per_pack: int = 64
-    packed_for: int = 0  # processes that supervised packs are planned for; 0: as many as there are
+    packed_for: int | None = None  # processes that supervised packs are planned for; None: as many as there are
     images: tuple[int, ...] = (0, 2)  # prompts that have one
     valid: tuple[bool, ...] = (True, True, False, True) * 4
     no_advantage: tuple[int, ...] = ()  # responses
@@ -284,9 +283,7 @@ def play_sft(case: Case, updaters: dict[str, Updater], step: str, found: dict[st
     made, each = rollout(case), updaters["policy"]
     told = [(made.prompts[g], ids) for g, ids in zip(made.group.tolist(), made.response_ids)]
     told += [(question((1,), i), tokens(i, 5)) for i in range(5)]  # which share a picture
-    world = case.packed_for or ranks.world()
-    with patch.object(ranks, "world", lambda: world):
-        packs = demonstration_packs(told, case.tokens_per_pack, each.module)
+    packs = demonstration_packs(told, case.tokens_per_pack, each.module, world=case.packed_for)
     found[f"packs.{step}"] = torch.tensor([packs.tokens(number) for number in range(len(packs))])
     loss = supervised_gradient(each, packs)
     found[f"figure.loss.{step}"] = torch.tensor(loss)
