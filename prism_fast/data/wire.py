@@ -22,7 +22,7 @@ _RECORDS: dict[str, type] = {cls.__name__: cls for cls in (ImageRef, Lesson, Mes
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.int64)}
 _DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int32, torch.uint8, torch.bool)}
 _ALIGNED = 64
-_TOGETHER = 1 << 16  # bytes: what is smaller is copied into one piece, for one call of the system
+_MOST_PIECES = 512  # for one call of the system; Linux takes 1024
 Parts = list[bytes | memoryview]
 
 
@@ -61,9 +61,15 @@ def from_bytes(data: bytes | np.ndarray[Any, Any]) -> Any:
 def send(line: socket.socket, parts: Parts) -> None:
     """One message. Raises OSError where nobody reads any more."""
     size = sum(map(len, parts))
-    whole: Parts = [size.to_bytes(8, "little"), *parts]
-    for piece in [b"".join(whole)] if size < _TOGETHER else whole:
-        line.sendall(piece)
+    left = [memoryview(part) for part in (size.to_bytes(8, "little"), *parts)]
+    at = 0
+    while at < len(left):
+        sent = line.sendmsg(left[at : at + _MOST_PIECES])
+        while at < len(left) and sent >= len(left[at]):
+            sent -= len(left[at])
+            at += 1
+        if sent:
+            left[at] = left[at][sent:]
 
 
 def receive(line: socket.socket) -> np.ndarray[Any, Any]:

@@ -1,13 +1,15 @@
 """Records on their way between processes: back as they were, and nothing but records."""
 
 import pickle
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from prism_fast.data.wire import from_bytes, to_bytes
+from prism_fast.data.wire import from_bytes, receive, send, to_bytes, to_parts
 from prism_fast.records import ImageRef, Lesson, Message, PairRecord, Prompt, Sample, Seen
 
 PROMPT = Prompt(torch.tensor([1, 2, 3]), torch.randn(4, 6), torch.tensor([[1, 2, 2]]), key=b"\0\xff", place="a.json:1")
@@ -71,3 +73,16 @@ def test_no_code_is_run():
     for data in (pickle.dumps([1, 2]), b'\x0c\0\0\0\0\0\0\0[{"os": []},[]]'):
         with pytest.raises((ValueError, KeyError)):
             from_bytes(data)
+
+
+def test_a_message_of_many_pieces_arrives_whole():
+    # More pieces than a call takes, empty ones among them, and one larger than what a socket holds.
+    value = [torch.arange(number % 7) for number in range(3000)] + [torch.arange(200_000)]
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for _ in range(2):
+            sent = pool.submit(send, ours, to_parts(value))
+            found = from_bytes(receive(theirs))
+            sent.result()
+            assert len(found) == len(value) and all(map(torch.equal, found, value))
