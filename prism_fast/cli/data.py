@@ -128,6 +128,8 @@ def data_convert(
     print(f"{made.records} records, {made.kind}, {made.left_out} left out -> {out}")
     if made.not_written:
         print(not_written(made.not_written))
+    if made.images_elsewhere is not None:
+        print(f"its images stay in {made.images_elsewhere}: read it with data.image_folders or --image-folder")
 
 
 def _pair(text: str, key: str) -> tuple[str, str]:

@@ -24,7 +24,8 @@ AcceptChanges = Annotated[bool, typer.Option("--accept-changes", help="--resume 
 
 Columns = Annotated[list[str] | None, typer.Option("--column", help="ours=theirs, for a field of another name.")]
 ImageFolders = Annotated[
-    list[Path] | None, typer.Option("--image-folder", callback=home, help="Where else images may lie; / anywhere.")
+    list[Path] | None,
+    typer.Option("--image-folder", callback=home, help="Where else images may lie, and are looked for; / anywhere."),
 ]
 
 # The deepspeed launcher puts it before the command, others behind; LOCAL_RANK says the same.

@@ -29,7 +29,9 @@ class DataConfig(Node):
         description="our name of a field: the files' name, as {images: picture, reward_model.ground_truth: answer}",
     )
     image_folders: Places = Field(
-        (), description="where else than in its file's folder an image may lie, links followed; /: anywhere"
+        (),
+        description="where else than in its file's folder an image may lie, links followed, and is looked for; "
+        "/: anywhere",
     )
     cache: Place | None = Field(
         None, description="folder for what is made once of large files; null: run.out/cache, outside training none"

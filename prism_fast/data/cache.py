@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from prism_fast import ranks
 from prism_fast.files import replacing, writing
 from prism_fast.records import DataError
+
+BEAT = 5.0  # seconds between signs that the first process is at work
 
 
 class Cache:
@@ -56,7 +59,9 @@ class Cache:
         for the same files."""
         found = self.folder / f"{source.stem[:40]}-{_digest(source, asked)}.{name}"
         with ranks.together():
-            if ranks.is_first() or not self.is_kept:
+            if self.is_kept:
+                _by_first(lambda: self._made(found, make, said, sound))
+            else:
                 self._made(found, make, said, sound)
         with ranks.together():
             self._made(found, make, None, sound)
@@ -82,6 +87,38 @@ class Cache:
             print(f"{said}: {found}", file=sys.stderr, flush=True)
         with writing(found, "data.cache"), replacing(found) as aside:
             make(aside)
+
+
+def _by_first(work: Callable[[], None]) -> None:
+    """``work()`` of the first process. However long it takes, no wait of the others is longer than BEAT."""
+    if ranks.world() == 1:
+        return work()
+    if not ranks.is_first():
+        while not ranks.gather(None)[0]:
+            pass
+        return None
+    over, fault = threading.Event(), None
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            try:
+                ranks.gather(False)
+            except RuntimeError:  # another process is gone: this one finds it at its next call
+                return
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        work()
+    except DataError as error:
+        fault = error
+    finally:
+        over.set()
+        beating.join()
+    ranks.gather(True)
+    if fault is not None:
+        raise fault
+    return None
 
 
 def _checksum(body: bytes) -> bytes:

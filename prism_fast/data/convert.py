@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +13,10 @@ from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.dataset import Records
 from prism_fast.data.formats import FORMATS, require_parts
 from prism_fast.data.held import Held
+from prism_fast.data.images import real_folder, real_path
 from prism_fast.data.kinds import opened
 from prism_fast.data.parquet import GROUP_BYTES
-from prism_fast.data.writers import CONTAINERS, write_as
+from prism_fast.data.writers import CONTAINERS, refuse_lacking, write_as
 from prism_fast.files import try_new
 from prism_fast.records import DataError, Sample
 
@@ -30,6 +32,7 @@ class Converted(NamedTuple):
     records: int
     left_out: int
     not_written: frozenset[str] = frozenset()  # fields of the inputs that hold something and are not in ``out``
+    images_elsewhere: Path | None = None  # the folder that holds images of ``out`` that lie outside of its own
 
 
 def convert(
@@ -46,13 +49,14 @@ def convert(
     the first file is), to ``out``; an earlier one is replaced.
 
     Records go through one by one, and ``out`` appears whole or not at all. A demonstration gives a teacher's parts and
-    a teacher's parts a demonstration; what a record lacks is a DataError that names it, and so are more than
-    ``skip_bad`` bad records.
+    a teacher's parts a demonstration; a record that lacks what the format holds is a bad one, and more than
+    ``skip_bad`` of those are a DataError that names the first.
     """
     held, bad, written = Held(GROUP_BYTES), BadRecords(skip_bad), 0
     lost: set[str] = set()
     inputs = [opened(path, columns, image_folders, held) for path in paths]
     target = kind or inputs[0][1]
+    elsewhere = _Elsewhere(out)
     total = sum(len(records) for records, _ in inputs)
 
     def samples() -> Iterator[Sample]:
@@ -62,8 +66,14 @@ def convert(
             for number, sample in _good(records, bad):
                 if progress is not None:
                     progress(done + number, total)
+                try:
+                    made = _as(target, sample)
+                except DataError as error:
+                    bad.add(sample.place, error)
+                    continue
                 lost.update(_lost(target, sample))
-                yield _as(target, sample)
+                elsewhere.add(sample)
+                yield made
                 written += 1
             done += len(records)
         if not written:
@@ -71,7 +81,20 @@ def convert(
 
     write_as(target, out, samples())
     lost.update(*(records.unread for records, _ in inputs))
-    return Converted(target, written, len(bad), frozenset(lost))
+    return Converted(target, written, len(bad), frozenset(lost), elsewhere.folder)
+
+
+class _Elsewhere:
+    """The folder that holds all images that ``out`` names and that do not lie in its own folder."""
+
+    def __init__(self, out: Path):
+        self._own = real_folder(out.absolute().parent) if out.suffix else None
+        self.folder: Path | None = None
+
+    def add(self, sample: Sample) -> None:
+        for ref in sample.images if self._own is not None else ():  # a folder's shards hold their images
+            if ref.path is not None and not (lies := real_path(ref.path).parent).is_relative_to(self._own):
+                self.folder = Path(os.path.commonpath([self.folder or lies, lies]))
 
 
 def _good(records: Records, bad: BadRecords) -> Iterator[tuple[int, Sample]]:
@@ -125,8 +148,9 @@ def refuse_out(out: Path, overwrite: bool) -> None:
 def _as(kind: str, sample: Sample) -> Sample:
     """The sample with what the format needs and another of its fields tells."""
     if kind in ("sft", "llava") and sample.response is None and sample.teacher_caption is not None:
-        return replace(sample, response=sample.teacher_caption + str(sample.teacher_reasoning))
+        sample = replace(sample, response=sample.teacher_caption + str(sample.teacher_reasoning))
     if kind in ("alignment", "warm-up") and sample.teacher_caption is None and sample.response is not None:
         parts = require_parts(sample.response, sample.place, "the assistant's turn")
-        return replace(sample, teacher_caption=parts.caption, teacher_reasoning=parts.reasoning)
+        sample = replace(sample, teacher_caption=parts.caption, teacher_reasoning=parts.reasoning)
+    refuse_lacking(kind, sample)
     return sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from prism_fast import ranks
 from prism_fast.config import DiscriminatorStep
 from prism_fast.data.chat import Chat
 from prism_fast.data.formats import Dataset
+from prism_fast.data.wire import from_bytes, to_bytes
 from prism_fast.records import DataError, Lesson, PairRecord, Prompt, Sample, Seen
 
 T = TypeVar("T")
@@ -28,8 +30,9 @@ def encoded(
     """(index, what it was encoded to) of the good records among those picked. A bad one raises, or is counted where
     skip_bad_records allows it. ``take(i)``: gives what picked[i] was encoded to, where somebody else does it.
 
-    Several processes look at a part of the records' images each, and tell the others what they need for the plan of a
-    batch: sizes, keys and faults. Who then needs an image decodes it (`Prompt.pixels`).
+    Several processes encode a part of the records each, and tell the others all but pixels, and faults: who then needs
+    an image reads its record and decodes it (`Prompt.pixels`). Questions and lessons hold their record, whose images a
+    reward may look at: of these, sizes and keys of images are told, and the others read and tokenise them.
     """
     take = take or (lambda i: encode(data[picked[i]]))
     if ranks.world() > 1:
@@ -47,13 +50,11 @@ def _encoded_apart(
     data: Dataset, picked: Sequence[int], encode: Callable[[Sample], T], take: Callable[[int], T]
 ) -> list[tuple[int, T]]:
     mine: dict[int, T] = {}
-    told: dict[int, Any] = {}  # by position: a fault, or what there is to see of a prompt's images
+    told: dict[int, Any] = {}  # by position: a fault, or what `_told` says
     for position in own_positions(len(picked)):
         try:
             mine[position] = take(position)
-            prompt = _prompt(mine[position])
-            grid = None if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
-            told[position] = {"grid": grid, "images": [key.hex() for key in prompt.image_keys]}
+            told[position] = _told(mine[position])
         except DataError as error:
             told[position] = str(error)
     found = {int(position): what for part in ranks.gather(told) for position, what in part.items()}
@@ -64,11 +65,43 @@ def _encoded_apart(
             data.skip(index, DataError(what))
         elif position in mine:
             made.append((index, mine[position]))
+        elif "made" in what:
+            made.append((index, _received(what["made"], data, index, encode)))
         else:
             keys = tuple(map(bytes.fromhex, what["images"]))
             seen = None if what["grid"] is None else Seen(what["grid"], keys)
             made.append((index, encode(replace(data[index], seen=seen))))
     return made
+
+
+def _told(made: Any) -> dict[str, Any]:
+    """Of an encoded record, for the other processes, as JSON."""
+    prompt = _prompt(made)
+    if isinstance(made, PairRecord) or (isinstance(made, tuple) and made[0] is prompt):
+        bare = _with_prompt(made, replace(prompt, pixel_values=None))
+        return {"made": base64.b64encode(to_bytes(bare)).decode()}
+    grid = None if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
+    return {"grid": grid, "images": [key.hex() for key in prompt.image_keys]}
+
+
+def _received(told: str, data: Dataset, index: int, encode: Callable[[Sample], T]) -> T:
+    """What another process has encoded record ``index`` to; its pixels are decoded where they are needed."""
+    made = from_bytes(base64.b64decode(told))
+    prompt = _prompt(made)
+    if prompt.image_grid_thw is None:
+        return made
+
+    def decode() -> Tensor:
+        pixels = _prompt(encode(data[index])).pixel_values
+        assert pixels is not None  # it has images
+        return pixels
+
+    return _with_prompt(made, replace(prompt, decode=decode))
+
+
+def _with_prompt(made: Any, prompt: Prompt) -> Any:
+    """A demonstration or a pair with another prompt."""
+    return replace(made, prompt=prompt) if isinstance(made, PairRecord) else (prompt, *made[1:])
 
 
 def own_positions(number: int) -> range:

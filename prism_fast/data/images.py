@@ -78,7 +78,8 @@ with contextlib.suppress(OSError, AttributeError):  # libtiff's too, wherever Pi
 
 
 def image_ref(value: Any, place: str, field: str, folder: Path, others: Sequence[Path] = ()) -> ImageRef:
-    """An image as the published files hold it: bytes, a {bytes, path} struct, or a path relative to ``folder``.
+    """An image as the published files hold it: bytes, a {bytes, path} struct, or a path relative to ``folder``, or,
+    where it is not there, to the first of ``others`` that has it.
 
     With all links followed it must lie in ``folder`` or in one of ``others``: data from elsewhere must not choose which
     files of this machine are read.
@@ -101,6 +102,8 @@ def image_ref(value: Any, place: str, field: str, folder: Path, others: Sequence
     if len(value) > 80 and _BASE64.fullmatch(value):
         raise DataError(f"{place}: {field}: {value[:20]!r}... is base64; store the image as a file or as bytes")
     path = folder / value
+    if others and not os.path.exists(path):
+        path = next((there for other in others if os.path.exists(there := other / value)), path)
     if path.suffix.lower() in _VIDEO_SUFFIXES:
         raise DataError(f"{place}: {field}: {value[:200]!r} is a video, which is not supported; remove the record")
     try:
@@ -113,8 +116,8 @@ def image_ref(value: Any, place: str, field: str, folder: Path, others: Sequence
         ) from error
     if not stat.S_ISREG(mode):
         raise DataError(f"{place}: {field}: {str(path)!r} is {_kind(mode)}; give the path of an image file")
-    real = Path(os.path.realpath(path)) if path.is_symlink() else _real(path.parent) / path.name
-    if not any(real.is_relative_to(_real(allowed)) for allowed in (folder, *others)):
+    real = real_path(path)
+    if not any(real.is_relative_to(real_folder(allowed)) for allowed in (folder, *others)):
         raise DataError(
             f"{place}: {field}: {str(real)[:200]!r} is outside the data's folder {str(folder)!r}; move it there, or "
             f"allow its own: data.image_folders={str(real.parent)[:200]!r}, of data commands --image-folder"
@@ -122,8 +125,13 @@ def image_ref(value: Any, place: str, field: str, folder: Path, others: Sequence
     return ImageRef(path=path)
 
 
+def real_path(path: Path) -> Path:
+    """Of an image's file, as `real_folder`."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else real_folder(path.parent) / path.name
+
+
 @lru_cache(maxsize=4096)
-def _real(folder: Path) -> Path:
+def real_folder(folder: Path) -> Path:
     """With all links followed."""
     return Path(os.path.realpath(folder))
 

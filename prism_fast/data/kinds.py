@@ -69,8 +69,12 @@ def _of_none(place: str, fields: Collection[str], record: Mapping[str, object]) 
     inside = next((name for name in fields if len(fields) == 1 and isinstance(record[name], list)), None)
     return DataError(
         f"{place}: fields {shown} belong to none of the formats; expected messages (SFT), student_caption (warm-up), "
-        "teacher_response (alignment) or reward_model (RLVR)"
-        + ("" if inside is None else f"; if {inside[:40]} holds the records, write that list alone")
+        "teacher_response (alignment) or reward_model (RLVR); "
+        + (
+            "name what stands for them, as --column reward_model.ground_truth=answer (of a stage data.columns)"
+            if inside is None
+            else f"if {inside[:40]} holds the records, write that list alone"
+        )
     )
 
 

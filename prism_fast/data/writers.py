@@ -145,20 +145,31 @@ def _turns(messages: Iterable[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _need(sample: Sample, kind: str, *names: str) -> None:
-    missing = [name for name in names if getattr(sample, name) is None]
-    if missing:
-        raise DataError(f"{sample.place}: has no {', '.join(missing)}, which the {kind} format holds; add it")
+_TEACHER, _STUDENT = ("teacher_caption", "teacher_reasoning"), ("student_caption", "student_reasoning")
+NEEDED = {  # fields of a sample that a format cannot be written without
+    "sft": ("response",),
+    "llava": ("response",),
+    "warm-up": (*_TEACHER, *_STUDENT),
+    "alignment": _TEACHER,
+    "rlvr": ("gold",),
+}
+
+
+def refuse_lacking(kind: str, sample: Sample) -> None:
+    """Raises DataError, naming what is missing, for a sample that cannot be written as ``kind``."""
+    if missing := [name for name in NEEDED[kind] if getattr(sample, name) is None]:
+        name = {"sft": "SFT", "llava": "LLaVA", "rlvr": "RLVR"}.get(kind, kind)
+        raise DataError(f"{sample.place}: has no {', '.join(missing)}, which the {name} format holds; add it")
 
 
 def _sft(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
-    _need(sample, "SFT", "response")
+    refuse_lacking("sft", sample)
     record: dict[str, Any] = {"messages": [*_turns(sample.messages), {"role": "assistant", "content": sample.response}]}
     return {**record, "images": images} if images else record
 
 
 def _llava(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
-    _need(sample, "LLaVA", "response")
+    refuse_lacking("llava", sample)
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[message.role], "value": message.content} for message in sample.messages]
     record = {"id": str(index), "conversations": [*turns, {"from": "gpt", "value": sample.response}]}
@@ -169,7 +180,7 @@ def _llava(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
 
 
 def _warmup(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
-    _need(sample, "warm-up", "teacher_caption", "teacher_reasoning", "student_caption", "student_reasoning")
+    refuse_lacking("warm-up", sample)
     parts = {
         "teacher_caption": sample.teacher_caption,
         "teacher_cot": sample.teacher_reasoning,
@@ -205,7 +216,7 @@ def _gold(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
 
 
 def _align(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
-    _need(sample, "alignment", "teacher_caption", "teacher_reasoning")
+    refuse_lacking("alignment", sample)
     return {
         **_gold(index, sample, images),
         "teacher_response": str(sample.teacher_caption) + str(sample.teacher_reasoning),
@@ -215,7 +226,7 @@ def _align(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
 
 
 def _rlvr(index: int, sample: Sample, images: list[Any]) -> dict[str, Any]:
-    _need(sample, "RLVR", "gold")
+    refuse_lacking("rlvr", sample)
     return _gold(index, sample, images)
 
 

@@ -50,7 +50,7 @@ def curate(
         if data.unread:
             say(not_written(data.unread))
     if not len(right):
-        raise DataError(f"{config.out / made.REPORT}: no answer was kept; it says why")
+        raise DataError(f"{config.out / made.REPORT}: no answer was kept ({report['stopped'] or 'it says why'})")
     return report
 
 

@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from prism_fast.data import cache as cache_module
 from prism_fast.data import dataset, parquet, row_groups, source
 from prism_fast.data.cache import Cache
 from prism_fast.data.formats import read_align, read_sft
@@ -157,6 +161,43 @@ def test_a_temporary_folder_goes_with_its_cache(tmp_path):
     assert made.read_text() == "y"
     del cache
     assert not made.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_waits_hears_of_the_first_process_while_it_works(tmp_path, monkeypatch, fails):
+    """A thread stands for the other process: its waits have a limit, and the work may take longer."""
+    monkeypatch.setattr(cache_module, "BEAT", 0.001)
+    all_there, board, beats = threading.Barrier(2, timeout=60), {}, []
+    rank = lambda: int(threading.current_thread().name.startswith("other"))  # noqa: E731
+
+    def gather(value):
+        board[rank()] = json.dumps(value)
+        all_there.wait()
+        found = [json.loads(board[number]) for number in (0, 1)]
+        all_there.wait()
+        beats.append(found[0])
+        return found
+
+    def make(target):
+        while beats.count(False) < 6:  # three of either
+            time.sleep(0.001)
+        if fails:
+            raise DataError("torn")
+        target.write_text("y")
+
+    def process():
+        try:
+            return cache.file(tmp_path / "a.txt", "copy", None, make).read_text()
+        except DataError as error:
+            return str(error)
+
+    for name, value in (("world", lambda: 2), ("rank", rank), ("gather", gather)):
+        monkeypatch.setattr(cache_module.ranks, name, value)
+    (tmp_path / "a.txt").write_text("x")
+    cache = Cache(tmp_path / "cache")
+    with ThreadPoolExecutor(1, thread_name_prefix="other") as other:
+        told = other.submit(process)
+        assert process() == ("torn" if fails else "y") and told.result(60) == ("torn" if fails else "y")
 
 
 # ---- names of columns

@@ -56,7 +56,7 @@ def test_a_round_trip_changes_nothing(tmp_path, kind, first, second):
     source = write(tmp_path / "in", OURS[kind], more, more, name="d.jsonl")
     data = Dataset(source, FORMATS[kind])
     once, twice = tmp_path / f"once.{first}", tmp_path / "out" / f"twice.{second}"
-    assert convert([source], once, kind, image_folders=[tmp_path]) == (kind, 2, 0, frozenset())
+    assert convert([source], once, kind, image_folders=[tmp_path])[:4] == (kind, 2, 0, frozenset())
     convert([once], twice, image_folders=[tmp_path])
     same(Dataset(twice, FORMATS[kind], image_folders=[tmp_path]), data)
 
@@ -80,6 +80,41 @@ def test_what_a_format_needs_and_a_record_lacks_is_named(tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
     with pytest.raises(DataError, match=r"ends in .json, .jsonl, .parquet"):
         convert([path], tmp_path / "out.csv", "sft")
+
+
+def test_records_that_lack_something_are_left_out_where_that_is_allowed(tmp_path):
+    rows = [record("align"), record("align", reward_model=...), record("align")]
+    path = write(tmp_path, "align", *rows, name="in.jsonl")
+    assert convert([path], tmp_path / "out.jsonl", "rlvr", skip_bad=1)[:3] == ("rlvr", 2, 1)
+    turns = [{"role": "user", "content": "<image>x"}, {"role": "assistant", "content": "no tags"}]
+    path = write(tmp_path, "sft", record("sft"), record("sft", messages=turns), name="s.jsonl")
+    assert convert([path], tmp_path / "out.jsonl", "alignment", skip_bad=1)[:3] == ("alignment", 1, 1)
+    with pytest.raises(DataError, match=r"s.jsonl:2: the assistant's turn: not in the format"):
+        convert([path], tmp_path / "none.jsonl", "alignment")
+
+
+def test_images_that_stay_elsewhere_are_said(tmp_path):
+    """As LLaVA's files name them: relative to a folder that is not theirs."""
+    for name in ("coco", "gqa"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.png").write_bytes(png())
+    turns = [{"from": "human", "value": "<image>\nSum?"}, {"from": "gpt", "value": "7"}]
+    rows = [{"id": str(i), "image": f"{name}/a.png", "conversations": turns} for i, name in enumerate(("coco", "gqa"))]
+    (tmp_path / "in").mkdir()
+    path = write(tmp_path / "in", "sft", *rows, name="llava.json")
+    with pytest.raises(DataError, match="no such image file"):
+        convert([path], tmp_path / "out" / "sft.json", "sft")
+    images = [tmp_path / "images"]
+    for name in ("sft.json", "sft.parquet"):
+        made = convert([path], tmp_path / "out" / name, "sft", image_folders=images)
+        assert made.images_elsewhere == images[0]
+        assert len(read_sft(tmp_path / "out" / name, image_folders=images)) == 2
+    (tmp_path / "in" / "coco").mkdir()
+    (tmp_path / "in" / "coco" / "a.png").symlink_to(tmp_path / "images" / "gqa" / "a.png")
+    made = convert([path], tmp_path / "in" / "linked.json", "sft", image_folders=images)
+    assert made.images_elsewhere == images[0] / "gqa"
+    for out in (tmp_path / "out" / "shards", tmp_path / "beside.json"):
+        assert convert([path], out, "sft", image_folders=images).images_elsewhere is None and len(read_sft(out)) == 2
 
 
 def test_llava_conversations(tmp_path):

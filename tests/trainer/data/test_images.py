@@ -417,6 +417,23 @@ def test_an_image_inside_the_datas_folder_needs_none(value, places):
         assert image_ref(value.format(data=data), "p", "images", folder).path is not None
 
 
+def test_a_relative_path_is_looked_for_where_images_may_lie(places):
+    data, other = places
+    with pytest.raises(DataError, match=r"no such image file '.*/data/deep/out.png'"):
+        image_ref("deep/out.png", "p", "images", data)
+    assert image_ref("deep/out.png", "p", "images", data, [data / "deep", other]).path == other / "deep" / "out.png"
+    assert image_ref("deep/in.png", "p", "images", data, [other]).path == data / "deep" / "in.png"  # first of all
+    Image.new("RGB", (4, 4)).save(other / "deep" / "in.png")
+    assert (
+        image_ref("in.png", "p", "images", data / "deep" / "none", [other / "deep", data]).path.parent.parent == other
+    )
+    for value in ("nowhere.png", "../other/none.png", "x\0.png", "a" * 300 + ".png"):
+        with pytest.raises(DataError, match=f"no such image file '{data}/"):
+            image_ref(value, "p", "images", data, [other])
+    with pytest.raises(DataError, match="outside"):  # found from there, and not in it
+        image_ref("../out.png", "p", "images", data, [other / "deep"])
+
+
 @pytest.mark.parametrize(
     "url", ["file:///etc/passwd", "file:in.png", "http://h/a.png", "https://h/a.png", "s3://b/a.png"]
 )

@@ -22,6 +22,8 @@ from prism_fast.reward import verifiable_reward
 from prism_fast.run.signals import Stopped
 from prism_fast.stages.curate import curate
 from prism_fast.stages.curating.plan import plan
+from prism_fast.stages.curating.purse import cost
+from prism_fast.stages.curating.request import most
 from tests.tiny_run import PROCESSES, prepare, run_stage, settings
 from tests.trainer.stages.curating.teacher_server import USAGE, TeacherServer
 from tests.trainer.stages.curating.test_client import FakeClock
@@ -161,7 +163,8 @@ def test_a_budget_ends_it_before_it_is_broken_and_more_money_goes_on(folder, tmp
         asked = len(server.log)
         assert report["stopped"] == "the budget is used up" and not report["complete"]
         assert 0 < asked < 8 and report["cost"]["counted"] == pytest.approx(0.00025 * asked)
-        assert 0.00025 * (asked + 1) + 0.0105 > 0.0116 - 0.001  # no other would have fitted
+        dear = [cost(most(s, config.teacher), config.teacher) for i, s in enumerate(align(folder)) if i % 3 != 2]
+        assert 0.00025 * (asked - 1) + min(dear) <= 0.0116 < 0.00025 * asked + max(dear)  # no other would have fitted
         assert report["prompts"]["not_asked"] == 8 - asked and report["prompts"]["kept"] == asked
         check_sums(report)
         tree["teacher"]["budget"] = 1.0
@@ -169,6 +172,9 @@ def test_a_budget_ends_it_before_it_is_broken_and_more_money_goes_on(folder, tmp
         assert report["complete"] and len(server.log) == 8 and max(server.asked().values()) == 1
         assert report["written"]["sft.json"] == 8
         check_sums(report)
+        tree = tree_of(folder, server, tmp_path / "poor", budget=1e-6)
+        with pytest.raises(DataError, match=r"report.json: no answer was kept \(the budget is used up\)"):
+            run(tree)
 
 
 def test_requests_that_are_lost_count_against_the_budget(folder, tmp_path):
