@@ -210,14 +210,17 @@ def pieces() -> Judge:
 
     def judge(rng: random.Random, folder: Path) -> str:
         path = folder / "data.parquet"
-        path.write_bytes(make.parquet_file(base, rng)[0])
-        largest = rng.choice((50, pages.LARGEST_PAGE))
+        data, is_damaged = make.parquet_file(base, rng)
+        path.write_bytes(data)
+        largest, held = rng.choice((50, pages.LARGEST_PAGE)), None
         try:
             held = parquet.Parquet(path, Cache(folder / "cache"))
             with mock.patch.object(pages, "LARGEST_PAGE", largest):
                 row_groups.cut(path, folder / "cut.parquet", held.columns)
         except DataError as error:
             plain(error, path)
+            if held and not is_damaged:
+                raise AssertionError(f"a sound file is refused: {error}") from error
             return "refused"
         if not (folder / "cut.parquet").exists():
             return f"nothing of {len(held)} rows" if not len(held) else _lost(len(held), 0)

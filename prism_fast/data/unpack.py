@@ -82,7 +82,9 @@ def unpacked(packed: Iterator[bytes], codec: int, size: int) -> Iterator[bytes]:
 
 def unpacked_at_once(packed: bytes, codec: int, size: int) -> bytes:
     """As `unpacked`, of a small page."""
-    return packed if codec == PLAIN or size == 0 else pa.decompress(packed, size, _NAMES[codec], asbytes=True)
+    if size == 0:  # an empty dictionary, in the byte or more that a codec makes of it
+        return b""
+    return packed if codec == PLAIN else pa.decompress(packed, size, _NAMES[codec], asbytes=True)
 
 
 class _Readable:

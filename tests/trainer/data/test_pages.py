@@ -44,6 +44,7 @@ def table(rows: int = 300) -> pa.Table:
             "images": rng.choice([None, [], *[[image() for _ in range(rng.randrange(1, 5))]] * 6]),
             "question": f"How many trees, {'?' * rng.randrange(99)} {i}",
             "number": i,
+            "nothing": None,
             "turns": [{"content": [{"text": "x" * rng.randrange(9)} for _ in range(rng.randrange(3))]}],
         }
         for i in range(rows)
@@ -55,6 +56,7 @@ def table(rows: int = 300) -> pa.Table:
             ("images", image_type),
             pa.field("question", pa.string(), nullable=False),
             ("number", pa.int64()),
+            ("nothing", pa.string()),
             ("turns", turns),
         ]
     )
