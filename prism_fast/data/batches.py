@@ -67,7 +67,7 @@ class Batches(Generic[T]):
             raise DataError(str(error)) from None
 
     def _ask(self, start: int, number: int, picked: list[int]) -> None:
-        entries = {start + i: picked[i] for i in own_positions(number) if start + i not in self._asked}
+        entries = {start + i: picked[i] for i in own_positions(picked) if start + i not in self._asked}
         if not entries:
             return
         if len(self._workers) == 1:
@@ -79,8 +79,8 @@ class Batches(Generic[T]):
             self._tell([(self._home(index), (position, index)) for position, index in entries.items()], LOOK)
 
     def _home(self, index: int) -> Worker:
-        """Which worker reads a record."""
-        return self._workers[index % len(self._workers)]
+        """Which worker reads a record, of those that this process looks at (`own_positions`)."""
+        return self._workers[index // ranks.world() % len(self._workers)]
 
     def _tell(self, wanted: Iterable[tuple[Worker, Entry]], *what: str) -> None:
         """By one thread at a time, or messages would mix."""

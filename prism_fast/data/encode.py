@@ -51,7 +51,7 @@ def _encoded_apart(
 ) -> list[tuple[int, T]]:
     mine: dict[int, T] = {}
     told: dict[int, Any] = {}  # by position: a fault, or what `_told` says
-    for position in own_positions(len(picked)):
+    for position in own_positions(picked):
         try:
             mine[position] = take(position)
             told[position] = _told(mine[position])
@@ -104,9 +104,18 @@ def _with_prompt(made: Any, prompt: Prompt) -> Any:
     return replace(made, prompt=prompt) if isinstance(made, PairRecord) else (prompt, *made[1:])
 
 
-def own_positions(number: int) -> range:
-    """Which of a batch's records this process looks at."""
-    return range(ranks.rank(), number, ranks.world())
+def own_positions(picked: Sequence[int]) -> list[int]:
+    """Which of a batch's records this process looks at: as many as every other, give or take one, and where that goes
+    the same ones in every epoch, as it keeps their images."""
+    world = ranks.world()
+    room = [len(range(rank, len(picked), world)) for rank in range(world)]
+    owners: list[int | None] = []
+    for index in picked:
+        rank = index % world
+        room[rank] -= 1
+        owners.append(rank if room[rank] >= 0 else None)
+    spare = iter([rank for rank in range(world) for _ in range(room[rank])])
+    return [i for i, owner in enumerate(owners) if (next(spare) if owner is None else owner) == ranks.rank()]
 
 
 def _prompt(made: Any) -> Prompt:

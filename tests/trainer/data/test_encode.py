@@ -4,13 +4,16 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prism_fast.data import encode as encoding
 from prism_fast.data.chat import Chat
-from prism_fast.data.encode import Held, _prompt, demonstration, encoded, pair_record, question
+from prism_fast.data.encode import Held, _prompt, demonstration, encoded, own_positions, pair_record, question
 from prism_fast.data.formats import Dataset, read_rlvr, read_sft, read_warmup
 from prism_fast.records import DataError, PairRecord
 from tests.trainer.data.test_formats import png, record, write
@@ -101,7 +104,7 @@ def test_processes_encode_a_part_each_and_have_the_same(kind, tiny_folder, tmp_p
     with ThreadPoolExecutor(2) as both:
         found = [*both.map(process, (0, 1))]
     for rank, (first, made, pixels, bad) in enumerate(found):
-        own = picked[rank::2]
+        own = [index for index in picked if index % 2 == rank]
         assert first == (own if kind != "rlvr" else own + [i for i in picked if i not in own and i != 3])
         assert [index for index, _ in made] == [index for index, _ in alone] and len(bad) == 1 and "3.png" in bad[0]
         for (_, one), (_, other), pixel in zip(alone, made, pixels, strict=True):
@@ -117,3 +120,17 @@ def test_processes_encode_a_part_each_and_have_the_same(kind, tiny_folder, tmp_p
                 assert other[0].messages == one[0].messages and other[0].images == one[0].images
             else:
                 assert all(map(torch.equal, texts_of(one), texts_of(other)))
+
+
+@given(st.lists(st.integers(0, 100), max_size=40), st.integers(1, 9))
+def test_processes_share_a_batch_evenly_and_keep_their_records(picked, world):
+    with mock.patch.object(encoding.ranks, "world", lambda: world):
+        parts = []
+        for rank in range(world):
+            with mock.patch.object(encoding.ranks, "rank", lambda rank=rank: rank):
+                parts.append(own_positions(picked))
+    assert sorted(i for part in parts for i in part) == list(range(len(picked)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for rank, part in enumerate(parts):
+        theirs = [i for i, index in enumerate(picked) if index % world == rank]
+        assert set(part) <= set(theirs) or set(part) >= set(theirs)
