@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prism_fast.data.shared_memory import SharedMemory
 from prism_fast.records import ImageRef, Lesson, Message, PairRecord, Prompt, Sample, Seen
 
 _RECORDS: dict[str, type] = {cls.__name__: cls for cls in (ImageRef, Lesson, Message, PairRecord, Prompt, Sample, Seen)}
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.int64)}
 _DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.int32, torch.uint8, torch.bool)}
 _ALIGNED = 64
+_SHARED_FROM = 1 << 16  # bytes
+_PLACE = struct.Struct("<qq")  # before a message: its size, and where it lies in shared memory, or -1: it follows
 _MOST_PIECES = 512  # for one call of the system; Linux takes 1024
 Parts = list[bytes | memoryview]
 
@@ -58,10 +62,12 @@ def from_bytes(data: bytes | np.ndarray[Any, Any]) -> Any:
     return _value(plain, memory, places)
 
 
-def send(line: socket.socket, parts: Parts) -> None:
-    """One message. Raises OSError where nobody reads any more."""
+def send(line: socket.socket, parts: Parts, memory: SharedMemory | None = None) -> None:
+    """One message, by ``memory`` where it is large and has room there. Raises OSError where nobody reads any more."""
     size = sum(map(len, parts))
-    left = [memoryview(part) for part in (size.to_bytes(8, "little"), *parts)]
+    start = memory.write(parts, size) if memory is not None and size >= _SHARED_FROM else None
+    place = _PLACE.pack(size, -1 if start is None else start)
+    left = [memoryview(part) for part in ((place, *parts) if start is None else (place,))]
     at = 0
     while at < len(left):
         sent = line.sendmsg(left[at : at + _MOST_PIECES])
@@ -72,10 +78,12 @@ def send(line: socket.socket, parts: Parts) -> None:
             left[at] = left[at][sent:]
 
 
-def receive(line: socket.socket) -> np.ndarray[Any, Any]:
+def receive(line: socket.socket, memory: SharedMemory | None = None) -> np.ndarray[Any, Any]:
     """The next message, (n,) uint8. Raises EOFError or OSError where nobody writes any more."""
-    size = int.from_bytes(_filled(line, np.empty(8, np.uint8)).tobytes(), "little")
-    return _filled(line, np.empty(size, np.uint8))
+    size, start = _PLACE.unpack(_filled(line, np.empty(_PLACE.size, np.uint8)))
+    if start < 0 or memory is None:
+        return _filled(line, np.empty(size, np.uint8))
+    return memory.read(start, size)
 
 
 def _filled(line: socket.socket, memory: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

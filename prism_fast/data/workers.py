@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from prism_fast.data.images import content, image_key
+from prism_fast.data.shared_memory import SharedMemory
 from prism_fast.data.wire import Parts, from_bytes, receive, send, to_parts
 from prism_fast.records import DataError, Sample
 
@@ -49,6 +50,7 @@ class Worker:
     ):
         self._looked, self._told_end = looked, ended
         self._line, theirs = socket.socketpair()
+        self._memory = _shared_memory()
         gc.freeze()  # else the child's collector writes to every page that it shares with this process
         try:
             self.pid = os.fork()  # multiprocessing's processes may not be had by its daemons
@@ -56,7 +58,7 @@ class Worker:
             gc.unfreeze()
         if self.pid == 0:
             try:
-                _work(theirs, self._line, data, encode)
+                _work(theirs, self._line, self._memory, data, encode)
             finally:
                 os._exit(1)  # nothing of the parent's is to be cleaned up here
         theirs.close()
@@ -71,7 +73,8 @@ class Worker:
         """That records be encoded, in this order; LOOK: that they be read, and the keys of their images told; DROP:
         that what was read for it be given up."""
         try:
-            send(self._line, [json.dumps([what, entries]).encode()])
+            unused = [] if self._memory is None else self._memory.unused()
+            send(self._line, [json.dumps([what, entries, unused]).encode()])
         except OSError:
             self._ended()
 
@@ -107,7 +110,7 @@ class Worker:
     def _receive(self) -> None:
         while True:
             try:
-                message: list[_Answer] = from_bytes(receive(self._line))
+                message: list[_Answer] = from_bytes(receive(self._line, self._memory))
             except (EOFError, OSError):
                 return self._ended()
             looked = [(position, made) for position, state, made in message if state == LOOKED]
@@ -177,7 +180,21 @@ class _Asked:
             return bool(self._left[what])
 
 
-def _work(line: socket.socket, parents: socket.socket, data: Any, encode: Callable[[Any], Any]) -> None:
+def _shared_memory() -> SharedMemory | None:
+    """None where this process may not have that much: all goes by the socket."""
+    try:
+        return SharedMemory()
+    except OSError:
+        return None
+
+
+def _work(
+    line: socket.socket,
+    parents: socket.socket,
+    memory: SharedMemory | None,
+    data: Any,
+    encode: Callable[[Any], Any],
+) -> None:
     """Does what is asked for until the parent is gone."""
     parents.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -189,9 +206,12 @@ def _work(line: socket.socket, parents: socket.socket, data: Any, encode: Callab
     def listen() -> None:
         while True:
             try:
-                asked.add(*json.loads(receive(line).tobytes()))
+                what, entries, unused = json.loads(receive(line).tobytes())
             except (EOFError, OSError):
                 os._exit(0)
+            if memory is not None:
+                memory.free(unused)
+            asked.add(what, entries)
 
     threading.Thread(target=listen, daemon=True).start()  # so that the parent never waits to be heard
     read: dict[int, Any] = {}  # by position, what was looked at
@@ -212,7 +232,7 @@ def _work(line: socket.socket, parents: socket.socket, data: Any, encode: Callab
         # A message wakes the parent: small records go several at once, what takes long goes by itself.
         if made and (not asked.has(what) or time.monotonic() - since > SOON):
             try:
-                send(line, _parts(made))
+                send(line, _parts(made), memory)
             except OSError:
                 os._exit(0)
             made = []
