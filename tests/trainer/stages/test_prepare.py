@@ -27,7 +27,9 @@ def test_a_pass_rate_on_the_bound_is_kept(right, samples, low, high, tmp_path, m
     assert read_rlvr(tmp_path / "kept.parquet")[0].pass_rate == right / samples
 
 
-@pytest.mark.parametrize(("more", "told"), [({"id": 7, "extra_info": {"split": "a"}}, "extra_info.split, id"), ({}, None)])
+@pytest.mark.parametrize(
+    ("more", "told"), [({"id": 7, "extra_info": {"split": "a"}}, "extra_info.split, id"), ({}, None)]
+)
 def test_filter_names_once_what_it_does_not_write(more, told, tmp_path, monkeypatch):
     record = {"prompt": "x", "reward_model": {"ground_truth": "10"}, **more}
     (tmp_path / "p.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
