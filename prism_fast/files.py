@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,12 @@ def write_aside(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Has the system write a folder's files, and the names of them, to the disk."""
+    """Has the system write a folder's files, and their names, to the disk; they may be read by whom it lets in."""
+    rights = folder.stat().st_mode & 0o666
     for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            with suppress(OSError):  # file systems without rights
+                path.chmod(path.stat().st_mode | rights)  # safetensors writes for the owner alone
         _sync(path)
 
 

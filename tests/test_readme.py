@@ -14,6 +14,7 @@ from benchmarks.catalog import CATALOG
 from prism_fast import cli, config
 from prism_fast.data import formats
 from prism_fast.run.memory import table
+from prism_fast.run.record import FREE
 from prism_fast.stages.lmms.benchmarks import tasks_of
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,15 @@ def test_the_page_on_clusters_has_the_counted_memory():
     assert len(LAUNCHES) == 4
     for recipe in config.RECIPES.glob("cluster_*"):
         assert any(f"--config {recipe.stem} " in line for line in commands()), recipe
+
+
+def test_the_guide_names_every_setting_that_a_resumed_run_may_change():
+    (row,) = re.findall(r"^\| (`run\.out`.*) \| every other key", GUIDES["training.md"], re.M)
+    shown, room = set(), ""
+    for name in re.findall(r"`([^`]+)`", row):  # `run.out`, `eval_every`: of the same room
+        room = name.rpartition(".")[0] if "." in name else room
+        shown.add(f"{room}.{name.rpartition('.')[2]}")
+    assert shown == {key.replace("*rows", "*.rows") for key in FREE}
 
 
 def test_every_stage_has_a_command_in_the_guides():

@@ -42,6 +42,8 @@ from prism_fast.models.load import load_policy
 from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import open_updater
 
+ABOUT = __doc__  # of this file: in a class the name is its own
+
 OURS = "ours"
 TRAINING = "training"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -237,7 +239,7 @@ class Loader:
     """A benchmark as `harness.run` runs them."""
 
     op = "loader"
-    description = __doc__
+    description = ABOUT
     seconds = 60.0  # of one problem; at least 3 rounds
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:

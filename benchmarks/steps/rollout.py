@@ -39,6 +39,8 @@ from benchmarks.steps.case import TINY, Shape, stock_model
 from benchmarks.steps.launches import launches_of_a_token
 from benchmarks.steps.policy import QWEN3_VL_4B
 
+ABOUT = __doc__  # of this file: in a class the name is its own
+
 OURS = "ours, built-in sampler"
 PEERS = {  # name: (way of rollout_side.py, the package it needs)
     "transformers generate, batches of rows": ("generate", "transformers"),
@@ -164,7 +166,7 @@ class Rollout:
     """A benchmark as `harness.run` runs them."""
 
     op = "rollout"
-    description = __doc__
+    description = ABOUT
     seconds = 60.0  # of one problem; at least 3 rounds
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,8 @@ from prism_fast.steps.sft_step import demonstration_packs, supervised_gradient
 from prism_fast.steps.update import Updater, open_updater
 from prism_kernels import PolicyObjective
 
+ABOUT = __doc__  # of this file: in a class the name is its own
+
 WHOLE = "whole step"
 OBJECTIVE = PolicyObjective.grpo()
 LOADS = {
@@ -310,7 +312,7 @@ class Stages:
     """A benchmark as `harness.run` runs them: a problem a stage, which grows part by part."""
 
     op = "step"
-    description = __doc__
+    description = ABOUT
     seconds = 60.0  # of a stage, after its first step; two steps at least
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:

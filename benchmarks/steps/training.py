@@ -46,6 +46,8 @@ from prism_fast.steps.policy_step import policy_gradient
 from prism_fast.steps.update import Updater, open_updater
 from prism_kernels import PolicyObjective
 
+ABOUT = __doc__  # of this file: in a class the name is its own
+
 CHILD = [sys.executable, "-m", "benchmarks.steps.training"]
 WARMUPS, MEASURED = 1, 2
 Keep = Callable[[dict[str, Any]], None]
@@ -255,7 +257,7 @@ class Training:
     """A benchmark as `harness.run` runs them; its one problem grows form by form."""
 
     op = "train-4b"
-    description = __doc__
+    description = ABOUT
     seconds = 240.0  # of one form: its process is ended then
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:

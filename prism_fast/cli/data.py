@@ -16,7 +16,9 @@ from prism_fast.cli.command_line import home, interruptible, quiet_libraries
 from prism_fast.cli.common import dry_run_of, end_dry_run, responses_bar, say_done, settings_of
 from prism_fast.cli.options import Columns, ConfigFile, DryRun, ImageFolders, Overrides
 
-app = typer.Typer(no_args_is_help=True, help="Check data files; make warm-up pairs; keep prompts by pass rate.")
+app = typer.Typer(
+    no_args_is_help=True, help="Check and convert data files; make pairs; keep prompts by pass rate; ask a teacher."
+)
 
 
 @app.command("check")

@@ -45,7 +45,7 @@ class PairsConfig(Sampling):
 
     model: ModelConfig
     data: DataConfig  # alignment files
-    out: Place = Field(description="the file to write, which must be new")
+    out: Place = Field(description="the file of JSON lines to write, which must be new")
     limit: Count | None = Field(None, description="prompts that are answered; null: all")
     hard_negatives: HardNegativesConfig = HardNegativesConfig()
     temperature: Positive = Field(1.0, description="of sampling")
@@ -64,7 +64,7 @@ class FilterConfig(Sampling):
 
     model: ModelConfig
     data: DataConfig  # RLVR files
-    out: Place = Field(description="the file to write, which must be new")
+    out: Place = Field(description="the parquet file to write, which must be new")
     samples: Samples = Field(8, description="responses per prompt")
     low: Share = Field(0.2, description="smallest pass rate that is kept")
     high: Share = Field(0.8, description="largest pass rate that is kept")

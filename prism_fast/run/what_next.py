@@ -20,7 +20,7 @@ NEXT = {
     ),
     "align": (("rlvr", "rlvr_4b_grpo", "policy.path={} data.files=RLVR.parquet run.out=RLVR"),),
     "curate": (
-        ("sft", "sft_4b", "data.files={}/sft.json run.out=SFT"),
+        ("sft", "sft_4b", "model.path=Qwen/Qwen3-VL-4B-Instruct data.files={}/sft.json run.out=SFT"),
         ("data pairs", "pairs", "model.path=SFT/final/policy data.files={}/alignment.parquet out=PAIRS.jsonl"),
     ),
     "filter": (("rlvr", "rlvr_4b_grpo", "policy.path=ALIGN/final/policy data.files={} run.out=RLVR"),),

@@ -1,5 +1,6 @@
 """The benchmark harness: its statistics, what it refuses, what it writes, and RESULTS.md."""
 
+import importlib
 import json
 import signal
 import statistics
@@ -243,6 +244,8 @@ def test_help_names_every_benchmark_and_what_one_takes(words, capsys):
     shape = "mini" if words == ["rollout"] else "tiny"
     shown, names = capsys.readouterr().out, ("--device", "--shape", "--json", shape) if words else CATALOG
     assert end.value.code == 0 and all(name in shown for name in names)
+    about = importlib.import_module(f"benchmarks.{CATALOG[words[0]].module}") if words else command
+    assert about.__doc__ and about.__doc__.splitlines()[0] in shown
 
 
 @pytest.mark.parametrize(

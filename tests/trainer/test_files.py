@@ -2,8 +2,11 @@
 
 import errno
 import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from prism_fast.files import system_reason, try_folder, try_new, write_aside, writing
 from prism_fast.records import DataError
@@ -57,6 +60,16 @@ def test_a_folder_that_refuses_says_why(code, here, monkeypatch):
     for tried in (try_new, lambda path: try_folder(path, "run.out")):
         with pytest.raises(DataError, match=os.strerror(code)):
             tried(here / "new")
+
+
+@pytest.mark.parametrize(("umask", "rights"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_may_be_read_by_whom_their_folder_lets_in(umask, rights, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_aside(tmp_path / "made", lambda folder: save_file({"x": torch.ones(2)}, folder / "x.safetensors"))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "made" / "x.safetensors").stat().st_mode) == rights
 
 
 def test_a_failed_write_leaves_the_old_and_no_rest(tmp_path):

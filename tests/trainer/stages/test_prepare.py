@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 
 from prism_fast.config import FilterConfig, PairsConfig, load_config
@@ -24,6 +25,21 @@ def test_a_pass_rate_on_the_bound_is_kept(right, samples, low, high, tmp_path, m
     config = load_config(FilterConfig, None, base={**tree, "samples": samples, "low": low, "high": high})
     assert prepare.filter_prompts(config)["kept"] == 1
     assert read_rlvr(tmp_path / "kept.parquet")[0].pass_rate == right / samples
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [({"id": 7, "extra_info": {"split": "a"}}, "extra_info.split, id"), ({}, None)]
+)
+def test_filter_names_once_what_it_does_not_write(more, told, tmp_path, monkeypatch):
+    record = {"prompt": "x", "reward_model": {"ground_truth": "10"}, **more}
+    (tmp_path / "p.jsonl").write_text(f"{json.dumps(record)}\n" * 2)
+    monkeypatch.setattr(prepare, "answers", lambda *_, **__: [Answered(i, [RESPONSE(10)], [9]) for i in range(2)])
+    tree = {"model": {"path": "m"}, "data": {"files": tmp_path / "p.jsonl"}, "out": tmp_path / "kept.parquet"}
+    said = []
+    prepare.filter_prompts(load_config(FilterConfig, None, base={**tree, "samples": 1, "high": 1}), say=said.append)
+    assert said == ([f"not written, as the format has no place for them: {told}"] if told else [])
+    kept = pq.read_table(tmp_path / "kept.parquet").to_pylist()[0]
+    assert "id" not in kept and "split" not in kept["extra_info"]
 
 
 def pairs_of(tmp_path, monkeypatch, **hard):

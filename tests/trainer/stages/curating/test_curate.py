@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -327,7 +328,7 @@ def test_a_dry_run_says_how_many_and_how_much_and_asks_nothing(folder, tmp_path,
         status, out, err = command(monkeypatch, capsys, *words)
         assert (status, err) == (0, "") and len(server.log) == 8
         assert "written    sft.json 8, alignment.parquet 8" in out
-        assert f"prism-fast sft --config sft_4b data.files={tmp_path / 'out'}/sft.json" in " ".join(out.split())
+        assert f"model.path=Qwen/Qwen3-VL-4B-Instruct data.files={tmp_path / 'out'}/sft.json" in " ".join(out.split())
         status, out, err = command(monkeypatch, capsys, "--dry-run", *words)
         assert "16 requests at most" in out  # of the other two samples of each
         words[2:] = [f"out={tmp_path / 'policy'}", f"rates.model.path={folder / 'base'}"]
@@ -371,6 +372,19 @@ def test_a_column_of_another_name_holds_the_rates(folder, tmp_path):
     tree = {"teacher": {"url": "http://127.0.0.1:9", "model": "m"}, "out": str(tmp_path / "out")}
     data = {"files": [str(tmp_path / "p.jsonl")], "columns": {"extra_info.pass_rate": "solved"}, "skip_bad_records": 1}
     assert next(plan(load_config(CurateConfig, None, base={**tree, "data": data}))) == "2 hard prompts of 4 records"
+
+
+def test_what_is_not_written_is_named_once(folder, tmp_path):
+    table = pq.read_table(folder / "data" / "rates.parquet")
+    noted = table.append_column("note", [["x"] * len(table)])
+    pq.write_table(noted, folder / "data" / "noted.parquet")
+    for name, told in (("rates", []), ("noted", ["not written, as the format has no place for them: note"])):
+        said = []
+        with serve(folder) as server:
+            tree = {**tree_of(folder, server, tmp_path / name), "limit": 2}
+            tree["data"] = {"files": [str(folder / "data" / f"{name}.parquet")]}
+            curate(load_config(CurateConfig, None, base=tree), say=said.append, clock=FakeClock())
+        assert said == ["2 hard prompts of 2 records", *told]
 
 
 def test_asyncio_is_left_as_it_was(folder, tmp_path):
