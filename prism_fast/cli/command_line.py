@@ -141,11 +141,22 @@ def spin_briefly() -> None:
         os.environ.update(ways)
 
 
-def interruptible() -> None:
-    """From here on Ctrl-C is an exception, that cleans up; before, prism_fast/__main__.py ends the process at once."""
+def interruptible(terminable: bool = False) -> None:
+    """From here on Ctrl-C is an exception, that cleans up; before, prism_fast/__main__.py ends the process at once.
+    ``terminable``: SIGTERM too, of which no run takes notice: a temporary folder may hold as much as the data."""
+
+    process = os.getpid()
+
+    def end(signum: int, _: object) -> None:
+        if os.getpid() != process:  # forked just now: nothing of its parent's is to be cleaned up there
+            os._exit(128 + signum)
+        sys.exit(128 + signum)
+
     with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
         if callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if terminable and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, end)
 
 
 def quiet_libraries() -> None:

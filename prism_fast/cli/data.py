@@ -14,7 +14,7 @@ from rich.console import Console
 from prism_fast import DataError
 from prism_fast.cli.command_line import home, interruptible, quiet_libraries
 from prism_fast.cli.common import dry_run_of, end_dry_run, responses_bar, say_done, settings_of
-from prism_fast.cli.options import Columns, ConfigFile, DryRun, ImageFolders, Overrides
+from prism_fast.cli.options import CacheFolder, Columns, ConfigFile, DryRun, ImageFolders, Overrides
 
 app = typer.Typer(
     no_args_is_help=True, help="Check and convert data files; make pairs; keep prompts by pass rate; ask a teacher."
@@ -46,6 +46,7 @@ def data_check(
     machine: Annotated[bool, typer.Option("--json", help="Prints JSON: a list, an object for each of FILES.")] = False,
     dry_run: DryRun = False,
     image_folder: ImageFolders = None,
+    cache: CacheFolder = None,
 ) -> None:
     """The stages' verdicts on every record (images opened), counts, lengths, and one rendered sample."""
     from prism_fast.data.check import Reading, check
@@ -67,11 +68,11 @@ def data_check(
         folder = local_directory(model, weights=False)
         chat = Chat.load(folder)
         plan = plan_of(chat, folder, ranks)
-    interruptible()
+    interruptible(terminable=True)
     if histogram is not None and (chat is None or len(files) > 1):
         raise DataError("--histogram: shows lengths of one file by a model's tokens; give one file, and --model")
     packing = Packing(max_prompt_tokens, tokens_per_pack, batch_size, histogram, plan, ranks)
-    reading = Reading(columns, image_folder or (), workers)
+    reading = Reading(columns, image_folder or (), workers, cache)
     told: list[dict[str, Any]] = []
     console, listen = (Console(stderr=True), told.append) if machine else (Console(), None)
     found = [check(file, console, chat, packing, reading, listen) for file in files]
@@ -99,6 +100,7 @@ def data_convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replaces what is at --out.")] = False,
     dry_run: DryRun = False,
     image_folder: ImageFolders = None,
+    cache: CacheFolder = None,
 ) -> None:
     """Rewrites files as one of another format or container; images go along where they are bytes."""
     from rich.progress import Progress
@@ -115,7 +117,7 @@ def data_convert(
 
         end_dry_run(dry_files(files, glance, out=None if overwrite else out, columns=columns), Console(highlight=False))
     refuse_out(out, overwrite)
-    interruptible()
+    interruptible(terminable=True)
     with Progress(console=Console(), transient=True) as bar:
         task = bar.add_task("records", total=None)
         made = convert(
@@ -125,6 +127,7 @@ def data_convert(
             skip_bad=skip_bad_records,
             columns=columns,
             image_folders=image_folder or (),
+            cache=cache,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(f"{made.records} records, {made.kind}, {made.left_out} left out -> {out}")

@@ -27,6 +27,12 @@ ImageFolders = Annotated[
     list[Path] | None,
     typer.Option("--image-folder", callback=home, help="Where else images may lie, and are looked for; / anywhere."),
 ]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", callback=home, help="Folder where pieces of large row groups stay; else in TMPDIR, for once."
+    ),
+]
 
 # The deepspeed launcher puts it before the command, others behind; LOCAL_RANK says the same.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]

@@ -36,9 +36,19 @@ class Cache:
     @property
     def folder(self) -> Path:
         if self._folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="prism-fast-")
+            try:
+                self._temporary = tempfile.TemporaryDirectory(prefix="prism-fast-")
+            except OSError as error:  # none of the usual places takes a file
+                raise DataError(
+                    f"no temporary folder can be written ({error.strerror}); choose one by {self.choice}"
+                ) from None
             self._folder = Path(self._temporary.name)
         return self._folder
+
+    @property
+    def choice(self) -> str:
+        """What another folder is chosen by, for a person."""
+        return f"{'' if self.is_kept else 'TMPDIR, or by '}data.cache, of data commands --cache"
 
     @property
     def is_kept(self) -> bool:
@@ -77,7 +87,7 @@ class Cache:
         found = self.file(source, name, asked, write, said, lambda path: _body(path) is not None)
         body = _body(found)
         if body is None:  # a disk that does not hold what was written just now
-            raise DataError(f"{found}: is not as it was written; choose another data.cache")
+            raise DataError(f"{found}: is not as it was written; choose another folder by {self.choice}")
         return body
 
     def _made(self, found: Path, make: Callable[[Path], None], said: str | None, sound: Callable[[Path], bool]) -> None:
@@ -85,7 +95,7 @@ class Cache:
             return
         if said is not None and ranks.is_first():
             print(f"{said}: {found}", file=sys.stderr, flush=True)
-        with writing(found, "data.cache"), replacing(found) as aside:
+        with writing(found, f"folder by {self.choice}"), replacing(found) as aside:
             make(aside)
 
 

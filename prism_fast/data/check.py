@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prism_fast import printable
+from prism_fast.data.cache import Cache
 from prism_fast.data.dataset import Records
 from prism_fast.data.findings import Findings, as_json, show
 from prism_fast.data.held import Held
@@ -44,6 +45,7 @@ class Reading(NamedTuple):
     columns: Mapping[str, str] = {}
     image_folders: Sequence[Path] = ()
     processes: int | None = None  # None: as many as there are cores, at most MOST_PROCESSES; 0: this one
+    cache: Path | None = None  # where what is made of large files stays; None: in a temporary folder
 
     @property
     def workers(self) -> int:
@@ -69,7 +71,7 @@ def check(
     Raises DataError for files that cannot be read at all, and where a process dies.
     """
     held = Held(GROUP_BYTES)  # read from end to end, a row group is not met again
-    records, kind = opened(path, reading.columns, reading.image_folders, held)
+    records, kind = opened(path, reading.columns, reading.image_folders, held, Cache(reading.cache))
     judge, limits = judge_of(kind, chat, packing.max_prompt_tokens)
     found = Findings(str(path), kind, len(records.sources), limits)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

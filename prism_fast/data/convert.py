@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prism_fast.data.bad_records import BadRecords
+from prism_fast.data.cache import Cache
 from prism_fast.data.dataset import Records
 from prism_fast.data.formats import FORMATS, require_parts
 from prism_fast.data.held import Held
@@ -44,6 +45,7 @@ def convert(
     columns: Mapping[str, str] | None = None,
     image_folders: Sequence[Path] = (),
     progress: Progress | None = None,
+    cache: Path | None = None,
 ) -> Converted:
     """Writes the good records of files, folders and patterns, each of any format, as ``kind``, one of KINDS (None: as
     the first file is), to ``out``; an earlier one is replaced.
@@ -54,7 +56,8 @@ def convert(
     """
     held, bad, written = Held(GROUP_BYTES), BadRecords(skip_bad), 0
     lost: set[str] = set()
-    inputs = [opened(path, columns, image_folders, held) for path in paths]
+    kept = Cache(cache)
+    inputs = [opened(path, columns, image_folders, held, kept) for path in paths]
     target = kind or inputs[0][1]
     elsewhere = _Elsewhere(out)
     total = sum(len(records) for records, _ in inputs)

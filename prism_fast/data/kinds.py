@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyarrow import ArrowException, parquet
 
+from prism_fast.data.cache import Cache
 from prism_fast.data.dataset import Records, renamed
 from prism_fast.data.fields import is_read, missing
 from prism_fast.data.formats import FORMATS
@@ -41,9 +42,10 @@ def opened(
     columns: Mapping[str, str] | None = None,
     image_folders: Sequence[Path] = (),
     held: Held | None = None,
+    cache: Cache | None = None,
 ) -> tuple[Records, str]:
     """(all records of a file, folder or pattern, good and bad; which of the formats they have)."""
-    records = Records(path, FORMATS["sft"], columns=columns, image_folders=image_folders, held=held)
+    records = Records(path, FORMATS["sft"], columns=columns, cache=cache, image_folders=image_folders, held=held)
     kind = _kind_in(path, records.sources, columns or {})
     records.convert = FORMATS[kind]
     return records, kind

@@ -98,8 +98,9 @@ class Parquet:
             if done.returncode:
                 told = done.stdout.strip() or f"exit status {done.returncode}, {done.stderr.strip()[-200:]}"
                 raise DataError(
-                    f"{groups} could not be cut ({reason(told)}); free memory and the disk of data.cache, or write the "
-                    "file with at most 100 rows a group (pyarrow: row_group_size=100)"
+                    f"{groups} could not be cut into {target.parent} ({reason(told)}); free memory and space there, or "
+                    f"choose another folder by {cache.choice}, or write the file with at most 100 rows a group "
+                    "(pyarrow: row_group_size=100)"
                 )
 
         said = f"{groups} are cut into pieces of {PIECE_BYTES >> 20} MiB, once"

@@ -7,6 +7,7 @@ In bounded memory, see `prism_fast.data.pages`; its process gives back what pyar
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from prism_fast.data.pages import SmallPages
 
 PIECE_BYTES = 4 << 20  # of a row group of the copy: what it costs to look at one record
 MOST_ROWS = 4096  # that are unpacked at once: a column of equal texts takes far more than a file says
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNREADABLE = 3  # exit status: the line says what is wrong with the source
 
 
@@ -104,6 +106,8 @@ def _batches(source: Path, scratch: Path, columns: list[str]) -> Iterator[pa.Rec
                 if found != wanted:
                     raise OSError(f"{found} of {wanted} rows")
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                if isinstance(error, OSError) and error.errno in FULL:  # of scratch
+                    raise
                 raise unreadable(source, number, error) from error
 
 

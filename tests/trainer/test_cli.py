@@ -61,10 +61,11 @@ def test_the_command_line_is_frozen():
         "bench": [],
         "doctor": [],
         "data convert": [
-            *("--column", "--dry-run", "--image-folder", "--out", "--overwrite", "--skip-bad-records", "--to"),
+            *("--cache", "--column", "--dry-run", "--image-folder", "--out", "--overwrite", "--skip-bad-records"),
+            "--to",
         ],
         "data check": [
-            *("--batch-size", "--column", "--dry-run", "--histogram", "--image-folder", "--json"),
+            *("--batch-size", "--cache", "--column", "--dry-run", "--histogram", "--image-folder", "--json"),
             *("--max-prompt-tokens", "--model", "--ranks", "--skip-bad-records", "--tokens-per-pack", "--workers"),
         ],
         "data pairs": ["--config", "--dry-run", "--hard-negatives"],

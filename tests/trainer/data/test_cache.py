@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from prism_fast.data import cache as cache_module
 from prism_fast.data import dataset, parquet, row_groups, source
 from prism_fast.data.cache import Cache
+from prism_fast.data.check import Reading, check
+from prism_fast.data.convert import convert
 from prism_fast.data.formats import read_align, read_sft
 from prism_fast.records import DataError
 from tests.damage import flip, tear
@@ -137,13 +144,73 @@ def test_what_cannot_be_cut_is_said_in_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     assert not any((tmp_path / "cache").iterdir())
     monkeypatch.setattr(row_groups, "__name__", "prism_fast.data.nothing")
-    with pytest.raises(DataError, match=r"align.parquet: row groups of .* could not be cut \(exit status 1,"):
+    with pytest.raises(DataError, match=r"align.parquet: row groups of .* could not be cut into .* \(exit status 1,"):
         read_align(numbered(tmp_path), cache=tmp_path / "cache")
     monkeypatch.undo()
     monkeypatch.setattr(parquet, "GROUP_ROWS", 39)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data.cache"):
         read_align(numbered(tmp_path), cache=tmp_path / "file")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("where", ["pieces", "dictionary"])
+def test_a_full_disk_is_told_by_its_folder(tmp_path, monkeypatch, kept, where):
+    """A limit of a file's size stands for it, in the process that cuts; what it wrote goes."""
+    for name in ("tmp", "data"):
+        (tmp_path / name).mkdir()
+    path, cache = numbered(tmp_path / "data"), tmp_path / "cache"
+    if where == "dictionary":  # of which too much is held for memory
+        path = tmp_path / "data" / "large.parquet"
+        rows = [record("align", data_source="x" * (9 << 20)), record("align", data_source="y" * (9 << 20))]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))
+    monkeypatch.setattr(parquet.subprocess, "run", partial(subprocess.run, preexec_fn=limit))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(DataError, match=r"row groups of .* could not be cut into ") as caught:
+        check(path, Console(quiet=True), reading=Reading(processes=0, cache=cache if kept else None))
+    told = str(caught.value)
+    assert f"into {cache} (" in told if kept else f"into {tmp_path / 'tmp' / 'prism-fast-'}" in told
+    assert ("by data.cache, of data commands --cache," if kept else "by TMPDIR, or by data.cache, of data ") in told
+    assert "copy the file again" not in told
+    del caught
+    gc.collect()
+    assert not any((tmp_path / "tmp").iterdir())
+    assert not kept or not any(cache.iterdir())
+
+
+@pytest.mark.usefixtures("small")
+def test_data_commands_keep_pieces_where_they_are_told(tmp_path, capsys):
+    path, cache = numbered(tmp_path), tmp_path / "cache"
+    for _ in range(2):
+        assert check(path, Console(quiet=True), reading=Reading(processes=0, cache=cache)).records == 40
+        assert convert([path], tmp_path / "out.jsonl", cache=cache).records == 40
+    assert len([*cache.iterdir()]) == 1
+    assert capsys.readouterr().err.count("are cut into pieces") == 1
+
+
+def test_no_temporary_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(
+        DataError, match=r"no temporary folder can be written \(No such .*; choose one by TMPDIR, or by "
+    ):
+        Cache().folder  # noqa: B018
+
+
+def test_a_terminated_command_leaves_no_temporary_folder(tmp_path):
+    told = (
+        "import os, signal; from prism_fast.cli.command_line import interruptible; from prism_fast.data.cache import "
+        "Cache; interruptible(terminable=True); cache = Cache(); (cache.folder / 'x').touch()\n"
+        "if not (child := os.fork()): os.kill(os.getpid(), signal.SIGTERM); signal.pause()\n"
+        "os.waitpid(child, 0); print(cache.folder, (cache.folder / 'x').exists(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=False, env=environment)
+    folder, is_there = done.stdout.split()  # a child that ends leaves it to its parent
+    assert (done.returncode, Path(folder).parent, is_there) == (143, tmp_path, "True"), done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_cutting_loads_no_torch():
