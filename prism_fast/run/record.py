@@ -46,7 +46,6 @@ FREE = (
     "data.cache",
     "data.workers",
     "data.image_cache",
-    "data.image_folders",  # an image elsewhere would have ended the run
     "data.skip_bad_records",  # a record that is passed over would have ended the run
     "watch.*",
     "*.activation_checkpointing",  # computes the same again
@@ -91,6 +90,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], config: BaseModel) -
     for key, before, after in differences(old["config"], new["config"], _defaults(config)):
         if key == "run.deterministic" and None in (before, after) and True in (before, after):
             continue  # on a CPU the same, and true in the records of versions whose default it was
+        if key == "data.image_folders" and _is_looked_in_first(before, after):
+            continue  # an image in a folder behind the others would have ended the run
         if key not in inputs and not any(fnmatch.fnmatchcase(key, pattern) for pattern in free):
             found.append(change_line(key, before, after))
     for key in sorted(inputs):
@@ -207,6 +208,13 @@ def _gone(entry: Any) -> bool:
     """Whether some of it is not there now: a model that lies in the checkpoint is not needed, a reader names a file."""
     entries = entry if isinstance(entry, list) else [entry]
     return any(item is not None and "sha256" not in item and not item.get("files") for item in entries)
+
+
+def _is_looked_in_first(before: Any, after: Any) -> bool:
+    """Whether each image that was found in these folders is found at the same place."""
+    if not (isinstance(before, list) and isinstance(after, list)):
+        return False
+    return [*map(os.path.abspath, before)] == [*map(os.path.abspath, after[: len(before)])]
 
 
 def _length_matters(config: BaseModel) -> bool:

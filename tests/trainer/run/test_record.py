@@ -96,6 +96,19 @@ def test_what_changes_no_number_is_free(key, value, folder):
     assert changed(folder, **{key: value}) == []
 
 
+def test_image_folders_are_free_only_behind_the_others(folder, monkeypatch):
+    """In another order, files of the same names may be other pictures."""
+    key, (a, b, c) = "data.image_folders", (folder / name for name in "abc")
+    before = start(folder, **{key: [a, b]})
+    assert changed(folder, before, **{key: [a, b, c]}) == []
+    assert changed(folder, start(folder), **{key: [a]}) == []
+    for other in ([b, a], [c, a, b], [a, c, b], [b], [a], []):
+        (told,) = changed(folder, before, **{key: other})
+        assert told.startswith(f"{key}: [")
+    monkeypatch.chdir(folder)
+    assert changed(folder, before, **{key: ["a", "b"]}) == []
+
+
 def test_the_number_of_steps_matters_to_a_schedule(folder):
     for setting in ({"optimizer.schedule": "cosine"}, {"optimizer.warmup_ratio": 0.1}):
         before = start(folder, **setting)
