@@ -7,27 +7,21 @@ as a block's records and random numbers are its own. The file goes when OUT is w
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prism_fast.config import EvaluateConfig, FilterConfig, PairsConfig, Sampling
 from prism_fast.data.encode import Held
 from prism_fast.data.formats import Dataset
-from prism_fast.files import writing
 from prism_fast.models.load import open_policy
 from prism_fast.records import DataError
-from prism_fast.run import record
+from prism_fast.stages.kept_answers import append, begun_by, blocks_of, partial_file
 from prism_fast.steps.sampler import open_sampler
 from prism_fast.steps.update import Backprop
 
 BLOCK = 1024  # responses
-FIRST = b'{"stage": '  # what OUT.partial begins with
-AFTER = ("out", "low", "high", "keep", "reward", "hard_negatives")  # settings that responses do not depend on
 
 Progress = Callable[[int, int], None]  # (responses done, responses in total)
 Say = Callable[[str], None]
@@ -51,10 +45,10 @@ def answers(
 ) -> list[Answered]:
     """Responses to the good records among ``picked``, to the first ``limit`` of them. Raises DataError where there are
     none, or where OUT.partial is of other settings or data."""
-    file, begun = partial_file(config.out), _record(config)
-    blocks = _kept(file, begun, config, data)
+    file, begun = partial_file(config.out), begun_by(config)
+    blocks = blocks_of(file, begun, config, data)
     found = [Answered(*each) for block in blocks for each in block["records"]]
-    size = max(1, BLOCK // sampling.samples)
+    size = _block(sampling)
     total = min(len(picked), limit or len(picked)) * sampling.samples
     numbers = range(len(blocks), -(-len(picked) // size))
     if blocks:
@@ -69,15 +63,24 @@ def answers(
                     break
                 prompts = Held(data, picked[number * size : (number + 1) * size], encode, left)
                 made = _ask(sampler, prompts, sampling, config.seed * 1_000_003 + number, progress, (len(found), total))
-                _append(file, None if number else begun, {"records": made, "bad": data.bad.state()})
+                append(file, None if number else begun, {"records": made, "bad": data.bad.state()})
                 found += made
     if not found:
         raise DataError(f"{config.data.files[0]}: each of {len(picked)} records is bad ({data.bad.messages[-1]})")
     return found
 
 
-def partial_file(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
+def is_answered(config: PairsConfig, data: Dataset, sampling: Sampling, picked: Sequence[int]) -> bool:
+    """Whether `answers` would find them all; writes nothing. Raises DataError as it does."""
+    file = partial_file(config.out)
+    if not file.exists() or not file.read_bytes().endswith(b"\n"):
+        return False
+    return len(blocks_of(file, begun_by(config), config, data)) == -(-len(picked) // _block(sampling))
+
+
+def _block(sampling: Sampling) -> int:
+    """Records of a block."""
+    return max(1, BLOCK // sampling.samples)
 
 
 def _ask(sampler, prompts: Held, sampling: Sampling, seed: int, progress: Progress | None, so_far: tuple[int, int]):
@@ -92,38 +95,3 @@ def _ask(sampler, prompts: Held, sampling: Sampling, seed: int, progress: Progre
         made[group].texts.append(text)
         made[group].lengths.append(len(ids))
     return made
-
-
-def _record(config: Any) -> dict[str, Any]:
-    made = record.record(type(config).__name__, config)
-    return {**made, "config": {key: value for key, value in made["config"].items() if key not in AFTER}}
-
-
-def _append(file: Path, begun: dict[str, Any] | None, block: dict[str, Any]) -> None:
-    lines = [json.dumps(each) for each in (begun, block) if each is not None]
-    with writing(file), open(file, "w" if begun else "a", encoding="utf-8") as journal:
-        journal.write("".join(f"{line}\n" for line in lines))
-        journal.flush()
-        os.fsync(journal.fileno())
-
-
-def _kept(file: Path, begun: dict[str, Any], config: Any, data: Dataset) -> list[dict[str, Any]]:
-    """The blocks of an interrupted command; what was being written when it ended is cut off."""
-    if not file.exists():
-        return []
-    with writing(file):
-        *lines, torn = file.read_bytes().split(b"\n")
-    if not lines and torn[: len(FIRST)] == FIRST[: len(torn)]:
-        return []  # it ended before a block was there
-    try:
-        before, *blocks = map(json.loads, lines)
-        changed = record.changes(before, begun, config)
-        data.bad.load(blocks[-1]["bad"] if blocks else {})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{file}: not a command's kept responses ({error}); remove it") from None
-    if changed and blocks:
-        raise DataError(f"{file}: was begun with other settings: {'; '.join(changed)}; set them back, or remove it")
-    if torn:
-        with writing(file):
-            os.truncate(file, file.stat().st_size - len(torn))
-    return [] if changed else blocks

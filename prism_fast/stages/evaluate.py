@@ -7,7 +7,8 @@ from prism_fast.data.formats import read_rlvr
 from prism_fast.files import try_new
 from prism_fast.reward import started
 from prism_fast.run.record import own_reward
-from prism_fast.stages.answers import Progress, answers, partial_file
+from prism_fast.stages.answers import Progress, answers
+from prism_fast.stages.kept_answers import partial_file
 from prism_fast.steps.evaluate import EvalSet, Evaluation, judge
 
 

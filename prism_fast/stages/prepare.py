@@ -13,7 +13,8 @@ from prism_fast.data.unread import not_written
 from prism_fast.files import try_new, writing
 from prism_fast.records import DataError, Sample
 from prism_fast.reward import split_parts, verifiable_reward
-from prism_fast.stages.answers import Progress, Say, answers, partial_file
+from prism_fast.stages.answers import Progress, Say, answers
+from prism_fast.stages.kept_answers import partial_file
 
 
 def pairs(config: PairsConfig, progress: Progress | None = None, say: Say | None = None) -> dict[str, int]:

@@ -9,7 +9,7 @@ from prism_fast.config import CurateConfig, PairsConfig
 from prism_fast.data.formats import Dataset
 from prism_fast.records import DataError
 from prism_fast.reward import reward_of
-from prism_fast.stages.answers import Answered, Progress, Say, answers
+from prism_fast.stages.answers import Answered, Progress, Say, answers, is_answered
 
 FILE_NAME = "rollouts.jsonl"  # of which the policy's responses lie beside, and stay there
 
@@ -39,6 +39,12 @@ def look(config: CurateConfig, data: Dataset, progress: Progress | None, say: Sa
         else:
             easy += 1
     return Looked(hard, easy, {})
+
+
+def is_known(config: CurateConfig, data: Dataset) -> bool:
+    """Whether `look` asks no policy: none is named, or its responses are there. Writes nothing."""
+    asked = rollouts(config)
+    return asked is None or is_answered(asked, data, asked, range(picked(config, data)))
 
 
 def picked(config: CurateConfig, data: Dataset) -> int:

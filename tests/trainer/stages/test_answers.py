@@ -8,8 +8,8 @@ from prism_fast.config import EvaluateConfig, FilterConfig, PairsConfig, load_co
 from prism_fast.data.formats import write_align
 from prism_fast.records import DataError
 from prism_fast.stages import answers as module
-from prism_fast.stages.answers import partial_file
 from prism_fast.stages.evaluate import evaluate_policy
+from prism_fast.stages.kept_answers import partial_file
 from prism_fast.stages.prepare import filter_prompts, pairs
 from prism_fast.steps.sampler import BuiltinSampler
 

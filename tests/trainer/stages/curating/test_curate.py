@@ -109,7 +109,11 @@ def test_a_policy_says_what_is_hard_and_its_answers_are_the_students(folder, tmp
     rates = {"model": {"path": str(folder / "base")}, "samples": 2, "max_response_tokens": 4}
     with serve(folder) as server:
         tree = {**tree_of(folder, server, tmp_path / "out"), "rates": rates, "limit": 4}
+        config = load_config(CurateConfig, None, base=tree)
+        assert next(plan(config)).startswith("4 prompts at most")
         assert run(tree)["written"] == {"sft.json": 4, "alignment.parquet": 4}
+        told = [*plan(config)]
+        assert told[0] == "4 hard prompts of 4 records" and told[2].startswith("0 requests at most")
         partial = tmp_path / "out" / "rollouts.jsonl.partial"
         begun, block = map(json.loads, partial.read_text().splitlines())
         student = "<caption>digits</caption><think>so</think><answer>999</answer>"
@@ -117,6 +121,7 @@ def test_a_policy_says_what_is_hard_and_its_answers_are_the_students(folder, tmp
         gold = read_rlvr(folder / "data" / "rates.parquet")[1].gold
         block["records"][1][1][1] = student.replace("999", gold)
         partial.write_text("".join(json.dumps(line) + "\n" for line in (begun, block)))
+        assert next(plan(config)) == "3 hard prompts of 4 records"
         report = run(tree)
         assert len(server.log) == 4  # nothing again
     assert report["prompts"]["easy"] == 1 and report["written"]["warmup.jsonl"] == 3
@@ -149,6 +154,7 @@ def test_equal_prompts_are_asked_once(folder, tmp_path):
     write_rlvr(tmp_path / "twice.parquet", twice)
     with serve(folder) as server:
         tree = {**tree_of(folder, server, tmp_path / "out"), "data": {"files": [str(tmp_path / "twice.parquet")]}}
+        assert [*plan(load_config(CurateConfig, None, base=tree))][1].startswith("8 requests at most")
         report = run(tree)
     assert report["prompts"]["repeated"] == 2 and report["prompts"]["kept"] == len(server.log) == 2
 
@@ -330,7 +336,16 @@ def test_a_dry_run_says_how_many_and_how_much_and_asks_nothing(folder, tmp_path,
         assert "written    sft.json 8, alignment.parquet 8" in out
         assert f"model.path=Qwen/Qwen3-VL-4B-Instruct data.files={tmp_path / 'out'}/sft.json" in " ".join(out.split())
         status, out, err = command(monkeypatch, capsys, "--dry-run", *words)
-        assert "16 requests at most" in out  # of the other two samples of each
+        assert "8 answers are there" in out and "\n0 requests at most, 0 tokens" in out  # the first of each is right
+        status, out, err = command(monkeypatch, capsys, "--dry-run", *words, "right=2")
+        assert "\n16 requests at most" in out  # of the other two samples of each
+        server.act = lambda entry: "wrong"
+        assert command(monkeypatch, capsys, *words[:2], f"out={tmp_path / 'wrong'}", "samples=1")[0] == 2
+        status, out, err = command(
+            monkeypatch, capsys, "--dry-run", *words[:2], f"out={tmp_path / 'wrong'}", "samples=3"
+        )
+        assert "\n16 requests at most" in out  # no first one is right
+        assert len(server.log) == 16
         words[2:] = [f"out={tmp_path / 'policy'}", f"rates.model.path={folder / 'base'}"]
         status, out, err = command(monkeypatch, capsys, "--dry-run", *words)
         assert (status, err) == (0, "") and "12 prompts at most" in out and "dry run: in order" in out
