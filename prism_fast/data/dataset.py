@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache as once
 from hashlib import blake2b
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prism_fast import ranks
 from prism_fast.data.bad_records import BadRecords
 from prism_fast.data.cache import Cache
 from prism_fast.data.fields import Fields, is_read
@@ -19,7 +21,7 @@ from prism_fast.data.parquet import Parquet
 from prism_fast.data.saved import Saved
 from prism_fast.data.shards import open_sources
 from prism_fast.data.source import Source
-from prism_fast.data.unread import MOST, unread, unread_columns
+from prism_fast.data.unread import MOST, differing, unread, unread_columns
 from prism_fast.records import DataError, Sample
 
 PROGRESS_EVERY = 256  # records
@@ -62,6 +64,7 @@ class Records(Sequence[Sample]):
         ]
         self._start = np.cumsum([0, *map(len, self.sources)])
         self.unread: set[str] = set()  # fields of what was read so far, and columns, that hold something nobody reads
+        self.differing: dict[str, str] = {}  # whole responses that are not their parts, which are read: the first place
         for source in self.sources:
             if isinstance(source, (Parquet, Saved)):
                 self.unread.update(unread_columns(source.schema, source.columns))
@@ -91,6 +94,8 @@ class Records(Sequence[Sample]):
         try:
             sample = self.convert(fields)
             fields.refuse_dropped(sample)
+            for field in differing(fields, sample):
+                self.differing.setdefault(field, sample.place)
             if len(self.unread) < MOST:
                 self.unread.update(unread(fields, sample))
         except RecursionError as error:
@@ -131,6 +136,10 @@ class Dataset(Sequence[Sample]):
         if not len(self._index):
             bad = f"{len(self._all)} are bad; correct the file ({self.bad.messages[-1]})"
             raise DataError(f"{self._all.sources[0].path}: no valid record is left, {bad}")
+        for field, place in self._all.differing.items() if ranks.is_first() else ():
+            voice = field.partition("_")[0]
+            told = f"{place}: {field} is not {voice}_caption and {voice}_cot, which are read, here and maybe in others"
+            print(told, file=sys.stderr, flush=True)
 
     def __len__(self) -> int:
         return len(self._index)

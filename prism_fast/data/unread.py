@@ -44,6 +44,17 @@ def unread(fields: Fields, sample: Sample) -> Iterator[str]:
             yield from _inside(key, value if isinstance(value, list) else [value], ("bytes", "path"))
 
 
+def differing(fields: Fields, sample: Sample) -> Iterator[str]:
+    """Whole responses that stand beside the parts that were read, and say something else."""
+    for voice in ("teacher", "student"):
+        value = fields.record.get(whole := f"{voice}_response")
+        if f"{voice}_cot" not in fields.used or whole in fields.used or missing(value):
+            continue
+        parts = "".join(getattr(sample, f"{voice}_{part}") or "" for part in ("caption", "reasoning"))
+        if value != parts and "".join(str(value).split()) != "".join(parts.split()):
+            yield whole
+
+
 def _inside(key: str, values: Iterable[Any], known: Collection[str]) -> Iterator[str]:
     for value in values:
         if isinstance(value, dict):

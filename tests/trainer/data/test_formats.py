@@ -60,6 +60,30 @@ def record(kind: str, **changes):
     return {name: value for name, value in {**base[kind], **changes}.items() if value is not ...}
 
 
+def test_a_response_that_is_not_its_parts_is_said_once(tmp_path, capsys):
+    parts = {"teacher_caption": CAPTION, "teacher_cot": REASONING}
+    other = RESPONSE.replace("a 3", "an 8")
+    same = [record("align", teacher_response=text, **parts) for text in (RESPONSE, f"{CAPTION}\n{REASONING}", ...)]
+    path = write(tmp_path, "align", *same, record("align"))
+    read_align(path), read_rlvr(path)
+    assert not capsys.readouterr().err
+    path = write(tmp_path, "align", *same, *[record("align", teacher_response=other, **parts)] * 2)
+    data = read_align(path)
+    told = "teacher_response is not teacher_caption and teacher_cot, which are read, here and maybe in others"
+    assert capsys.readouterr().err == f"{path}:4: {told}\n"
+    assert data[3].teacher_caption == CAPTION and len([*data]) == 5
+    read_rlvr(path)  # which has no place for either
+    pair = {
+        "student_caption": CAPTION,
+        "student_cot": REASONING,
+        "student_response": "free",
+        **parts,
+        "teacher_response": RESPONSE,
+    }
+    read_warmup(write(tmp_path, "warmup", record("warmup", **pair)))
+    assert "pairs.jsonl:1: student_response is not student_caption and student_cot," in capsys.readouterr().err
+
+
 def write(folder: Path, kind: str, *records, name: str | None = None) -> Path:
     """The records in their published container; JSON lines for every kind if ``name`` says so."""
     (folder / "a.png").write_bytes(png())
