@@ -15,7 +15,6 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +28,9 @@ from prism_fast.data.values import (
     ENCODINGS,
     RLE,
     Dictionary,
+    level_count,
     levels,
-    named,
+    named_runs,
     numbers_part,
     packed_levels,
     values_of,
@@ -39,6 +39,8 @@ from prism_fast.data.values import (
 LARGEST_PAGE = 8 << 20  # packed or not; what pyarrow unpacks
 PAGE_BYTES = 1 << 20  # of a page that is made of a larger one, unless one value is more
 PAGE_VALUES = 20_000
+MOST_VALUES = 1 << 24  # of a column of lists in a row group, nulls too,
+MOST_OF_A_ROW = 1024  # or so many in the mean
 
 DATA, INDEX, DICTIONARY, DATA_2 = range(4)  # kinds of pages
 BYTE_ARRAY = 6  # a physical type
@@ -61,7 +63,7 @@ class Page(NamedTuple):
 class Column:
     """One column's part of a row group."""
 
-    def __init__(self, fd: int, told: Struct, about: pq.ColumnSchema):
+    def __init__(self, fd: int, told: Struct, about: pq.ColumnSchema, rows: int):
         meta: Struct = told[3][1]
         self.meta, self.fd, self.name = meta, fd, about.path
         self._highest = (about.max_repetition_level, about.max_definition_level)
@@ -69,6 +71,9 @@ class Column:
         self.begin = min(meta[field][1] for field in (9, 11) if field in meta and (meta[field][1] > 0 or field == 9))
         self.is_text = meta[1][1] == BYTE_ARRAY
         self.is_plain = not {1, 8, 9} & told.keys()  # lies in this file, and not encrypted
+        most = max(MOST_VALUES, MOST_OF_A_ROW * rows) if self._highest[0] else rows
+        if self.values > most:  # a run of any length takes a few bytes of a page, and a step each here
+            raise Fault(f"{self.name}: {self.values} values in {rows} rows")
         self.pages = list(self._walk()) if self.is_plain else []
 
     def _walk(self) -> Iterator[Page]:
@@ -85,6 +90,8 @@ class Column:
                 )
             if page.kind in (DATA, DATA_2):
                 seen += page.values
+                if seen > self.values:
+                    raise Fault(f"{self.name}: pages of {seen} values, where the footer says {self.values}")
             if page.kind in (DATA, DATA_2, DICTIONARY):
                 yield page
 
@@ -164,18 +171,21 @@ class Column:
         stream.finish()
 
     def _levels(self, page: Page, stream: Stream) -> tuple[Iterator[int], Iterator[int]]:
-        if page.levels:
-            stored, at = [], page.begin
-            for size in page.levels[:2]:
-                stored.append(os.pread(self.fd, size, at))
-                at += size
-        else:
-            stored = [
+        both = zip(self._stored_levels(page, stream), self._highest)
+        repeated, defined = (levels(data, most, page.values) for data, most in both)
+        return repeated, defined
+
+    def _stored_levels(self, page: Page, stream: Stream) -> list[bytes]:
+        if not page.levels:
+            return [
                 numbers_part(stream, int.from_bytes(stream.take(4), "little")) if most else b""
                 for most in self._highest
             ]
-        repeated, defined = (levels(data, most, page.values) for data, most in zip(stored, self._highest))
-        return repeated, defined
+        stored, at = [], page.begin
+        for size in page.levels[:2]:
+            stored.append(os.pread(self.fd, size, at))
+            at += size
+        return stored
 
     def dictionary_values(self) -> Iterator[bytes]:
         for page in self.pages:
@@ -202,8 +212,9 @@ class Column:
         for page in self.pages:
             if page.kind != DICTIONARY and page.encoding in DICTIONARIES:
                 stream = self.stream(page)
-                count = sum(define == self._highest[1] for define in self._levels(page, stream)[1])
-                size += sum(lengths[number] for number in islice(named(stream), count))
+                count = level_count(self._stored_levels(page, stream)[1], self._highest[1], page.values)
+                for found, times in named_runs(stream, count):
+                    size += times * sum(lengths[number] for number in found)
             elif page.kind != DICTIONARY:
                 size += page.unpacked
         return size
@@ -307,7 +318,8 @@ class SmallPages:
         """Of the values of a column of byte strings in row group ``number``, however often one is stored."""
         with _plain_faults("its footer or a page is damaged"):
             told = self._footer[4][1][1][number][1][1][1][leaf]
-            return Column(self._file.fileno(), told, self._schema.column(leaf)).unpacked_bytes()
+            rows = self._footer[4][1][1][number][3][1]
+            return Column(self._file.fileno(), told, self._schema.column(leaf), rows).unpacked_bytes()
 
     @contextmanager
     def group(self, number: int, leaves: list[int], share: int) -> Iterator[tuple[pq.ParquetFile, float]]:
@@ -327,7 +339,7 @@ class SmallPages:
         told, total = list(group[1][1][1]), group[3][1]
         shown, rows = _Shown(self._file.fileno()), float(total)
         for leaf in leaves:
-            column = Column(shown.fd, told[leaf], self._schema.column(leaf))
+            column = Column(shown.fd, told[leaf], self._schema.column(leaf), total)
             if not column.is_plain:
                 continue
             place = (leaf + 1) * _APART

@@ -79,6 +79,20 @@ def numbers_part(stream: Stream, size: int) -> bytes:
     return stream.take(size)
 
 
+def named_runs(stream: Stream, count: int) -> Iterator[tuple[list[int], int]]:
+    """As `named`, ``count`` of them, by `runs`."""
+    if stream.left and count:
+        width = stream.take(1)[0]
+        yield from runs(numbers_part(stream, stream.left), width, count)
+
+
+def level_count(data: bytes, highest: int, count: int) -> int:
+    """How many of `levels` are ``highest``."""
+    if not highest:
+        return count
+    return sum(found.count(highest) * times for found, times in runs(data, highest.bit_length(), count))
+
+
 def levels(data: bytes, highest: int, count: int) -> Iterator[int]:
     """``count`` levels of 0 to ``highest``; where that is 0 they are not stored."""
     return numbers(data, highest.bit_length(), count) if highest else repeat(0, count)
@@ -94,10 +108,21 @@ def packed_levels(numbers: list[int], highest: int) -> bytes:
 
 def numbers(data: bytes, width: int, count: int | None) -> Iterator[int]:
     """Runs and packed groups of numbers of ``width`` bits: ``count`` of them, or all."""
-    if width > 32:
-        raise Fault(f"numbers of {width} bits")
     found = _numbers(data, width)
     return found if count is None else _exactly(found, count)
+
+
+def runs(data: bytes, width: int, count: int) -> Iterator[tuple[list[int], int]]:
+    """As `numbers`, in (some numbers, how often each follows itself): a run of any length at once."""
+    for found, times in _runs(data, width):
+        times = min(times, count)
+        found = found[:count] if times == 1 else found
+        yield found, times
+        count -= len(found) * times
+        if not count:
+            return
+    if count:
+        raise Fault(f"{count} levels are missing")
 
 
 def _exactly(found: Iterator[int], count: int) -> Iterator[int]:
@@ -109,20 +134,29 @@ def _exactly(found: Iterator[int], count: int) -> Iterator[int]:
 
 
 def _numbers(data: bytes, width: int) -> Iterator[int]:
+    for found, times in _runs(data, width):
+        yield from found if times == 1 else repeat(found[0], times)
+
+
+def _runs(data: bytes, width: int) -> Iterator[tuple[list[int], int]]:
+    """Several numbers once each, or one often."""
+    if width > 32:
+        raise Fault(f"numbers of {width} bits")
     if not width:  # a dictionary of one value
-        yield from repeat(0)
+        yield [0], 1 << 62
     at, size = 0, (width + 7) // 8
     while at < len(data):
         head, at = read_varint(data, at)
         if head & 1:
             end = at + (head >> 1) * width
             for begin in range(at, min(end, len(data)), _GROUPS * width):
-                yield from _bits(data[begin : min(begin + _GROUPS * width, end)], width)
+                yield _bits(data[begin : min(begin + _GROUPS * width, end)], width), 1
             at = end
         else:
             if size > len(data) - at:
                 raise Fault("a run without its number")
-            yield from repeat(int.from_bytes(data[at : at + size], "little"), head >> 1)
+            if head >> 1:
+                yield [int.from_bytes(data[at : at + size], "little")], head >> 1
             at += size
 
 
@@ -138,7 +172,7 @@ def _deltas(stream: Stream, most: int) -> array[int]:
     block, parts, count, last = stream.varint(), stream.varint(), stream.varint(), _signed(stream.varint())
     if not (0 < parts <= 4096 and 0 < block <= 1 << 20) or block % parts or block // parts % 8:
         raise Fault(f"lengths in {parts} parts of blocks of {block}")
-    if count > most or last < 0:
+    if count > min(most, MOST_NUMBERS // 8) or last < 0:
         raise Fault(f"{count} lengths of {most} values, the first of {last} bytes")
     lengths = array("q", [last] if count else [])
     while len(lengths) < count:

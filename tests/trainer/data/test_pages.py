@@ -176,6 +176,72 @@ def test_equal_images_are_counted_as_often_as_they_are_unpacked(tmp_path, capsys
     assert not capsys.readouterr().err
 
 
+def claiming(path, claimed: int, column: int, rows: int, lists: bool = False, dictionary: bool = False):
+    """A file of one page that says it has ``claimed`` values, its column ``column`` and its row group ``rows`` rows.
+    They are nulls, or all the one value of a dictionary."""
+    kind = pa.list_(pa.string()) if lists else pa.string()
+    pq.write_table(pa.table({"x": pa.array([["one"]] if lists else ["one"], kind)}), path, compression="none")
+    whole = path.read_bytes()
+    end = len(whole) - 8
+    footer, _ = thrift.read_struct(whole[end - int.from_bytes(whole[end : end + 4], "little") : end])
+
+    def run(level: int) -> bytes:
+        data = thrift.varint(claimed << 1) + bytes([level])
+        return len(data).to_bytes(4, "little") + data
+
+    i32 = lambda number: (thrift.I32, number)  # noqa: E731
+    told = {1: i32(claimed), 2: i32(values.RLE_DICTIONARY if dictionary else 0), 3: i32(3), 4: i32(3)}
+    body = (run(1) if lists else b"") + run(1 if dictionary else 0)
+    body += b"\1" + thrift.varint(claimed << 1) + b"\0" if dictionary else b""
+    pages_of = b"PAR1"
+    if dictionary:
+        entry = (3).to_bytes(4, "little") + b"one"
+        header = {1: i32(2), 2: i32(len(entry)), 3: i32(len(entry)), 7: (thrift.STRUCT, {1: i32(1), 2: i32(0)})}
+        pages_of += thrift.write_struct(header) + entry
+    at = len(pages_of)
+    header = {1: i32(0), 2: i32(len(body)), 3: i32(len(body)), 5: (thrift.STRUCT, told)}
+    pages_of += thrift.write_struct(header) + body
+    group = footer[4][1][1][0]
+    meta = group[1][1][1][0][3][1]
+    for field in (8, 11, 12, 13, 15, 16):
+        meta.pop(field, None)
+    size = (thrift.I64, len(pages_of) - 4)
+    meta |= {5: (thrift.I64, column), 6: size, 7: size, 9: (thrift.I64, at)}
+    if dictionary:
+        meta[11] = (thrift.I64, 4)
+    group[3] = footer[3] = (thrift.I64, rows)
+    told_all = thrift.write_struct(footer)
+    path.write_bytes(pages_of + told_all + len(told_all).to_bytes(4, "little") + b"PAR1")
+    return path
+
+
+MANY = (1 << 31) - 1
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize(("column", "rows"), [(10, 10), (MANY, 10)])
+def test_a_page_that_claims_billions_of_values_is_refused_before_any(tmp_path, monkeypatch, lists, column, rows):
+    """A run of levels of any length takes six bytes; each level would be a step."""
+    assert pq.read_table(cut(claiming(tmp_path / "a.parquet", 10, 10, 10))).to_pylist() == [{"x": None}] * 10
+    monkeypatch.setattr(pages._Made, "add", None)
+    monkeypatch.setattr(values, "repeat", None)
+    path = claiming(tmp_path / "b.parquet", MANY, column, rows, lists)
+    with pytest.raises(DataError, match=r"row group 1 cannot be read; .*: (pages of )?2147483647 va"):
+        cut(path)
+
+
+@pytest.mark.parametrize("count", [10, MANY])
+def test_values_are_counted_by_runs(tmp_path, monkeypatch, count):
+    path = claiming(tmp_path / "a.parquet", count, count, count, dictionary=True)
+    if count == 10:
+        assert pq.read_table(path).to_pylist() == [{"x": "one"}] * 10
+    monkeypatch.setattr(values, "repeat", None)
+    small = pages.SmallPages(path, pq.read_metadata(path))
+    assert small.unpacked_bytes(0, 0) == 3 * count
+    small.close()
+
+
 PACKED = {
     "noise": random.Random(RNG_SEED).randbytes(300_000),
     "one byte": b"x",
