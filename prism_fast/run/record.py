@@ -5,6 +5,7 @@ OUT/run.json, and "run" in every checkpoint's trainer.json:
  "inputs": {"data.files": [{"path": "sft.json", "bytes": 812, "modified": 1.7e9, "sha256": "...", "hashed": "whole"}],
             "model.path": {"path": "base", "files": {"config.json": {...}, "model.safetensors": {...}}}},
  "chosen": {"run.tokens_per_pack": 12288},     where a setting is auto
+ "records": 1024,                              good ones among data.files
  "starts": [{"step": 0, "time": 1.7e9}, {"step": 200, "time": 1.7e9, "changed": ["optimizer.lr: 1e-05 -> 2e-05"]}]}
 """
 
@@ -29,6 +30,7 @@ from prism_fast.run.environment import engine, environment
 
 FILE_NAME = "run.json"
 PER_PACK = "run.tokens_per_pack"
+GOOD_RECORDS = "good records of data.files"  # images that were mended make more: another order
 WHOLE = 64 << 20  # bytes: a longer file is hashed in samples
 SAMPLES, SAMPLE = 64, 64 << 10  # how many, evenly spaced from the first bytes to the last, and bytes of each
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")

@@ -151,6 +151,8 @@ class Session:
         else:
             changed += record.changes(before, self._record, self.settings)
             self._record["starts"] = before["starts"]
+            if "records" in before:
+                self._record["records"] = before["records"]
             self._chosen = before.get("chosen", {})
             if other := record.moved(before, self._record):
                 self._notes.append(
@@ -159,6 +161,15 @@ class Session:
         if not self.accept_changes:
             record.refuse(found, changed)
         self._changed = changed
+
+    def _compare_records(self, now: int) -> None:
+        before = self._record["records"] = self._record.get("records", now)
+        if before != now:
+            changed = [record.change_line(record.GOOD_RECORDS, before, now)]
+            if not self.accept_changes:
+                record.refuse(self._checkpoint or self.out, changed)
+            self._changed += changed
+            self._record["records"] = now
 
     def __exit__(self, *exc: Any) -> None:
         with contextlib.ExitStack() as last:
@@ -187,7 +198,11 @@ class Session:
         return None if self._checkpoint is None else self._checkpoint / model
 
     def loaded(self, records: int, **models: torch.nn.Module) -> None:
-        """Says in one line what this run works on."""
+        """Says in one line what this run works on. ``records``: the good ones, on whose number their order depends, so
+        that a resumed run must find as many."""
+        with ranks.together():
+            if ranks.is_first():
+                self._compare_records(records)
         sizes = (f"{name} {_millions(sum(p.numel() for p in m.parameters()))} parameters" for name, m in models.items())
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

@@ -60,7 +60,9 @@ class Stage:
         self.values: list[float] = []  # of evaluations, in turn
         self.events: list[str] = []
 
-    def run(self, total, *, until=None, resume=False, accept_changes=False, fault=lambda step: None, **begin):
+    def run(
+        self, total, *, until=None, resume=False, accept_changes=False, fault=lambda step: None, records=9, **begin
+    ):
         def collect(parts):
             weight = self.weight  # the run goes on while it is written
 
@@ -79,6 +81,7 @@ class Stage:
         with Session("sft", self.config, resume, accept_changes) as run:
             saved = run.saved("policy")
             self.weight = 0 if saved is None else int((saved / "weight").read_text())
+            run.loaded(records)
             begin = {"evaluate": evaluate if self.values else None, "parts": {"counter": self.counter}, **begin}
             first = run.begin(total, models={"policy": collect}, optimizers=self.optimizers, **begin)
             self.position = run.state.get("position", 0)
@@ -268,6 +271,18 @@ def test_other_settings_and_data_are_refused_or_accepted(tmp_path):
     first, second = made["starts"]
     assert (first["step"], second["step"], len(second["changed"])) == (0, 3, 3)
     Stage(tmp_path / "run", **other).run(5, resume=True)  # what was accepted is now its own
+
+
+def test_another_number_of_good_records_is_another_order(tmp_path):
+    """Images are mended, say, while data.skip_bad_records allows that they are bad."""
+    Stage(tmp_path).run(3, records=7)
+    Stage(tmp_path).run(4, records=7, resume=True)
+    with pytest.raises(DataError, match=r"step-000004: .*good records of data\.files: 7 -> 8; .*--accept-changes"):
+        Stage(tmp_path).run(5, records=8, resume=True)
+    Stage(tmp_path).run(5, records=8, resume=True, accept_changes=True)
+    assert any("7 -> 8" in line.get("warning", "") for line in lines(tmp_path))
+    Stage(tmp_path).run(6, records=8, resume=True)  # what was accepted is now its own
+    assert json.loads((tmp_path / "run.json").read_text())["records"] == 8
 
 
 def test_a_checkpoint_without_a_record_resumes_with_a_warning(tmp_path):
