@@ -94,12 +94,17 @@ def read(path: Path, kind: str, verdict: Verdict, expected: int | None = None) -
         kinds.glance(path)
     except DataError as error:
         plain(error, path)
-    bad = BadRecords(ALL)
+    bad, told = BadRecords(ALL), io.StringIO()
     try:
-        data = Dataset(path, FORMATS[kind], bad)
+        with contextlib.redirect_stderr(told):
+            data = Dataset(path, FORMATS[kind], bad)
     except DataError as error:
         plain(error, path)
         return "refused"
+    finally:
+        for line in told.getvalue().splitlines():
+            if not (line.startswith(f"{path}:") and "_response is not " in line):
+                raise AssertionError(f"it says {line!r}")
     good, total = 0, len(data) + len(bad)
     try:
         for index in range(len(data)):
