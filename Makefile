@@ -39,9 +39,10 @@ test-portable: setup
 	if [ -n "$$failed" ]; then echo "test-portable: failed under$$failed"; exit 1; fi; \
 	echo "test-portable: passed under $(OTHER_CPUS)"
 
-# Every form of sharding against one process, in every stage and awkward case, with faults put in: some 20 minutes.
+# Every form of sharding against one process, in every stage and awkward case, with every fault put in: some 20 minutes.
+# The short ones, which `make test` has too, are among them.
 test-cluster: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster --timeout 1800 tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster or not cluster' --timeout 1800 tests/cluster
 
 # Rollouts by vLLM on a CPU, in an environment of their own beside the other (dev/vllm_environment.py): some 5 minutes
 # to build and 3.5 GB, then 5 to 25. The figures go into REPORT too.
