@@ -186,8 +186,8 @@ def test_too_many_connections_are_turned_away(tiny_folder):
         [each.close() for each in held]
         storm = [connected(server) for _ in range(100)]
         [each.close() for each in storm]
-        wait_until(lambda: server.http._open == 0)
-        assert post(server, ASKED)[0] == 200
+        # Closed ones that are still to be accepted stand before it, and count until their end is read.
+        wait_until(lambda: post(server, ASKED)[0] == 200)
 
 
 def test_nothing_is_worked_out_for_a_client_that_is_gone(tiny_folder, monkeypatch):
