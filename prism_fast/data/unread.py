@@ -51,7 +51,7 @@ def differing(fields: Fields, sample: Sample) -> Iterator[str]:
         if f"{voice}_cot" not in fields.used or whole in fields.used or missing(value):
             continue
         parts = "".join(getattr(sample, f"{voice}_{part}") or "" for part in ("caption", "reasoning"))
-        if value != parts and "".join(str(value).split()) != "".join(parts.split()):
+        if not _alike(value, parts):
             yield whole
 
 
@@ -62,10 +62,14 @@ def _inside(key: str, values: Iterable[Any], known: Collection[str]) -> Iterator
 
 
 def _says(value: Any, sample: Sample) -> bool:
-    """Whether a voice's text, as its whole response, is what was read of its parts, but for white space."""
+    """Whether a voice's text, as its whole response, is what was read of its parts."""
     whole = ((sample.teacher_caption, sample.teacher_reasoning), (sample.student_caption, sample.student_reasoning))
-    told = [(caption or "") + (reasoning or "") for caption, reasoning in whole]
-    return value in told or "".join(str(value).split()) in ["".join(text.split()) for text in told]
+    return any(_alike(value, (caption or "") + (reasoning or "")) for caption, reasoning in whole)
+
+
+def _alike(value: Any, text: str) -> bool:
+    """But for white space."""
+    return value == text or "".join(str(value).split()) == "".join(text.split())
 
 
 def not_written(names: Iterable[str]) -> str:
